@@ -1,0 +1,1 @@
+//! The CPU we offer: one model, one table.

@@ -1,0 +1,111 @@
+//! The block that every thread which runs guest code has at its GS base: what a signal handler needs before it can trust anything.
+//!
+//! Translated code runs with the guest's FS base and the guest's RSP, so a signal handler may find neither Rust's thread-local
+//! storage nor a Rust stack. It finds this block through GS, restores the host's FS base from it and runs on the alternate stack.
+#![allow(unsafe_code)]
+
+use std::cell::Cell;
+use std::ffi::c_void;
+
+/// Called by the signal handler before anything else is done about a signal. Gives true if the signal is dealt with: the handler then
+/// returns to the (possibly changed) context.
+pub type SignalHook = unsafe fn(&ThreadBlock, i32, *mut libc::siginfo_t, *mut libc::ucontext_t) -> bool;
+
+/// Per-thread block; `#[repr(C)]`, its offsets are used by assembly and generated code.
+#[repr(C, align(64))]
+pub struct ThreadBlock {
+    /// Address of this block (`gs:[0]`).
+    pub this: *const ThreadBlock,
+    /// The host's FS base of this thread (`gs:[8]`).
+    pub host_fs: u64,
+    /// The engine's hook: faults in translated code, and making native guest code return after an asynchronous signal.
+    pub engine_hook: Cell<Option<SignalHook>>,
+    /// For the engine's hook.
+    pub engine_data: Cell<*mut c_void>,
+    /// The process personality's hook: queues asynchronous signals.
+    pub process_hook: Cell<Option<SignalHook>>,
+    /// For the personality's hook.
+    pub process_data: Cell<*mut c_void>,
+    reserved: [u64; 2],
+    /// For generated code (`gs:[64 + 8 * i]`).
+    pub scratch: [Cell<u64>; 64],
+}
+
+/// Offset of [`ThreadBlock::scratch`].
+pub const SCRATCH_OFFSET: i32 = 64;
+
+thread_local! {
+    static BLOCK: Attached = Attached::new();
+}
+
+struct Attached {
+    block: Box<ThreadBlock>,
+    stack: *mut c_void,
+}
+
+const STACK_SIZE: usize = 128 << 10;
+
+impl Attached {
+    fn new() -> Attached {
+        let host_fs = arch_prctl_get(ARCH_GET_FS);
+        let mut block = Box::new(ThreadBlock {
+            this: std::ptr::null(),
+            host_fs,
+            engine_hook: Cell::new(None),
+            engine_data: Cell::new(std::ptr::null_mut()),
+            process_hook: Cell::new(None),
+            process_data: Cell::new(std::ptr::null_mut()),
+            reserved: [0; 2],
+            scratch: std::array::from_fn(|_| Cell::new(0)),
+        });
+        block.this = &raw const *block;
+        // SAFETY: a fresh anonymous mapping; sigaltstack gets exactly it.
+        let stack = unsafe {
+            let stack = libc::mmap(
+                std::ptr::null_mut(),
+                STACK_SIZE,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            );
+            assert!(stack != libc::MAP_FAILED, "no memory for the alternate signal stack");
+            let ss = libc::stack_t { ss_sp: stack, ss_flags: 0, ss_size: STACK_SIZE };
+            libc::sigaltstack(&ss, std::ptr::null_mut());
+            // SAFETY: nothing in this program or in libc uses GS on x86-64 Linux; the block lives as long as the thread.
+            libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, block.this);
+            stack
+        };
+        Attached { block, stack }
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        // SAFETY: the thread is ending and runs on its own stack; GS is cleared before the block goes.
+        unsafe {
+            libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, 0u64);
+            let ss = libc::stack_t { ss_sp: std::ptr::null_mut(), ss_flags: libc::SS_DISABLE, ss_size: 0 };
+            libc::sigaltstack(&ss, std::ptr::null_mut());
+            libc::munmap(self.stack, STACK_SIZE);
+        }
+    }
+}
+
+const ARCH_SET_GS: u64 = 0x1001;
+const ARCH_GET_FS: u64 = 0x1003;
+
+fn arch_prctl_get(code: u64) -> u64 {
+    let mut v = 0u64;
+    // SAFETY: writes one u64.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, code, &raw mut v) };
+    v
+}
+
+impl ThreadBlock {
+    /// The calling thread's block; made, with its alternate signal stack, at the first call.
+    pub fn current() -> &'static ThreadBlock {
+        // SAFETY: the box does not move and lives until the thread ends; the reference is used on this thread only (Cell: !Sync).
+        BLOCK.with(|a| unsafe { &*a.block.this })
+    }
+}

@@ -1,0 +1,1 @@
+//! Every sensitive instruction (Popek and Goldberg 1974), and nothing else.

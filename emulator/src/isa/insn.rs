@@ -1,0 +1,200 @@
+//! One decoded instruction with its operands resolved: what the interpreter caches and the translator lowers.
+//!
+//! Nothing in it depends on where the instruction stands: branch targets and RIP-relative addresses are kept as displacements, so
+//! that one decoded copy serves every mapping of a physical page.
+
+use crate::isa::{Facts, Gpr, Seg, Width, facts};
+use iced_x86::{Instruction, OpKind, Register};
+
+/// What a memory operand's address starts from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Base {
+    /// No base register.
+    None,
+    /// A general-purpose register.
+    Reg(Gpr),
+    /// The address of the next instruction (64-bit mode).
+    Rip,
+}
+
+/// A memory operand: `seg:[base + (index << scale) + disp]`, the sum cut to `address` width.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemRef {
+    /// The segment, override included.
+    pub seg: Seg,
+    /// Base.
+    pub base: Base,
+    /// Index register; `None` for vector-indexed forms (gather, scatter), whose handler asks iced.
+    pub index: Option<Gpr>,
+    /// Log2 of the scale: 0 to 3.
+    pub scale: u8,
+    /// Address width: W, D or Q.
+    pub address: Width,
+    /// Displacement, sign-extended; relative to the next instruction if the base is RIP.
+    pub disp: u64,
+}
+
+/// One operand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operand {
+    /// There is none.
+    None,
+    /// A general-purpose register, its low bits in the operand's width.
+    Reg(Gpr),
+    /// AH, CH, DH or BH: bits 15:8 of RAX, RCX, RDX, RBX.
+    HighByte(Gpr),
+    /// An immediate, sign- or zero-extended to 64 bits as the manual says. For near branches: the target minus the address of the
+    /// next instruction.
+    Imm(u64),
+    /// Memory, explicit. Implicit string operands are `Other`.
+    Mem(MemRef),
+    /// Segment, control, debug or vector register, far pointer, implicit string operand: the handler asks iced.
+    Other,
+}
+
+/// A decoded instruction.
+#[derive(Clone, Copy, Debug)]
+pub struct Insn {
+    /// iced's view, decoded at address 0.
+    pub iced: Instruction,
+    /// Length in bytes.
+    pub len: u8,
+    /// Width of the operation: of operand 0 where it has one; of the stack slot for PUSH, POP, PUSHF ...; else the operand size.
+    pub width: Width,
+    /// The first three explicit operands.
+    pub ops: [Operand; 3],
+    /// Its row in the facts table.
+    pub facts: &'static Facts,
+}
+
+impl Insn {
+    /// Resolves the operands of `iced`, which must have been decoded with its address set to 0.
+    pub fn new(iced: Instruction) -> Insn {
+        let mut ops = [Operand::None; 3];
+        for (i, op) in ops.iter_mut().enumerate().take(iced.op_count() as usize) {
+            *op = operand(&iced, i as u32);
+        }
+        Insn { len: iced.len() as u8, width: width(&iced), ops, facts: facts(iced.code()), iced }
+    }
+
+    /// Width of operand `i`: it differs from [`Insn::width`] for MOVZX, MOVSX, shift counts and the like. `None` if it is no
+    /// integer register and no memory operand of 1, 2, 4 or 8 bytes.
+    pub fn op_width(&self, i: u32) -> Option<Width> {
+        op_width(&self.iced, i)
+    }
+
+    /// The memory operand, if there is an explicit one.
+    pub fn mem(&self) -> Option<&MemRef> {
+        self.ops.iter().find_map(|o| match o {
+            Operand::Mem(m) => Some(m),
+            _ => None,
+        })
+    }
+
+    /// For a near branch with an immediate target: target minus address of the next instruction.
+    pub fn branch_displacement(&self) -> Option<u64> {
+        match (self.iced.op0_kind(), self.ops[0]) {
+            (OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64, Operand::Imm(d)) => Some(d),
+            _ => None,
+        }
+    }
+}
+
+fn op_width(iced: &Instruction, i: u32) -> Option<Width> {
+    if i >= iced.op_count() {
+        return None;
+    }
+    match iced.op_kind(i) {
+        OpKind::Register if iced.op_register(i).is_gpr() => Width::from_bytes(iced.op_register(i).size()),
+        OpKind::Memory => Width::from_bytes(iced.memory_size().size()),
+        _ => None,
+    }
+}
+
+fn width(iced: &Instruction) -> Width {
+    // For PUSHF, PUSH imm and the like iced has no operand to ask: the stack slot says it.
+    let stack = iced.stack_pointer_increment().unsigned_abs() as usize;
+    if iced.is_stack_instruction()
+        && let Some(w) = Width::from_bytes(stack)
+    {
+        return w;
+    }
+    op_width(iced, 0).or_else(|| Width::from_bytes(iced.memory_size().size())).unwrap_or_else(|| code_size(iced))
+}
+
+fn code_size(iced: &Instruction) -> Width {
+    match iced.code_size() {
+        iced_x86::CodeSize::Code16 => Width::W,
+        iced_x86::CodeSize::Code64 => Width::Q,
+        _ => Width::D,
+    }
+}
+
+fn operand(iced: &Instruction, i: u32) -> Operand {
+    match iced.op_kind(i) {
+        OpKind::Register => match iced.op_register(i) {
+            Register::AH => Operand::HighByte(Gpr::Rax),
+            Register::CH => Operand::HighByte(Gpr::Rcx),
+            Register::DH => Operand::HighByte(Gpr::Rdx),
+            Register::BH => Operand::HighByte(Gpr::Rbx),
+            r => Gpr::from_iced(r).map_or(Operand::Other, Operand::Reg),
+        },
+        OpKind::Immediate8
+        | OpKind::Immediate8_2nd
+        | OpKind::Immediate16
+        | OpKind::Immediate32
+        | OpKind::Immediate64
+        | OpKind::Immediate8to16
+        | OpKind::Immediate8to32
+        | OpKind::Immediate8to64
+        | OpKind::Immediate32to64 => Operand::Imm(iced.immediate(i)),
+        OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 => Operand::Imm(displacement(iced)),
+        OpKind::Memory => Operand::Mem(mem_ref(iced)),
+        _ => Operand::Other,
+    }
+}
+
+/// Decoded at 0, a branch to `target` jumps `target - len` past the next instruction, in the width of the operand.
+fn displacement(iced: &Instruction) -> u64 {
+    let raw = iced.near_branch_target().wrapping_sub(iced.len() as u64);
+    match iced.op0_kind() {
+        OpKind::NearBranch16 => Width::W.sign_extend(raw),
+        OpKind::NearBranch32 => Width::D.sign_extend(raw),
+        _ => raw,
+    }
+}
+
+fn mem_ref(iced: &Instruction) -> MemRef {
+    let seg = Seg::from_iced(iced.memory_segment()).expect("iced names a segment for every memory operand");
+    let base = iced.memory_base();
+    let index = Gpr::from_iced(iced.memory_index());
+    let scale = iced.memory_index_scale().trailing_zeros() as u8;
+    let mut disp = iced.memory_displacement64();
+    let (base, address) = match base {
+        Register::RIP | Register::EIP => {
+            disp = disp.wrapping_sub(iced.len() as u64);
+            (Base::Rip, if base == Register::RIP { Width::Q } else { Width::D })
+        }
+        r if r.is_gpr() => {
+            (Base::Reg(Gpr::from_iced(r).expect("is_gpr")), Width::from_bytes(r.size()).expect("a register"))
+        }
+        _ => (Base::None, address_width(iced)),
+    };
+    MemRef { seg, base, index, scale, address, disp }
+}
+
+/// Without a base register the index or the displacement says the address size.
+fn address_width(iced: &Instruction) -> Width {
+    if iced.memory_index().is_gpr() {
+        return Width::from_bytes(iced.memory_index().size()).expect("a register");
+    }
+    match (iced.memory_displ_size(), iced.code_size()) {
+        (2, _) => Width::W,
+        (8, _) => Width::Q,
+        (4, iced_x86::CodeSize::Code64) if iced.memory_displacement64() > u64::from(u32::MAX) => Width::Q,
+        (4, _) => Width::D,
+        (_, iced_x86::CodeSize::Code16) => Width::W,
+        (_, iced_x86::CodeSize::Code64) => Width::Q,
+        _ => Width::D,
+    }
+}

@@ -1,0 +1,13 @@
+//! What the manuals say about instructions: no state, no engine.
+
+pub mod decode;
+pub mod facts;
+pub mod insn;
+pub mod reg;
+pub mod width;
+
+pub use decode::{DecodeError, MAX_INSN_LEN, decode};
+pub use facts::{Class, Facts, Privilege, Sensitivity, facts};
+pub use insn::{Base, Insn, MemRef, Operand};
+pub use reg::{Gpr, Seg};
+pub use width::Width;

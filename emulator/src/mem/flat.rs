@@ -1,0 +1,275 @@
+//! The address space of a Linux process: guest address = host address, and the list of what in it is the guest's.
+//!
+//! Pages the guest maps PROT_EXEC are mapped readable only: guest code is decoded or translated, never executed in place. A writable
+//! page from which code was cached is write-protected; the fault of the first write ([`FlatSpace::write_fault`]) takes the
+//! protection away and makes the cached code stale.
+#![allow(unsafe_code)]
+
+use crate::host::probe;
+use crate::isa::Width;
+use crate::mem::PAGE_SIZE;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, RwLock};
+
+bitflags::bitflags! {
+    /// Rights of a mapping, mmap(2)'s bits.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+    pub struct Prot: i32 {
+        /// PROT_READ.
+        const READ = libc::PROT_READ;
+        /// PROT_WRITE.
+        const WRITE = libc::PROT_WRITE;
+        /// PROT_EXEC.
+        const EXEC = libc::PROT_EXEC;
+    }
+}
+
+/// One mapping of the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Vma {
+    /// First address.
+    pub start: u64,
+    /// End, exclusive.
+    pub end: u64,
+    /// Rights as the guest asked for them.
+    pub prot: Prot,
+    /// MAP_SHARED.
+    pub shared: bool,
+    /// What /proc/self/maps shows: file name, `[heap]`, `[stack]`, or empty.
+    pub name: std::sync::Arc<str>,
+    /// Offset in the file.
+    pub offset: u64,
+}
+
+/// The guest's part of the host's address space.
+#[derive(Default)]
+pub struct FlatSpace {
+    vmas: RwLock<BTreeMap<u64, Vma>>,
+    watched: Mutex<HashMap<u64, Watch>>,
+    epoch: AtomicU64,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Watch {
+    generation: u64,
+    /// Code was cached since the last write: the page is write-protected if the guest may write it.
+    armed: bool,
+}
+
+fn page_of(addr: u64) -> u64 {
+    addr & !(PAGE_SIZE - 1)
+}
+
+impl FlatSpace {
+    /// Nothing mapped.
+    pub fn new() -> FlatSpace {
+        FlatSpace::default()
+    }
+
+    /// The mapping that holds `addr`.
+    pub fn find(&self, addr: u64) -> Option<Vma> {
+        let vmas = self.vmas.read().expect("no panic under the lock");
+        vmas.range(..=addr).next_back().map(|(_, v)| v).filter(|v| addr < v.end).cloned()
+    }
+
+    /// All mappings in order of address.
+    pub fn all(&self) -> Vec<Vma> {
+        self.vmas.read().expect("no panic under the lock").values().cloned().collect()
+    }
+
+    /// Is every byte of the range in some mapping of the guest?
+    pub fn covers(&self, range: Range<u64>) -> bool {
+        let vmas = self.vmas.read().expect("no panic under the lock");
+        let mut at = range.start;
+        while at < range.end {
+            match vmas.range(..=at).next_back().map(|(_, v)| v).filter(|v| at < v.end) {
+                Some(v) => at = v.end,
+                None => return false,
+            }
+        }
+        true
+    }
+
+    /// Records a mapping just made on the host (replacing what was there).
+    pub fn insert(&self, vma: Vma) {
+        let range = vma.start..vma.end;
+        let mut vmas = self.vmas.write().expect("no panic under the lock");
+        cut(&mut vmas, range.clone());
+        vmas.insert(vma.start, vma);
+        drop(vmas);
+        self.invalidate(range);
+    }
+
+    /// Records that a range is no longer mapped.
+    pub fn remove(&self, range: Range<u64>) {
+        cut(&mut self.vmas.write().expect("no panic under the lock"), range.clone());
+        self.invalidate(range);
+    }
+
+    /// Records new rights of a range.
+    pub fn protect(&self, range: Range<u64>, prot: Prot) {
+        let mut vmas = self.vmas.write().expect("no panic under the lock");
+        for mut v in cut(&mut vmas, range.clone()) {
+            v.prot = prot;
+            vmas.insert(v.start, v);
+        }
+        drop(vmas);
+        self.invalidate(range);
+    }
+
+    /// The parts of `range` that are mapped, cut to it.
+    pub fn parts(&self, range: Range<u64>) -> Vec<Vma> {
+        let mut vmas = self.vmas.read().expect("no panic under the lock").clone();
+        cut(&mut vmas, range)
+    }
+
+    /// The rights a guest mapping has on the host: never executable.
+    pub fn host_prot(prot: Prot) -> i32 {
+        let read = if prot.contains(Prot::EXEC) { Prot::READ } else { Prot::empty() };
+        ((prot - Prot::EXEC) | read).bits()
+    }
+
+    /// A write to `addr` faulted. True if it was because of a watched page: the page is writable now, its code stale; retry.
+    pub fn write_fault(&self, addr: u64) -> bool {
+        let page = page_of(addr);
+        let mut watched = self.watched.lock().expect("no panic under the lock");
+        let Some(watch) = watched.get_mut(&page) else { return false };
+        let Some(vma) = self.find(page).filter(|v| v.prot.contains(Prot::WRITE)) else { return false };
+        // Not armed: another thread was first, the page is writable already.
+        if watch.armed {
+            watch.armed = false;
+            watch.generation += 1;
+            self.epoch.fetch_add(1, Ordering::SeqCst);
+            host_protect(page, FlatSpace::host_prot(vma.prot));
+        }
+        true
+    }
+
+    /// Takes the write protection of all watched pages in the range away, for a system call that writes there itself.
+    /// True if there was one.
+    pub fn expect_write(&self, range: Range<u64>) -> bool {
+        let pages: Vec<u64> = {
+            let watched = self.watched.lock().expect("no panic under the lock");
+            watched.iter().filter(|(p, w)| w.armed && range.contains(p)).map(|(p, _)| *p).collect()
+        };
+        pages.into_iter().filter(|&p| self.write_fault(p)).count() > 0
+    }
+
+    fn invalidate(&self, range: Range<u64>) {
+        let mut watched = self.watched.lock().expect("no panic under the lock");
+        let mut touched = false;
+        for (_, w) in watched.iter_mut().filter(|(p, _)| range.contains(p)) {
+            w.generation += 1;
+            w.armed = false;
+            touched = true;
+        }
+        if touched {
+            self.epoch.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// See [`crate::mem::GuestMemory::watch_code`].
+    pub fn watch_code(&self, addr: u64) {
+        let page = page_of(addr);
+        let mut watched = self.watched.lock().expect("no panic under the lock");
+        let watch = watched.entry(page).or_default();
+        if !watch.armed {
+            watch.armed = true;
+            if let Some(vma) = self.find(page).filter(|v| v.prot.contains(Prot::WRITE)) {
+                host_protect(page, FlatSpace::host_prot(vma.prot - Prot::WRITE));
+            }
+        }
+    }
+
+    /// See [`crate::mem::GuestMemory::code_epoch`].
+    #[inline(always)]
+    pub fn code_epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Acquire)
+    }
+
+    /// See [`crate::mem::GuestMemory::code_generation`].
+    pub fn code_generation(&self, addr: u64) -> u64 {
+        self.watched.lock().expect("no panic under the lock").get(&page_of(addr)).map_or(0, |w| w.generation)
+    }
+
+    /// See [`crate::mem::GuestMemory::load`].
+    #[inline(always)]
+    pub fn load(&self, addr: u64, width: Width) -> Option<u64> {
+        probe::load(addr, width)
+    }
+
+    /// See [`crate::mem::GuestMemory::store`].
+    #[inline(always)]
+    pub fn store(&self, addr: u64, width: Width, v: u64) -> Option<()> {
+        // SAFETY: a flat guest shares the host's address space by design (see SECURITY.md); faults are caught.
+        unsafe { probe::store(addr, width, v) }.or_else(|| {
+            // SAFETY: as above.
+            self.write_fault(addr).then(|| unsafe { probe::store(addr, width, v) })?
+        })
+    }
+
+    /// See [`crate::mem::GuestMemory::compare_exchange`].
+    pub fn compare_exchange(&self, addr: u64, width: Width, old: u64, new: u64) -> Option<u64> {
+        // SAFETY: as for `store`.
+        unsafe { probe::compare_exchange(addr, width, old, new) }.or_else(|| {
+            // SAFETY: as for `store`.
+            self.write_fault(addr).then(|| unsafe { probe::compare_exchange(addr, width, old, new) })?
+        })
+    }
+
+    /// See [`crate::mem::GuestMemory::compare_exchange_16`].
+    pub fn compare_exchange_16(&self, addr: u64, old: [u64; 2], new: [u64; 2]) -> Option<Result<(), [u64; 2]>> {
+        // SAFETY: as for `store`.
+        unsafe { probe::compare_exchange_16(addr, old, new) }.or_else(|| {
+            // SAFETY: as for `store`.
+            self.write_fault(addr).then(|| unsafe { probe::compare_exchange_16(addr, old, new) })?
+        })
+    }
+
+    /// See [`crate::mem::GuestMemory::read`].
+    pub fn read(&self, addr: u64, to: &mut [u8]) -> Option<()> {
+        probe::read(addr, to).ok()
+    }
+
+    /// See [`crate::mem::GuestMemory::write`].
+    pub fn write(&self, addr: u64, from: &[u8]) -> Option<()> {
+        let mut done = 0;
+        // One retry for each watched page on the way.
+        loop {
+            // SAFETY: as for `store`.
+            match unsafe { probe::write(addr + done as u64, &from[done..]) } {
+                Ok(()) => return Some(()),
+                Err(n) => done += n,
+            }
+            if !self.write_fault(addr + done as u64) {
+                return None;
+            }
+        }
+    }
+}
+
+/// Takes the range out of the map, splitting what hangs over; gives the parts that were inside.
+fn cut(vmas: &mut BTreeMap<u64, Vma>, range: Range<u64>) -> Vec<Vma> {
+    let first = vmas.range(..range.start).next_back().filter(|(_, v)| v.end > range.start).map(|(k, _)| *k);
+    let keys: Vec<u64> = first.into_iter().chain(vmas.range(range.clone()).map(|(k, _)| *k)).collect();
+    let mut inside = Vec::new();
+    for key in keys {
+        let v = vmas.remove(&key).expect("key was just found");
+        let part = |start: u64, end: u64| Vma { start, end, offset: v.offset + (start - v.start), ..v.clone() };
+        if v.start < range.start {
+            vmas.insert(v.start, part(v.start, range.start));
+        }
+        if v.end > range.end {
+            vmas.insert(range.end, part(range.end, v.end));
+        }
+        inside.push(part(v.start.max(range.start), v.end.min(range.end)));
+    }
+    inside
+}
+
+fn host_protect(page: u64, prot: i32) {
+    // SAFETY: the page belongs to a guest mapping; Rust holds no reference into it.
+    unsafe { libc::mprotect(page as *mut libc::c_void, PAGE_SIZE as usize, prot) };
+}

@@ -1,0 +1,181 @@
+//! RAM of a machine: one anonymous mapping from guest-physical address 0, and a generation for each page that holds cached code.
+#![allow(unsafe_code)]
+
+use crate::isa::Width;
+use crate::mem::PAGE_SIZE;
+use memmap2::MmapRaw;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+
+/// Guest RAM. Guest accesses are relaxed atomics or plain byte copies through raw pointers: guest code may race with itself, and no
+/// Rust reference to the bytes is ever made.
+pub struct Ram {
+    map: MmapRaw,
+    size: u64,
+    /// For each page: 0 not watched, else generation.
+    pages: Vec<AtomicU32>,
+    epoch: AtomicU64,
+}
+
+impl Ram {
+    /// `size` bytes, rounded up to a page, zeroed. Pages take host memory when they are touched.
+    ///
+    /// # Errors
+    /// The host's error if it cannot map so much.
+    pub fn new(size: u64) -> std::io::Result<Ram> {
+        let size = size.next_multiple_of(PAGE_SIZE).max(PAGE_SIZE);
+        let map = memmap2::MmapOptions::new().len(size as usize).no_reserve_swap().map_anon()?;
+        Ok(Ram {
+            map: MmapRaw::from(map),
+            size,
+            pages: (0..size / PAGE_SIZE).map(|_| AtomicU32::new(0)).collect(),
+            epoch: AtomicU64::new(0),
+        })
+    }
+
+    /// Size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Host address of guest-physical 0, for generated code and KVM memory slots. Whoever writes through it calls
+    /// [`Ram::wrote`] for watched pages.
+    pub fn host_base(&self) -> *mut u8 {
+        self.map.as_mut_ptr()
+    }
+
+    /// The table of page generations, for generated code that checks it before a store: one 32-bit word a page, 0 = not watched.
+    pub fn generations(&self) -> *const AtomicU32 {
+        self.pages.as_ptr()
+    }
+
+    #[inline(always)]
+    fn at(&self, gpa: u64, len: u64) -> Option<*mut u8> {
+        // SAFETY: the sum is inside the mapping.
+        (gpa < self.size && len <= self.size - gpa).then(|| unsafe { self.map.as_mut_ptr().add(gpa as usize) })
+    }
+
+    /// See [`crate::mem::GuestMemory::load`].
+    #[inline(always)]
+    pub fn load(&self, gpa: u64, width: Width) -> Option<u64> {
+        let p = self.at(gpa, width.bytes())?;
+        // SAFETY: `at` checked the range; unaligned volatile-like reads of plain bytes.
+        Some(unsafe {
+            match width {
+                Width::B => u64::from(p.read_volatile()),
+                Width::W => u64::from(p.cast::<u16>().read_unaligned()),
+                Width::D => u64::from(p.cast::<u32>().read_unaligned()),
+                Width::Q => p.cast::<u64>().read_unaligned(),
+            }
+        })
+    }
+
+    /// See [`crate::mem::GuestMemory::store`].
+    #[inline(always)]
+    pub fn store(&self, gpa: u64, width: Width, v: u64) -> Option<()> {
+        let p = self.at(gpa, width.bytes())?;
+        // SAFETY: as for `load`.
+        unsafe {
+            match width {
+                Width::B => p.write_volatile(v as u8),
+                Width::W => p.cast::<u16>().write_unaligned(v as u16),
+                Width::D => p.cast::<u32>().write_unaligned(v as u32),
+                Width::Q => p.cast::<u64>().write_unaligned(v),
+            }
+        }
+        self.wrote(gpa);
+        Some(())
+    }
+
+    /// Tells that the page of `gpa` was written: cached code of it is stale.
+    #[inline(always)]
+    pub fn wrote(&self, gpa: u64) {
+        let page = &self.pages[(gpa / PAGE_SIZE) as usize];
+        if page.load(Ordering::Relaxed) != 0 {
+            page.fetch_add(1, Ordering::Relaxed);
+            self.epoch.fetch_add(1, Ordering::Release);
+        }
+    }
+
+    /// See [`crate::mem::GuestMemory::compare_exchange`]. Misaligned operands are done in two plain halves: on one vCPU that is
+    /// indistinguishable, and split locks between vCPUs are not offered.
+    pub fn compare_exchange(&self, gpa: u64, width: Width, old: u64, new: u64) -> Option<u64> {
+        let p = self.at(gpa, width.bytes())?;
+        if !gpa.is_multiple_of(width.bytes()) {
+            let found = self.load(gpa, width)?;
+            if found == width.cut(old) {
+                self.store(gpa, width, new)?;
+            }
+            return Some(found);
+        }
+        macro_rules! cas {
+            ($atomic:ty, $int:ty) => {{
+                // SAFETY: in range, aligned, and only ever accessed as raw memory.
+                let cell = unsafe { <$atomic>::from_ptr(p.cast()) };
+                match cell.compare_exchange(old as $int, new as $int, Ordering::SeqCst, Ordering::SeqCst) {
+                    Ok(v) | Err(v) => u64::from(v),
+                }
+            }};
+        }
+        let found = match width {
+            Width::B => cas!(AtomicU8, u8),
+            Width::W => cas!(AtomicU16, u16),
+            Width::D => cas!(AtomicU32, u32),
+            Width::Q => cas!(AtomicU64, u64),
+        };
+        self.wrote(gpa);
+        Some(found)
+    }
+
+    /// See [`crate::mem::GuestMemory::compare_exchange_16`].
+    pub fn compare_exchange_16(&self, gpa: u64, old: [u64; 2], new: [u64; 2]) -> Option<Result<(), [u64; 2]>> {
+        let p = self.at(gpa, 16)?;
+        // SAFETY: in range; the caller checked alignment; mapped, so it cannot fault.
+        let done = unsafe { crate::host::probe::compare_exchange_16(p as u64, old, new) };
+        self.wrote(gpa);
+        done
+    }
+
+    /// See [`crate::mem::GuestMemory::read`].
+    pub fn read(&self, gpa: u64, to: &mut [u8]) -> Option<()> {
+        let p = self.at(gpa, to.len() as u64)?;
+        // SAFETY: in range; no Rust reference to guest bytes exists, so `to` cannot overlap them.
+        unsafe { std::ptr::copy_nonoverlapping(p, to.as_mut_ptr(), to.len()) };
+        Some(())
+    }
+
+    /// See [`crate::mem::GuestMemory::write`].
+    pub fn write(&self, gpa: u64, from: &[u8]) -> Option<()> {
+        let p = self.at(gpa, from.len() as u64)?;
+        // SAFETY: as for `read`.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), p, from.len()) };
+        let mut page = gpa & !(PAGE_SIZE - 1);
+        while page < gpa + from.len() as u64 {
+            self.wrote(page);
+            page += PAGE_SIZE;
+        }
+        Some(())
+    }
+
+    /// See [`crate::mem::GuestMemory::watch_code`].
+    pub fn watch_code(&self, gpa: u64) {
+        if let Some(page) = self.pages.get((gpa / PAGE_SIZE) as usize) {
+            let _ = page.compare_exchange(0, 1, Ordering::Relaxed, Ordering::Relaxed);
+        }
+    }
+
+    /// See [`crate::mem::GuestMemory::code_epoch`].
+    #[inline(always)]
+    pub fn code_epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Acquire)
+    }
+
+    /// Address of the epoch counter, for generated code.
+    pub fn epoch_address(&self) -> *const AtomicU64 {
+        &raw const self.epoch
+    }
+
+    /// See [`crate::mem::GuestMemory::code_generation`].
+    pub fn code_generation(&self, gpa: u64) -> u64 {
+        self.pages.get((gpa / PAGE_SIZE) as usize).map_or(0, |p| u64::from(p.load(Ordering::Relaxed)))
+    }
+}

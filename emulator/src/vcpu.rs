@@ -1,0 +1,152 @@
+//! The contract of the three engines: [`Vcpu`], why it returns ([`Exit`]), and what it is told to stop at ([`Intercepts`]).
+
+use crate::bus::Bus;
+use crate::cpu::{CpuState, Fault};
+use crate::mem::GuestMemory;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+
+/// What a virtual CPU is plugged into.
+#[derive(Clone, Copy)]
+pub struct Board<'a> {
+    /// Guest-physical memory, or the process's address space.
+    pub mem: &'a GuestMemory,
+    /// Ports, memory-mapped I/O, interrupts.
+    pub bus: &'a dyn Bus,
+}
+
+bitflags::bitflags! {
+    /// Events that leave the engine instead of being carried out, after the VMCB's intercept vectors (APM 2 15.9).
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+    pub struct Intercepts: u32 {
+        /// SYSCALL.
+        const SYSCALL = 1;
+        /// INT n, INT1, INT3, INTO.
+        const INT_N = 1 << 1;
+        /// HLT.
+        const HLT = 1 << 2;
+        /// CPUID.
+        const CPUID = 1 << 3;
+        /// RDTSC, RDTSCP.
+        const RDTSC = 1 << 4;
+        /// RDRAND, RDSEED.
+        const RDRAND = 1 << 5;
+        /// Any exception: it is returned, not delivered; the state is that before delivery.
+        const EXCEPTIONS = 1 << 6;
+        /// SYSENTER.
+        const SYSENTER = 1 << 7;
+    }
+}
+
+/// Why an engine returned. RIP is at the instruction unless said otherwise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Exit {
+    /// An intercepted instruction, not executed. For [`Intercepts::INT_N`] `vector` is the n of INT n, else 0.
+    Intercept {
+        /// Exactly one bit.
+        what: Intercepts,
+        /// Where the guest goes on if the instruction is taken as done.
+        next_rip: u64,
+        /// The vector of INT n.
+        vector: u8,
+    },
+    /// An exception under [`Intercepts::EXCEPTIONS`]; for traps (#BP, #OF, single step) RIP is past the instruction.
+    Exception(Fault),
+    /// HLT was executed; RIP is past it.
+    Halt,
+    /// Triple fault.
+    Shutdown,
+    /// `budget` instructions were executed.
+    Budget,
+    /// A [`Kicker`] asked.
+    Kicked,
+    /// The engine cannot do the instruction at RIP.
+    Unsupported,
+}
+
+/// Another thread's (or a signal handler's) way to make [`Vcpu::run`] return [`Exit::Kicked`] soon.
+#[derive(Clone, Debug, Default)]
+pub struct Kicker {
+    flag: Arc<AtomicBool>,
+    /// Host thread that is inside `run`, if a signal is needed to get it out; 0 if the engine polls.
+    thread: Arc<AtomicI32>,
+}
+
+impl Kicker {
+    /// The signal sent to a thread that runs guest code natively.
+    pub const SIGNAL: i32 = libc::SIGSTKFLT;
+
+    /// Asks; async-signal-safe. A kick that finds the engine outside `run` ends the next `run` at once.
+    pub fn kick(&self) {
+        self.flag.store(true, Ordering::SeqCst);
+        let tid = self.thread.load(Ordering::SeqCst);
+        if tid != 0 {
+            crate::host::signal::send_to_thread(tid, Kicker::SIGNAL);
+        }
+    }
+
+    /// Sets the flag only: for a signal handler running on the vCPU's own thread, which then makes the engine look.
+    pub fn request(&self) {
+        self.flag.store(true, Ordering::SeqCst);
+    }
+
+    /// For engines: has somebody asked? Does not clear.
+    #[inline(always)]
+    pub fn requested(&self) -> bool {
+        self.flag.load(Ordering::Relaxed)
+    }
+
+    /// For engines: take the request, just before returning [`Exit::Kicked`].
+    pub fn take(&self) -> bool {
+        self.flag.swap(false, Ordering::SeqCst)
+    }
+
+    /// For engines that run guest code natively: from now on this thread is inside `run` and needs [`Kicker::SIGNAL`].
+    pub fn entered(&self, tid: i32) {
+        self.thread.store(tid, Ordering::SeqCst);
+    }
+
+    /// For engines: no longer inside `run`.
+    pub fn left(&self) {
+        self.thread.store(0, Ordering::SeqCst);
+    }
+}
+
+/// An engine: one virtual CPU.
+pub trait Vcpu {
+    /// Runs at most `budget` instructions (`u64::MAX`: no limit; an engine that cannot count exactly when the budget is large may
+    /// overshoot, but `1` is always exact).
+    fn run(&mut self, board: Board<'_>, budget: u64) -> Exit;
+    /// The state, to read and to change; `run` goes on from it.
+    fn state(&mut self) -> &mut CpuState;
+    /// What to stop at, from the next `run` on.
+    fn set_intercepts(&mut self, intercepts: Intercepts);
+    /// The way to stop it.
+    fn kicker(&self) -> Kicker;
+    /// Instructions executed so far, where the engine counts them.
+    fn instructions(&self) -> Option<u64> {
+        None
+    }
+}
+
+/// How an engine carries out an instruction; each engine exports `fn how(code: iced_x86::Code) -> How`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum How {
+    /// By a function of the interpreter.
+    Function,
+    /// Copied into the code cache as it is or with operands changed.
+    Copied,
+    /// Rewritten into a short in-cache sequence.
+    Rewritten,
+    /// On the host CPU through a thunk.
+    Native,
+    /// By a call-out to one interpreter step.
+    ByInterpreter,
+    /// By the hardware.
+    Hardware,
+    /// Leaves the guest for the monitor.
+    Exits,
+    /// Not at all: [`Exit::Unsupported`] or #UD.
+    Unsupported,
+}

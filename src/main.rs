@@ -1,0 +1,2 @@
+//! The `bivisor` command line.
+fn main() {}
