@@ -1,2 +1,21 @@
-//! The `bivisor` command line.
-fn main() {}
+//! The `bivisor` command line: parse the arguments, hand over to the subcommand, turn the outcome into an exit status.
+
+mod cli;
+mod decode;
+
+use clap::Parser;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let outcome = match cli::Cli::parse().command {
+        cli::Command::Decode(args) => decode::run(&args),
+    };
+    match outcome {
+        // The shell sees eight bits, as wait(2) does.
+        Ok(status) => ExitCode::from(status as u8),
+        Err(error) => {
+            eprintln!("bivisor: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,19 @@
+//! The arguments: one subcommand a file, its arguments beside its code.
+
+use clap::{Parser, Subcommand};
+
+/// An x86 virtual machine with three engines: interpreter, binary translator, KVM.
+#[derive(Parser)]
+#[command(version, arg_required_else_help = true, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Subcommand)]
+pub enum Command {
+    /// Tell where instructions end and whether they are valid.
+    Decode(crate::decode::DecodeArgs),
+}
