@@ -6,12 +6,21 @@ use crate::mem::PAGE_SIZE;
 use memmap2::MmapRaw;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
+/// Code was cached from the page: stores raise the generation.
+const CODE: u32 = 1;
+/// The next store sets [`DIRTY`].
+const TRACK: u32 = 2;
+/// Written since [`Ram::track_dirty`].
+const DIRTY: u32 = 4;
+/// One generation.
+const GENERATION: u32 = 8;
+
 /// Guest RAM. Guest accesses are relaxed atomics or plain byte copies through raw pointers: guest code may race with itself, and no
 /// Rust reference to the bytes is ever made.
 pub struct Ram {
     map: MmapRaw,
     size: u64,
-    /// For each page: 0 not watched, else generation.
+    /// For each page: 0 = stores need no care; else [`CODE`], [`TRACK`], [`DIRTY`] and the generation from [`GENERATION`] on.
     pages: Vec<AtomicU32>,
     epoch: AtomicU64,
 }
@@ -43,7 +52,8 @@ impl Ram {
         self.map.as_mut_ptr()
     }
 
-    /// The table of page generations, for generated code that checks it before a store: one 32-bit word a page, 0 = not watched.
+    /// The table of page generations, for generated code that checks it before a store: one 32-bit word a page; if it is not
+    /// 0, [`Ram::wrote`] must be called.
     pub fn generations(&self) -> *const AtomicU32 {
         self.pages.as_ptr()
     }
@@ -90,10 +100,42 @@ impl Ram {
     #[inline(always)]
     pub fn wrote(&self, gpa: u64) {
         let page = &self.pages[(gpa / PAGE_SIZE) as usize];
-        if page.load(Ordering::Relaxed) != 0 {
-            page.fetch_add(1, Ordering::Relaxed);
+        if page.load(Ordering::Relaxed) & (CODE | TRACK) != 0 {
+            self.wrote_marked(page);
+        }
+    }
+
+    #[cold]
+    fn wrote_marked(&self, page: &AtomicU32) {
+        let old = page.fetch_and(!TRACK, Ordering::Relaxed);
+        if old & TRACK != 0 {
+            page.fetch_or(DIRTY, Ordering::Relaxed);
+        }
+        if old & CODE != 0 {
+            page.fetch_add(GENERATION, Ordering::Relaxed);
             self.epoch.fetch_add(1, Ordering::Release);
         }
+    }
+
+    /// Starts (or starts anew) to note which pages are written.
+    pub fn track_dirty(&self) {
+        for page in &self.pages {
+            page.fetch_or(TRACK, Ordering::Relaxed);
+            page.fetch_and(!DIRTY, Ordering::Relaxed);
+        }
+    }
+
+    /// The page numbers written since [`Ram::track_dirty`] or the last call, which are tracked anew.
+    pub fn take_dirty(&self) -> Vec<u64> {
+        let mut dirty = Vec::new();
+        for (number, page) in self.pages.iter().enumerate() {
+            if page.load(Ordering::Relaxed) & DIRTY != 0 {
+                page.fetch_and(!DIRTY, Ordering::Relaxed);
+                page.fetch_or(TRACK, Ordering::Relaxed);
+                dirty.push(number as u64);
+            }
+        }
+        dirty
     }
 
     /// See [`crate::mem::GuestMemory::compare_exchange`]. Misaligned operands are done in two plain halves: on one vCPU that is
@@ -159,7 +201,7 @@ impl Ram {
     /// See [`crate::mem::GuestMemory::watch_code`].
     pub fn watch_code(&self, gpa: u64) {
         if let Some(page) = self.pages.get((gpa / PAGE_SIZE) as usize) {
-            let _ = page.compare_exchange(0, 1, Ordering::Relaxed, Ordering::Relaxed);
+            page.fetch_or(CODE, Ordering::Relaxed);
         }
     }
 
@@ -176,6 +218,47 @@ impl Ram {
 
     /// See [`crate::mem::GuestMemory::code_generation`].
     pub fn code_generation(&self, gpa: u64) -> u64 {
-        self.pages.get((gpa / PAGE_SIZE) as usize).map_or(0, |p| u64::from(p.load(Ordering::Relaxed)))
+        self.pages.get((gpa / PAGE_SIZE) as usize).map_or(0, |p| u64::from(p.load(Ordering::Relaxed) / GENERATION))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dirty_pages_are_those_written() {
+        let ram = Ram::new(4 * PAGE_SIZE).expect("16 KiB");
+        ram.store(0, Width::D, 1);
+        ram.track_dirty();
+        assert!(ram.take_dirty().is_empty());
+        ram.store(2 * PAGE_SIZE + 8, Width::Q, 1);
+        ram.write(PAGE_SIZE - 1, &[1, 2]).expect("inside");
+        assert_eq!(ram.take_dirty(), [0, 1, 2]);
+        assert!(ram.take_dirty().is_empty());
+        ram.compare_exchange(3 * PAGE_SIZE, Width::W, 0, 7);
+        assert_eq!(ram.take_dirty(), [3]);
+    }
+
+    #[test]
+    fn only_writes_to_watched_pages_raise_generation_and_epoch() {
+        let ram = Ram::new(2 * PAGE_SIZE).expect("8 KiB");
+        ram.track_dirty();
+        ram.watch_code(0);
+        let epoch = ram.code_epoch();
+        ram.store(PAGE_SIZE, Width::B, 1);
+        assert_eq!((ram.code_epoch(), ram.code_generation(0)), (epoch, 0));
+        ram.store(4, Width::B, 1);
+        ram.store(4, Width::B, 1);
+        assert_eq!((ram.code_epoch(), ram.code_generation(0), ram.code_generation(PAGE_SIZE)), (epoch + 2, 2, 0));
+    }
+
+    #[test]
+    fn outside_is_nothing() {
+        let ram = Ram::new(PAGE_SIZE).expect("4 KiB");
+        assert_eq!(ram.load(PAGE_SIZE - 1, Width::W), None);
+        assert_eq!(ram.load(u64::MAX, Width::B), None);
+        assert_eq!(ram.store(PAGE_SIZE, Width::B, 0), None);
+        assert_eq!(ram.load(PAGE_SIZE - 1, Width::B), Some(0));
     }
 }
