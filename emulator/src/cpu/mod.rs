@@ -10,6 +10,7 @@ pub mod state;
 pub mod xsave;
 
 pub use control::{Cr0, Cr4, Efer};
+pub use cpuid::CpuModel;
 pub use fault::Fault;
 pub use msr::Msrs;
 pub use rflags::Rflags;
