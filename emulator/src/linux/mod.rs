@@ -1,1 +1,134 @@
-//! To come.
+//! The Linux process personality: a process is an engine told to stop at SYSCALL.
+//!
+//! Guest address = host address, each guest thread is a host thread with a virtual CPU of its own, and most system calls are the
+//! host's with the same arguments; [`table`] says for each which way it goes.
+//!
+//! | file | holds |
+//! | --- | --- |
+//! | [`run`] | the loop of a task: run the engine, act on why it returned |
+//! | [`table`] | every system call: passed through, handled or refused, with a note |
+//! | [`syscall`] | the way of a call through the table |
+//! | [`host`] | the call into the host's kernel |
+//! | [`signal`] | signals and faults |
+
+pub mod host;
+pub mod run;
+pub mod signal;
+pub mod syscall;
+pub mod table;
+
+use crate::bus::EmptyBus;
+use crate::mem::GuestMemory;
+use crate::vcpu::{Board, Intercepts, Vcpu};
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+/// Makes an engine for a new guest thread; also called in the child after fork, where the parent's engines are no longer usable.
+pub type VcpuFactory = Arc<dyn Fn() -> Result<Box<dyn Vcpu>, String> + Send + Sync>;
+
+/// What every engine of a Linux process stops at.
+pub const INTERCEPTS: Intercepts = Intercepts::SYSCALL
+    .union(Intercepts::INT_N)
+    .union(Intercepts::EXCEPTIONS)
+    .union(Intercepts::SYSENTER)
+    .union(Intercepts::HLT);
+
+/// What the user asked for.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Print each system call to standard error.
+    pub strace: bool,
+    /// Say more about what is done.
+    pub verbose: bool,
+    /// The arguments between `bivisor` and `--argv0 X -- PATH ARGS` with which a guest's exec starts the next program, e.g.
+    /// `run --backend interp`.
+    pub reexec: Vec<OsString>,
+}
+
+/// The guest's address space, shared by tasks with CLONE_VM.
+pub struct AddressSpace {
+    /// The guest's memory, always [`GuestMemory::Flat`].
+    pub mem: GuestMemory,
+    /// The program break; also the lock that serializes changes of mappings.
+    pub brk: Mutex<Brk>,
+}
+
+/// The heap that brk(2) moves the end of.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Brk {
+    /// First address.
+    pub start: u64,
+    /// The break, as the guest set it.
+    pub end: u64,
+}
+
+/// One guest process (a thread group).
+pub struct Process {
+    /// The address space.
+    pub space: Arc<AddressSpace>,
+    /// Makes engines.
+    pub factory: VcpuFactory,
+    /// What the user asked for.
+    pub options: Options,
+    /// The program that runs, as /proc/self/exe shows it.
+    pub exe: PathBuf,
+    /// Its arguments.
+    pub args: Vec<OsString>,
+    /// What the guest does about signals.
+    pub signals: signal::Dispositions,
+}
+
+impl Process {
+    /// The guest's memory.
+    pub fn mem(&self) -> &GuestMemory {
+        &self.space.mem
+    }
+
+    /// What an engine of this process is plugged into.
+    pub fn board(&self) -> Board<'_> {
+        Board { mem: self.mem(), bus: &EmptyBus }
+    }
+}
+
+/// One guest thread; lives on the host thread that runs it.
+pub struct Task {
+    /// What it belongs to.
+    pub process: Arc<Process>,
+    /// Its processor, told to stop at [`INTERCEPTS`].
+    pub vcpu: Box<dyn Vcpu>,
+    /// Its thread id, the host's.
+    pub tid: i32,
+    /// Signals queued, blocked and being handled.
+    pub signals: signal::TaskSignals,
+}
+
+impl Task {
+    /// A task for the calling thread with a fresh engine; the registers are the caller's business.
+    ///
+    /// # Errors
+    /// What the factory says.
+    pub fn new(process: Arc<Process>) -> Result<Task, String> {
+        let mut vcpu = (process.factory)()?;
+        vcpu.set_intercepts(INTERCEPTS);
+        Ok(Task { process, vcpu, tid: host::gettid(), signals: signal::TaskSignals::default() })
+    }
+}
+
+/// How a task or process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExitStatus {
+    /// exit(2): the low 8 bits are what the parent sees.
+    Code(i32),
+    /// Death by this signal.
+    Signal(i32),
+}
+
+/// What the loop of a task does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flow {
+    /// Run the guest.
+    Continue,
+    /// The task ends.
+    Exit(ExitStatus),
+}

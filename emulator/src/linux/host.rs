@@ -1,0 +1,53 @@
+//! The way into the host's kernel: one function for every passed-through call, and the few calls the personality makes for itself.
+#![allow(unsafe_code)]
+
+use std::ffi::c_long;
+
+/// Errors as the kernel returns them: `-errno` in the result register.
+pub const fn err(errno: i32) -> i64 {
+    -(errno as i64)
+}
+
+/// Does a system call with the guest's arguments; gives what the kernel leaves in RAX (`-errno` on failure).
+///
+/// The arguments may name any guest memory. What must not be given to the kernel (changes of mappings that are not the guest's, file
+/// descriptors of ours) is refused before, see [`crate::linux::table`].
+pub fn host_call(number: u64, a: [u64; 6]) -> i64 {
+    // SAFETY: the table lets only calls through that act on the guest's own resources.
+    let r = unsafe { libc::syscall(number as c_long, a[0], a[1], a[2], a[3], a[4], a[5]) };
+    if r == -1 { err(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::ENOSYS)) } else { r }
+}
+
+/// The calling thread's id.
+pub fn gettid() -> i32 {
+    // SAFETY: no arguments, cannot fail.
+    unsafe { libc::gettid() }
+}
+
+/// Ends the process with a code.
+pub fn exit_group(code: i32) -> ! {
+    // SAFETY: does not return; no destructor of ours matters for the host.
+    unsafe {
+        libc::syscall(libc::SYS_exit_group, code);
+        libc::_exit(code)
+    }
+}
+
+/// Ends the process by a signal's default action, without a core dump of the virtual machine.
+pub fn die_of(sig: i32) -> ! {
+    // SAFETY: plain calls on zeroed or fully initialized structures.
+    unsafe {
+        let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        libc::setrlimit(libc::RLIMIT_CORE, &none);
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = libc::SIG_DFL;
+        libc::sigaction(sig, &action, std::ptr::null_mut());
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigaddset(&mut set, sig);
+        libc::pthread_sigmask(libc::SIG_UNBLOCK, &set, std::ptr::null_mut());
+        libc::raise(sig);
+    }
+    // The default action was not to die.
+    exit_group(128 + sig)
+}

@@ -1,0 +1,72 @@
+//! The way of a system call: registers to arguments, the table's row, the result register (System V ABI A.2.1).
+
+use crate::isa::Gpr;
+use crate::linux::table::{self, Status};
+use crate::linux::{ExitStatus, Flow, Task, host, host::err};
+
+/// The six arguments, RDI RSI RDX R10 R8 R9.
+pub type Args = [u64; 6];
+
+/// What a handler says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The result for RAX, `-errno` on failure.
+    Done(i64),
+    /// The registers are as they shall be (rt_sigreturn).
+    Resume,
+    /// The task ends.
+    Exit(ExitStatus),
+}
+
+impl From<i64> for Outcome {
+    fn from(v: i64) -> Outcome {
+        Outcome::Done(v)
+    }
+}
+
+/// A handled system call.
+pub type Handler = fn(&mut Task, Args) -> Outcome;
+
+/// Carries out the SYSCALL at which the engine stopped.
+///
+/// When the handler runs, RIP is past the instruction and RCX and R11 are as the kernel leaves them; RAX still holds the number.
+pub fn dispatch(task: &mut Task, next_rip: u64) -> Flow {
+    let state = task.vcpu.state();
+    // SYSCALL: RCX = RIP of the next instruction, R11 = RFLAGS (SDM 2B SYSCALL).
+    state.rip = next_rip;
+    state.gpr[Gpr::Rcx as usize] = next_rip;
+    state.gpr[Gpr::R11 as usize] = state.rflags.bits();
+    let number = state.gpr[Gpr::Rax as usize];
+    let args = [Gpr::Rdi, Gpr::Rsi, Gpr::Rdx, Gpr::R10, Gpr::R8, Gpr::R9].map(|r| state.gpr[r as usize]);
+    match call(task, number, args) {
+        Outcome::Done(result) => {
+            task.vcpu.state().gpr[Gpr::Rax as usize] = result as u64;
+            crate::linux::signal::after_syscall(task, number, result)
+        }
+        Outcome::Resume => Flow::Continue,
+        Outcome::Exit(status) => Flow::Exit(status),
+    }
+}
+
+fn call(task: &mut Task, number: u64, args: Args) -> Outcome {
+    // The kernel looks at EAX only.
+    match table::row(number as u32).map(|r| r.status) {
+        Some(Status::PassedThrough) => pass(task, number, args).into(),
+        Some(Status::Handled(handler)) => handler(task, args),
+        Some(Status::Refused(errno)) => err(errno).into(),
+        None => err(libc::ENOSYS).into(),
+    }
+}
+
+/// A call to the host with the guest's arguments.
+pub fn pass(task: &mut Task, number: u64, args: Args) -> i64 {
+    let result = host::host_call(number, args);
+    if result == err(libc::EFAULT)
+        && let Some(space) = task.process.mem().flat()
+        && space.expect_write(0..u64::MAX)
+    {
+        // The kernel met a page that is write-protected only because code was cached from it.
+        return host::host_call(number, args);
+    }
+    result
+}
