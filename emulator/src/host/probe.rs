@@ -15,6 +15,15 @@ struct Probed {
 
 // Every routine may fault at its memory access with nothing on the stack but the return address, so that the fixup can `ret`.
 global_asm!(
+    // Inlined callers may stand in other object files.
+    ".globl bivisor_probe_start; .globl bivisor_probe_end; .globl bivisor_probe_fail; .globl bivisor_probe_cas128_start; .globl bivisor_probe_cas128_end",
+    ".hidden bivisor_probe_start; .hidden bivisor_probe_end; .hidden bivisor_probe_fail; .hidden bivisor_probe_cas128_start; .hidden bivisor_probe_cas128_end",
+    ".globl bivisor_probe_cas128_fail; .globl bivisor_probe_load8; .globl bivisor_probe_load16; .globl bivisor_probe_load32; .globl bivisor_probe_load64",
+    ".hidden bivisor_probe_cas128_fail; .hidden bivisor_probe_load8; .hidden bivisor_probe_load16; .hidden bivisor_probe_load32; .hidden bivisor_probe_load64",
+    ".globl bivisor_probe_store8; .globl bivisor_probe_store16; .globl bivisor_probe_store32; .globl bivisor_probe_store64; .globl bivisor_probe_cas8",
+    ".hidden bivisor_probe_store8; .hidden bivisor_probe_store16; .hidden bivisor_probe_store32; .hidden bivisor_probe_store64; .hidden bivisor_probe_cas8",
+    ".globl bivisor_probe_cas16; .globl bivisor_probe_cas32; .globl bivisor_probe_cas64; .globl bivisor_probe_copy; .globl bivisor_probe_cas128",
+    ".hidden bivisor_probe_cas16; .hidden bivisor_probe_cas32; .hidden bivisor_probe_cas64; .hidden bivisor_probe_copy; .hidden bivisor_probe_cas128",
     ".p2align 4",
     "bivisor_probe_start:",
     "bivisor_probe_load8: movzx eax, byte ptr [rdi]; xor edx, edx; ret",

@@ -3,19 +3,36 @@
 //! A function of an instruction is `fn(&mut Exec, &Insn) -> Step`. Order inside: check, read, compute, write memory, write registers,
 //! set flags. RIP is the loop's: it sets [`Exec::next_rip`] to the following instruction before the call and commits it after;
 //! branches change `next_rip`. An `Err` commits nothing.
+//!
+//! The loop checks, before it calls the function, the privilege of the facts table and the [`Intercepts`]; the functions do not.
 
+pub mod access;
+pub mod deliver;
+pub mod dispatch;
+pub mod hint;
+pub mod operand;
+mod run;
 pub mod sensitive;
+pub mod stack;
+#[cfg(test)]
+pub mod testing;
 
 use crate::bus::Bus;
 use crate::cpu::{CpuState, Fault};
 use crate::isa::Insn;
-use crate::mem::GuestMemory;
-use crate::vcpu::{Exit, Intercepts};
+use crate::mem::{GuestMemory, Mmu};
+use crate::vcpu::{Board, Exit, Intercepts, Kicker, Vcpu};
+
+/// What an engine has besides the architecture.
+#[derive(Default)]
+pub struct Env {}
 
 /// What an instruction works on.
 pub struct Exec<'a> {
     /// The registers.
     pub cpu: &'a mut CpuState,
+    /// TLB and page walk.
+    pub mmu: &'a mut Mmu,
     /// Guest memory.
     pub mem: &'a GuestMemory,
     /// Ports and memory-mapped I/O.
@@ -24,6 +41,19 @@ pub struct Exec<'a> {
     pub intercepts: Intercepts,
     /// Where the guest goes on after this instruction.
     pub next_rip: u64,
+    /// What the engine has besides.
+    pub env: &'a mut Env,
+    /// Set when the loop must look at events after this instruction: see [`Exec::attention`].
+    pub attention: bool,
+}
+
+impl Exec<'_> {
+    /// Makes the loop look at events (interrupts, single step, mode) before the next instruction. Sensitive instructions have that by
+    /// their facts; it is for effects that come by other ways, such as memory-mapped I/O.
+    #[inline(always)]
+    pub fn attention(&mut self) {
+        self.attention = true;
+    }
 }
 
 /// Why an instruction did not complete.
@@ -46,3 +76,78 @@ pub type Step = Result<(), Stop>;
 
 /// The function of an instruction.
 pub type Op = fn(&mut Exec<'_>, &Insn) -> Step;
+
+/// The interpreter without registers: works on any [`CpuState`], so that another engine can use it for single instructions.
+#[derive(Default)]
+pub struct Core {
+    /// TLB and page walk; flush it when the state was changed from outside.
+    pub mmu: Mmu,
+    /// What the engine has besides the architecture.
+    pub env: Env,
+    /// What leaves the engine.
+    pub intercepts: Intercepts,
+    instructions: u64,
+}
+
+impl Core {
+    /// With an environment.
+    pub fn new(env: Env) -> Core {
+        Core { env, ..Core::default() }
+    }
+
+    /// Exactly one instruction of `cpu`, its exception delivered if it has one: [`Exit::Budget`] if the guest goes on. Neither
+    /// interrupts nor kicks are looked at.
+    pub fn step(&mut self, cpu: &mut CpuState, board: Board<'_>) -> Exit {
+        self.run(cpu, board, 1, None)
+    }
+}
+
+/// The reference engine.
+#[derive(Default)]
+pub struct Interpreter {
+    cpu: Box<CpuState>,
+    core: Core,
+    kicker: Kicker,
+}
+
+impl Interpreter {
+    /// In the state after RESET.
+    pub fn new(env: Env) -> Interpreter {
+        Interpreter { core: Core::new(env), ..Interpreter::default() }
+    }
+
+    /// What the engine has besides the architecture.
+    pub fn env(&mut self) -> &mut Env {
+        &mut self.core.env
+    }
+
+    /// Exactly one instruction: see [`Core::step`].
+    pub fn step(&mut self, board: Board<'_>) -> Exit {
+        self.core.mmu.flush();
+        self.core.step(&mut self.cpu, board)
+    }
+}
+
+impl Vcpu for Interpreter {
+    fn run(&mut self, board: Board<'_>, budget: u64) -> Exit {
+        self.core.run(&mut self.cpu, board, budget, Some(&self.kicker))
+    }
+
+    fn state(&mut self) -> &mut CpuState {
+        // The caller may change control registers.
+        self.core.mmu.flush();
+        &mut self.cpu
+    }
+
+    fn set_intercepts(&mut self, intercepts: Intercepts) {
+        self.core.intercepts = intercepts;
+    }
+
+    fn kicker(&self) -> Kicker {
+        self.kicker.clone()
+    }
+
+    fn instructions(&self) -> Option<u64> {
+        Some(self.core.instructions)
+    }
+}

@@ -63,6 +63,8 @@ pub struct Insn {
     pub width: Width,
     /// The first three explicit operands.
     pub ops: [Operand; 3],
+    /// Their widths, see [`Insn::op_width`].
+    pub op_widths: [Option<Width>; 3],
     /// Its row in the facts table.
     pub facts: &'static Facts,
 }
@@ -74,13 +76,18 @@ impl Insn {
         for (i, op) in ops.iter_mut().enumerate().take(iced.op_count() as usize) {
             *op = operand(&iced, i as u32);
         }
-        Insn { len: iced.len() as u8, width: width(&iced), ops, facts: facts(iced.code()), iced }
+        let op_widths = std::array::from_fn(|i| op_width(&iced, i as u32));
+        Insn { len: iced.len() as u8, width: width(&iced), ops, op_widths, facts: facts(iced.code()), iced }
     }
 
     /// Width of operand `i`: it differs from [`Insn::width`] for MOVZX, MOVSX, shift counts and the like. `None` if it is no
     /// integer register and no memory operand of 1, 2, 4 or 8 bytes.
+    #[inline(always)]
     pub fn op_width(&self, i: u32) -> Option<Width> {
-        op_width(&self.iced, i)
+        match self.op_widths.get(i as usize) {
+            Some(w) => *w,
+            None => op_width(&self.iced, i),
+        }
     }
 
     /// The memory operand, if there is an explicit one.

@@ -2,10 +2,12 @@
 
 pub mod flat;
 pub mod guest;
+pub mod mmu;
 pub mod ram;
 
 pub use flat::{FlatSpace, Prot, Vma};
 pub use guest::{GuestMemory, PAGE_SIZE};
+pub use mmu::Mmu;
 pub use ram::Ram;
 
 /// What a memory access is for; decides rights and error code.

@@ -1,0 +1,402 @@
+//! Loads and stores by segment and offset: segment check, alignment check, page walk (both pages of a crossing access before a byte is
+//! written), then RAM, the bus, or the process's own memory (SDM 3A 5.3-5.5, 3.3.7.1, 6.15 interrupt 17).
+
+use crate::cpu::{Attr, CpuState, Cr0, Cr4, Efer, Fault, Rflags, Segment};
+use crate::interp::{Exec, Step, Stop};
+use crate::isa::{Seg, Width};
+use crate::mem::{Access, FlatSpace, PAGE_SIZE, Prot};
+
+/// Is the code 64-bit?
+#[inline(always)]
+pub fn is_long64(cpu: &CpuState) -> bool {
+    cpu.efer.contains(Efer::LMA) && cpu.seg[Seg::Cs as usize].attr.contains(Attr::L)
+}
+
+/// Bits 63:47 (63:56 with LA57) all equal (SDM 1 3.3.7.1).
+#[inline(always)]
+pub fn is_canonical(cpu: &CpuState, addr: u64) -> bool {
+    let shift = if cpu.cr4.contains(Cr4::LA57) { 7 } else { 16 };
+    ((addr << shift) as i64 >> shift) as u64 == addr
+}
+
+/// #SS(0) for the stack segment, #GP(0) for the others.
+#[cold]
+fn segment_fault(seg: Seg) -> Stop {
+    Stop::Fault(if seg == Seg::Ss { Fault::Ss(0) } else { Fault::Gp(0) })
+}
+
+/// The linear address of `len` bytes at `seg:offset`, after the checks of segment limit and rights, or of canonical form.
+///
+/// # Errors
+/// #SS(0) for SS (and operands based on rSP or rBP, whose default segment is SS), else #GP(0).
+#[inline(always)]
+pub fn linear(x: &Exec<'_>, seg: Seg, offset: u64, len: u64, access: Access) -> Result<u64, Stop> {
+    if is_long64(x.cpu) {
+        // SDM 1 3.4.2.1: in 64-bit mode CS, DS, ES and SS have base 0 and no limit.
+        let addr = match seg {
+            Seg::Fs | Seg::Gs => x.cpu.seg[seg as usize].base.wrapping_add(offset),
+            _ => offset,
+        };
+        let last = addr.wrapping_add(len.wrapping_sub(1));
+        if is_canonical(x.cpu, addr) && is_canonical(x.cpu, last) { Ok(addr) } else { Err(segment_fault(seg)) }
+    } else {
+        segmented(x.cpu, seg, offset, len, access)
+    }
+}
+
+/// Segment limit and rights outside 64-bit mode (SDM 3A 5.3, 5.5; real mode: 3B 20.1).
+fn segmented(cpu: &CpuState, seg: Seg, offset: u64, len: u64, access: Access) -> Result<u64, Stop> {
+    let s = &cpu.seg[seg as usize];
+    if !cpu.mode().is_real_like() && !rights_allow(s, access) {
+        return Err(segment_fault(seg));
+    }
+    if !limit_allows(s, offset, len) {
+        return Err(segment_fault(seg));
+    }
+    Ok(s.base.wrapping_add(offset) & 0xffff_ffff)
+}
+
+/// SDM 3A 5.5: a null selector, a write to code or read-only data, a read of execute-only code.
+fn rights_allow(s: &Segment, access: Access) -> bool {
+    if s.attr.contains(Attr::UNUSABLE) {
+        return false;
+    }
+    let code = s.attr.contains(Attr::CODE);
+    let bit = s.attr.contains(Attr::WRITABLE);
+    match access {
+        Access::Read => !code || bit,
+        Access::Write => !code && bit,
+        Access::Execute => code,
+    }
+}
+
+/// SDM 3A 5.3. A flat 4 GiB segment has no limit: what runs past it wraps.
+fn limit_allows(s: &Segment, offset: u64, len: u64) -> bool {
+    let limit = u64::from(s.limit);
+    let last = offset + len.wrapping_sub(1).min(u64::from(u32::MAX));
+    let expand_down = s.attr.contains(Attr::S | Attr::EXPAND_DOWN) && !s.attr.contains(Attr::CODE);
+    if expand_down {
+        let top = if s.attr.contains(Attr::DB) { 0xffff_ffff } else { 0xffff };
+        return offset > limit && last <= top;
+    }
+    last <= limit || limit == 0xffff_ffff
+}
+
+/// SDM 3A 6.15, interrupt 17: CR0.AM, RFLAGS.AC, CPL 3, misaligned data.
+#[inline(always)]
+fn check_alignment(x: &Exec<'_>, laddr: u64, w: Width) -> Step {
+    if x.cpu.rflags.contains(Rflags::AC)
+        && laddr & (w.bytes() - 1) != 0
+        && x.cpu.cr0.contains(Cr0::AM)
+        && x.cpu.cpl() == 3
+    {
+        return Err(Fault::Ac.into());
+    }
+    Ok(())
+}
+
+/// A translated range of at most a page: guest-physical addresses of its one or two parts.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// Linear address of the first byte.
+    pub laddr: u64,
+    /// Guest-physical address of the first byte.
+    pub first: u64,
+    /// Bytes in the first page, and where the rest is; `None` if the range is inside one page.
+    pub second: Option<(u64, u64)>,
+}
+
+#[inline(always)]
+fn crosses(laddr: u64, len: u64) -> bool {
+    (laddr & (PAGE_SIZE - 1)) + len > PAGE_SIZE
+}
+
+/// Translates `len` (1 to 4096) bytes at `laddr`, both pages if it crosses.
+#[inline(always)]
+fn place(x: &mut Exec<'_>, laddr: u64, len: u64, access: Access, user: bool) -> Result<Place, Stop> {
+    if crosses(laddr, len) {
+        return place_two(x, laddr, access, user);
+    }
+    let first = x.mmu.translate(x.cpu, x.mem, laddr, access, user)?;
+    Ok(Place { laddr, first, second: None })
+}
+
+#[cold]
+fn place_two(x: &mut Exec<'_>, laddr: u64, access: Access, user: bool) -> Result<Place, Stop> {
+    let first = x.mmu.translate(x.cpu, x.mem, laddr, access, user)?;
+    let mut next = (laddr | (PAGE_SIZE - 1)).wrapping_add(1);
+    if !is_long64(x.cpu) {
+        next &= 0xffff_ffff;
+    }
+    let second = x.mmu.translate(x.cpu, x.mem, next, access, user)?;
+    Ok(Place { laddr, first, second: Some((PAGE_SIZE - (laddr & (PAGE_SIZE - 1)), second)) })
+}
+
+/// All checks of an integer access, translated: for read-modify-write.
+///
+/// # Errors
+/// Every fault the access can give in a machine.
+#[inline(always)]
+pub fn place_for(x: &mut Exec<'_>, seg: Seg, offset: u64, w: Width, access: Access) -> Result<Place, Stop> {
+    let laddr = linear(x, seg, offset, w.bytes(), access)?;
+    check_alignment(x, laddr, w)?;
+    let user = x.cpu.cpl() == 3;
+    place(x, laddr, w.bytes(), access, user)
+}
+
+/// Loads from a translated place.
+///
+/// # Errors
+/// The page fault of a flat memory.
+#[inline(always)]
+pub fn load_at(x: &mut Exec<'_>, p: &Place, w: Width) -> Result<u64, Stop> {
+    if p.second.is_none()
+        && let Some(v) = x.mem.load(p.first, w)
+    {
+        return Ok(v);
+    }
+    let mut bytes = [0; 8];
+    let bytes = &mut bytes[..w.bytes() as usize];
+    read_place(x, p, bytes)?;
+    Ok(from_le(bytes))
+}
+
+/// Stores to a translated place.
+///
+/// # Errors
+/// The page fault of a flat memory.
+#[inline(always)]
+pub fn store_at(x: &mut Exec<'_>, p: &Place, w: Width, v: u64) -> Step {
+    if p.second.is_none() && x.mem.store(p.first, w, v).is_some() {
+        return Ok(());
+    }
+    write_place(x, p, &v.to_le_bytes()[..w.bytes() as usize])
+}
+
+/// Compare-and-exchange at a translated place: gives what was found. Atomic inside a page of RAM; across pages and on the bus it is a
+/// load and a store (split locks between vCPUs are not offered).
+///
+/// # Errors
+/// The page fault of a flat memory.
+pub fn compare_exchange_at(x: &mut Exec<'_>, p: &Place, w: Width, old: u64, new: u64) -> Result<u64, Stop> {
+    // In the process's own memory the host CPU does split locks by itself.
+    if (p.second.is_none() || x.mem.flat().is_some())
+        && let Some(found) = x.mem.compare_exchange(p.first, w, old, new)
+    {
+        return Ok(found);
+    }
+    let found = load_at(x, p, w)?;
+    if found == w.cut(old) {
+        store_at(x, p, w, new)?;
+    }
+    Ok(found)
+}
+
+fn from_le(bytes: &[u8]) -> u64 {
+    bytes.iter().rev().fold(0, |v, b| v << 8 | u64::from(*b))
+}
+
+/// Reads bytes of a translated place; what is no RAM is asked on the bus.
+#[cold]
+fn read_place(x: &mut Exec<'_>, p: &Place, to: &mut [u8]) -> Step {
+    if let Some(flat) = x.mem.flat() {
+        return flat.read(p.laddr, to).ok_or_else(|| flat_fault(x, flat, p.laddr, to.len() as u64, Access::Read));
+    }
+    let cut = p.second.map_or(to.len(), |(n, _)| n as usize).min(to.len());
+    let (a, b) = to.split_at_mut(cut);
+    read_part(x, p.first, a);
+    if let Some((_, second)) = p.second {
+        read_part(x, second, b);
+    }
+    Ok(())
+}
+
+fn read_part(x: &mut Exec<'_>, gpa: u64, to: &mut [u8]) {
+    if x.mem.read(gpa, to).is_some() {
+        return;
+    }
+    x.attention();
+    for (at, part) in bus_parts(gpa, to.len()) {
+        x.bus.read_mmio(gpa + at as u64, &mut to[at..at + part]);
+    }
+}
+
+/// Writes bytes of a translated place.
+#[cold]
+fn write_place(x: &mut Exec<'_>, p: &Place, from: &[u8]) -> Step {
+    if let Some(flat) = x.mem.flat() {
+        return write_flat(x, flat, p.laddr, from);
+    }
+    let cut = p.second.map_or(from.len(), |(n, _)| n as usize).min(from.len());
+    let (a, b) = from.split_at(cut);
+    write_part(x, p.first, a);
+    if let Some((_, second)) = p.second {
+        write_part(x, second, b);
+    }
+    Ok(())
+}
+
+fn write_part(x: &mut Exec<'_>, gpa: u64, from: &[u8]) {
+    if x.mem.write(gpa, from).is_some() {
+        return;
+    }
+    x.attention();
+    for (at, part) in bus_parts(gpa, from.len()) {
+        x.bus.write_mmio(gpa + at as u64, &from[at..at + part]);
+    }
+}
+
+/// Cuts a bus access into naturally aligned pieces of at most 8 bytes: offset and length.
+fn bus_parts(gpa: u64, len: usize) -> impl Iterator<Item = (usize, usize)> {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let left = len - at;
+        if left == 0 {
+            return None;
+        }
+        // A whole power of two goes as one access even if misaligned; a rest is cut.
+        let part = if at == 0 && left.is_power_of_two() && left <= 8 {
+            left
+        } else {
+            let aligned = 1usize << (gpa + at as u64).trailing_zeros().min(3);
+            aligned.min(1 << left.ilog2())
+        };
+        at += part;
+        Some((at - part, part))
+    })
+}
+
+/// Writes to the process's own memory, all or nothing as far as the list of mappings can tell.
+fn write_flat(x: &Exec<'_>, flat: &FlatSpace, laddr: u64, from: &[u8]) -> Step {
+    let len = from.len() as u64;
+    let page = laddr & !(PAGE_SIZE - 1);
+    if crosses(laddr, len)
+        && [page, page + PAGE_SIZE].iter().any(|&p| !flat.find(p).is_some_and(|v| v.prot.contains(Prot::WRITE)))
+    {
+        return Err(flat_fault(x, flat, laddr, len, Access::Write));
+    }
+    flat.write(laddr, from).ok_or_else(|| flat_fault(x, flat, laddr, len, Access::Write))
+}
+
+/// The page fault of an access that the host refused. The address is the first byte of the access in the page that refused.
+#[cold]
+fn flat_fault(x: &Exec<'_>, flat: &FlatSpace, laddr: u64, len: u64, access: Access) -> Stop {
+    let right = match access {
+        Access::Read => Prot::READ,
+        Access::Write => Prot::WRITE,
+        Access::Execute => Prot::EXEC,
+    };
+    let refused = |page: u64| match flat.find(page) {
+        // A mapping with the right may still refuse: behind the end of its file. Reading tells.
+        Some(v) => !v.prot.contains(right) || flat.load(page, Width::B).is_none(),
+        None => true,
+    };
+    let next = (laddr | (PAGE_SIZE - 1)).wrapping_add(1);
+    let addr = if crosses(laddr, len) && !refused(laddr) && refused(next) { next } else { laddr };
+    let mut code = u16::from(flat.find(addr).is_some());
+    code |= match access {
+        Access::Read => 0,
+        Access::Write => 2,
+        Access::Execute => 16,
+    };
+    if x.cpu.cpl() == 3 {
+        code |= 4;
+    }
+    Fault::Pf { addr, code }.into()
+}
+
+/// The page fault of an instruction fetch from a flat memory.
+pub(crate) fn flat_fetch_fault(x: &Exec<'_>, flat: &FlatSpace, laddr: u64) -> Stop {
+    flat_fault(x, flat, laddr, 1, Access::Execute)
+}
+
+/// Loads an integer, zero-extended.
+///
+/// # Errors
+/// #GP, #SS, #AC, #PF.
+#[inline(always)]
+pub fn load(x: &mut Exec<'_>, seg: Seg, offset: u64, w: Width) -> Result<u64, Stop> {
+    let p = place_for(x, seg, offset, w, Access::Read)?;
+    load_at(x, &p, w)
+}
+
+/// Stores an integer. Nothing is written unless all of it can be.
+///
+/// # Errors
+/// #GP, #SS, #AC, #PF.
+#[inline(always)]
+pub fn store(x: &mut Exec<'_>, seg: Seg, offset: u64, w: Width, v: u64) -> Step {
+    let p = place_for(x, seg, offset, w, Access::Write)?;
+    store_at(x, &p, w, v)
+}
+
+/// Reads up to 4096 bytes; alignment is the caller's.
+///
+/// # Errors
+/// #GP, #SS, #PF.
+pub fn read_bytes(x: &mut Exec<'_>, seg: Seg, offset: u64, to: &mut [u8]) -> Step {
+    if to.is_empty() {
+        return Ok(());
+    }
+    let len = to.len() as u64;
+    let laddr = linear(x, seg, offset, len, Access::Read)?;
+    let user = x.cpu.cpl() == 3;
+    let p = place(x, laddr, len, Access::Read, user)?;
+    read_place(x, &p, to)
+}
+
+/// Writes up to 4096 bytes; nothing is written unless all of it can be.
+///
+/// # Errors
+/// #GP, #SS, #PF.
+pub fn write_bytes(x: &mut Exec<'_>, seg: Seg, offset: u64, from: &[u8]) -> Step {
+    if from.is_empty() {
+        return Ok(());
+    }
+    let len = from.len() as u64;
+    let laddr = linear(x, seg, offset, len, Access::Write)?;
+    let user = x.cpu.cpl() == 3;
+    let p = place(x, laddr, len, Access::Write, user)?;
+    write_place(x, &p, from)
+}
+
+/// All faults of a later write of `len` (at most 4096) bytes; nothing is written.
+///
+/// # Errors
+/// #GP, #SS, #PF.
+pub fn check_write(x: &mut Exec<'_>, seg: Seg, offset: u64, len: u64) -> Step {
+    if len == 0 {
+        return Ok(());
+    }
+    let laddr = linear(x, seg, offset, len, Access::Write)?;
+    if let Some(flat) = x.mem.flat() {
+        let last = laddr.wrapping_add(len - 1);
+        let writable =
+            |a: u64| flat.find(a).is_some_and(|v| v.prot.contains(Prot::WRITE)) && flat.load(a, Width::B).is_some();
+        return if writable(laddr) && writable(last) {
+            Ok(())
+        } else {
+            Err(flat_fault(x, flat, laddr, len, Access::Write))
+        };
+    }
+    let user = x.cpu.cpl() == 3;
+    place(x, laddr, len, Access::Write, user).map(|_| ())
+}
+
+/// Loads as the processor itself does for descriptor tables, TSS and IDT: supervisor, whatever the CPL.
+///
+/// # Errors
+/// #PF.
+pub fn load_system(x: &mut Exec<'_>, laddr: u64, w: Width) -> Result<u64, Stop> {
+    let p = place(x, laddr, w.bytes(), Access::Read, false)?;
+    load_at(x, &p, w)
+}
+
+/// Stores as the processor itself does.
+///
+/// # Errors
+/// #PF.
+pub fn store_system(x: &mut Exec<'_>, laddr: u64, w: Width, v: u64) -> Step {
+    let p = place(x, laddr, w.bytes(), Access::Write, false)?;
+    store_at(x, &p, w, v)
+}

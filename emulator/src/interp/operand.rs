@@ -1,0 +1,119 @@
+//! Operands: read, write, and read-modify-write, atomic under LOCK (SDM 2A 3.1.1.3, 3A 8.1.2).
+
+use crate::cpu::CpuState;
+use crate::interp::{Exec, Step, Stop, access};
+use crate::isa::{Base, Gpr, Insn, MemRef, Operand, Width};
+use crate::mem::Access;
+use iced_x86::Mnemonic;
+
+/// Width of operand `n`: its own, or the operation's where it has none (immediates).
+#[inline(always)]
+pub fn width(i: &Insn, n: usize) -> Width {
+    i.op_widths[n].unwrap_or(i.width)
+}
+
+/// The offset of a memory operand inside its segment, cut to the address width.
+#[inline(always)]
+pub fn effective_address(x: &Exec<'_>, _i: &Insn, m: &MemRef) -> u64 {
+    address(x.cpu, x.next_rip, m)
+}
+
+/// The same without an [`Exec`]: `next_rip` is the address of the following instruction.
+#[inline(always)]
+pub fn address(cpu: &CpuState, next_rip: u64, m: &MemRef) -> u64 {
+    let base = match m.base {
+        Base::None => 0,
+        Base::Reg(r) => cpu.gpr[r as usize],
+        Base::Rip => next_rip,
+    };
+    let index = match m.index {
+        Some(r) => cpu.gpr[r as usize] << m.scale,
+        None => 0,
+    };
+    m.address.cut(base.wrapping_add(index).wrapping_add(m.disp))
+}
+
+/// Operand `n`, zero-extended from its own width; immediates as the decoder extended them, cut to the operation's width.
+#[inline]
+pub fn read(x: &mut Exec<'_>, i: &Insn, n: usize) -> Result<u64, Stop> {
+    match &i.ops[n] {
+        Operand::Reg(r) => Ok(x.cpu.read(*r, width(i, n))),
+        Operand::Imm(v) => Ok(i.width.cut(*v)),
+        Operand::Mem(m) => {
+            let offset = effective_address(x, i, m);
+            access::load(x, m.seg, offset, width(i, n))
+        }
+        Operand::HighByte(r) => Ok(x.cpu.gpr[*r as usize] >> 8 & 0xff),
+        Operand::None | Operand::Other => Err(Stop::Exit(crate::vcpu::Exit::Unsupported)),
+    }
+}
+
+/// Writes operand `n`.
+#[inline]
+pub fn write(x: &mut Exec<'_>, i: &Insn, n: usize, v: u64) -> Step {
+    match &i.ops[n] {
+        Operand::Mem(m) => {
+            let offset = effective_address(x, i, m);
+            access::store(x, m.seg, offset, width(i, n), v)
+        }
+        _ => {
+            let w = width(i, n);
+            write_register(x.cpu, &i.ops[n], w, v)
+        }
+    }
+}
+
+/// Writes a register operand; what is none leaves the engine.
+#[inline(always)]
+fn write_register(cpu: &mut CpuState, op: &Operand, w: Width, v: u64) -> Step {
+    match op {
+        Operand::Reg(r) => cpu.write(*r, w, v),
+        Operand::HighByte(r) => write_high_byte(cpu, *r, v),
+        _ => return Err(Stop::Exit(crate::vcpu::Exit::Unsupported)),
+    }
+    Ok(())
+}
+
+/// Sets bits 15:8 of a register.
+#[inline(always)]
+pub fn write_high_byte(cpu: &mut CpuState, r: Gpr, v: u64) {
+    let slot = &mut cpu.gpr[r as usize];
+    *slot = (*slot & !0xff00) | (v & 0xff) << 8;
+}
+
+/// Read-modify-write of operand 0: gives the old and the new value. Memory is checked for writing before it is read; under LOCK, and
+/// always for XCHG, the exchange is atomic and `f` may be called several times.
+#[inline]
+pub fn modify(x: &mut Exec<'_>, i: &Insn, mut f: impl FnMut(u64) -> u64) -> Result<(u64, u64), Stop> {
+    let w = width(i, 0);
+    match &i.ops[0] {
+        Operand::Mem(m) => {
+            let offset = effective_address(x, i, m);
+            let locked = i.iced.has_lock_prefix() || i.iced.mnemonic() == Mnemonic::Xchg;
+            let place = access::place_for(x, m.seg, offset, w, Access::Write)?;
+            loop {
+                let old = access::load_at(x, &place, w)?;
+                let new = w.cut(f(old));
+                if !locked {
+                    access::store_at(x, &place, w, new)?;
+                    return Ok((old, new));
+                }
+                if access::compare_exchange_at(x, &place, w, old, new)? == old {
+                    return Ok((old, new));
+                }
+            }
+        }
+        Operand::Reg(r) => {
+            let old = x.cpu.read(*r, w);
+            let new = w.cut(f(old));
+            x.cpu.write(*r, w, new);
+            Ok((old, new))
+        }
+        op => {
+            let old = read(x, i, 0)?;
+            let new = w.cut(f(old));
+            write_register(x.cpu, op, w, new)?;
+            Ok((old, new))
+        }
+    }
+}

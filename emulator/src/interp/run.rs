@@ -1,0 +1,133 @@
+//! The run loop: events at the instruction boundary, fetch, decode, privilege, execute, commit (SDM 3A 6.9).
+
+use crate::bus::Bus;
+use crate::cpu::{Activity, CpuState, Fault};
+use crate::interp::access::{self, is_long64};
+use crate::interp::deliver::{Event, deliver};
+use crate::interp::{Core, Env, Exec, Stop, dispatch};
+use crate::isa::{DecodeError, Insn, MAX_INSN_LEN, Seg, Width, decode};
+use crate::mem::{Access, GuestMemory, Mmu, PAGE_SIZE};
+use crate::vcpu::{Board, Exit, Intercepts, Kicker};
+
+impl Core {
+    /// Runs at most `budget` instructions of `cpu`.
+    pub fn run(&mut self, cpu: &mut CpuState, board: Board<'_>, budget: u64, kicker: Option<&Kicker>) -> Exit {
+        let mut left = budget;
+        let mut x = exec(cpu, &mut self.mmu, &mut self.env, board.mem, board.bus, self.intercepts);
+        while left > 0 {
+            if kicker.is_some_and(|k| k.requested() && k.take()) {
+                return Exit::Kicked;
+            }
+            if x.cpu.activity == Activity::Shutdown {
+                return Exit::Shutdown;
+            }
+            left -= 1;
+            self.instructions += 1;
+            if let Err(exit) = one(&mut x) {
+                return exit;
+            }
+        }
+        Exit::Budget
+    }
+}
+
+fn exec<'a>(
+    cpu: &'a mut CpuState,
+    mmu: &'a mut Mmu,
+    env: &'a mut Env,
+    mem: &'a GuestMemory,
+    bus: &'a dyn Bus,
+    intercepts: Intercepts,
+) -> Exec<'a> {
+    let next_rip = cpu.rip;
+    Exec { cpu, mmu, mem, bus, intercepts, next_rip, env, attention: false }
+}
+
+fn one(x: &mut Exec<'_>) -> Result<(), Exit> {
+    let done = fetch(x).and_then(|i| {
+        x.next_rip = next_rip(x.cpu, i.len);
+        dispatch::op(&i)(x, &i)
+    });
+    match done {
+        Ok(()) => {
+            x.cpu.rip = x.next_rip;
+            Ok(())
+        }
+        Err(Stop::Exit(exit)) => Err(exit),
+        Err(Stop::Fault(fault)) => raise(x, fault),
+    }
+}
+
+fn raise(x: &mut Exec<'_>, fault: Fault) -> Result<(), Exit> {
+    if fault.is_trap() {
+        x.cpu.rip = x.next_rip;
+    }
+    if x.intercepts.contains(Intercepts::EXCEPTIONS) {
+        return Err(Exit::Exception(fault));
+    }
+    match deliver(x, Event::Fault(fault)) {
+        Ok(()) => Ok(()),
+        Err(Stop::Exit(exit)) => Err(exit),
+        Err(Stop::Fault(_)) => Err(Exit::Shutdown),
+    }
+}
+
+/// The address after an instruction of `len` bytes at RIP: IP and EIP wrap in their width.
+fn next_rip(cpu: &CpuState, len: u8) -> u64 {
+    let next = cpu.rip.wrapping_add(u64::from(len));
+    match cpu.mode().bitness() {
+        64 => next,
+        // A real processor lets EIP run past 64K in 16-bit code and faults on the limit there.
+        _ => Width::D.cut(next),
+    }
+}
+
+/// Fetches and decodes the instruction at RIP.
+fn fetch(x: &mut Exec<'_>) -> Result<Insn, Stop> {
+    let mut bytes = [0; MAX_INSN_LEN];
+    let bitness = x.cpu.mode().bitness();
+    let mut n = 0;
+    while n < MAX_INSN_LEN {
+        let offset = x.cpu.rip.wrapping_add(n as u64);
+        let laddr = match fetch_address(x, offset) {
+            Ok(laddr) => laddr,
+            Err(stop) => return decided(&bytes[..n], bitness).unwrap_or(Err(stop)),
+        };
+        let in_page = (PAGE_SIZE - laddr % PAGE_SIZE) as usize;
+        let part = in_page.min(MAX_INSN_LEN - n);
+        match fetch_part(x, laddr, &mut bytes[n..n + part]) {
+            Ok(()) => n += part,
+            Err(stop) => return decided(&bytes[..n], bitness).unwrap_or(Err(stop)),
+        }
+    }
+    decided(&bytes, bitness).unwrap_or(Err(Fault::Gp(0).into()))
+}
+
+fn fetch_address(x: &Exec<'_>, offset: u64) -> Result<u64, Stop> {
+    access::linear(x, Seg::Cs, offset, 1, Access::Execute).map_err(|_| Fault::Gp(0).into())
+}
+
+fn fetch_part(x: &mut Exec<'_>, laddr: u64, to: &mut [u8]) -> Result<(), Stop> {
+    let _ = is_long64(x.cpu);
+    let user = x.cpu.cpl() == 3;
+    let gpa = x.mmu.translate(x.cpu, x.mem, laddr, Access::Execute, user)?;
+    if let Some(flat) = x.mem.flat()
+        && !(x.mem.may_execute(gpa) && flat.read(gpa, to).is_some())
+    {
+        return Err(access::flat_fetch_fault(x, flat, laddr));
+    }
+    if x.mem.flat().is_none() && x.mem.read(gpa, to).is_none() {
+        x.bus.read_mmio(gpa, to);
+    }
+    Ok(())
+}
+
+/// What the bytes say: an instruction, #UD, #GP for too long; `None` if more bytes are needed.
+fn decided(bytes: &[u8], bitness: u32) -> Option<Result<Insn, Stop>> {
+    match decode(bytes, bitness) {
+        Ok(i) => Some(Ok(i)),
+        Err(DecodeError::Invalid) => Some(Err(Fault::Ud.into())),
+        Err(DecodeError::TooLong) => Some(Err(Fault::Gp(0).into())),
+        Err(DecodeError::Truncated) => None,
+    }
+}
