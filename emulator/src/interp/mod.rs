@@ -18,14 +18,33 @@ pub mod stack;
 pub mod testing;
 
 use crate::bus::Bus;
+use crate::cpu::cpuid::CpuModel;
 use crate::cpu::{CpuState, Fault};
 use crate::isa::Insn;
 use crate::mem::{GuestMemory, Mmu};
 use crate::vcpu::{Board, Exit, Intercepts, Kicker, Vcpu};
+use std::sync::{Arc, OnceLock};
 
 /// What an engine has besides the architecture.
-#[derive(Default)]
-pub struct Env {}
+pub struct Env {
+    /// The CPU we offer: CPUID, and which instructions exist.
+    pub cpu_model: Arc<CpuModel>,
+}
+
+impl Env {
+    /// With the given CPU.
+    pub fn new(cpu_model: Arc<CpuModel>) -> Env {
+        Env { cpu_model }
+    }
+}
+
+impl Default for Env {
+    /// Offers what the host has.
+    fn default() -> Env {
+        static HOST: OnceLock<Arc<CpuModel>> = OnceLock::new();
+        Env::new(HOST.get_or_init(|| Arc::new(CpuModel::host())).clone())
+    }
+}
 
 /// What an instruction works on.
 pub struct Exec<'a> {
@@ -111,9 +130,9 @@ pub struct Interpreter {
 }
 
 impl Interpreter {
-    /// In the state after RESET.
-    pub fn new(env: Env) -> Interpreter {
-        Interpreter { core: Core::new(env), ..Interpreter::default() }
+    /// Offers `cpu_model`; in the state after RESET.
+    pub fn new(cpu_model: Arc<CpuModel>) -> Interpreter {
+        Interpreter { core: Core::new(Env::new(cpu_model)), ..Interpreter::default() }
     }
 
     /// What the engine has besides the architecture.

@@ -45,6 +45,9 @@ fn exec<'a>(
 
 fn one(x: &mut Exec<'_>) -> Result<(), Exit> {
     let done = fetch(x).and_then(|i| {
+        if !x.env.cpu_model.supports(i.iced.code()) {
+            return Err(Fault::Ud.into());
+        }
         x.next_rip = next_rip(x.cpu, i.len);
         dispatch::op(&i)(x, &i)
     });

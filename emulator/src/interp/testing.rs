@@ -2,7 +2,7 @@
 
 use crate::bus::EmptyBus;
 use crate::cpu::CpuState;
-use crate::interp::{Env, Interpreter};
+use crate::interp::Interpreter;
 use crate::isa::{Gpr, Width};
 use crate::mem::{GuestMemory, Ram};
 use crate::vcpu::{Board, Exit, Intercepts, Vcpu};
@@ -32,7 +32,7 @@ impl Machine {
             mem.store(at, Width::Q, entry).expect("inside RAM");
         }
         mem.write(CODE, code).expect("inside RAM");
-        let mut vcpu = Interpreter::new(Env::default());
+        let mut vcpu = Interpreter::default();
         vcpu.set_intercepts(Intercepts::EXCEPTIONS);
         let mut state = CpuState::long64(cpl);
         state.cr3 = TABLES;
