@@ -29,6 +29,19 @@ impl Core {
         }
         Exit::Budget
     }
+
+    /// Delivers an event through the guest's IVT or IDT, for callers that intercept exceptions and then want them delivered.
+    ///
+    /// # Errors
+    /// [`Exit::Shutdown`] on a triple fault, [`Exit::Unsupported`] for a way of delivery that is not there.
+    pub fn deliver(&mut self, cpu: &mut CpuState, board: Board<'_>, event: Event) -> Result<(), Exit> {
+        self.mmu.flush();
+        let mut x = exec(cpu, &mut self.mmu, &mut self.env, board.mem, board.bus, Intercepts::empty());
+        deliver(&mut x, event).map_err(|stop| match stop {
+            Stop::Exit(exit) => exit,
+            Stop::Fault(_) => Exit::Shutdown,
+        })
+    }
 }
 
 fn exec<'a>(
