@@ -2,6 +2,7 @@
 
 pub mod control;
 pub mod cpuid;
+pub mod descriptor;
 pub mod fault;
 pub mod msr;
 pub mod rflags;
@@ -11,6 +12,7 @@ pub mod xsave;
 
 pub use control::{Cr0, Cr4, Efer};
 pub use cpuid::CpuModel;
+pub use descriptor::Descriptor;
 pub use fault::Fault;
 pub use msr::Msrs;
 pub use rflags::Rflags;

@@ -23,18 +23,21 @@ use crate::cpu::{CpuState, Fault};
 use crate::isa::Insn;
 use crate::mem::{GuestMemory, Mmu};
 use crate::vcpu::{Board, Exit, Intercepts, Kicker, Vcpu};
+use sensitive::time::TimeSource;
 use std::sync::{Arc, OnceLock};
 
 /// What an engine has besides the architecture.
 pub struct Env {
     /// The CPU we offer: CPUID, and which instructions exist.
     pub cpu_model: Arc<CpuModel>,
+    /// Where RDTSC, RDRAND and RDSEED get their numbers.
+    pub time: TimeSource,
 }
 
 impl Env {
     /// With the given CPU.
     pub fn new(cpu_model: Arc<CpuModel>) -> Env {
-        Env { cpu_model }
+        Env { cpu_model, time: TimeSource::default() }
     }
 }
 
