@@ -16,4 +16,6 @@ pub struct Cli {
 pub enum Command {
     /// Tell where instructions end and whether they are valid.
     Decode(crate::decode::DecodeArgs),
+    /// Run raw code from a given state: one JSON object a line in, one out.
+    Exec(crate::exec::ExecArgs),
 }

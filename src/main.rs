@@ -2,6 +2,8 @@
 
 mod cli;
 mod decode;
+mod engine;
+mod exec;
 
 use clap::Parser;
 use std::process::ExitCode;
@@ -9,6 +11,7 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let outcome = match cli::Cli::parse().command {
         cli::Command::Decode(args) => decode::run(&args),
+        cli::Command::Exec(args) => exec::run(&args),
     };
     match outcome {
         // The shell sees eight bits, as wait(2) does.

@@ -124,7 +124,7 @@ pub trait Vcpu {
     fn set_intercepts(&mut self, intercepts: Intercepts);
     /// The way to stop it.
     fn kicker(&self) -> Kicker;
-    /// Instructions executed so far, where the engine counts them.
+    /// Instructions started so far, those that faulted included, where the engine counts them.
     fn instructions(&self) -> Option<u64> {
         None
     }

@@ -4,12 +4,18 @@
 use crate::cpu::{Attr, CpuState, Cr0, Cr4, Efer, Fault, Rflags, Segment};
 use crate::interp::{Exec, Step, Stop};
 use crate::isa::{Seg, Width};
-use crate::mem::{Access, FlatSpace, PAGE_SIZE, Prot};
+use crate::mem::{Access, By, FlatSpace, PAGE_SIZE, Prot};
 
 /// Is the code 64-bit?
 #[inline(always)]
 pub fn is_long64(cpu: &CpuState) -> bool {
     cpu.efer.contains(Efer::LMA) && cpu.seg[Seg::Cs as usize].attr.contains(Attr::L)
+}
+
+/// User at CPL 3, else supervisor.
+#[inline(always)]
+pub fn accessor(cpu: &CpuState) -> By {
+    if cpu.cpl() == 3 { By::User } else { By::Supervisor }
 }
 
 /// Bits 63:47 (63:56 with LA57) all equal (SDM 1 3.3.7.1).
@@ -113,22 +119,22 @@ fn crosses(laddr: u64, len: u64) -> bool {
 
 /// Translates `len` (1 to 4096) bytes at `laddr`, both pages if it crosses.
 #[inline(always)]
-fn place(x: &mut Exec<'_>, laddr: u64, len: u64, access: Access, user: bool) -> Result<Place, Stop> {
+fn place(x: &mut Exec<'_>, laddr: u64, len: u64, access: Access, by: By) -> Result<Place, Stop> {
     if crosses(laddr, len) {
-        return place_two(x, laddr, access, user);
+        return place_two(x, laddr, access, by);
     }
-    let first = x.mmu.translate(x.cpu, x.mem, laddr, access, user)?;
+    let first = x.mmu.translate(x.cpu, x.mem, laddr, access, by)?;
     Ok(Place { laddr, first, second: None })
 }
 
 #[cold]
-fn place_two(x: &mut Exec<'_>, laddr: u64, access: Access, user: bool) -> Result<Place, Stop> {
-    let first = x.mmu.translate(x.cpu, x.mem, laddr, access, user)?;
+fn place_two(x: &mut Exec<'_>, laddr: u64, access: Access, by: By) -> Result<Place, Stop> {
+    let first = x.mmu.translate(x.cpu, x.mem, laddr, access, by)?;
     let mut next = (laddr | (PAGE_SIZE - 1)).wrapping_add(1);
     if !is_long64(x.cpu) {
         next &= 0xffff_ffff;
     }
-    let second = x.mmu.translate(x.cpu, x.mem, next, access, user)?;
+    let second = x.mmu.translate(x.cpu, x.mem, next, access, by)?;
     Ok(Place { laddr, first, second: Some((PAGE_SIZE - (laddr & (PAGE_SIZE - 1)), second)) })
 }
 
@@ -140,8 +146,8 @@ fn place_two(x: &mut Exec<'_>, laddr: u64, access: Access, user: bool) -> Result
 pub fn place_for(x: &mut Exec<'_>, seg: Seg, offset: u64, w: Width, access: Access) -> Result<Place, Stop> {
     let laddr = linear(x, seg, offset, w.bytes(), access)?;
     check_alignment(x, laddr, w)?;
-    let user = x.cpu.cpl() == 3;
-    place(x, laddr, w.bytes(), access, user)
+    let by = accessor(x.cpu);
+    place(x, laddr, w.bytes(), access, by)
 }
 
 /// Loads from a translated place.
@@ -340,8 +346,8 @@ pub fn read_bytes(x: &mut Exec<'_>, seg: Seg, offset: u64, to: &mut [u8]) -> Ste
     }
     let len = to.len() as u64;
     let laddr = linear(x, seg, offset, len, Access::Read)?;
-    let user = x.cpu.cpl() == 3;
-    let p = place(x, laddr, len, Access::Read, user)?;
+    let by = accessor(x.cpu);
+    let p = place(x, laddr, len, Access::Read, by)?;
     read_place(x, &p, to)
 }
 
@@ -355,8 +361,8 @@ pub fn write_bytes(x: &mut Exec<'_>, seg: Seg, offset: u64, from: &[u8]) -> Step
     }
     let len = from.len() as u64;
     let laddr = linear(x, seg, offset, len, Access::Write)?;
-    let user = x.cpu.cpl() == 3;
-    let p = place(x, laddr, len, Access::Write, user)?;
+    let by = accessor(x.cpu);
+    let p = place(x, laddr, len, Access::Write, by)?;
     write_place(x, &p, from)
 }
 
@@ -379,8 +385,8 @@ pub fn check_write(x: &mut Exec<'_>, seg: Seg, offset: u64, len: u64) -> Step {
             Err(flat_fault(x, flat, laddr, len, Access::Write))
         };
     }
-    let user = x.cpu.cpl() == 3;
-    place(x, laddr, len, Access::Write, user).map(|_| ())
+    let by = accessor(x.cpu);
+    place(x, laddr, len, Access::Write, by).map(|_| ())
 }
 
 /// Loads as the processor itself does for descriptor tables, TSS and IDT: supervisor, whatever the CPL.
@@ -388,7 +394,7 @@ pub fn check_write(x: &mut Exec<'_>, seg: Seg, offset: u64, len: u64) -> Step {
 /// # Errors
 /// #PF.
 pub fn load_system(x: &mut Exec<'_>, laddr: u64, w: Width) -> Result<u64, Stop> {
-    let p = place(x, laddr, w.bytes(), Access::Read, false)?;
+    let p = place(x, laddr, w.bytes(), Access::Read, By::Implicit)?;
     load_at(x, &p, w)
 }
 
@@ -397,6 +403,6 @@ pub fn load_system(x: &mut Exec<'_>, laddr: u64, w: Width) -> Result<u64, Stop> 
 /// # Errors
 /// #PF.
 pub fn store_system(x: &mut Exec<'_>, laddr: u64, w: Width, v: u64) -> Step {
-    let p = place(x, laddr, w.bytes(), Access::Write, false)?;
+    let p = place(x, laddr, w.bytes(), Access::Write, By::Implicit)?;
     store_at(x, &p, w, v)
 }

@@ -2,7 +2,7 @@
 
 use crate::bus::Bus;
 use crate::cpu::{Activity, CpuState, Fault};
-use crate::interp::access::{self, is_long64};
+use crate::interp::access;
 use crate::interp::deliver::{Event, deliver};
 use crate::interp::{Core, Env, Exec, Stop, dispatch};
 use crate::isa::{DecodeError, Insn, MAX_INSN_LEN, Seg, Width, decode};
@@ -28,6 +28,19 @@ impl Core {
             }
         }
         Exit::Budget
+    }
+
+    /// Delivers an event through the guest's IVT or IDT, for callers that intercept exceptions and then want them delivered.
+    ///
+    /// # Errors
+    /// [`Exit::Shutdown`] on a triple fault, [`Exit::Unsupported`] for a way of delivery that is not there.
+    pub fn deliver(&mut self, cpu: &mut CpuState, board: Board<'_>, event: Event) -> Result<(), Exit> {
+        self.mmu.flush();
+        let mut x = exec(cpu, &mut self.mmu, &mut self.env, board.mem, board.bus, Intercepts::empty());
+        deliver(&mut x, event).map_err(|stop| match stop {
+            Stop::Exit(exit) => exit,
+            Stop::Fault(_) => Exit::Shutdown,
+        })
     }
 }
 
@@ -111,9 +124,8 @@ fn fetch_address(x: &Exec<'_>, offset: u64) -> Result<u64, Stop> {
 }
 
 fn fetch_part(x: &mut Exec<'_>, laddr: u64, to: &mut [u8]) -> Result<(), Stop> {
-    let _ = is_long64(x.cpu);
-    let user = x.cpu.cpl() == 3;
-    let gpa = x.mmu.translate(x.cpu, x.mem, laddr, Access::Execute, user)?;
+    let by = access::accessor(x.cpu);
+    let gpa = x.mmu.translate(x.cpu, x.mem, laddr, Access::Execute, by)?;
     if let Some(flat) = x.mem.flat()
         && !(x.mem.may_execute(gpa) && flat.read(gpa, to).is_some())
     {

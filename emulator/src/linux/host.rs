@@ -1,7 +1,9 @@
 //! The way into the host's kernel: one function for every passed-through call, and the few calls the personality makes for itself.
 #![allow(unsafe_code)]
 
-use std::ffi::c_long;
+use std::ffi::{CString, c_long};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 /// Errors as the kernel returns them: `-errno` in the result register.
 pub const fn err(errno: i32) -> i64 {
@@ -50,4 +52,39 @@ pub fn die_of(sig: i32) -> ! {
     }
     // The default action was not to die.
     exit_group(128 + sig)
+}
+
+/// An entry of bivisor's own auxiliary vector, 0 if it is not there.
+pub fn aux(kind: u64) -> u64 {
+    // SAFETY: reads a table of the C library.
+    unsafe { libc::getauxval(kind) }
+}
+
+/// Random bytes of the host, for AT_RANDOM and addresses; not for keys.
+pub fn random_bytes<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    // SAFETY: writes at most N bytes.
+    unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), N, libc::GRND_NONBLOCK) };
+    bytes
+}
+
+/// Does the host randomize addresses for this process?
+pub fn randomizes() -> bool {
+    // SAFETY: 0xffffffff asks and changes nothing.
+    unsafe { libc::personality(0xffff_ffff) & libc::ADDR_NO_RANDOMIZE == 0 }
+}
+
+/// The soft limit of the stack in bytes.
+pub fn stack_limit() -> u64 {
+    let mut limit = libc::rlimit { rlim_cur: 8 << 20, rlim_max: 0 };
+    // SAFETY: fills the structure.
+    unsafe { libc::getrlimit(libc::RLIMIT_STACK, &mut limit) };
+    limit.rlim_cur
+}
+
+/// May the effective user execute the file?
+pub fn may_execute(path: &Path) -> bool {
+    // SAFETY: the string lives through the call.
+    CString::new(path.as_os_str().as_bytes())
+        .is_ok_and(|p| unsafe { libc::faccessat(libc::AT_FDCWD, p.as_ptr(), libc::X_OK, libc::AT_EACCESS) == 0 })
 }

@@ -5,17 +5,27 @@
 //!
 //! | file | holds |
 //! | --- | --- |
+//! | [`load`] | from a path to a program ready to run; `#!` scripts |
+//! | [`elf`] | ELF headers and segments |
+//! | [`stack`] | argv, envp and auxv on the initial stack |
+//! | [`mm`] | mmap and its kin |
 //! | [`run`] | the loop of a task: run the engine, act on why it returned |
 //! | [`table`] | every system call: passed through, handled or refused, with a note |
 //! | [`syscall`] | the way of a call through the table |
 //! | [`host`] | the call into the host's kernel |
 //! | [`signal`] | signals and faults |
 
+pub mod elf;
 pub mod host;
+pub mod load;
+pub mod mm;
 pub mod run;
 pub mod signal;
+pub mod stack;
 pub mod syscall;
 pub mod table;
+
+pub use load::{Image, LoadError, Why};
 
 use crate::bus::EmptyBus;
 use crate::mem::GuestMemory;

@@ -43,6 +43,14 @@ pub struct Vma {
     pub offset: u64,
 }
 
+impl Vma {
+    /// The part inside `range`, which must overlap it.
+    fn cut_to(&self, range: &Range<u64>) -> Vma {
+        let start = self.start.max(range.start);
+        Vma { start, end: self.end.min(range.end), offset: self.offset + (start - self.start), ..self.clone() }
+    }
+}
+
 /// The guest's part of the host's address space.
 #[derive(Default)]
 pub struct FlatSpace {
@@ -121,8 +129,9 @@ impl FlatSpace {
 
     /// The parts of `range` that are mapped, cut to it.
     pub fn parts(&self, range: Range<u64>) -> Vec<Vma> {
-        let mut vmas = self.vmas.read().expect("no panic under the lock").clone();
-        cut(&mut vmas, range)
+        let vmas = self.vmas.read().expect("no panic under the lock");
+        let first = vmas.range(..range.start).next_back().filter(|(_, v)| v.end > range.start);
+        first.into_iter().chain(vmas.range(range.clone())).map(|(_, v)| v.cut_to(&range)).collect()
     }
 
     /// The rights a guest mapping has on the host: never executable.
@@ -137,13 +146,14 @@ impl FlatSpace {
         let mut watched = self.watched.lock().expect("no panic under the lock");
         let Some(watch) = watched.get_mut(&page) else { return false };
         let Some(vma) = self.find(page).filter(|v| v.prot.contains(Prot::WRITE)) else { return false };
-        // Not armed: another thread was first, the page is writable already.
+        // Not armed: another thread was first, the page is writable already; or a change of rights met the watching of the page half
+        // way, then the rights are set right here.
         if watch.armed {
             watch.armed = false;
             watch.generation += 1;
             self.epoch.fetch_add(1, Ordering::SeqCst);
-            host_protect(page, FlatSpace::host_prot(vma.prot));
         }
+        host_protect(page, FlatSpace::host_prot(vma.prot));
         true
     }
 
@@ -257,14 +267,13 @@ fn cut(vmas: &mut BTreeMap<u64, Vma>, range: Range<u64>) -> Vec<Vma> {
     let mut inside = Vec::new();
     for key in keys {
         let v = vmas.remove(&key).expect("key was just found");
-        let part = |start: u64, end: u64| Vma { start, end, offset: v.offset + (start - v.start), ..v.clone() };
         if v.start < range.start {
-            vmas.insert(v.start, part(v.start, range.start));
+            vmas.insert(v.start, v.cut_to(&(v.start..range.start)));
         }
         if v.end > range.end {
-            vmas.insert(range.end, part(range.end, v.end));
+            vmas.insert(range.end, v.cut_to(&(range.end..v.end)));
         }
-        inside.push(part(v.start.max(range.start), v.end.min(range.end)));
+        inside.push(v.cut_to(&range));
     }
     inside
 }

@@ -1,11 +1,14 @@
 //! Linear to guest-physical addresses: the TLB in front of the page walk (SDM 3A 4).
 
-use crate::cpu::{CpuState, Fault};
-use crate::mem::{Access, GuestMemory};
+use crate::cpu::{CpuState, Cr0, Cr4, Fault, Rflags};
+use crate::mem::paging::{self, Page};
+use crate::mem::tlb::{Rights, Tlb};
+use crate::mem::{Access, By, GuestMemory};
 
 /// What one vCPU needs to translate addresses. A flat guest memory is not translated: linear address = address.
 #[derive(Default)]
 pub struct Mmu {
+    tlb: Tlb,
     generation: u64,
 }
 
@@ -15,41 +18,108 @@ impl Mmu {
         Mmu::default()
     }
 
-    /// The guest-physical address of `laddr` for an access at privilege `user` (CPL 3; false also for implicit supervisor accesses).
+    /// The guest-physical address of `laddr`, of which the whole 4 KiB page may be accessed in the same way.
     ///
     /// # Errors
     /// The page fault.
-    #[inline]
+    #[inline(always)]
     pub fn translate(
         &mut self,
         cpu: &CpuState,
         mem: &GuestMemory,
         laddr: u64,
         access: Access,
-        user: bool,
+        by: By,
     ) -> Result<u64, Fault> {
-        let _ = (cpu, mem, access, user);
-        Ok(laddr)
+        if matches!(mem, GuestMemory::Flat(_)) || !cpu.cr0.contains(Cr0::PG) {
+            return Ok(laddr);
+        }
+        let context = match by {
+            By::User => 0,
+            By::Supervisor if cpu.rflags.contains(Rflags::AC) && cpu.cr4.contains(Cr4::SMAP) => 2,
+            By::Supervisor | By::Implicit => 1,
+        };
+        match self.tlb.get(context, laddr, access) {
+            Some(gpa) => Ok(gpa),
+            None => self.miss(cpu, mem, laddr, access, by, context),
+        }
     }
 
-    /// Forgets everything: after writes of CR0, CR3 (non-global entries may stay), CR4, EFER.
+    #[cold]
+    #[inline(never)]
+    fn miss(
+        &mut self,
+        cpu: &CpuState,
+        mem: &GuestMemory,
+        laddr: u64,
+        access: Access,
+        by: By,
+        context: usize,
+    ) -> Result<u64, Fault> {
+        let page: Page = paging::walk(cpu, mem, laddr, access, by)?;
+        let rights = Rights {
+            read: paging::allowed(cpu, &page, Access::Read, by),
+            // The first write must set the dirty flag.
+            write: page.dirty && paging::allowed(cpu, &page, Access::Write, by),
+            execute: paging::allowed(cpu, &page, Access::Execute, by),
+        };
+        self.tlb.put(context, laddr, page.gpa, page.size, rights);
+        Ok(page.gpa | laddr & 0xfff)
+    }
+
+    /// Forgets everything: after writes of CR0, CR4, EFER, and whenever the state was changed from outside.
     pub fn flush(&mut self) {
+        self.tlb.flush();
         self.generation += 1;
     }
 
-    /// Forgets all but global pages: MOV to CR3.
+    /// Forgets at least all but global pages: MOV to CR3. (The processor may forget global ones too, SDM 3A 4.10.2.4.)
     pub fn flush_non_global(&mut self) {
         self.flush();
     }
 
     /// Forgets one page, global or not: INVLPG.
     pub fn flush_page(&mut self, laddr: u64) {
-        let _ = laddr;
-        self.flush();
+        if !self.tlb.flush_page(laddr) {
+            self.tlb.flush();
+        }
+        self.generation += 1;
     }
 
     /// Changes with every flush: what is cached of translations elsewhere compares it.
+    #[inline(always)]
     pub fn generation(&self) -> u64 {
         self.generation
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::isa::Width;
+    use crate::mem::Ram;
+
+    #[test]
+    fn stale_until_flushed_and_never_for_what_was_absent() {
+        let mem = GuestMemory::Ram(Ram::new(1 << 20).expect("1 MiB"));
+        let put = |at, v| mem.store(at, Width::Q, v).expect("in RAM");
+        put(0x1000, 0x2007);
+        put(0x2000, 0x3007);
+        put(0x3000, 0x4007);
+        let leaf = 0x4000 + 5 * 8;
+        let mut cpu = CpuState::long64(3);
+        cpu.cr3 = 0x1000;
+        let mut mmu = Mmu::new();
+        let go = |mmu: &mut Mmu, access| mmu.translate(&cpu, &mem, 0x5123, access, By::User);
+        assert_eq!(go(&mut mmu, Access::Read), Err(Fault::Pf { addr: 0x5123, code: 4 }));
+        put(leaf, 0x9007);
+        assert_eq!(go(&mut mmu, Access::Read), Ok(0x9123), "absence is not cached");
+        put(leaf, 0xa007);
+        assert_eq!(go(&mut mmu, Access::Read), Ok(0x9123), "stale as on a real CPU");
+        mmu.flush_page(0x5000);
+        assert_eq!(go(&mut mmu, Access::Read), Ok(0xa123));
+        assert_eq!(mem.load(leaf, Width::Q), Some(0xa027));
+        assert_eq!(go(&mut mmu, Access::Write), Ok(0xa123), "the first write walks again");
+        assert_eq!(mem.load(leaf, Width::Q), Some(0xa067));
     }
 }

@@ -3,7 +3,9 @@
 pub mod flat;
 pub mod guest;
 pub mod mmu;
+pub mod paging;
 pub mod ram;
+pub mod tlb;
 
 pub use flat::{FlatSpace, Prot, Vma};
 pub use guest::{GuestMemory, PAGE_SIZE};
@@ -19,4 +21,15 @@ pub enum Access {
     Write,
     /// Instruction fetch.
     Execute,
+}
+
+/// Who makes a memory access, as far as paging asks (SDM 3A 4.6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum By {
+    /// Code at CPL 3.
+    User,
+    /// Code at CPL 0 to 2.
+    Supervisor,
+    /// The processor itself, at any CPL: descriptor tables, TSS, IDT. SMAP cannot be lifted for it.
+    Implicit,
 }

@@ -1,0 +1,429 @@
+//! Mappings: mmap(2), munmap(2), mprotect(2), mremap(2), brk(2), madvise(2), mlock(2), msync(2), mincore(2), shmat(2).
+//!
+//! Everything is done on the host at the same addresses and recorded in [`FlatSpace`]. Two things differ from a plain call: guest
+//! mappings are never executable on the host, and a range of which a part is not the guest's is treated as if nothing were mapped
+//! there, so that no call changes memory of bivisor itself.
+
+use crate::linux::host::{err, host_call};
+use crate::linux::syscall::{Args, Outcome, pass};
+use crate::linux::{AddressSpace, Brk, Task};
+use crate::mem::{FlatSpace, GuestMemory, PAGE_SIZE, Prot, Vma};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// End of user addresses (the kernel's TASK_SIZE_MAX for four-level paging).
+pub const TASK_SIZE: u64 = 0x7fff_ffff_f000;
+
+/// The name of the vDSO's mapping; it and the variables it reads are shared with the host's C library.
+const SHARED_WITH_HOST: [&str; 3] = ["[vdso]", "[vvar]", "[vvar_vclock]"];
+
+const ENOMEM: i64 = err(libc::ENOMEM);
+const EINVAL: i64 = err(libc::EINVAL);
+const EFAULT: i64 = err(libc::EFAULT);
+
+/// What mmap(2) is asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Mapping<'a> {
+    /// Address or hint.
+    pub addr: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// PROT_*.
+    pub prot: u64,
+    /// MAP_*.
+    pub flags: u64,
+    /// File, or -1.
+    pub fd: i32,
+    /// Offset in it.
+    pub offset: u64,
+    /// Name for /proc/self/maps where the host would show none.
+    pub name: &'a str,
+}
+
+fn pages(addr: u64, len: u64) -> Option<Range<u64>> {
+    let len = len.checked_next_multiple_of(PAGE_SIZE)?;
+    let end = addr.checked_add(len)?;
+    (addr.is_multiple_of(PAGE_SIZE) && end <= TASK_SIZE).then_some(addr..end)
+}
+
+fn len_of(r: &Range<u64>) -> u64 {
+    r.end - r.start
+}
+
+fn failed(result: i64) -> bool {
+    (-4095..0).contains(&result)
+}
+
+fn shared_with_host(v: &Vma) -> bool {
+    SHARED_WITH_HOST.contains(&&*v.name)
+}
+
+impl Default for AddressSpace {
+    fn default() -> AddressSpace {
+        AddressSpace::new()
+    }
+}
+
+impl AddressSpace {
+    /// With nothing in it but the vDSO, which is the host's.
+    pub fn new() -> AddressSpace {
+        let space = FlatSpace::new();
+        for line in std::fs::read_to_string("/proc/self/maps").unwrap_or_default().lines() {
+            let Some(name) = SHARED_WITH_HOST.iter().find(|n| line.ends_with(*n)) else { continue };
+            let mut address = line.split([' ', '-']).map(|s| u64::from_str_radix(s, 16));
+            if let (Some(Ok(start)), Some(Ok(end))) = (address.next(), address.next()) {
+                let prot = if *name == "[vdso]" { Prot::READ | Prot::EXEC } else { Prot::READ };
+                space.insert(Vma { start, end, prot, shared: false, name: Arc::from(*name), offset: 0 });
+            }
+        }
+        AddressSpace { mem: GuestMemory::Flat(space), brk: Mutex::default() }
+    }
+
+    /// The list of mappings.
+    pub fn flat(&self) -> &FlatSpace {
+        self.mem.flat().expect("the memory of a process is flat")
+    }
+
+    /// The lock on changes of mappings, with the program break.
+    pub fn lock(&self) -> MutexGuard<'_, Brk> {
+        self.brk.lock().expect("no panic under the lock")
+    }
+
+    /// Puts the heap at `start`, empty.
+    pub fn set_brk(&self, start: u64) {
+        *self.lock() = Brk { start, end: start };
+    }
+
+    /// mmap(2).
+    pub fn map(&self, m: &Mapping<'_>) -> i64 {
+        let _lock = self.lock();
+        self.map_locked(m)
+    }
+
+    fn map_locked(&self, m: &Mapping<'_>) -> i64 {
+        let flags = m.flags & !(libc::MAP_GROWSDOWN as u64);
+        let fixed = flags & libc::MAP_FIXED as u64 != 0;
+        let Some(len) = m.len.checked_next_multiple_of(PAGE_SIZE).filter(|&l| l <= TASK_SIZE) else { return ENOMEM };
+        if len == 0 {
+            return EINVAL;
+        }
+        let mut claimed = Vec::new();
+        if fixed && flags & libc::MAP_FIXED_NOREPLACE as u64 == 0 {
+            if !m.addr.is_multiple_of(PAGE_SIZE) {
+                return EINVAL;
+            }
+            match pages(m.addr, len).map(|r| self.claim(r)) {
+                Some(Ok(gaps)) => claimed = gaps,
+                Some(Err(e)) => return e,
+                None => return ENOMEM,
+            }
+        }
+        let prot = Prot::from_bits_truncate(m.prot as i32);
+        let host_prot = (m.prot as i32 & !Prot::all().bits()) | FlatSpace::host_prot(prot);
+        let at = host_call(libc::SYS_mmap as u64, [m.addr, m.len, host_prot as u64, flags, m.fd as u64, m.offset]);
+        if failed(at) {
+            for gap in claimed {
+                host_call(libc::SYS_munmap as u64, [gap.start, len_of(&gap), 0, 0, 0, 0]);
+            }
+            return at;
+        }
+        let start = at as u64;
+        let kind = flags & libc::MAP_TYPE as u64;
+        let shared = kind == libc::MAP_SHARED as u64 || kind == libc::MAP_SHARED_VALIDATE as u64;
+        // A huge-page mapping is rounded up to its page size; the guest's munmap will name it.
+        self.flat().insert(Vma { start, end: start + len, prot, shared, name: Arc::from(m.name), offset: m.offset });
+        at
+    }
+
+    /// Reserves on the host the parts of the range that are not the guest's, so that a fixed mapping may replace all of it.
+    fn claim(&self, range: Range<u64>) -> Result<Vec<Range<u64>>, i64> {
+        let parts = self.flat().parts(range.clone());
+        if parts.iter().any(shared_with_host) {
+            return Err(ENOMEM);
+        }
+        let mut claimed: Vec<Range<u64>> = Vec::new();
+        for gap in gaps(&parts, range) {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
+            let at = host_call(libc::SYS_mmap as u64, [gap.start, len_of(&gap), 0, flags as u64, u64::MAX, 0]);
+            if at as u64 != gap.start {
+                if !failed(at) {
+                    // A kernel before 4.17 takes the address as a hint.
+                    host_call(libc::SYS_munmap as u64, [at as u64, len_of(&gap), 0, 0, 0, 0]);
+                }
+                for done in claimed {
+                    host_call(libc::SYS_munmap as u64, [done.start, len_of(&done), 0, 0, 0, 0]);
+                }
+                // Something of ours lies there, or the address is below mmap_min_addr.
+                return Err(if failed(at) && at != err(libc::EEXIST) { at } else { ENOMEM });
+            }
+            claimed.push(gap);
+        }
+        Ok(claimed)
+    }
+
+    /// munmap(2): what is not the guest's counts as not mapped, which is no error.
+    pub fn unmap(&self, addr: u64, len: u64) -> i64 {
+        let _lock = self.lock();
+        self.unmap_locked(addr, len)
+    }
+
+    fn unmap_locked(&self, addr: u64, len: u64) -> i64 {
+        let Some(range) = pages(addr, len).filter(|r| !r.is_empty()) else { return EINVAL };
+        for part in self.flat().parts(range) {
+            if !shared_with_host(&part) {
+                // Forget first: once the host has unmapped it, the addresses may become ours at any time.
+                self.flat().remove(part.start..part.end);
+                let r = host_call(libc::SYS_munmap as u64, [part.start, part.end - part.start, 0, 0, 0, 0]);
+                if failed(r) {
+                    self.flat().insert(part);
+                    return r;
+                }
+            } else {
+                self.flat().remove(part.start..part.end);
+            }
+        }
+        0
+    }
+
+    /// mprotect(2): works up to the first gap, then ENOMEM.
+    pub fn protect(&self, addr: u64, len: u64, prot: u64) -> i64 {
+        let _lock = self.lock();
+        let grows = prot as i32 & (libc::PROT_GROWSDOWN | libc::PROT_GROWSUP);
+        if !addr.is_multiple_of(PAGE_SIZE) || grows == libc::PROT_GROWSDOWN | libc::PROT_GROWSUP {
+            return EINVAL;
+        }
+        if len == 0 {
+            return 0;
+        }
+        let Some(mut range) = pages(addr, len) else { return ENOMEM };
+        if grows == libc::PROT_GROWSDOWN {
+            // Only for what grows down: the stack, which here is one mapping of its full size.
+            match self.flat().find(addr).filter(|v| &*v.name == "[stack]") {
+                Some(v) => range.start = v.start,
+                None => return EINVAL,
+            }
+        }
+        let prot = Prot::from_bits_truncate(prot as i32);
+        let parts = self.flat().parts(range.clone());
+        let first_gap = gaps(&parts, range.clone()).first().map(|g| g.start);
+        for part in parts.iter().take_while(|p| first_gap.is_none_or(|g| p.start < g)) {
+            if !shared_with_host(part) {
+                let host = FlatSpace::host_prot(prot) as u64;
+                let r = host_call(libc::SYS_mprotect as u64, [part.start, part.end - part.start, host, 0, 0, 0]);
+                if failed(r) {
+                    return r;
+                }
+            }
+            self.flat().protect(part.start..part.end, prot);
+        }
+        if first_gap.is_some() { ENOMEM } else { 0 }
+    }
+
+    /// mremap(2).
+    pub fn remap(&self, old: u64, old_len: u64, new_len: u64, flags: u64, new: u64) -> i64 {
+        let _lock = self.lock();
+        let fixed = flags & libc::MREMAP_FIXED as u64 != 0;
+        let Some(new_size) = new_len.checked_next_multiple_of(PAGE_SIZE).filter(|&n| n != 0) else { return EINVAL };
+        let Some(from) = pages(old, old_len) else { return EINVAL };
+        let space = self.flat();
+        let Some(vma) = space.find(old) else { return EFAULT };
+        if !space.covers(from.clone()) || space.parts(from.clone()).iter().any(shared_with_host) {
+            return EFAULT;
+        }
+        // Write protection of single pages has split the mapping on the host; the kernel moves only one mapping.
+        space.expect_write(from.clone());
+        let mut claimed = Vec::new();
+        if fixed {
+            let Some(to) = pages(new, new_size) else { return EINVAL };
+            if to.start < from.end && from.start < to.end {
+                return EINVAL;
+            }
+            match self.claim(to) {
+                Ok(gaps) => claimed = gaps,
+                Err(e) => return e,
+            }
+        }
+        let at = host_call(libc::SYS_mremap as u64, [old, old_len, new_len, flags, new, 0]);
+        if failed(at) {
+            for gap in claimed {
+                host_call(libc::SYS_munmap as u64, [gap.start, len_of(&gap), 0, 0, 0, 0]);
+            }
+            return at;
+        }
+        let keep = flags & libc::MREMAP_DONTUNMAP as u64 != 0 || from.is_empty();
+        if !keep {
+            space.remove(from);
+        }
+        let (start, offset) = (at as u64, vma.offset + (old - vma.start));
+        space.insert(Vma { start, end: start + new_size, offset, ..vma });
+        at
+    }
+
+    /// brk(2): the new break, or the old one if it cannot be moved.
+    pub fn move_brk(&self, to: u64) -> u64 {
+        let mut brk = self.lock();
+        if to < brk.start || to > TASK_SIZE {
+            return brk.end;
+        }
+        let (old, new) = (brk.end.next_multiple_of(PAGE_SIZE), to.next_multiple_of(PAGE_SIZE));
+        if new > old {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+            let prot = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+            let flags = flags as u64;
+            let m = Mapping { addr: old, len: new - old, prot, flags, fd: -1, offset: 0, name: "[heap]" };
+            let at = self.map_locked(&m);
+            if at as u64 != old {
+                if !failed(at) {
+                    self.unmap_locked(at as u64, new - old);
+                }
+                return brk.end;
+            }
+        } else if new < old && failed(self.unmap_locked(new, old - new)) {
+            return brk.end;
+        }
+        brk.end = to;
+        to
+    }
+
+    /// Is the range wholly the guest's own, so that a call that names it may go to the host?
+    fn owns(&self, range: Range<u64>) -> bool {
+        self.flat().covers(range.clone()) && !self.flat().parts(range).iter().any(shared_with_host)
+    }
+}
+
+/// What of `range` is in none of the parts (which are in order).
+fn gaps(parts: &[Vma], range: Range<u64>) -> Vec<Range<u64>> {
+    let mut at = range.start;
+    let mut gaps = Vec::new();
+    for p in parts {
+        if p.start > at {
+            gaps.push(at..p.start);
+        }
+        at = p.end;
+    }
+    if at < range.end {
+        gaps.push(at..range.end);
+    }
+    gaps
+}
+
+/// mmap(2).
+pub fn mmap(task: &mut Task, [addr, len, prot, flags, fd, offset]: Args) -> Outcome {
+    task.process.space.map(&Mapping { addr, len, prot, flags, fd: fd as i32, offset, name: "" }).into()
+}
+
+/// munmap(2).
+pub fn munmap(task: &mut Task, a: Args) -> Outcome {
+    task.process.space.unmap(a[0], a[1]).into()
+}
+
+/// mprotect(2).
+pub fn mprotect(task: &mut Task, a: Args) -> Outcome {
+    task.process.space.protect(a[0], a[1], a[2]).into()
+}
+
+/// pkey_mprotect(2): only the key -1, which means none; there are no protection keys in the offered CPU.
+pub fn pkey_mprotect(task: &mut Task, a: Args) -> Outcome {
+    if a[3] as i32 == -1 { mprotect(task, a) } else { EINVAL.into() }
+}
+
+/// mremap(2).
+pub fn mremap(task: &mut Task, a: Args) -> Outcome {
+    task.process.space.remap(a[0], a[1], a[2], a[3], a[4]).into()
+}
+
+/// brk(2).
+pub fn brk(task: &mut Task, a: Args) -> Outcome {
+    (task.process.space.move_brk(a[0]) as i64).into()
+}
+
+/// madvise(2): on the guest's parts; a gap gives ENOMEM after the rest is done, as in the kernel.
+pub fn madvise(task: &mut Task, [addr, len, advice, ..]: Args) -> Outcome {
+    let space = task.process.space.clone();
+    let _lock = space.lock();
+    let Some(range) = pages(addr, len) else { return EINVAL.into() };
+    if range.is_empty() {
+        return host_call(libc::SYS_madvise as u64, [addr, len, advice, 0, 0, 0]).into();
+    }
+    let parts = space.flat().parts(range.clone());
+    let mut result = if gaps(&parts, range).is_empty() { 0 } else { ENOMEM };
+    for part in parts.iter().filter(|p| !shared_with_host(p)) {
+        let r = host_call(libc::SYS_madvise as u64, [part.start, part.end - part.start, advice, 0, 0, 0]);
+        // The contents may have changed under cached code.
+        space.flat().protect(part.start..part.end, part.prot);
+        if failed(r) {
+            result = r;
+            break;
+        }
+    }
+    result.into()
+}
+
+/// mlock(2), mlock2(2), munlock(2), msync(2), mincore(2), mbind(2): to the host if the range is the guest's, ENOMEM if not.
+pub fn on_own_range(task: &mut Task, a: Args) -> Outcome {
+    let number = task.vcpu.state().gpr[0];
+    let start = a[0] & !(PAGE_SIZE - 1);
+    let Some(end) = a[0].checked_add(a[1]).and_then(|e| e.checked_next_multiple_of(PAGE_SIZE)) else {
+        return EINVAL.into();
+    };
+    if !task.process.space.owns(start..end) {
+        return ENOMEM.into();
+    }
+    pass(task, number, a).into()
+}
+
+/// shmat(2).
+pub fn shmat(task: &mut Task, [id, addr, flags, ..]: Args) -> Outcome {
+    let space = task.process.space.clone();
+    let _lock = space.lock();
+    let Some(size) = segment_size(id as i32) else { return EINVAL.into() };
+    let flags = flags as i32;
+    // SHMLBA is the page size.
+    let at = if flags & libc::SHM_RND != 0 { addr & !(PAGE_SIZE - 1) } else { addr };
+    let mut claimed = Vec::new();
+    if flags & libc::SHM_REMAP != 0 {
+        match pages(at, size).filter(|_| at != 0).map(|r| space.claim(r)) {
+            Some(Ok(gaps)) => claimed = gaps,
+            _ => return EINVAL.into(),
+        }
+    }
+    let result = host_call(libc::SYS_shmat as u64, [id, addr, (flags & !libc::SHM_EXEC) as u64, 0, 0, 0]);
+    if failed(result) {
+        for gap in claimed {
+            host_call(libc::SYS_munmap as u64, [gap.start, len_of(&gap), 0, 0, 0, 0]);
+        }
+        return result.into();
+    }
+    let mut prot = Prot::READ;
+    prot.set(Prot::WRITE, flags & libc::SHM_RDONLY == 0);
+    prot.set(Prot::EXEC, flags & libc::SHM_EXEC != 0);
+    let (start, end) = (result as u64, result as u64 + size.next_multiple_of(PAGE_SIZE));
+    space.flat().insert(Vma { start, end, prot, shared: true, name: Arc::from(format!("/SYSV{id}")), offset: 0 });
+    result.into()
+}
+
+fn segment_size(id: i32) -> Option<u64> {
+    // struct shmid64_ds: struct ipc64_perm is 48 bytes, then shm_segsz.
+    let mut ds = [0u64; 32];
+    let r = host_call(libc::SYS_shmctl as u64, [id as u64, libc::IPC_STAT as u64, ds.as_mut_ptr() as u64, 0, 0, 0]);
+    (r == 0).then_some(ds[6])
+}
+
+/// shmdt(2).
+pub fn shmdt(task: &mut Task, [addr, ..]: Args) -> Outcome {
+    let space = task.process.space.clone();
+    let _lock = space.lock();
+    let Some(vma) = space.flat().find(addr).filter(|v| v.start == addr && v.name.starts_with("/SYSV")) else {
+        return EINVAL.into();
+    };
+    let result = host_call(libc::SYS_shmdt as u64, [addr, 0, 0, 0, 0, 0]);
+    if result == 0 {
+        for part in space.flat().parts(addr..TASK_SIZE) {
+            if part.name != vma.name || part.start - addr != part.offset {
+                break;
+            }
+            space.flat().remove(part.start..part.end);
+        }
+    }
+    result.into()
+}

@@ -1,0 +1,143 @@
+//! The translation-lookaside buffer: direct-mapped, one array for each kind of accessor, rights as separate tags (SDM 3A 4.10).
+
+use crate::mem::{Access, PAGE_SIZE};
+
+const ENTRIES: usize = 1024;
+/// Accessors with rights of their own: user; supervisor; supervisor with RFLAGS.AC lifting SMAP.
+pub const CONTEXTS: usize = 3;
+/// A tag that no lookup asks for: generation 0 is never current.
+const EMPTY: u64 = 0;
+
+/// One page: tags are the linear page and the generation in the low 12 bits, or [`EMPTY`] where the access is not known to be allowed.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Entry {
+    /// By [`Access`].
+    tags: [u64; 3],
+    /// Guest-physical minus linear address.
+    delta: u64,
+}
+
+/// What a lookup may do with a page without a new walk.
+#[derive(Clone, Copy, Debug)]
+pub struct Rights {
+    /// Loads.
+    pub read: bool,
+    /// Stores: allowed, and the dirty flag is set.
+    pub write: bool,
+    /// Fetches.
+    pub execute: bool,
+}
+
+/// Cached translations.
+pub struct Tlb {
+    entries: Box<[Entry]>,
+    /// 1 to 0xfff: flushing is changing it.
+    generation: u64,
+    /// The linear range in which parts of large pages are cached: INVLPG there forgets all.
+    large: (u64, u64),
+}
+
+impl Default for Tlb {
+    fn default() -> Tlb {
+        Tlb {
+            entries: vec![Entry { tags: [EMPTY; 3], delta: 0 }; ENTRIES * CONTEXTS].into_boxed_slice(),
+            generation: 1,
+            large: (u64::MAX, 0),
+        }
+    }
+}
+
+#[inline(always)]
+fn slot(context: usize, laddr: u64) -> usize {
+    (laddr / PAGE_SIZE) as usize % ENTRIES + context % CONTEXTS * ENTRIES
+}
+
+impl Tlb {
+    /// The guest-physical address, if the access is known to be allowed.
+    #[inline(always)]
+    pub fn get(&self, context: usize, laddr: u64, access: Access) -> Option<u64> {
+        let entry = &self.entries[slot(context, laddr)];
+        (entry.tags[access as usize] == (laddr & !(PAGE_SIZE - 1)) | self.generation)
+            .then(|| laddr.wrapping_add(entry.delta))
+    }
+
+    /// Remembers the page of `laddr`, of `size` bytes in all.
+    pub fn put(&mut self, context: usize, laddr: u64, gpa: u64, size: u64, rights: Rights) {
+        let page = laddr & !(PAGE_SIZE - 1);
+        let tag = page | self.generation;
+        let tag_if = |right: bool| if right { tag } else { EMPTY };
+        self.entries[slot(context, laddr)] = Entry {
+            tags: [tag_if(rights.read), tag_if(rights.write), tag_if(rights.execute)],
+            delta: (gpa & !(PAGE_SIZE - 1)).wrapping_sub(page),
+        };
+        if size > PAGE_SIZE {
+            let start = laddr & !(size - 1);
+            self.large = (self.large.0.min(start), self.large.1.max(start + (size - 1)));
+        }
+    }
+
+    /// Forgets everything.
+    pub fn flush(&mut self) {
+        self.large = (u64::MAX, 0);
+        self.generation += 1;
+        if self.generation == PAGE_SIZE {
+            self.generation = 1;
+            self.entries.fill(Entry { tags: [EMPTY; 3], delta: 0 });
+        }
+    }
+
+    /// Forgets one page. False if it may be part of a large page: flush all.
+    pub fn flush_page(&mut self, laddr: u64) -> bool {
+        if (self.large.0..=self.large.1).contains(&laddr) {
+            return false;
+        }
+        for context in 0..CONTEXTS {
+            self.entries[slot(context, laddr)].tags = [EMPTY; 3];
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: Rights = Rights { read: true, write: true, execute: true };
+
+    #[test]
+    fn a_page_is_found_by_address_context_and_right() {
+        let mut tlb = Tlb::default();
+        tlb.put(0, 0x7fff_1234_5678, 0x9000, PAGE_SIZE, Rights { write: false, ..ALL });
+        assert_eq!(tlb.get(0, 0x7fff_1234_5abc, Access::Read), Some(0x9abc));
+        assert_eq!(tlb.get(0, 0x7fff_1234_5abc, Access::Execute), Some(0x9abc));
+        assert_eq!(tlb.get(0, 0x7fff_1234_5abc, Access::Write), None);
+        assert_eq!(tlb.get(1, 0x7fff_1234_5abc, Access::Read), None);
+        assert_eq!(tlb.get(0, 0x7fff_1234_6abc, Access::Read), None);
+        // Same slot, other page.
+        assert_eq!(tlb.get(0, 0x7fff_1234_5abc + 1024 * PAGE_SIZE, Access::Read), None);
+    }
+
+    #[test]
+    fn flushes_forget_even_when_the_generation_wraps() {
+        let mut tlb = Tlb::default();
+        for _ in 0..10_000 {
+            tlb.put(1, 0x5000, 0x9000, PAGE_SIZE, ALL);
+            assert_eq!(tlb.get(1, 0x5000, Access::Read), Some(0x9000));
+            tlb.flush();
+            assert_eq!(tlb.get(1, 0x5000, Access::Read), None);
+        }
+        assert_eq!(tlb.get(1, 0, Access::Read), None, "an empty slot is no page 0");
+    }
+
+    #[test]
+    fn one_page_of_a_large_one_cannot_be_forgotten_alone() {
+        let mut tlb = Tlb::default();
+        tlb.put(0, 0x5000, 0x9000, PAGE_SIZE, ALL);
+        assert!(tlb.flush_page(0x5fff));
+        assert_eq!(tlb.get(0, 0x5000, Access::Read), None);
+        tlb.put(0, 0x40_5000, 0x9000, 2 << 20, ALL);
+        assert!(!tlb.flush_page(0x40_0000));
+        assert!(tlb.flush_page(0x60_0000));
+    }
+}
