@@ -38,18 +38,35 @@ thread_local! {
     static BLOCK: Attached = Attached::new();
 }
 
+/// Distance from a block to the address range after it that an engine may map per thread (`gs:[ENGINE_AREA_OFFSET + i]`).
+pub const ENGINE_AREA_OFFSET: usize = 4096;
+
+/// Bytes of that range.
+pub const ENGINE_AREA_SIZE: usize = 512 << 10;
+
 struct Attached {
-    block: Box<ThreadBlock>,
+    block: *mut ThreadBlock,
     stack: *mut c_void,
 }
 
 const STACK_SIZE: usize = 128 << 10;
+const BLOCK_SIZE: usize = ENGINE_AREA_OFFSET + ENGINE_AREA_SIZE;
+const _: () = assert!(size_of::<ThreadBlock>() <= ENGINE_AREA_OFFSET);
 
 impl Attached {
     fn new() -> Attached {
         let host_fs = arch_prctl_get(ARCH_GET_FS);
-        let mut block = Box::new(ThreadBlock {
-            this: std::ptr::null(),
+        // SAFETY: a fresh anonymous mapping; its first page is the block's, the rest stays out of reach until an engine maps it.
+        let block: *mut ThreadBlock = unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+            let p = libc::mmap(std::ptr::null_mut(), BLOCK_SIZE, libc::PROT_NONE, flags, -1, 0);
+            assert!(p != libc::MAP_FAILED, "no address space for the thread block");
+            let failed = libc::mprotect(p, ENGINE_AREA_OFFSET, libc::PROT_READ | libc::PROT_WRITE);
+            assert!(failed == 0, "no memory for the thread block");
+            p.cast()
+        };
+        let first = ThreadBlock {
+            this: block,
             host_fs,
             engine_hook: Cell::new(None),
             engine_data: Cell::new(std::ptr::null_mut()),
@@ -57,10 +74,10 @@ impl Attached {
             process_data: Cell::new(std::ptr::null_mut()),
             reserved: [0; 2],
             scratch: std::array::from_fn(|_| Cell::new(0)),
-        });
-        block.this = &raw const *block;
+        };
         // SAFETY: a fresh anonymous mapping; sigaltstack gets exactly it.
         let stack = unsafe {
+            block.write(first);
             let stack = libc::mmap(
                 std::ptr::null_mut(),
                 STACK_SIZE,
@@ -73,7 +90,7 @@ impl Attached {
             let ss = libc::stack_t { ss_sp: stack, ss_flags: 0, ss_size: STACK_SIZE };
             libc::sigaltstack(&ss, std::ptr::null_mut());
             // SAFETY: nothing in this program or in libc uses GS on x86-64 Linux; the block lives as long as the thread.
-            libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, block.this);
+            libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, block);
             stack
         };
         Attached { block, stack }
@@ -88,6 +105,7 @@ impl Drop for Attached {
             let ss = libc::stack_t { ss_sp: std::ptr::null_mut(), ss_flags: libc::SS_DISABLE, ss_size: 0 };
             libc::sigaltstack(&ss, std::ptr::null_mut());
             libc::munmap(self.stack, STACK_SIZE);
+            libc::munmap(self.block.cast(), BLOCK_SIZE);
         }
     }
 }
@@ -105,7 +123,7 @@ fn arch_prctl_get(code: u64) -> u64 {
 impl ThreadBlock {
     /// The calling thread's block; made, with its alternate signal stack, at the first call.
     pub fn current() -> &'static ThreadBlock {
-        // SAFETY: the box does not move and lives until the thread ends; the reference is used on this thread only (Cell: !Sync).
-        BLOCK.with(|a| unsafe { &*a.block.this })
+        // SAFETY: the block does not move and lives until the thread ends; the reference is used on this thread only (Cell: !Sync).
+        BLOCK.with(|a| unsafe { &*a.block })
     }
 }

@@ -57,7 +57,11 @@ pub struct FlatSpace {
     vmas: RwLock<BTreeMap<u64, Vma>>,
     watched: Mutex<HashMap<u64, Watch>>,
     epoch: AtomicU64,
+    listeners: Mutex<Vec<Listener>>,
 }
+
+/// Told the address of each page whose cached code became stale; false: not interested any more.
+pub type Listener = Box<dyn Fn(u64) -> bool + Send + Sync>;
 
 #[derive(Clone, Copy, Default)]
 struct Watch {
@@ -152,6 +156,8 @@ impl FlatSpace {
             watch.armed = false;
             watch.generation += 1;
             self.epoch.fetch_add(1, Ordering::SeqCst);
+            // Before the page is writable: nobody may write it and then run what was cached.
+            self.tell(page);
         }
         host_protect(page, FlatSpace::host_prot(vma.prot));
         true
@@ -169,15 +175,28 @@ impl FlatSpace {
 
     fn invalidate(&self, range: Range<u64>) {
         let mut watched = self.watched.lock().expect("no panic under the lock");
-        let mut touched = false;
-        for (_, w) in watched.iter_mut().filter(|(p, _)| range.contains(p)) {
+                let mut pages = Vec::new();
+        for (p, w) in watched.iter_mut().filter(|(p, _)| range.contains(p)) {
             w.generation += 1;
             w.armed = false;
-            touched = true;
+            pages.push(*p);
         }
-        if touched {
+        if !pages.is_empty() {
             self.epoch.fetch_add(1, Ordering::SeqCst);
+            pages.into_iter().for_each(|p| self.tell(p));
         }
+    }
+
+    /// From now on `listener` is told of each page that became stale, after the epoch was raised and before anybody can write the
+    /// page. It is called under the lock of the watched pages: it must not call back here.
+    ///
+    /// A listener that takes a lock of its own must never hold that lock while it calls [`FlatSpace::watch_code`].
+    pub fn listen(&self, listener: Listener) {
+        self.listeners.lock().expect("no panic under the lock").push(listener);
+    }
+
+    fn tell(&self, page: u64) {
+        self.listeners.lock().expect("no panic under the lock").retain(|l| l(page));
     }
 
     /// See [`crate::mem::GuestMemory::watch_code`].
