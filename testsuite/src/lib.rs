@@ -1,1 +1,3 @@
-//! Placeholder.
+//! Differential fidelity tests: cases as text, the engines they run on, the host CPU as one of them.
+
+pub mod host;

@@ -7,6 +7,7 @@
 //! The loop checks, before it calls the function, the privilege of the facts table and the [`Intercepts`]; the functions do not.
 
 pub mod access;
+pub mod alu;
 pub mod deliver;
 pub mod dispatch;
 pub mod hint;

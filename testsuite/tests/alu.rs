@@ -1,0 +1,331 @@
+//! `interp/alu.rs` against the host CPU: all byte operands, all carries; edges and random values above. Undefined flags are compared on
+//! AMD hosts only: those of Intel are modelled from documents and not measured yet.
+
+use bivisor_emulator::cpu::Rflags;
+use bivisor_emulator::interp::alu::{self, Vendor};
+use bivisor_emulator::isa::Width;
+use bivisor_testsuite::host::{Host, Regs};
+use iced_x86::{Decoder, DecoderOptions, RflagsBits};
+
+/// RAX, RCX, RDX.
+type Values = [u64; 3];
+type Model = fn(Width, Values, Rflags) -> Option<(Values, Rflags)>;
+
+/// How the instruction's bytes depend on the width. ModRM is for operands RAX, RCX (RDX).
+enum Code {
+    /// Opcode with the width bit in bit 0; 66 and REX.W as needed.
+    Legacy(&'static [u8]),
+    /// Two-byte opcode without a byte form, with a mandatory prefix if not 0.
+    Wide(u8, &'static [u8]),
+    /// VEX.LZ.0F38: pp, vvvv register, opcode, ModRM. 32 and 64 bits.
+    Vex { pp: u8, vvvv: u8, opcode: u8, modrm: u8 },
+    /// No operands, byte width, 32-bit code only.
+    Only32(&'static [u8]),
+}
+
+use Code::{Legacy, Only32, Vex, Wide};
+
+impl Code {
+    fn widths(&self) -> &'static [Width] {
+        match self {
+            Legacy(_) => &Width::ALL,
+            Wide(..) => &Width::ALL[1..],
+            Vex { .. } => &Width::ALL[2..],
+            Only32(_) => &Width::ALL[..1],
+        }
+    }
+
+    fn bytes(&self, w: Width) -> Vec<u8> {
+        let mut out = Vec::new();
+        if w == Width::W {
+            out.push(0x66);
+        }
+        match *self {
+            Legacy(code) => {
+                if w == Width::Q {
+                    out.push(0x48);
+                }
+                out.extend(code);
+                if w != Width::B {
+                    let opcode = out.len() - code.len();
+                    out[opcode] |= 1;
+                }
+            }
+            Wide(prefix, code) => {
+                out.extend((prefix != 0).then_some(prefix));
+                if w == Width::Q {
+                    out.push(0x48);
+                }
+                out.extend(code);
+            }
+            Vex { pp, vvvv, opcode, modrm } => {
+                let rex_w = if w == Width::Q { 0x80 } else { 0 };
+                out.extend([0xc4, 0xe2, rex_w | (!vvvv & 15) << 3 | pp, opcode, modrm]);
+            }
+            Only32(code) => out.extend(code),
+        }
+        out
+    }
+}
+
+/// The register rule: 8 and 16 bits keep the rest, 32 bits clear it.
+fn put(w: Width, old: u64, v: u64) -> u64 {
+    match w {
+        Width::B | Width::W => (old & !w.mask()) | v,
+        Width::D | Width::Q => v,
+    }
+}
+
+/// Result to RAX.
+fn rax(w: Width, x: Values, (r, f): (u64, Rflags)) -> Option<(Values, Rflags)> {
+    Some(([put(w, x[0], r), x[1], x[2]], f))
+}
+
+fn product(w: Width, x: Values, (low, high, f): (u64, u64, Rflags)) -> Option<(Values, Rflags)> {
+    Some(match w {
+        Width::B => ([put(Width::W, x[0], high << 8 | low), x[1], x[2]], f),
+        _ => ([put(w, x[0], low), x[1], put(w, x[2], high)], f),
+    })
+}
+
+fn quotient(w: Width, x: Values, out: Option<(u64, u64, Rflags)>) -> Option<(Values, Rflags)> {
+    let (q, r, f) = out?;
+    product(w, x, (q, r, f))
+}
+
+/// The dividend's high and low half.
+fn dividend(w: Width, x: Values) -> (u64, u64) {
+    match w {
+        Width::B => (x[0] >> 8 & 0xff, x[0] & 0xff),
+        _ => (w.cut(x[2]), w.cut(x[0])),
+    }
+}
+
+fn cf(f: Rflags) -> bool {
+    f.contains(Rflags::CF)
+}
+
+#[rustfmt::skip]
+const CHECKS: &[(&str, Code, Model)] = &[
+    ("add", Legacy(&[0x00, 0xc8]), |w, x, _| rax(w, x, alu::add(w, w.cut(x[0]), w.cut(x[1]), false))),
+    ("adc", Legacy(&[0x10, 0xc8]), |w, x, f| rax(w, x, alu::add(w, w.cut(x[0]), w.cut(x[1]), cf(f)))),
+    ("sub", Legacy(&[0x28, 0xc8]), |w, x, _| rax(w, x, alu::sub(w, w.cut(x[0]), w.cut(x[1]), false))),
+    ("sbb", Legacy(&[0x18, 0xc8]), |w, x, f| rax(w, x, alu::sub(w, w.cut(x[0]), w.cut(x[1]), cf(f)))),
+    ("cmp", Legacy(&[0x38, 0xc8]), |w, x, _| Some((x, alu::sub(w, w.cut(x[0]), w.cut(x[1]), false).1))),
+    ("and", Legacy(&[0x20, 0xc8]), |w, x, _| rax(w, x, alu::and(w, w.cut(x[0]), w.cut(x[1])))),
+    ("or", Legacy(&[0x08, 0xc8]), |w, x, _| rax(w, x, alu::or(w, w.cut(x[0]), w.cut(x[1])))),
+    ("xor", Legacy(&[0x30, 0xc8]), |w, x, _| rax(w, x, alu::xor(w, w.cut(x[0]), w.cut(x[1])))),
+    ("test", Legacy(&[0x84, 0xc8]), |w, x, _| Some((x, alu::and(w, w.cut(x[0]), w.cut(x[1])).1))),
+    ("inc", Legacy(&[0xfe, 0xc0]), |w, x, f| rax(w, x, alu::inc(w, w.cut(x[0]), f))),
+    ("dec", Legacy(&[0xfe, 0xc8]), |w, x, f| rax(w, x, alu::dec(w, w.cut(x[0]), f))),
+    ("neg", Legacy(&[0xf6, 0xd8]), |w, x, _| rax(w, x, alu::neg(w, w.cut(x[0])))),
+    ("shl", Legacy(&[0xd2, 0xe0]), |w, x, f| rax(w, x, alu::shl(w, w.cut(x[0]), x[1] & 0xff, f))),
+    ("sal /6", Legacy(&[0xd2, 0xf0]), |w, x, f| rax(w, x, alu::shl(w, w.cut(x[0]), x[1] & 0xff, f))),
+    ("shr", Legacy(&[0xd2, 0xe8]), |w, x, f| rax(w, x, alu::shr(w, w.cut(x[0]), x[1] & 0xff, f))),
+    ("sar", Legacy(&[0xd2, 0xf8]), |w, x, f| rax(w, x, alu::sar(w, w.cut(x[0]), x[1] & 0xff, f))),
+    ("rol", Legacy(&[0xd2, 0xc0]), |w, x, f| rax(w, x, alu::rol(w, w.cut(x[0]), x[1] & 0xff, f))),
+    ("ror", Legacy(&[0xd2, 0xc8]), |w, x, f| rax(w, x, alu::ror(w, w.cut(x[0]), x[1] & 0xff, f))),
+    ("rcl", Legacy(&[0xd2, 0xd0]), |w, x, f| rax(w, x, alu::rcl(w, w.cut(x[0]), x[1] & 0xff, f))),
+    ("rcr", Legacy(&[0xd2, 0xd8]), |w, x, f| rax(w, x, alu::rcr(w, w.cut(x[0]), x[1] & 0xff, f))),
+    ("shld", Wide(0, &[0x0f, 0xa5, 0xd0]), |w, x, f| rax(w, x, alu::shld(w, w.cut(x[0]), w.cut(x[2]), x[1] & 0xff, f))),
+    ("shrd", Wide(0, &[0x0f, 0xad, 0xd0]), |w, x, f| rax(w, x, alu::shrd(w, w.cut(x[0]), w.cut(x[2]), x[1] & 0xff, f))),
+    ("mul", Legacy(&[0xf6, 0xe1]), |w, x, f| product(w, x, alu::mul(w, w.cut(x[0]), w.cut(x[1]), f))),
+    ("imul", Legacy(&[0xf6, 0xe9]), |w, x, f| product(w, x, alu::imul(w, w.cut(x[0]), w.cut(x[1]), f))),
+    ("imul two operands", Wide(0, &[0x0f, 0xaf, 0xc1]), |w, x, f| {
+        let (r, _, f) = alu::imul(w, w.cut(x[0]), w.cut(x[1]), f);
+        rax(w, x, (r, f))
+    }),
+    ("div", Legacy(&[0xf6, 0xf1]), |w, x, f| {
+        let (high, low) = dividend(w, x);
+        quotient(w, x, alu::div(w, high, low, w.cut(x[1]), f))
+    }),
+    ("idiv", Legacy(&[0xf6, 0xf9]), |w, x, f| {
+        let (high, low) = dividend(w, x);
+        quotient(w, x, alu::idiv(w, high, low, w.cut(x[1]), f))
+    }),
+    ("bt", Wide(0, &[0x0f, 0xa3, 0xc8]), |w, x, f| Some((x, alu::bt(w, w.cut(x[0]), x[1], f)))),
+    ("bts", Wide(0, &[0x0f, 0xab, 0xc8]), |w, x, f| rax(w, x, (w.cut(x[0]) | alu::bit_mask(w, x[1]), alu::bt(w, w.cut(x[0]), x[1], f)))),
+    ("btr", Wide(0, &[0x0f, 0xb3, 0xc8]), |w, x, f| rax(w, x, (w.cut(x[0]) & !alu::bit_mask(w, x[1]), alu::bt(w, w.cut(x[0]), x[1], f)))),
+    ("btc", Wide(0, &[0x0f, 0xbb, 0xc8]), |w, x, f| rax(w, x, (w.cut(x[0]) ^ alu::bit_mask(w, x[1]), alu::bt(w, w.cut(x[0]), x[1], f)))),
+    ("bsf", Wide(0, &[0x0f, 0xbc, 0xc1]), |w, x, f| match alu::bsf(w, w.cut(x[1]), f) {
+        (Some(r), f) => rax(w, x, (r, f)),
+        (None, f) => Some((x, f)),
+    }),
+    ("bsr", Wide(0, &[0x0f, 0xbd, 0xc1]), |w, x, f| match alu::bsr(w, w.cut(x[1]), f) {
+        (Some(r), f) => rax(w, x, (r, f)),
+        (None, f) => Some((x, f)),
+    }),
+    ("tzcnt", Wide(0xf3, &[0x0f, 0xbc, 0xc1]), |w, x, f| rax(w, x, alu::tzcnt(w, w.cut(x[1]), f))),
+    ("lzcnt", Wide(0xf3, &[0x0f, 0xbd, 0xc1]), |w, x, f| rax(w, x, alu::lzcnt(w, w.cut(x[1]), f))),
+    ("popcnt", Wide(0xf3, &[0x0f, 0xb8, 0xc1]), |w, x, _| rax(w, x, alu::popcnt(w.cut(x[1])))),
+    ("andn", Vex { pp: 0, vvvv: 1, opcode: 0xf2, modrm: 0xc2 }, |w, x, _| rax(w, x, alu::andn(w, w.cut(x[1]), w.cut(x[2])))),
+    ("bextr", Vex { pp: 0, vvvv: 2, opcode: 0xf7, modrm: 0xc1 }, |w, x, _| rax(w, x, alu::bextr(w, w.cut(x[1]), w.cut(x[2])))),
+    ("blsr", Vex { pp: 0, vvvv: 0, opcode: 0xf3, modrm: 0xc9 }, |w, x, _| rax(w, x, alu::blsr(w, w.cut(x[1])))),
+    ("blsmsk", Vex { pp: 0, vvvv: 0, opcode: 0xf3, modrm: 0xd1 }, |w, x, _| rax(w, x, alu::blsmsk(w, w.cut(x[1])))),
+    ("blsi", Vex { pp: 0, vvvv: 0, opcode: 0xf3, modrm: 0xd9 }, |w, x, _| rax(w, x, alu::blsi(w, w.cut(x[1])))),
+    ("bzhi", Vex { pp: 0, vvvv: 2, opcode: 0xf5, modrm: 0xc1 }, |w, x, _| rax(w, x, alu::bzhi(w, w.cut(x[1]), w.cut(x[2])))),
+    ("pdep", Vex { pp: 3, vvvv: 1, opcode: 0xf5, modrm: 0xc2 }, |w, x, f| rax(w, x, (alu::pdep(w.cut(x[1]), w.cut(x[2])), f))),
+    ("pext", Vex { pp: 2, vvvv: 1, opcode: 0xf5, modrm: 0xc2 }, |w, x, f| rax(w, x, (alu::pext(w.cut(x[1]), w.cut(x[2])), f))),
+    ("sarx", Vex { pp: 2, vvvv: 2, opcode: 0xf7, modrm: 0xc1 }, |w, x, f| rax(w, x, (alu::sarx(w, w.cut(x[1]), x[2]), f))),
+    ("shlx", Vex { pp: 1, vvvv: 2, opcode: 0xf7, modrm: 0xc1 }, |w, x, f| rax(w, x, (alu::shlx(w, w.cut(x[1]), x[2]), f))),
+    ("shrx", Vex { pp: 3, vvvv: 2, opcode: 0xf7, modrm: 0xc1 }, |w, x, f| rax(w, x, (alu::shrx(w, w.cut(x[1]), x[2]), f))),
+    ("adcx", Wide(0x66, &[0x0f, 0x38, 0xf6, 0xc1]), |w, x, f| rax(w, x, alu::adcx(w, w.cut(x[0]), w.cut(x[1]), f))),
+    ("adox", Wide(0xf3, &[0x0f, 0x38, 0xf6, 0xc1]), |w, x, f| rax(w, x, alu::adox(w, w.cut(x[0]), w.cut(x[1]), f))),
+    ("crc32 r32", Wide(0xf2, &[0x0f, 0x38, 0xf1, 0xc1]), |w, x, f| Some(([alu::crc32(w, x[0], w.cut(x[1])), x[1], x[2]], f))),
+    ("daa", Only32(&[0x27]), |w, x, f| rax(w, x, alu::daa(x[0] & 0xff, f))),
+    ("das", Only32(&[0x2f]), |w, x, f| rax(w, x, alu::das(x[0] & 0xff, f))),
+    ("aaa", Only32(&[0x37]), |_, x, f| rax(Width::W, x, alu::aaa(x[0] & 0xffff, f))),
+    ("aas", Only32(&[0x3f]), |_, x, f| rax(Width::W, x, alu::aas(x[0] & 0xffff, f))),
+    ("aam", Only32(&[0xd4, 10]), |_, x, _| rax(Width::W, x, alu::aam(x[0] & 0xff, 10)?)),
+    ("aam 0", Only32(&[0xd4, 0]), |_, x, _| rax(Width::W, x, alu::aam(x[0] & 0xff, 0)?)),
+    ("aad", Only32(&[0xd5, 10]), |_, x, _| rax(Width::W, x, alu::aad(x[0] & 0xffff, 10))),
+    ("aad 255", Only32(&[0xd5, 255]), |_, x, _| rax(Width::W, x, alu::aad(x[0] & 0xffff, 255))),
+];
+
+/// ADCX and ADOX have no 16-bit form: 66 is a mandatory prefix there.
+fn has_width(name: &str, w: Width) -> bool {
+    !(matches!(name, "adcx" | "adox") && w == Width::W)
+}
+
+/// xorshift64*.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    /// Edges appear often: small values, values near powers of two, their complements.
+    fn edgy(&mut self) -> u64 {
+        let (kind, v) = (self.next() >> 60, self.next());
+        match kind {
+            0 => v & 0xff,
+            1 => (v & 0xff).wrapping_neg(),
+            2 => 1 << (v & 63),
+            3 => (1 << (v & 63)) - 1,
+            4 => !(1 << (v & 63)),
+            5 => [0, u64::MAX, 0x80, 0x8000, 0x8000_0000, 1 << 63, 0x7f, 0x7fff_ffff_ffff_ffff][v as usize & 7],
+            6 => v & v.rotate_left(17) & v.rotate_left(40),
+            7 => v | v.rotate_left(17) | v.rotate_left(40),
+            8 => v >> (v & 63),
+            _ => v,
+        }
+    }
+}
+
+/// The flags worth comparing after an instruction on this host.
+fn compared(bitness: u32, bytes: &[u8]) -> u64 {
+    let undefined = Decoder::new(bitness, bytes, DecoderOptions::NONE).decode().rflags_undefined();
+    let bits = [
+        (RflagsBits::OF, Rflags::OF),
+        (RflagsBits::SF, Rflags::SF),
+        (RflagsBits::ZF, Rflags::ZF),
+        (RflagsBits::AF, Rflags::AF),
+        (RflagsBits::CF, Rflags::CF),
+        (RflagsBits::PF, Rflags::PF),
+    ];
+    let masked = |bit: u32| Vendor::host() == Vendor::Intel && undefined & bit != 0;
+    bits.iter().filter(|(bit, _)| !masked(*bit)).map(|(_, f)| f.bits()).sum()
+}
+
+/// Runs one input on both; says what differs.
+fn compare(host: &mut Host, mask: u64, model: Model, w: Width, values: Values, old: Rflags) -> Result<(), String> {
+    let mut regs = Regs { rflags: old.bits() | 0x202, ..Regs::default() };
+    regs.gpr[..3].copy_from_slice(&values);
+    let (fault, r) = host.run(&regs);
+    let real = fault.is_none().then_some(([r.gpr[0], r.gpr[1], r.gpr[2]], r.rflags & mask));
+    let ours = model(w, values, old).map(|(v, f)| (v, f.bits() & mask));
+    if real == ours {
+        return Ok(());
+    }
+    Err(format!("{w:?} rax,rcx,rdx={values:x?} flags={:x}: CPU {real:x?}, model {ours:x?}", old.bits()))
+}
+
+const OLD: [u64; 4] = [0, 1, 0x8d5, 0x8d4];
+
+fn host_has(name: &str) -> bool {
+    match name {
+        "andn" | "bextr" | "blsr" | "blsmsk" | "blsi" => is_x86_feature_detected!("bmi1"),
+        "bzhi" | "pdep" | "pext" | "sarx" | "shlx" | "shrx" => is_x86_feature_detected!("bmi2"),
+        "adcx" | "adox" => is_x86_feature_detected!("adx"),
+        "crc32 r32" => is_x86_feature_detected!("sse4.2"),
+        "tzcnt" => is_x86_feature_detected!("bmi1"),
+        "lzcnt" => is_x86_feature_detected!("lzcnt"),
+        "popcnt" => is_x86_feature_detected!("popcnt"),
+        _ => true,
+    }
+}
+
+#[test]
+fn every_byte_operation_on_every_operand() {
+    let mut wrong = Vec::new();
+    let mut count = 0u64;
+    for (name, code, model) in CHECKS.iter().filter(|c| c.1.widths().contains(&Width::B)) {
+        let bitness = if matches!(code, Only32(_)) { 32 } else { 64 };
+        let Some(mut host) = Host::new(bitness) else {
+            eprintln!("SKIPPED {name}: this host runs no {bitness}-bit code");
+            continue;
+        };
+        let bytes = code.bytes(Width::B);
+        let mask = compared(bitness, &bytes);
+        host.load(&bytes);
+        let mut found = None;
+        // DIV faults often and a fault costs a signal: all quotients by a few divisors instead.
+        let division = name.ends_with("div");
+        for a in 0..=0xffffu64 {
+            for old in OLD {
+                let (x, y) = if division {
+                    (a, (a ^ a >> 8).wrapping_mul(37) >> 1 & 0xff)
+                } else {
+                    (a & 0xff | 0xa5a5_0000, a >> 8)
+                };
+                // BCD adjusts look at AH, AL and AF.
+                let (x, y) = if bitness == 32 { (a, 0) } else { (x, y) };
+                count += 1;
+                if let Err(e) = compare(&mut host, mask, *model, Width::B, [x, y, 0x77], Rflags::from_bits_retain(old))
+                {
+                    found.get_or_insert(e);
+                }
+            }
+        }
+        wrong.extend(found.map(|e| format!("{name}: {e}")));
+    }
+    println!("{count} byte operations compared with the host CPU");
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn wider_operations_on_edges_and_random_values() {
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let mut wrong = Vec::new();
+    let mut count = 0u64;
+    for (name, code, model) in CHECKS.iter().filter(|c| host_has(c.0)) {
+        for &w in code.widths().iter().filter(|w| **w != Width::B && has_width(name, **w)) {
+            let mut host = Host::new(64).expect("a 64-bit host");
+            let bytes = code.bytes(w);
+            let mask = compared(64, &bytes);
+            host.load(&bytes);
+            let mut found = None;
+            for i in 0..20_000 {
+                let mut values = [random.edgy(), random.edgy(), random.edgy()];
+                // Most random divisions overflow: let most high halves be smaller than the divisor, or a sign extension.
+                if name.ends_with("div") && i % 8 != 0 {
+                    let divisor = w.cut(values[1]).max(1);
+                    values[2] =
+                        if i % 3 == 0 { w.sign_extend(values[0]) >> 63 } else { (values[2] % divisor) >> (i & 1) };
+                    values[2] = if i % 3 == 0 { values[2].wrapping_neg() } else { values[2] };
+                }
+                count += 1;
+                if let Err(e) = compare(&mut host, mask, *model, w, values, Rflags::from_bits_retain(OLD[i & 3])) {
+                    found.get_or_insert(e);
+                }
+            }
+            wrong.extend(found.map(|e| format!("{name}: {e}")));
+        }
+    }
+    println!("{count} wider operations compared with the host CPU");
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
