@@ -1,9 +1,11 @@
 //! The way into the host's kernel: one function for every passed-through call, and the few calls the personality makes for itself.
 #![allow(unsafe_code)]
 
+use crate::host::syscall::Aborted;
 use std::ffi::{CString, c_long};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::atomic::AtomicU32;
 
 /// Errors as the kernel returns them: `-errno` in the result register.
 pub const fn err(errno: i32) -> i64 {
@@ -18,6 +20,16 @@ pub fn host_call(number: u64, a: [u64; 6]) -> i64 {
     // SAFETY: the table lets only calls through that act on the guest's own resources.
     let r = unsafe { libc::syscall(number as c_long, a[0], a[1], a[2], a[3], a[4], a[5]) };
     if r == -1 { err(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::ENOSYS)) } else { r }
+}
+
+/// As [`host_call`], for calls that may block: not executed if `flag` is set, which a signal does.
+///
+/// # Errors
+/// [`Aborted`]: not executed, see [`crate::host::syscall`].
+#[inline]
+pub fn interruptible(flag: &AtomicU32, number: u64, a: [u64; 6]) -> Result<i64, Aborted> {
+    // SAFETY: as for `host_call`.
+    unsafe { crate::host::syscall::interruptible(flag, number, a) }
 }
 
 /// The calling thread's id.
@@ -87,10 +99,4 @@ pub fn may_execute(path: &Path) -> bool {
     // SAFETY: the string lives through the call.
     CString::new(path.as_os_str().as_bytes())
         .is_ok_and(|p| unsafe { libc::faccessat(libc::AT_FDCWD, p.as_ptr(), libc::X_OK, libc::AT_EACCESS) == 0 })
-}
-
-/// The end of bivisor's own heap.
-pub fn own_brk() -> u64 {
-    // SAFETY: asks and changes nothing.
-    unsafe { libc::sbrk(0) as u64 }
 }

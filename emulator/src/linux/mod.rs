@@ -9,23 +9,23 @@
 //! | [`elf`] | ELF headers and segments |
 //! | [`stack`] | argv, envp and auxv on the initial stack |
 //! | [`mm`] | mmap and its kin |
-//! | [`file`] | calls that name files or descriptors of bivisor |
-//! | [`proc`] | the files of /proc that show the guest |
-//! | [`misc`] | exit, prctl, arch_prctl, personality |
 //! | [`run`] | the loop of a task: run the engine, act on why it returned |
 //! | [`table`] | every system call: passed through, handled or refused, with a note |
 //! | [`syscall`] | the way of a call through the table |
 //! | [`host`] | the call into the host's kernel |
-//! | [`signal`] | signals and faults |
+//! | [`signal`] | signals: what the guest does about them, delivery |
+//! | [`sigcalls`] | the system calls about signals |
+//! | [`fault`] | which signal an exception becomes |
+//! | [`frame`] | the frame of a signal handler |
 
 pub mod elf;
-pub mod file;
+pub mod fault;
+pub mod frame;
 pub mod host;
 pub mod load;
-pub mod misc;
 pub mod mm;
-pub mod proc;
 pub mod run;
+pub mod sigcalls;
 pub mod signal;
 pub mod stack;
 pub mod syscall;
@@ -91,10 +91,6 @@ pub struct Process {
     pub exe: PathBuf,
     /// Its arguments.
     pub args: Vec<OsString>,
-    /// Its environment at the start.
-    pub env: Vec<OsString>,
-    /// The host's kernel shows arguments and environment of the guest in /proc.
-    pub shown_by_kernel: bool,
     /// What the guest does about signals.
     pub signals: signal::Dispositions,
 }
@@ -104,9 +100,6 @@ impl Process {
     pub fn mem(&self) -> &GuestMemory {
         &self.space.mem
     }
-
-    /// Before the host process ends without coming back: what is left to say.
-    pub fn finish(&self) {}
 
     /// What an engine of this process is plugged into.
     pub fn board(&self) -> Board<'_> {
@@ -134,7 +127,8 @@ impl Task {
     pub fn new(process: Arc<Process>) -> Result<Task, String> {
         let mut vcpu = (process.factory)()?;
         vcpu.set_intercepts(INTERCEPTS);
-        Ok(Task { process, vcpu, tid: host::gettid(), signals: signal::TaskSignals::default() })
+        let signals = signal::TaskSignals::new(vcpu.kicker());
+        Ok(Task { process, vcpu, tid: host::gettid(), signals })
     }
 }
 

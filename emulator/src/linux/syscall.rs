@@ -2,7 +2,7 @@
 
 use crate::isa::Gpr;
 use crate::linux::table::{self, Status};
-use crate::linux::{ExitStatus, Flow, Task, host, host::err};
+use crate::linux::{ExitStatus, Flow, Task, host, host::err, signal};
 
 /// The six arguments, RDI RSI RDX R10 R8 R9.
 pub type Args = [u64; 6];
@@ -36,13 +36,12 @@ pub fn dispatch(task: &mut Task, next_rip: u64) -> Flow {
     state.rip = next_rip;
     state.gpr[Gpr::Rcx as usize] = next_rip;
     state.gpr[Gpr::R11 as usize] = state.rflags.bits();
-    // The kernel looks at EAX only.
-    let number = u64::from(state.gpr[Gpr::Rax as usize] as u32);
+    let number = state.gpr[Gpr::Rax as usize];
     let args = [Gpr::Rdi, Gpr::Rsi, Gpr::Rdx, Gpr::R10, Gpr::R8, Gpr::R9].map(|r| state.gpr[r as usize]);
     match call(task, number, args) {
         Outcome::Done(result) => {
             task.vcpu.state().gpr[Gpr::Rax as usize] = result as u64;
-            crate::linux::signal::after_syscall(task, number, result)
+            signal::after_syscall(task, number, result)
         }
         Outcome::Resume => Flow::Continue,
         Outcome::Exit(status) => Flow::Exit(status),
@@ -50,6 +49,7 @@ pub fn dispatch(task: &mut Task, next_rip: u64) -> Flow {
 }
 
 fn call(task: &mut Task, number: u64, args: Args) -> Outcome {
+    // The kernel looks at EAX only.
     match table::row(number as u32).map(|r| r.status) {
         Some(Status::PassedThrough) => pass(task, number, args).into(),
         Some(Status::Handled(handler)) => handler(task, args),
@@ -58,20 +58,19 @@ fn call(task: &mut Task, number: u64, args: Args) -> Outcome {
     }
 }
 
-/// The number of the call being handled: RAX still holds it.
-pub fn number(task: &mut Task) -> u64 {
-    u64::from(task.vcpu.state().gpr[Gpr::Rax as usize] as u32)
-}
-
-/// A call to the host with the guest's arguments.
+/// A call to the host with the guest's arguments; may be interrupted by a signal for the guest ([`signal::RESTART`]).
 pub fn pass(task: &mut Task, number: u64, args: Args) -> i64 {
-    let result = host::host_call(number, args);
-    if result == err(libc::EFAULT)
-        && let Some(space) = task.process.mem().flat()
-        && space.expect_write(0..u64::MAX)
-    {
+    let inbox = &task.signals.inbox;
+    inbox.take_disturbed();
+    loop {
+        let Ok(result) = host::interruptible(inbox.flag(), number, args) else { return signal::RESTART };
         // The kernel met a page that is write-protected only because code was cached from it.
-        return host::host_call(number, args);
+        let protected = result == err(libc::EFAULT)
+            && task.process.mem().flat().is_some_and(|space| space.expect_write(0..u64::MAX));
+        // The host's handler ran for a signal that the guest does not get.
+        let for_us = result == err(libc::EINTR) && !inbox.any() && inbox.take_disturbed();
+        if !protected && !for_us {
+            return result;
+        }
     }
-    result
 }
