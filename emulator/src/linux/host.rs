@@ -100,3 +100,9 @@ pub fn may_execute(path: &Path) -> bool {
     CString::new(path.as_os_str().as_bytes())
         .is_ok_and(|p| unsafe { libc::faccessat(libc::AT_FDCWD, p.as_ptr(), libc::X_OK, libc::AT_EACCESS) == 0 })
 }
+
+/// The end of bivisor's own heap.
+pub fn own_brk() -> u64 {
+    // SAFETY: asks and changes nothing.
+    unsafe { libc::sbrk(0) as u64 }
+}

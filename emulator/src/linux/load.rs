@@ -4,7 +4,7 @@ use crate::cpu::CpuState;
 use crate::isa::Gpr;
 use crate::linux::elf::Elf;
 use crate::linux::mm::Mapping;
-use crate::linux::stack::{self, Stack};
+use crate::linux::stack::{self, Placed, Stack};
 use crate::linux::{AddressSpace, host};
 use crate::mem::PAGE_SIZE;
 use std::ffi::{OsStr, OsString};
@@ -189,11 +189,12 @@ impl Image {
         Ok(Image { name: name.to_owned(), exe, args, file, elf, interpreter })
     }
 
-    /// Maps the program, makes its stack and heap, and gives the registers it starts with.
+    /// Maps the program, makes its stack and heap, and gives the registers it starts with and where the parts of
+    /// the stack are.
     ///
     /// # Errors
     /// The host cannot map it.
-    pub fn load(&self, space: &AddressSpace, env: &[OsString], hwcap: u64) -> Result<CpuState, LoadError> {
+    pub fn load(&self, space: &AddressSpace, env: &[OsString], hwcap: u64) -> Result<(CpuState, Placed), LoadError> {
         let random: [u8; 24] = host::random_bytes();
         let program = self.elf.load(&self.exe, &self.file, space, Some(pie_base(&random[16..])))?;
         let interpreter = match &self.interpreter {
@@ -209,7 +210,8 @@ impl Image {
             random: random[..16].try_into().expect("16 bytes"),
             aux: stack::aux_vector(&program, interpreter.map(|i| i.bias).unwrap_or(0), hwcap),
         };
-        let (sp, bytes) = stack.build(top);
+        let (placed, bytes) = stack.build(top);
+        let sp = placed.sp;
         // The kernel leaves the program at least a quarter of the stack limit.
         if bytes.len() as u64 > size - size / 4 || space.mem.write(sp, &bytes).is_none() {
             return Err(LoadError::new(&self.name, Why::Io(io::Error::from_raw_os_error(libc::E2BIG))));
@@ -218,7 +220,7 @@ impl Image {
         state.rflags |= crate::cpu::Rflags::IF;
         state.rip = interpreter.map_or(program.entry, |i| i.entry);
         state.gpr[Gpr::Rsp as usize] = sp;
-        Ok(state)
+        Ok((state, placed))
     }
 
     fn map_stack(&self, space: &AddressSpace) -> Result<(u64, u64), LoadError> {

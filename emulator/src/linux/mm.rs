@@ -5,7 +5,7 @@
 //! there, so that no call changes memory of bivisor itself.
 
 use crate::linux::host::{err, host_call};
-use crate::linux::syscall::{Args, Outcome, pass};
+use crate::linux::syscall::{Args, Outcome, number, pass};
 use crate::linux::{AddressSpace, Brk, Task};
 use crate::mem::{FlatSpace, GuestMemory, PAGE_SIZE, Prot, Vma};
 use std::ops::Range;
@@ -361,7 +361,7 @@ pub fn madvise(task: &mut Task, [addr, len, advice, ..]: Args) -> Outcome {
 
 /// mlock(2), mlock2(2), munlock(2), msync(2), mincore(2), mbind(2): to the host if the range is the guest's, ENOMEM if not.
 pub fn on_own_range(task: &mut Task, a: Args) -> Outcome {
-    let number = task.vcpu.state().gpr[0];
+    let number = number(task);
     let start = a[0] & !(PAGE_SIZE - 1);
     let Some(end) = a[0].checked_add(a[1]).and_then(|e| e.checked_next_multiple_of(PAGE_SIZE)) else {
         return EINVAL.into();

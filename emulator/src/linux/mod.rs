@@ -9,6 +9,9 @@
 //! | [`elf`] | ELF headers and segments |
 //! | [`stack`] | argv, envp and auxv on the initial stack |
 //! | [`mm`] | mmap and its kin |
+//! | [`file`] | calls that name files or descriptors of bivisor |
+//! | [`proc`] | the files of /proc that show the guest |
+//! | [`misc`] | exit, prctl, arch_prctl, personality |
 //! | [`run`] | the loop of a task: run the engine, act on why it returned |
 //! | [`table`] | every system call: passed through, handled or refused, with a note |
 //! | [`syscall`] | the way of a call through the table |
@@ -20,10 +23,13 @@
 
 pub mod elf;
 pub mod fault;
+pub mod file;
 pub mod frame;
 pub mod host;
 pub mod load;
+pub mod misc;
 pub mod mm;
+pub mod proc;
 pub mod run;
 pub mod sigcalls;
 pub mod signal;
@@ -91,6 +97,10 @@ pub struct Process {
     pub exe: PathBuf,
     /// Its arguments.
     pub args: Vec<OsString>,
+    /// Its environment at the start.
+    pub env: Vec<OsString>,
+    /// The host's kernel shows arguments and environment of the guest in /proc.
+    pub shown_by_kernel: bool,
     /// What the guest does about signals.
     pub signals: signal::Dispositions,
 }
@@ -100,6 +110,9 @@ impl Process {
     pub fn mem(&self) -> &GuestMemory {
         &self.space.mem
     }
+
+    /// Before the host process ends without coming back: what is left to say.
+    pub fn finish(&self) {}
 
     /// What an engine of this process is plugged into.
     pub fn board(&self) -> Board<'_> {

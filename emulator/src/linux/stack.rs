@@ -4,6 +4,7 @@ use crate::linux::elf::Loaded;
 use crate::linux::host;
 use crate::mem::PAGE_SIZE;
 use std::ffi::{OsStr, OsString};
+use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 
 /// Types of auxiliary entries.
@@ -46,6 +47,19 @@ pub struct Stack<'a> {
     pub aux: Vec<(u64, u64)>,
 }
 
+/// Where the parts of a built stack are.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Placed {
+    /// The initial RSP.
+    pub sp: u64,
+    /// The argument strings.
+    pub args: Range<u64>,
+    /// The environment strings.
+    pub env: Range<u64>,
+    /// The auxiliary vector.
+    pub aux: Range<u64>,
+}
+
 /// The auxiliary vector in the kernel's order. Entries that the host's kernel does not give are left out.
 pub fn aux_vector(program: &Loaded, base: u64, hwcap: u64) -> Vec<(u64, u64)> {
     let host = |kind: u64| (kind, host::aux(kind));
@@ -73,8 +87,8 @@ pub fn aux_vector(program: &Loaded, base: u64, hwcap: u64) -> Vec<(u64, u64)> {
 }
 
 impl Stack<'_> {
-    /// The bytes of the stack that ends at `top`, and the address of the first: the initial RSP, where argc is.
-    pub fn build(&self, top: u64) -> (u64, Vec<u8>) {
+    /// The stack that ends at `top`: where its parts are, and the bytes from RSP (where argc is) up.
+    pub fn build(&self, top: u64) -> (Placed, Vec<u8>) {
         // From the top down: eight zero bytes, the name, the environment, the arguments, the platform, the random bytes.
         let mut down = Down { at: top, pieces: Vec::new() };
         down.push(&[0; 8]);
@@ -86,6 +100,9 @@ impl Stack<'_> {
         };
         let env = strings(self.env);
         let args = strings(self.args);
+        let env_end = name;
+        let args_end = env.first().copied().unwrap_or(env_end);
+        let args_start = args.first().copied().unwrap_or(args_end);
         let platform = down.push_string(OsStr::new("x86_64"));
         let random = down.push(&self.random);
         let mut words = vec![args.len() as u64];
@@ -93,6 +110,7 @@ impl Stack<'_> {
         words.push(0);
         words.extend(&env);
         words.push(0);
+        let aux_words = words.len() as u64;
         let pointers = [(at::RANDOM, random), (at::EXECFN, name), (at::PLATFORM, platform), (at::NULL, 0)];
         words.extend(self.aux.iter().chain(&pointers).flat_map(|&(k, v)| [k, v]));
         // RSP is 16-byte aligned at the entry (ABI 3.4.1).
@@ -102,7 +120,8 @@ impl Stack<'_> {
         for piece in down.pieces.iter().rev() {
             bytes.extend_from_slice(piece);
         }
-        (sp, bytes)
+        let aux = sp + 8 * aux_words..sp + 8 * words.len() as u64;
+        (Placed { sp, args: args_start..args_end, env: args_end..env_end, aux }, bytes)
     }
 }
 
@@ -136,7 +155,8 @@ mod tests {
         let aux = vec![(at::PAGESZ, 4096)];
         let stack = Stack { args: &args, env: &env, name: OsStr::new("/bin/ls"), random: [7; 16], aux };
         let top = 0x7000_0000;
-        let (sp, bytes) = stack.build(top);
+        let (placed, bytes) = stack.build(top);
+        let sp = placed.sp;
         assert_eq!((sp % 16, sp + bytes.len() as u64), (0, top));
         let word = |i: usize| u64::from_le_bytes(bytes[8 * i..8 * i + 8].try_into().unwrap());
         let text = |addr: u64| {
@@ -155,6 +175,9 @@ mod tests {
             i += 2;
         }
         assert_eq!(aux[&at::PAGESZ], 4096);
+        assert_eq!(&bytes[(placed.args.start - sp) as usize..(placed.args.end - sp) as usize], b"ls\0-l\0");
+        assert_eq!(&bytes[(placed.env.start - sp) as usize..(placed.env.end - sp) as usize], b"A=1\0");
+        assert_eq!((placed.aux.start, placed.aux.end), (sp + 8 * 6, sp + 8 * (i as u64 + 2)));
         assert_eq!(text(aux[&at::EXECFN]), "/bin/ls");
         assert_eq!(text(aux[&at::PLATFORM]), "x86_64");
         let random = (aux[&at::RANDOM] - sp) as usize;

@@ -36,7 +36,8 @@ pub fn dispatch(task: &mut Task, next_rip: u64) -> Flow {
     state.rip = next_rip;
     state.gpr[Gpr::Rcx as usize] = next_rip;
     state.gpr[Gpr::R11 as usize] = state.rflags.bits();
-    let number = state.gpr[Gpr::Rax as usize];
+    // The kernel looks at EAX only.
+    let number = u64::from(state.gpr[Gpr::Rax as usize] as u32);
     let args = [Gpr::Rdi, Gpr::Rsi, Gpr::Rdx, Gpr::R10, Gpr::R8, Gpr::R9].map(|r| state.gpr[r as usize]);
     match call(task, number, args) {
         Outcome::Done(result) => {
@@ -49,13 +50,17 @@ pub fn dispatch(task: &mut Task, next_rip: u64) -> Flow {
 }
 
 fn call(task: &mut Task, number: u64, args: Args) -> Outcome {
-    // The kernel looks at EAX only.
     match table::row(number as u32).map(|r| r.status) {
         Some(Status::PassedThrough) => pass(task, number, args).into(),
         Some(Status::Handled(handler)) => handler(task, args),
         Some(Status::Refused(errno)) => err(errno).into(),
         None => err(libc::ENOSYS).into(),
     }
+}
+
+/// The number of the call being handled: RAX still holds it.
+pub fn number(task: &mut Task) -> u64 {
+    u64::from(task.vcpu.state().gpr[Gpr::Rax as usize] as u32)
 }
 
 /// A call to the host with the guest's arguments; may be interrupted by a signal for the guest ([`signal::RESTART`]).

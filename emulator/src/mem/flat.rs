@@ -175,7 +175,7 @@ impl FlatSpace {
 
     fn invalidate(&self, range: Range<u64>) {
         let mut watched = self.watched.lock().expect("no panic under the lock");
-                let mut pages = Vec::new();
+        let mut pages = Vec::new();
         for (p, w) in watched.iter_mut().filter(|(p, _)| range.contains(p)) {
             w.generation += 1;
             w.armed = false;
