@@ -11,7 +11,9 @@ use std::process::{Command, Stdio};
 ///
 /// The C programs of bench/programs are compiled with `cc -O2 -static`; others are taken from the machine.
 #[derive(Parser)]
-#[command(after_help = "Example:\n  cargo build --release && cargo run --release -p bivisor-bench -- --runs 5 fib sha256")]
+#[command(
+    after_help = "Example:\n  cargo build --release && cargo run --release -p bivisor-bench -- --runs 5 fib sha256"
+)]
 struct Args {
     /// Programs; default all.
     programs: Vec<String>,
@@ -73,7 +75,10 @@ fn measure(args: &Args, bivisor: &Path, build: &Path) -> Result<()> {
         bail!("no program `{p}`: one of {}", names().collect::<Vec<_>>().join(", "));
     }
     if !args.json {
-        println!("{:<10} {:<8} {:>9}  {:>7} {:>7} {:>7}  runs", "program", "engine", "native s", "median", "min", "max");
+        println!(
+            "{:<10} {:<8} {:>9}  {:>7} {:>7} {:>7}  runs",
+            "program", "engine", "native s", "median", "min", "max"
+        );
     }
     for (name, large, small) in COMPILED.iter().filter(|p| wanted(p.0)) {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("programs").join(format!("{name}.c"));
@@ -143,8 +148,8 @@ fn report(args: &Args, bivisor: &Path, name: &str, backend: &str, command: &[&st
 }
 
 fn which(program: &str) -> PathBuf {
-    let found = std::env::var_os("PATH")
-        .and_then(|p| std::env::split_paths(&p).map(|d| d.join(program)).find(|f| f.is_file()));
+    let found =
+        std::env::var_os("PATH").and_then(|p| std::env::split_paths(&p).map(|d| d.join(program)).find(|f| f.is_file()));
     if program.contains('/') { program.into() } else { found.unwrap_or_else(|| program.into()) }
 }
 

@@ -366,27 +366,54 @@ pub fn write_bytes(x: &mut Exec<'_>, seg: Seg, offset: u64, from: &[u8]) -> Step
     write_place(x, &p, from)
 }
 
+/// The guest-physical address of `len` bytes inside one page that can be accessed without a fault; `None` if anything is in the way.
+/// For fast paths: the slow way finds out what.
+pub fn whole(x: &mut Exec<'_>, seg: Seg, offset: u64, len: u64, access: Access) -> Option<u64> {
+    let laddr = linear(x, seg, offset, len, access).ok()?;
+    let by = accessor(x.cpu);
+    if crosses(laddr, len) {
+        return None;
+    }
+    x.mmu.translate(x.cpu, x.mem, laddr, access, by).ok()
+}
+
 /// All faults of a later write of `len` (at most 4096) bytes; nothing is written.
 ///
 /// # Errors
 /// #GP, #SS, #PF.
 pub fn check_write(x: &mut Exec<'_>, seg: Seg, offset: u64, len: u64) -> Step {
+    check(x, seg, offset, len, Access::Write)
+}
+
+/// All faults of a later integer access, alignment included.
+///
+/// # Errors
+/// #GP, #SS, #AC, #PF.
+pub fn check_integer(x: &mut Exec<'_>, seg: Seg, offset: u64, w: Width, access: Access) -> Step {
+    let laddr = linear(x, seg, offset, w.bytes(), access)?;
+    check_alignment(x, laddr, w)?;
+    check(x, seg, offset, w.bytes(), access)
+}
+
+/// All faults of a later access of `len` (at most 4096) bytes; no byte is touched.
+///
+/// # Errors
+/// #GP, #SS, #PF.
+pub fn check(x: &mut Exec<'_>, seg: Seg, offset: u64, len: u64, access: Access) -> Step {
     if len == 0 {
         return Ok(());
     }
-    let laddr = linear(x, seg, offset, len, Access::Write)?;
+    let laddr = linear(x, seg, offset, len, access)?;
     if let Some(flat) = x.mem.flat() {
         let last = laddr.wrapping_add(len - 1);
-        let writable =
-            |a: u64| flat.find(a).is_some_and(|v| v.prot.contains(Prot::WRITE)) && flat.load(a, Width::B).is_some();
-        return if writable(laddr) && writable(last) {
-            Ok(())
-        } else {
-            Err(flat_fault(x, flat, laddr, len, Access::Write))
+        let there = |a: u64| {
+            flat.load(a, Width::B).is_some()
+                && (access == Access::Read || flat.find(a).is_some_and(|v| v.prot.contains(Prot::WRITE)))
         };
+        return if there(laddr) && there(last) { Ok(()) } else { Err(flat_fault(x, flat, laddr, len, access)) };
     }
     let by = accessor(x.cpu);
-    place(x, laddr, len, Access::Write, by).map(|_| ())
+    place(x, laddr, len, access, by).map(|_| ())
 }
 
 /// Loads as the processor itself does for descriptor tables, TSS and IDT: supervisor, whatever the CPL.

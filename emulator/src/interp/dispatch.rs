@@ -2,7 +2,7 @@
 
 use crate::cpu::Fault;
 use crate::interp::sensitive::{eflags, segment, table, time};
-use crate::interp::{Exec, Op, Step, hint};
+use crate::interp::{Exec, Op, Step, branch, flags, hint, stack, string};
 use crate::isa::{Class, Insn};
 use iced_x86::Mnemonic as M;
 
@@ -42,8 +42,64 @@ pub fn op(i: &Insn) -> Op {
         M::Rdpmc => time::rdpmc,
         M::Rdrand | M::Rdseed => time::rdrand,
 
+        // branch
+        M::Jmp => branch::jmp,
+        M::Call => branch::call,
+        M::Ret => branch::ret,
+        M::Jo => branch::jo,
+        M::Jno => branch::jno,
+        M::Jb => branch::jb,
+        M::Jae => branch::jae,
+        M::Je => branch::je,
+        M::Jne => branch::jne,
+        M::Jbe => branch::jbe,
+        M::Ja => branch::ja,
+        M::Js => branch::js,
+        M::Jns => branch::jns,
+        M::Jp => branch::jp,
+        M::Jnp => branch::jnp,
+        M::Jl => branch::jl,
+        M::Jge => branch::jge,
+        M::Jle => branch::jle,
+        M::Jg => branch::jg,
+        M::Loop => branch::r#loop,
+        M::Loope => branch::loope,
+        M::Loopne => branch::loopne,
+        M::Jcxz | M::Jecxz | M::Jrcxz => branch::jrcxz,
+
+        // stack
+        M::Push => stack::push_op,
+        M::Pop => stack::pop_op,
+        M::Pusha | M::Pushad => stack::pusha,
+        M::Popa | M::Popad => stack::popa,
+        M::Enter => stack::enter,
+        M::Leave => stack::leave,
+
+        // string; MOVSD and CMPSD are SSE instructions too
+        M::Movsb | M::Movsw | M::Movsq => string::movs,
+        M::Movsd if i.facts.class == Class::String => string::movs,
+        M::Stosb | M::Stosw | M::Stosd | M::Stosq => string::stos,
+        M::Lodsb | M::Lodsw | M::Lodsd | M::Lodsq => string::lods,
+        M::Cmpsb | M::Cmpsw | M::Cmpsq => string::cmps,
+        M::Cmpsd if i.facts.class == Class::String => string::cmps,
+        M::Scasb | M::Scasw | M::Scasd | M::Scasq => string::scas,
+
+        // flags
+        M::Clc => flags::clc,
+        M::Stc => flags::stc,
+        M::Cmc => flags::cmc,
+        M::Cld => flags::cld,
+        M::Std => flags::std,
+        M::Lahf => flags::lahf,
+        M::Sahf => flags::sahf,
+
         // hint
-        M::Nop | M::Reservednop => hint::nop,
+        M::Nop | M::Reservednop | M::Pause | M::Endbr32 | M::Endbr64 | M::Rdsspd | M::Rdsspq => hint::nop,
+        M::Prefetch | M::Prefetchw | M::Prefetchwt1 => hint::nop,
+        M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchit0 | M::Prefetchit1 => hint::nop,
+        M::Mfence | M::Lfence | M::Sfence => hint::mfence,
+        M::Clflush | M::Clflushopt | M::Clwb => hint::clflush,
+        M::Cldemote => hint::nop,
 
         _ => undefined,
     }

@@ -8,13 +8,17 @@
 
 pub mod access;
 pub mod alu;
+pub mod branch;
+pub mod check;
 pub mod deliver;
 pub mod dispatch;
+pub mod flags;
 pub mod hint;
 pub mod operand;
 mod run;
 pub mod sensitive;
 pub mod stack;
+pub mod string;
 #[cfg(test)]
 pub mod testing;
 

@@ -3,9 +3,10 @@
 use crate::bus::Bus;
 use crate::cpu::{Activity, CpuState, Fault};
 use crate::interp::access;
+use crate::interp::check;
 use crate::interp::deliver::{Event, deliver};
 use crate::interp::{Core, Env, Exec, Stop, dispatch};
-use crate::isa::{DecodeError, Insn, MAX_INSN_LEN, Seg, Width, decode};
+use crate::isa::{Class, DecodeError, Insn, MAX_INSN_LEN, Seg, Width, decode};
 use crate::mem::{Access, GuestMemory, Mmu, PAGE_SIZE};
 use crate::vcpu::{Board, Exit, Intercepts, Kicker};
 
@@ -21,10 +22,14 @@ impl Core {
             if x.cpu.activity == Activity::Shutdown {
                 return Exit::Shutdown;
             }
-            left -= 1;
-            self.instructions += 1;
-            if let Err(exit) = one(&mut x) {
-                return exit;
+            match one(&mut x) {
+                Ok(true) => {
+                    left -= 1;
+                    self.instructions += 1;
+                }
+                // A long repetition is not done yet.
+                Ok(false) => {}
+                Err(exit) => return exit,
             }
         }
         Exit::Budget
@@ -56,21 +61,28 @@ fn exec<'a>(
     Exec { cpu, mmu, mem, bus, intercepts, next_rip, env, attention: false }
 }
 
-fn one(x: &mut Exec<'_>) -> Result<(), Exit> {
+fn one(x: &mut Exec<'_>) -> Result<bool, Exit> {
     let done = fetch(x).and_then(|i| {
         if !x.env.cpu_model.supports(i.iced.code()) {
             return Err(Fault::Ud.into());
         }
         x.next_rip = next_rip(x.cpu, i.len);
-        dispatch::op(&i)(x, &i)
+        check::before(x, &i)?;
+        dispatch::op(&i)(x, &i).map(|()| i.facts.class)
     });
     match done {
-        Ok(()) => {
+        Ok(class) => {
+            let repeats = matches!(class, Class::String | Class::Io) && x.next_rip == x.cpu.rip;
             x.cpu.rip = x.next_rip;
-            Ok(())
+            Ok(!repeats)
+        }
+        Err(Stop::Exit(Exit::Halt)) => {
+            x.cpu.rip = x.next_rip;
+            x.cpu.activity = Activity::Halted;
+            Err(Exit::Halt)
         }
         Err(Stop::Exit(exit)) => Err(exit),
-        Err(Stop::Fault(fault)) => raise(x, fault),
+        Err(Stop::Fault(fault)) => raise(x, fault).map(|()| true),
     }
 }
 

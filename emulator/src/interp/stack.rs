@@ -2,8 +2,9 @@
 
 use crate::cpu::{Attr, CpuState};
 use crate::interp::access::{self, is_long64};
-use crate::interp::{Exec, Step, Stop};
-use crate::isa::{Gpr, Seg, Width};
+use crate::interp::{Exec, Step, Stop, operand};
+use crate::isa::{Gpr, Insn, Seg, Width};
+use crate::mem::Access;
 
 /// The stack-address size: 64 bits in 64-bit mode, else by the B flag of SS.
 #[inline(always)]
@@ -72,4 +73,191 @@ pub fn peek(x: &mut Exec<'_>, depth_bytes: u64, w: Width) -> Result<u64, Stop> {
     let a = address_width(x.cpu);
     let from = a.cut(x.cpu.gpr[Gpr::Rsp as usize].wrapping_add(depth_bytes));
     access::load(x, Seg::Ss, from, w)
+}
+
+/// PUSH of a register, memory or immediate. (Segment registers: [`crate::interp::sensitive`].)
+pub fn push_op(x: &mut Exec<'_>, i: &Insn) -> Step {
+    // SDM 2B PUSH: PUSH rSP pushes the value before; an operand addressed by rSP is addressed before rSP moves.
+    let v = operand::read(x, i, 0)?;
+    push(x, i.width, v)
+}
+
+/// POP to a register or memory.
+pub fn pop_op(x: &mut Exec<'_>, i: &Insn) -> Step {
+    let v = peek(x, 0, i.width)?;
+    let before = x.cpu.gpr[Gpr::Rsp as usize];
+    // SDM 2B POP: an operand addressed by rSP is addressed after rSP moved; POP rSP gives the popped value.
+    adjust(x, i.width.bytes() as i64);
+    let done = operand::write(x, i, 0, v);
+    if done.is_err() {
+        x.cpu.gpr[Gpr::Rsp as usize] = before;
+    }
+    done
+}
+
+/// PUSHA, PUSHAD.
+pub fn pusha(x: &mut Exec<'_>, i: &Insn) -> Step {
+    let w = i.width;
+    let a = address_width(x.cpu);
+    let sp = x.cpu.gpr[Gpr::Rsp as usize];
+    let slot = |n: usize| a.cut(sp.wrapping_sub((n as u64 + 1) * w.bytes()));
+    // Everything is checked before the first of the eight is written.
+    for n in 0..8 {
+        access::check_integer(x, Seg::Ss, slot(n), w, Access::Write)?;
+    }
+    for n in 0..8 {
+        let v = x.cpu.read(Gpr::ALL[n], w);
+        access::store(x, Seg::Ss, slot(n), w, v)?;
+    }
+    adjust(x, -8 * w.bytes() as i64);
+    Ok(())
+}
+
+/// POPA, POPAD: the slot of rSP is skipped.
+pub fn popa(x: &mut Exec<'_>, i: &Insn) -> Step {
+    let w = i.width;
+    let mut values = [0; 8];
+    for (n, v) in values.iter_mut().enumerate() {
+        *v = peek(x, n as u64 * w.bytes(), w)?;
+    }
+    adjust(x, 8 * w.bytes() as i64);
+    for (n, v) in values.iter().enumerate() {
+        let r = Gpr::ALL[7 - n];
+        if r != Gpr::Rsp {
+            x.cpu.write(r, w, *v);
+        }
+    }
+    Ok(())
+}
+
+/// ENTER size, level.
+pub fn enter(x: &mut Exec<'_>, i: &Insn) -> Step {
+    let w = i.width;
+    let a = address_width(x.cpu);
+    let size = u64::from(i.iced.immediate16());
+    let level = u64::from(i.iced.immediate8_2nd()) % 32;
+    let sp = x.cpu.gpr[Gpr::Rsp as usize];
+    let bp = x.cpu.gpr[Gpr::Rbp as usize];
+    let slot = |n: u64| a.cut(sp.wrapping_sub((n + 1) * w.bytes()));
+    // The frame pointers of the outer levels, then the new one itself.
+    let frame = slot(0);
+    let mut values = [0; 33];
+    values[0] = w.cut(bp);
+    for n in 1..level {
+        let from = a.cut(bp.wrapping_sub(n * w.bytes()));
+        values[n as usize] = access::load(x, Seg::Ss, from, w)?;
+    }
+    if level > 0 {
+        values[level as usize] = w.cut(frame);
+    }
+    let end = a.cut(slot(level).wrapping_sub(size));
+    for n in 0..=level {
+        access::check_integer(x, Seg::Ss, slot(n), w, Access::Write)?;
+    }
+    // SDM 2A ENTER: a page fault if a write with the final stack pointer would fault.
+    access::check_write(x, Seg::Ss, end, 1)?;
+    for n in 0..=level {
+        access::store(x, Seg::Ss, slot(n), w, values[n as usize])?;
+    }
+    x.cpu.write(Gpr::Rbp, w, frame);
+    set_pointer(x.cpu, end);
+    Ok(())
+}
+
+/// LEAVE.
+pub fn leave(x: &mut Exec<'_>, i: &Insn) -> Step {
+    let a = address_width(x.cpu);
+    let from = x.cpu.read(Gpr::Rbp, a);
+    let v = access::load(x, Seg::Ss, from, i.width)?;
+    set_pointer(x.cpu, from.wrapping_add(i.width.bytes()));
+    x.cpu.write(Gpr::Rbp, i.width, v);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::Fault;
+    use crate::interp::testing::{CODE, DATA, Machine, STACK};
+    use crate::vcpu::Exit;
+
+    #[test]
+    fn widths_of_push() {
+        // push rax; push ax; push -2 (imm8); push word 0x1234; push imm32 sign-extended
+        let rows: [(&[u8], u64, u64, Width); 5] = [
+            (&[0x50], 8, 0x1122_3344_5566_7788, Width::Q),
+            (&[0x66, 0x50], 2, 0x7788, Width::W),
+            (&[0x6a, 0xfe], 8, u64::MAX - 1, Width::Q),
+            (&[0x66, 0x68, 0x34, 0x12], 2, 0x1234, Width::W),
+            (&[0x68, 0, 0, 0, 0x80], 8, 0xffff_ffff_8000_0000, Width::Q),
+        ];
+        for (code, size, value, w) in rows {
+            let mut m = Machine::long64(3, code);
+            m.cpu().gpr[0] = 0x1122_3344_5566_7788;
+            assert_eq!(m.run(1), Exit::Budget);
+            assert_eq!(m.cpu().gpr[4], STACK - size, "{code:x?}");
+            assert_eq!(m.load(STACK - size, w), value, "{code:x?}");
+        }
+    }
+
+    #[test]
+    fn push_and_pop_of_the_stack_pointer() {
+        // push rsp; pop rsp
+        let mut m = Machine::long64(3, &[0x54, 0x5c]);
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!(m.load(STACK - 8, Width::Q), STACK);
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!(m.cpu().gpr[4], STACK);
+        // pop [rsp]: the address is that after the increment
+        let mut m = Machine::long64(3, &[0x8f, 0x04, 0x24]);
+        m.mem.store(STACK, Width::Q, 0x55).expect("in RAM");
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!((m.load(STACK + 8, Width::Q), m.cpu().gpr[4]), (0x55, STACK + 8));
+        // push [rsp]: the address is that before the decrement
+        let mut m = Machine::long64(3, &[0xff, 0x34, 0x24]);
+        m.mem.store(STACK, Width::Q, 0x55).expect("in RAM");
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!(m.load(STACK - 8, Width::Q), 0x55);
+    }
+
+    #[test]
+    fn a_pop_that_faults_leaves_the_stack_pointer() {
+        // pop [rax], rax not mapped
+        let mut m = Machine::long64(3, &[0x8f, 0x00]);
+        m.cpu().gpr[0] = 0x4000_0000;
+        assert_eq!(m.run(1), Exit::Exception(Fault::Pf { addr: 0x4000_0000, code: 6 }));
+        assert_eq!((m.cpu().rip, m.cpu().gpr[4]), (CODE, STACK));
+    }
+
+    #[test]
+    fn pusha_and_popa_in_order() {
+        let mut m = Machine::real(&[0x60, 0x61]);
+        for n in 0..8 {
+            if n != 4 {
+                m.cpu().gpr[n] = 0x1111 * (n as u64 + 1);
+            }
+        }
+        assert_eq!(m.run(1), Exit::Budget);
+        // AX CX DX BX SP BP SI DI downwards
+        let slots: Vec<u64> = (1..=8).map(|n| m.load(0x7000 - 2 * n, Width::W)).collect();
+        assert_eq!(slots, [0x1111, 0x2222, 0x3333, 0x4444, 0x7000, 0x6666, 0x7777, 0x8888]);
+        m.mem.write(0x7000 - 16, &[0; 6]).expect("in RAM");
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!(m.cpu().gpr, [0x1111, 0x2222, 0x3333, 0x4444, 0x7000, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn enter_copies_the_display_and_leave_undoes_it() {
+        // enter 0x20, 3; leave
+        let mut m = Machine::long64(3, &[0xc8, 0x20, 0, 3, 0xc9]);
+        m.cpu().gpr[5] = DATA;
+        m.mem.store(DATA - 8, Width::Q, 0xaaa).expect("in RAM");
+        m.mem.store(DATA - 16, Width::Q, 0xbbb).expect("in RAM");
+        assert_eq!(m.run(1), Exit::Budget);
+        let slots: Vec<u64> = (1..=4).map(|n| m.load(STACK - 8 * n, Width::Q)).collect();
+        assert_eq!(slots, [DATA, 0xaaa, 0xbbb, STACK - 8]);
+        assert_eq!((m.cpu().gpr[5], m.cpu().gpr[4]), (STACK - 8, STACK - 32 - 0x20));
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!((m.cpu().gpr[5], m.cpu().gpr[4]), (DATA, STACK));
+    }
 }

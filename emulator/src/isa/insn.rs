@@ -4,7 +4,7 @@
 //! that one decoded copy serves every mapping of a physical page.
 
 use crate::isa::{Facts, Gpr, Seg, Width, facts};
-use iced_x86::{Instruction, OpKind, Register};
+use iced_x86::{Code, Instruction, OpKind, Register};
 
 /// What a memory operand's address starts from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,6 +119,15 @@ fn op_width(iced: &Instruction, i: u32) -> Option<Width> {
 }
 
 fn width(iced: &Instruction) -> Width {
+    if let Some(w) = width_by_code(iced.code()) {
+        return w;
+    }
+    match iced.op0_kind() {
+        OpKind::NearBranch16 => return Width::W,
+        OpKind::NearBranch32 => return Width::D,
+        OpKind::NearBranch64 => return Width::Q,
+        _ => {}
+    }
     // For PUSHF, PUSH imm and the like iced has no operand to ask: the stack slot says it.
     let stack = iced.stack_pointer_increment().unsigned_abs() as usize;
     if iced.is_stack_instruction()
@@ -127,6 +136,17 @@ fn width(iced: &Instruction) -> Width {
         return w;
     }
     op_width(iced, 0).or_else(|| Width::from_bytes(iced.memory_size().size())).unwrap_or_else(|| code_size(iced))
+}
+
+/// Where neither an operand nor the change of RSP is one slot wide.
+#[rustfmt::skip]
+fn width_by_code(code: Code) -> Option<Width> {
+    match code {
+        Code::Retnw | Code::Retnw_imm16 | Code::Enterw_imm16_imm8 | Code::Leavew | Code::Pushaw | Code::Popaw => Some(Width::W),
+        Code::Retnd | Code::Retnd_imm16 | Code::Enterd_imm16_imm8 | Code::Leaved | Code::Pushad | Code::Popad => Some(Width::D),
+        Code::Retnq | Code::Retnq_imm16 | Code::Enterq_imm16_imm8 | Code::Leaveq => Some(Width::Q),
+        _ => None,
+    }
 }
 
 fn code_size(iced: &Instruction) -> Width {
