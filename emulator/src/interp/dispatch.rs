@@ -3,6 +3,7 @@
 use crate::cpu::Fault;
 use crate::interp::sensitive::{eflags, segment, table, time};
 use crate::interp::{Exec, Op, Step, branch, flags, hint, stack, string};
+use crate::interp::{arith, atomic, bcd, bit, condition, logic, mov, muldiv, shift};
 use crate::isa::{Class, Insn};
 use iced_x86::Mnemonic as M;
 
@@ -100,6 +101,95 @@ pub fn op(i: &Insn) -> Op {
         M::Mfence | M::Lfence | M::Sfence => hint::mfence,
         M::Clflush | M::Clflushopt | M::Clwb => hint::clflush,
         M::Cldemote => hint::nop,
+
+        // conditions
+        M::Seto | M::Setno | M::Setb | M::Setae | M::Sete | M::Setne | M::Setbe | M::Seta => condition::setcc,
+        M::Sets | M::Setns | M::Setp | M::Setnp | M::Setl | M::Setge | M::Setle | M::Setg => condition::setcc,
+        M::Cmovo | M::Cmovno | M::Cmovb | M::Cmovae | M::Cmove | M::Cmovne | M::Cmovbe | M::Cmova => condition::cmovcc,
+        M::Cmovs | M::Cmovns | M::Cmovp | M::Cmovnp | M::Cmovl | M::Cmovge | M::Cmovle | M::Cmovg => condition::cmovcc,
+
+        // moves
+        M::Mov if i.facts.class == Class::Integer => mov::mov,
+        M::Movzx | M::Movnti => mov::mov,
+        M::Movsx | M::Movsxd => mov::movsx,
+        M::Xchg => mov::xchg,
+        M::Bswap => mov::bswap,
+        M::Movbe => mov::movbe,
+        M::Lea => mov::lea,
+        M::Xlatb => mov::xlat,
+        M::Cbw | M::Cwde | M::Cdqe => mov::cbw,
+        M::Cwd | M::Cdq | M::Cqo => mov::cwd,
+
+        // arithmetic
+        M::Add => arith::add,
+        M::Adc => arith::adc,
+        M::Sub => arith::sub,
+        M::Sbb => arith::sbb,
+        M::Cmp => arith::cmp,
+        M::Inc => arith::inc,
+        M::Dec => arith::dec,
+        M::Neg => arith::neg,
+        M::Adcx => arith::adcx,
+        M::Adox => arith::adox,
+        M::Bound => arith::bound,
+        M::Mul => muldiv::mul,
+        M::Imul => muldiv::imul,
+        M::Div => muldiv::div,
+        M::Idiv => muldiv::idiv,
+        M::Daa => bcd::daa,
+        M::Das => bcd::das,
+        M::Aaa => bcd::aaa,
+        M::Aas => bcd::aas,
+        M::Aam => bcd::aam,
+        M::Aad => bcd::aad,
+        M::Salc => bcd::salc,
+
+        // logic, shifts
+        M::And => logic::and,
+        M::Or => logic::or,
+        M::Xor => logic::xor,
+        M::Not => logic::not,
+        M::Test => logic::test,
+        M::Shl | M::Sal => shift::shl,
+        M::Shr => shift::shr,
+        M::Sar => shift::sar,
+        M::Rol => shift::rol,
+        M::Ror => shift::ror,
+        M::Rcl => shift::rcl,
+        M::Rcr => shift::rcr,
+        M::Shld => shift::shld,
+        M::Shrd => shift::shrd,
+
+        // bits
+        M::Bt => bit::bt,
+        M::Bts => bit::bts,
+        M::Btr => bit::btr,
+        M::Btc => bit::btc,
+        M::Bsf => bit::bsf,
+        M::Bsr => bit::bsr,
+        M::Tzcnt => bit::tzcnt,
+        M::Lzcnt => bit::lzcnt,
+        M::Popcnt => bit::popcnt,
+        M::Crc32 => bit::crc32,
+        M::Andn => bit::andn,
+        M::Bextr => bit::bextr,
+        M::Blsi => bit::blsi,
+        M::Blsmsk => bit::blsmsk,
+        M::Blsr => bit::blsr,
+        M::Bzhi => bit::bzhi,
+        M::Pdep => bit::pdep,
+        M::Pext => bit::pext,
+        M::Rorx => bit::rorx,
+        M::Sarx => bit::sarx,
+        M::Shlx => bit::shlx,
+        M::Shrx => bit::shrx,
+        M::Mulx => bit::mulx,
+
+        // atomic
+        M::Xadd => atomic::xadd,
+        M::Cmpxchg => atomic::cmpxchg,
+        M::Cmpxchg8b => atomic::cmpxchg8b,
+        M::Cmpxchg16b => atomic::cmpxchg16b,
 
         _ => undefined,
     }

@@ -8,15 +8,24 @@
 
 pub mod access;
 pub mod alu;
+pub mod arith;
+pub mod atomic;
+pub mod bcd;
+pub mod bit;
 pub mod branch;
 pub mod check;
+pub mod condition;
 pub mod deliver;
 pub mod dispatch;
 pub mod flags;
 pub mod hint;
+pub mod logic;
+pub mod mov;
+pub mod muldiv;
 pub mod operand;
 mod run;
 pub mod sensitive;
+pub mod shift;
 pub mod stack;
 pub mod string;
 #[cfg(test)]

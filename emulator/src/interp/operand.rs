@@ -2,7 +2,7 @@
 
 use crate::cpu::CpuState;
 use crate::interp::{Exec, Step, Stop, access};
-use crate::isa::{Base, Gpr, Insn, MemRef, Operand, Width};
+use crate::isa::{Base, Gpr, Insn, MemRef, Operand, Seg, Width};
 use crate::mem::Access;
 use iced_x86::Mnemonic;
 
@@ -89,19 +89,7 @@ pub fn modify(x: &mut Exec<'_>, i: &Insn, mut f: impl FnMut(u64) -> u64) -> Resu
     match &i.ops[0] {
         Operand::Mem(m) => {
             let offset = effective_address(x, i, m);
-            let locked = i.iced.has_lock_prefix() || i.iced.mnemonic() == Mnemonic::Xchg;
-            let place = access::place_for(x, m.seg, offset, w, Access::Write)?;
-            loop {
-                let old = access::load_at(x, &place, w)?;
-                let new = w.cut(f(old));
-                if !locked {
-                    access::store_at(x, &place, w, new)?;
-                    return Ok((old, new));
-                }
-                if access::compare_exchange_at(x, &place, w, old, new)? == old {
-                    return Ok((old, new));
-                }
-            }
+            modify_memory(x, i, m.seg, offset, w, f)
         }
         Operand::Reg(r) => {
             let old = x.cpu.read(*r, w);
@@ -114,6 +102,31 @@ pub fn modify(x: &mut Exec<'_>, i: &Insn, mut f: impl FnMut(u64) -> u64) -> Resu
             let new = w.cut(f(old));
             write_register(x.cpu, op, w, new)?;
             Ok((old, new))
+        }
+    }
+}
+
+/// Read-modify-write of memory: the same for an address that is not operand 0's own.
+#[inline]
+pub fn modify_memory(
+    x: &mut Exec<'_>,
+    i: &Insn,
+    seg: Seg,
+    offset: u64,
+    w: Width,
+    mut f: impl FnMut(u64) -> u64,
+) -> Result<(u64, u64), Stop> {
+    let locked = i.iced.has_lock_prefix() || i.iced.mnemonic() == Mnemonic::Xchg;
+    let place = access::place_for(x, seg, offset, w, Access::Write)?;
+    loop {
+        let old = access::load_at(x, &place, w)?;
+        let new = w.cut(f(old));
+        if !locked {
+            access::store_at(x, &place, w, new)?;
+            return Ok((old, new));
+        }
+        if access::compare_exchange_at(x, &place, w, old, new)? == old {
+            return Ok((old, new));
         }
     }
 }
