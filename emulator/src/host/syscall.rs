@@ -16,6 +16,8 @@ struct Returned {
 
 global_asm!(
     ".p2align 4",
+    // Other codegen units refer to them.
+    ".globl bivisor_syscall, bivisor_syscall_window, bivisor_syscall_done, bivisor_syscall_abort",
     // rdi = &flag, rsi = &[nr, a0, a1, a2, a3, a4, a5]
     "bivisor_syscall:",
     "mov rcx, rdi",
