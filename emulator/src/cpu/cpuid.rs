@@ -320,6 +320,11 @@ impl CpuModel {
         &self.name
     }
 
+    /// Intel's rules where the vendors differ; else AMD's.
+    pub fn is_intel(&self) -> bool {
+        self.intel
+    }
+
     /// Does it have the feature?
     pub fn has(&self, feature: F) -> bool {
         self.features.contains(&feature)

@@ -1,7 +1,9 @@
 //! Mnemonic to function: one match, one row a line, grouped by family. No row: #UD.
 
 use crate::cpu::Fault;
-use crate::interp::sensitive::{eflags, segment, table, time};
+use crate::interp::sensitive::{
+    control, cpuid, eflags, far, fast, halt, interrupt, io, iret, msr, segment, table, time,
+};
 use crate::interp::{Exec, Op, Step, branch, flags, hint, stack, string};
 use crate::interp::{arith, atomic, bcd, bit, condition, logic, mov, muldiv, shift};
 use crate::isa::{Class, Insn};
@@ -24,6 +26,42 @@ pub fn op(i: &Insn) -> Op {
         M::Swapgs => segment::swapgs,
         M::Rdfsbase | M::Rdgsbase => segment::rdbase,
         M::Wrfsbase | M::Wrgsbase => segment::wrbase,
+        M::Call if i.facts.class == Class::Segment => far::call,
+        M::Jmp if i.facts.class == Class::Segment => far::jmp,
+        M::Retf => far::ret,
+        M::Iret | M::Iretd | M::Iretq => iret::iret,
+        M::Int => interrupt::int,
+        M::Int1 => interrupt::int1,
+        M::Int3 => interrupt::int3,
+        M::Into => interrupt::into,
+
+        // sensitive: control registers, MSRs, identity, fast calls, ports
+        M::Mov if i.facts.class == Class::System => control::mov,
+        M::Smsw => control::smsw,
+        M::Lmsw => control::lmsw,
+        M::Clts => control::clts,
+        M::Invlpg => control::invlpg,
+        M::Invpcid => control::invpcid,
+        M::Invd | M::Wbinvd | M::Wbnoinvd => control::wbinvd,
+        M::Xgetbv => control::xgetbv,
+        M::Xsetbv => control::xsetbv,
+        M::Stac => control::stac,
+        M::Clac => control::clac,
+        M::Rdmsr => msr::rdmsr,
+        M::Wrmsr => msr::wrmsr,
+        M::Cpuid => cpuid::cpuid,
+        M::Rdpid => cpuid::rdpid,
+        M::Syscall => fast::syscall,
+        M::Sysret | M::Sysretq => fast::sysret,
+        M::Sysenter => fast::sysenter,
+        M::Sysexit | M::Sysexitq => fast::sysexit,
+        M::Hlt => halt::hlt,
+        M::Monitor => halt::monitor,
+        M::Mwait => halt::mwait,
+        M::In => io::r#in,
+        M::Out => io::out,
+        M::Insb | M::Insw | M::Insd => io::ins,
+        M::Outsb | M::Outsw | M::Outsd => io::outs,
 
         // sensitive: flags, tables, time
         M::Pushf | M::Pushfd | M::Pushfq => eflags::pushf,

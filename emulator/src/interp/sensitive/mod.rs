@@ -3,10 +3,20 @@
 //! Privilege and intercepts were checked before, from the facts table; what these functions check is what the manual's pseudo-code
 //! has besides.
 
+pub mod control;
+pub mod cpuid;
 pub mod eflags;
+pub mod far;
+pub mod fast;
+pub mod halt;
+pub mod interrupt;
+pub mod io;
+pub mod iret;
+pub mod msr;
 pub mod segment;
 pub mod selector;
 pub mod table;
+pub mod task;
 #[cfg(test)]
 #[allow(dead_code)]
 pub(crate) mod testing;

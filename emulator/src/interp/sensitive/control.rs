@@ -1,0 +1,349 @@
+//! MOV to and from control and debug registers, LMSW SMSW CLTS, INVLPG INVPCID WBINVD INVD WBNOINVD, XSETBV XGETBV, STAC CLAC
+//! (SDM 2A-2D; SDM 3A 2.5, 2.6, 4.10.4, 9.8.5).
+
+use crate::cpu::cpuid::PHYSICAL_BITS;
+use crate::cpu::xsave::component;
+use crate::cpu::{Attr, CpuState, Cr0, Cr4, Efer, Fault, Rflags};
+use crate::interp::access::{self, is_canonical, is_long64};
+use crate::interp::sensitive::time::set_edx_eax;
+use crate::interp::{Exec, Step, Stop, operand};
+use crate::isa::{Gpr, Insn, Seg, Width};
+use crate::mem::Access;
+use iced_x86::{OpKind, Register};
+
+const GP0: Stop = Stop::Fault(Fault::Gp(0));
+
+/// A control or debug register operand: its number.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Special {
+    Cr(u32),
+    Dr(u32),
+}
+
+fn special(i: &Insn, n: u32) -> Option<Special> {
+    if i.iced.op_kind(n) != OpKind::Register {
+        return None;
+    }
+    let r = i.iced.op_register(n);
+    if r.is_cr() {
+        Some(Special::Cr(r as u32 - Register::CR0 as u32))
+    } else if r.is_dr() {
+        Some(Special::Dr(r as u32 - Register::DR0 as u32))
+    } else {
+        None
+    }
+}
+
+/// MOV CRn, r; MOV r, CRn; MOV DRn, r; MOV r, DRn.
+pub fn mov(x: &mut Exec<'_>, i: &Insn) -> Step {
+    // "If the LOCK prefix is used": #UD. (AMD's LOCK MOV CR0 for CR8 is not offered: CPUID 0x80000001.ECX[4] is clear.)
+    if i.iced.has_lock_prefix() {
+        return Err(Fault::Ud.into());
+    }
+    match (special(i, 0), special(i, 1)) {
+        (Some(Special::Cr(n)), _) => {
+            let v = operand::read(x, i, 1)?;
+            write_cr(x, n, v)
+        }
+        (_, Some(Special::Cr(n))) => {
+            let v = read_cr(x.cpu, n)?;
+            operand::write(x, i, 0, v)
+        }
+        (Some(Special::Dr(n)), _) => {
+            let n = check_dr(x.cpu, n)?;
+            let v = operand::read(x, i, 1)?;
+            write_dr(x, n, v)
+        }
+        (_, Some(Special::Dr(n))) => {
+            let n = check_dr(x.cpu, n)?;
+            let v = match n {
+                6 => x.cpu.dr6,
+                7 => x.cpu.dr7,
+                _ => x.cpu.dr[n as usize & 3],
+            };
+            operand::write(x, i, 0, v)
+        }
+        _ => Err(Fault::Ud.into()),
+    }
+}
+
+fn read_cr(cpu: &CpuState, n: u32) -> Result<u64, Stop> {
+    match n {
+        0 => Ok(cpu.cr0.bits()),
+        2 => Ok(cpu.cr2),
+        3 => Ok(cpu.cr3),
+        4 => Ok(cpu.cr4.bits()),
+        8 if is_long64(cpu) => Ok(cpu.cr8),
+        // "If an attempt is made to access CR1, CR5, CR6, CR7 or CR9-CR15": #UD.
+        _ => Err(Fault::Ud.into()),
+    }
+}
+
+fn write_cr(x: &mut Exec<'_>, n: u32, v: u64) -> Step {
+    match n {
+        0 => write_cr0(x, v),
+        2 => {
+            x.cpu.cr2 = v;
+            Ok(())
+        }
+        3 => write_cr3(x, v),
+        4 => write_cr4(x, v),
+        8 if is_long64(x.cpu) => {
+            // "If an attempt is made to write a 1 to any reserved bit in CR8": #GP(0).
+            if v > 15 {
+                return Err(GP0);
+            }
+            x.cpu.cr8 = v;
+            Ok(())
+        }
+        _ => Err(Fault::Ud.into()),
+    }
+}
+
+/// CR0 with all checks and the entry to and exit from IA-32e mode.
+fn write_cr0(x: &mut Exec<'_>, v: u64) -> Step {
+    // "If an attempt is made to write a 1 to CR0[63:32]": #GP(0). Reserved bits of the low half are dropped, ET stays set.
+    if v >> 32 != 0 {
+        return Err(GP0);
+    }
+    let old = x.cpu.cr0;
+    let new = Cr0::from_bits_truncate(v) | Cr0::ET;
+    let (paged, pages) = (old.contains(Cr0::PG), new.contains(Cr0::PG));
+    // "invalid bit combinations are written to CR0 (such as setting the PG flag to 1 when the PE flag is set to 0, or setting the NW flag
+    // to 1 when the CD flag is set to 0)": #GP(0).
+    if (pages && !new.contains(Cr0::PE)) || (new.contains(Cr0::NW) && !new.contains(Cr0::CD)) {
+        return Err(GP0);
+    }
+    if pages && !paged && x.cpu.efer.contains(Efer::LME) {
+        // "attempting to activate IA-32e mode ... if PAE is not enabled", "if the current CS has the L-bit set", "if the TR references a
+        // 16-bit TSS": #GP(0).
+        let cs_long = x.cpu.segment(Seg::Cs).attr.contains(Attr::L) && old.contains(Cr0::PE);
+        let tss16 = matches!(x.cpu.tr.attr.kind(), 1 | 3) && !x.cpu.tr.attr.contains(Attr::S);
+        if !x.cpu.cr4.contains(Cr4::PAE) || cs_long || tss16 {
+            return Err(GP0);
+        }
+    }
+    if paged && !pages {
+        // "If attempting to clear CR0.PG in 64-bit mode", "... when CR4.PCIDE = 1": #GP(0).
+        if is_long64(x.cpu) || x.cpu.cr4.contains(Cr4::PCIDE) {
+            return Err(GP0);
+        }
+    }
+    x.cpu.cr0 = new;
+    x.cpu.efer.set(Efer::LMA, pages && x.cpu.efer.contains(Efer::LME));
+    if new.contains(Cr0::PE) && !old.contains(Cr0::PE) {
+        // Protected mode begins at CPL 0.
+        x.cpu.seg[Seg::Ss as usize].attr.remove(Attr::DPL);
+    }
+    if (old ^ new).intersects(Cr0::PG | Cr0::PE | Cr0::WP) {
+        x.mmu.flush();
+    }
+    Ok(())
+}
+
+/// CR3: entries of the old address space are forgotten, unless bit 63 says to keep those of its PCID.
+fn write_cr3(x: &mut Exec<'_>, v: u64) -> Step {
+    let pcide = x.cpu.cr4.contains(Cr4::PCIDE);
+    let keep = pcide && v >> 63 != 0;
+    let v = if pcide { v & !(1 << 63) } else { v };
+    // "If an attempt is made to write a 1 to any reserved bit in CR3[63:MAXPHYADDR]": #GP(0).
+    if v >> PHYSICAL_BITS != 0 {
+        return Err(GP0);
+    }
+    let same = x.cpu.cr3 == v;
+    x.cpu.cr3 = v;
+    // The TLB has no PCID tags: only a reload of the same space may keep its entries.
+    if !(keep && same) {
+        x.mmu.flush_non_global();
+    }
+    Ok(())
+}
+
+/// The bits of CR4 whose change makes cached translations wrong.
+const CR4_PAGING: Cr4 = Cr4::PSE
+    .union(Cr4::PAE)
+    .union(Cr4::PGE)
+    .union(Cr4::LA57)
+    .union(Cr4::PCIDE)
+    .union(Cr4::SMEP)
+    .union(Cr4::SMAP)
+    .union(Cr4::PKE);
+
+fn write_cr4(x: &mut Exec<'_>, v: u64) -> Step {
+    let old = x.cpu.cr4;
+    let new = Cr4::from_bits_retain(v);
+    // "If an attempt is made to write a 1 to any reserved bit in CR4": #GP(0).
+    if !(new - x.env.cpu_model.cr4()).is_empty() {
+        return Err(GP0);
+    }
+    if x.cpu.efer.contains(Efer::LMA) {
+        // "If an attempt is made to clear CR4.PAE while IA-32e mode is active", "to change CR4.LA57": #GP(0).
+        if !new.contains(Cr4::PAE) || (old ^ new).contains(Cr4::LA57) {
+            return Err(GP0);
+        }
+    }
+    if new.contains(Cr4::PCIDE) && !old.contains(Cr4::PCIDE) {
+        // "If an attempt is made to change CR4.PCIDE from 0 to 1 while IA32_EFER.LMA = 0 or CR3[11:0] ≠ 000H": #GP(0).
+        if !x.cpu.efer.contains(Efer::LMA) || x.cpu.cr3 & 0xfff != 0 {
+            return Err(GP0);
+        }
+    }
+    x.cpu.cr4 = new;
+    if (old ^ new).intersects(CR4_PAGING) {
+        x.mmu.flush();
+    }
+    Ok(())
+}
+
+/// DR4 and DR5 are DR6 and DR7 unless CR4.DE makes them #UD; general detect makes every access #DB.
+fn check_dr(cpu: &CpuState, n: u32) -> Result<u32, Fault> {
+    const GD: u64 = 1 << 13;
+    const BD: u64 = 1 << 13;
+    // "If CR4.DE[bit 3] = 1 and a MOV instruction is executed involving DR4 or DR5"; DR8-DR15 do not exist: #UD.
+    if n > 7 || (matches!(n, 4 | 5) && cpu.cr4.contains(Cr4::DE)) {
+        return Err(Fault::Ud);
+    }
+    // "If any debug register is accessed while the DR7.GD[bit 13] = 1": #DB.
+    if cpu.dr7 & GD != 0 {
+        return Err(Fault::Db(BD));
+    }
+    Ok(if matches!(n, 4 | 5) { n + 2 } else { n })
+}
+
+fn write_dr(x: &mut Exec<'_>, n: u32, v: u64) -> Step {
+    if n < 4 {
+        x.cpu.dr[n as usize] = v;
+        return Ok(());
+    }
+    // "If an attempt is made to write a 1 to any of bits 63:32 in DR6 (DR7)": #GP(0).
+    if v >> 32 != 0 {
+        return Err(GP0);
+    }
+    // SDM 3B 17.2: the fixed bits of both.
+    if n == 6 {
+        x.cpu.dr6 = v & 0xe00f | 0xffff_0ff0;
+    } else {
+        x.cpu.dr7 = v & 0xffff_23ff | 0x400;
+    }
+    Ok(())
+}
+
+/// SMSW: a 16-bit register or memory gets CR0\[15:0\], a wider register as much of CR0 as fits.
+pub fn smsw(x: &mut Exec<'_>, i: &Insn) -> Step {
+    operand::write(x, i, 0, x.cpu.cr0.bits())
+}
+
+/// LMSW: PE MP EM TS; it can set PE and not clear it.
+pub fn lmsw(x: &mut Exec<'_>, i: &Insn) -> Step {
+    let v = operand::read(x, i, 0)?;
+    let old = x.cpu.cr0.bits();
+    write_cr0(x, (old & !0xe) | (v & 0xf))
+}
+
+/// CLTS.
+pub fn clts(x: &mut Exec<'_>, _: &Insn) -> Step {
+    x.cpu.cr0.remove(Cr0::TS);
+    Ok(())
+}
+
+/// INVLPG: the address is not accessed and not checked; a non-canonical one has no page.
+pub fn invlpg(x: &mut Exec<'_>, i: &Insn) -> Step {
+    let m = i.mem().copied().ok_or(Fault::Ud)?;
+    let offset = operand::effective_address(x, i, &m);
+    let laddr = if is_long64(x.cpu) {
+        let base = if matches!(m.seg, Seg::Fs | Seg::Gs) { x.cpu.segment(m.seg).base } else { 0 };
+        base.wrapping_add(offset)
+    } else {
+        Width::D.cut(x.cpu.segment(m.seg).base.wrapping_add(offset))
+    };
+    x.mmu.flush_page(laddr);
+    Ok(())
+}
+
+/// INVPCID (SDM 2A INVPCID, table of types).
+pub fn invpcid(x: &mut Exec<'_>, i: &Insn) -> Step {
+    let kind = operand::read(x, i, 0)?;
+    let m = i.mem().copied().ok_or(Fault::Ud)?;
+    let offset = operand::effective_address(x, i, &m);
+    access::linear(x, m.seg, offset, 16, Access::Read)?;
+    let mut descriptor = [0; 16];
+    access::read_bytes(x, m.seg, offset, &mut descriptor)?;
+    let (pcid, laddr) = descriptor.split_at(8);
+    let word = |b: &[u8]| b.iter().rev().fold(0u64, |v, b| v << 8 | u64::from(*b));
+    let (pcid, laddr) = (word(pcid), word(laddr));
+    // "If an invalid type is specified (i.e., > 3)", "If bits 63:12 of INVPCID_DESC are not all zero": #GP(0).
+    if kind > 3 || pcid >> 12 != 0 {
+        return Err(GP0);
+    }
+    // "If INVPCID_TYPE is either 0 or 1, CR4.PCIDE = 0, and INVPCID_DESC[11:0] is not zero": #GP(0).
+    if kind < 2 && !x.cpu.cr4.contains(Cr4::PCIDE) && pcid != 0 {
+        return Err(GP0);
+    }
+    // "If INVPCID_TYPE is 0 and the linear address in INVPCID_DESC[127:64] is not canonical": #GP(0).
+    if kind == 0 && !is_canonical(x.cpu, laddr) {
+        return Err(GP0);
+    }
+    match kind {
+        0 => x.mmu.flush_page(laddr),
+        2 => x.mmu.flush(),
+        _ => x.mmu.flush_non_global(),
+    }
+    Ok(())
+}
+
+/// WBINVD, INVD, WBNOINVD: memory is always coherent here.
+pub fn wbinvd(_: &mut Exec<'_>, _: &Insn) -> Step {
+    Ok(())
+}
+
+/// The extended control register that ECX names, its use allowed by CR4.OSXSAVE.
+fn xcr(x: &Exec<'_>) -> Result<u64, Fault> {
+    // "If CR4.OSXSAVE[bit 18] = 0": #UD.
+    if !x.cpu.cr4.contains(Cr4::OSXSAVE) {
+        return Err(Fault::Ud);
+    }
+    Ok(x.cpu.read(Gpr::Rcx, Width::D))
+}
+
+/// XGETBV: XCR0, and with ECX = 1 XCR0 AND XINUSE where CPUID offers that.
+pub fn xgetbv(x: &mut Exec<'_>, _: &Insn) -> Step {
+    const XGETBV_ECX1: u32 = 1 << 2;
+    let v = match xcr(x)? {
+        0 => x.cpu.xcr0,
+        1 if x.env.cpu_model.cpuid(x.cpu, 0xd, 1)[0] & XGETBV_ECX1 != 0 => x.cpu.xcr0 & x.cpu.xsave.xstate_bv(),
+        // "If an invalid XCR is specified in ECX": #GP(0).
+        _ => return Err(GP0),
+    };
+    set_edx_eax(x, v);
+    Ok(())
+}
+
+/// XSETBV.
+pub fn xsetbv(x: &mut Exec<'_>, _: &Insn) -> Step {
+    let n = xcr(x)?;
+    let v = x.cpu.read(Gpr::Rax, Width::D) | x.cpu.read(Gpr::Rdx, Width::D) << 32;
+    // "If an invalid XCR is specified in ECX; if the value in EDX:EAX sets bits that are reserved; if an attempt is made to clear bit 0
+    // of XCR0; if an attempt is made to set XCR0[2:1] to the value 10b": #GP(0).
+    let reserved = v & !x.env.cpu_model.xcr0() != 0;
+    let avx_alone = v & component::AVX != 0 && v & component::SSE == 0;
+    // SDM 1 13.3: "XCR0[7:5] can be set to 000b or 111b", and AVX-512 needs AVX.
+    let some512 = v & component::AVX512 != 0;
+    let bad512 = some512 && (v & component::AVX512 != component::AVX512 || v & component::AVX == 0);
+    if n != 0 || reserved || v & component::X87 == 0 || avx_alone || bad512 {
+        return Err(GP0);
+    }
+    x.cpu.xcr0 = v;
+    Ok(())
+}
+
+/// STAC.
+pub fn stac(x: &mut Exec<'_>, _: &Insn) -> Step {
+    x.cpu.rflags.insert(Rflags::AC);
+    Ok(())
+}
+
+/// CLAC.
+pub fn clac(x: &mut Exec<'_>, _: &Insn) -> Step {
+    x.cpu.rflags.remove(Rflags::AC);
+    Ok(())
+}

@@ -1,0 +1,121 @@
+//! SYSCALL SYSRET SYSENTER SYSEXIT (SDM 2B; APM 3).
+//!
+//! Where Intel and AMD differ the vendor that CPUID shows decides:
+//!
+//! | | Intel | AMD |
+//! | --- | --- | --- |
+//! | SYSCALL in compatibility mode | #UD | goes to CSTAR |
+//! | SYSRET to a non-canonical RIP | #GP(0) at CPL 0 | the jump faults at CPL 3 |
+//! | SYSRET from compatibility mode | #UD | works |
+//! | SYSENTER, SYSEXIT in IA-32e mode | work | #UD |
+//! | SS after SYSRET | flat, from constants | hidden part kept as it was |
+//!
+//! The last row is done Intel's way for all: with the flat segments of every system the two are the same.
+
+use crate::cpu::{CpuState, Efer, Fault, Mode, Rflags, Segment};
+use crate::interp::access::{is_canonical, is_long64};
+use crate::interp::sensitive::selector::{is_ia32e, is_protected};
+use crate::interp::{Exec, Step};
+use crate::isa::{Gpr, Insn, Seg, Width};
+use iced_x86::Mnemonic;
+
+const GP0: Fault = Fault::Gp(0);
+
+/// A flat code segment as these instructions load it: 64-bit or 32-bit.
+fn code(selector: u16, dpl: u8, long: bool) -> Segment {
+    if long { Segment::code64(selector, dpl) } else { Segment::code32(selector, dpl) }
+}
+
+fn set_cs_ss(cpu: &mut CpuState, cs: Segment, ss: u16) {
+    let dpl = cs.attr.dpl();
+    cpu.seg[Seg::Cs as usize] = cs;
+    cpu.seg[Seg::Ss as usize] = Segment::data32(ss, dpl);
+}
+
+/// SYSCALL.
+pub fn syscall(x: &mut Exec<'_>, _: &Insn) -> Step {
+    // "IF (CS.L ≠ 1) or (IA32_EFER.LMA ≠ 1) or (IA32_EFER.SCE ≠ 1): #UD". AMD asks for LMA only; its legacy-mode form is not offered.
+    let long = is_long64(x.cpu);
+    let mode_ok = long || (is_ia32e(x.cpu) && !x.env.cpu_model.is_intel());
+    if !mode_ok || !x.cpu.efer.contains(Efer::SCE) {
+        return Err(Fault::Ud.into());
+    }
+    let msr = x.cpu.msr;
+    x.cpu.gpr[Gpr::Rcx as usize] = x.next_rip;
+    x.cpu.gpr[Gpr::R11 as usize] = (x.cpu.rflags - Rflags::RF).bits();
+    x.cpu.rflags.remove(Rflags::from_bits_retain(msr.fmask) | Rflags::RF);
+    x.cpu.rflags.insert(Rflags::FIXED);
+    // "CS.Selector := IA32_STAR[47:32] AND FFFCH; SS.Selector := IA32_STAR[47:32] + 8".
+    let base = (msr.star >> 32) as u16;
+    set_cs_ss(x.cpu, code(base & 0xfffc, 0, true), base.wrapping_add(8) & 0xfffc);
+    x.next_rip = if long { msr.lstar } else { msr.cstar };
+    Ok(())
+}
+
+/// SYSRET, with REX.W to 64-bit code, else to compatibility mode.
+pub fn sysret(x: &mut Exec<'_>, i: &Insn) -> Step {
+    let intel = x.env.cpu_model.is_intel();
+    // "IF (CS.L ≠ 1) or (IA32_EFER.LMA ≠ 1) or (IA32_EFER.SCE ≠ 1): #UD". The CPL was checked before.
+    let mode_ok = is_long64(x.cpu) || (is_ia32e(x.cpu) && !intel);
+    if !mode_ok || !x.cpu.efer.contains(Efer::SCE) {
+        return Err(Fault::Ud.into());
+    }
+    let long = i.iced.mnemonic() == Mnemonic::Sysretq;
+    let target = x.cpu.gpr[Gpr::Rcx as usize];
+    // "IF OperandSize = 64 and RCX is not canonical: #GP(0)".
+    if long && intel && !is_canonical(x.cpu, target) {
+        return Err(GP0.into());
+    }
+    // "RFLAGS := (R11 & 3C7FD7H) | 2".
+    let flags = x.cpu.gpr[Gpr::R11 as usize] & 0x3c_7fd7 | 2;
+    // "CS.Selector := IA32_STAR[63:48] (+ 16 for 64-bit) OR 3; SS.Selector := (IA32_STAR[63:48] + 8) OR 3".
+    let base = (x.cpu.msr.star >> 48) as u16;
+    let cs = if long { base.wrapping_add(16) | 3 } else { base | 3 };
+    set_cs_ss(x.cpu, code(cs, 3, long), base.wrapping_add(8) | 3);
+    x.cpu.rflags = Rflags::from_bits_retain(flags);
+    x.next_rip = if long { target } else { Width::D.cut(target) };
+    Ok(())
+}
+
+/// SYSENTER and SYSEXIT: on AMD not in IA-32e mode.
+fn need_sysenter(x: &Exec<'_>) -> Result<u16, Fault> {
+    if is_ia32e(x.cpu) && !x.env.cpu_model.is_intel() {
+        return Err(Fault::Ud);
+    }
+    // "If in real-address mode", "If IA32_SYSENTER_CS[15:2] = 0": #GP(0).
+    let cs = x.cpu.msr.sysenter_cs as u16;
+    if (!is_protected(x.cpu) && x.cpu.mode() != Mode::Virtual8086) || cs & 0xfffc == 0 {
+        return Err(GP0);
+    }
+    Ok(cs)
+}
+
+/// SYSENTER.
+pub fn sysenter(x: &mut Exec<'_>, _: &Insn) -> Step {
+    let cs = need_sysenter(x)? & 0xfffc;
+    let long = is_ia32e(x.cpu);
+    let msr = x.cpu.msr;
+    let w = if long { Width::Q } else { Width::D };
+    x.cpu.rflags.remove(Rflags::VM | Rflags::IF | Rflags::RF);
+    set_cs_ss(x.cpu, code(cs, 0, long), cs.wrapping_add(8));
+    x.cpu.gpr[Gpr::Rsp as usize] = w.cut(msr.sysenter_esp);
+    x.next_rip = w.cut(msr.sysenter_eip);
+    Ok(())
+}
+
+/// SYSEXIT, with REX.W to 64-bit code.
+pub fn sysexit(x: &mut Exec<'_>, i: &Insn) -> Step {
+    let cs = need_sysenter(x)?;
+    let long = i.iced.mnemonic() == Mnemonic::Sysexitq;
+    let (rsp, rip) = (x.cpu.gpr[Gpr::Rcx as usize], x.cpu.gpr[Gpr::Rdx as usize]);
+    // "If RCX or RDX contains a non-canonical address" (64-bit operand size): #GP(0).
+    if long && !(is_canonical(x.cpu, rsp) && is_canonical(x.cpu, rip)) {
+        return Err(GP0.into());
+    }
+    let cs = cs.wrapping_add(if long { 32 } else { 16 }) | 3;
+    set_cs_ss(x.cpu, code(cs, 3, long), cs.wrapping_add(8));
+    let w = if long { Width::Q } else { Width::D };
+    x.cpu.gpr[Gpr::Rsp as usize] = w.cut(rsp);
+    x.next_rip = w.cut(rip);
+    Ok(())
+}

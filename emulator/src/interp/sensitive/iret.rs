@@ -1,0 +1,156 @@
+//! IRET IRETD IRETQ (SDM 2A IRET; SDM 3A 6.7.1, 6.14.3).
+
+use crate::cpu::{CpuState, Cr4, Efer, Fault, Mode, Rflags, Segment};
+use crate::interp::access::is_long64;
+use crate::interp::sensitive::far::{check_target, code_segment, return_code, return_stack, to_outer};
+use crate::interp::sensitive::selector;
+use crate::interp::{Exec, Step, Stop, stack};
+use crate::isa::{Insn, Seg, Width};
+use crate::vcpu::Exit;
+use iced_x86::Code;
+
+/// CF PF AF ZF SF TF DF OF NT.
+const COMMON: Rflags = Rflags::STATUS.union(Rflags::TF).union(Rflags::DF).union(Rflags::NT);
+const WIDE: Rflags = Rflags::RF.union(Rflags::AC).union(Rflags::ID);
+
+/// What is on top of the stack.
+struct Frame {
+    w: Width,
+    rip: u64,
+    cs: u16,
+    flags: Rflags,
+}
+
+/// IRET in all modes.
+pub fn iret(x: &mut Exec<'_>, i: &Insn) -> Step {
+    let w = match i.iced.code() {
+        Code::Iretw => Width::W,
+        Code::Iretq => Width::Q,
+        _ => Width::D,
+    };
+    // SDM 3A 6.7.1: NMIs are unblocked by the execution of IRET, "even if it causes a fault".
+    x.cpu.nmi_blocked = false;
+    match x.cpu.mode() {
+        Mode::Real => real(x, w, COMMON | Rflags::IOPL | Rflags::IF),
+        Mode::Virtual8086 if x.cpu.rflags.iopl() == 3 => real(x, w, COMMON | Rflags::IF),
+        Mode::Virtual8086 => virtual8086(x, w),
+        _ => protected(x, w),
+    }
+}
+
+fn pop_frame(x: &mut Exec<'_>, w: Width) -> Result<Frame, Stop> {
+    let rip = stack::peek(x, 0, w)?;
+    let cs = stack::peek(x, w.bytes(), w)? as u16;
+    let flags = Rflags::from_bits_retain(stack::peek(x, 2 * w.bytes(), w)?);
+    Ok(Frame { w, rip, cs, flags })
+}
+
+/// Real-address mode, and virtual-8086 mode with IOPL 3.
+fn real(x: &mut Exec<'_>, w: Width, mask: Rflags) -> Step {
+    let f = pop_frame(x, w)?;
+    let cs = selector::real_segment(x.cpu, Seg::Cs, f.cs);
+    check_target(x.cpu, &cs, f.rip)?;
+    let mask = if w == Width::W { mask } else { mask | WIDE };
+    stack::adjust(x, 3 * w.bytes() as i64);
+    x.cpu.seg[Seg::Cs as usize] = cs;
+    x.cpu.rflags.replace(mask, f.flags);
+    x.next_rip = f.rip;
+    Ok(())
+}
+
+/// Virtual-8086 mode with IOPL below 3: only the 16-bit form under VME, with VIF for IF.
+fn virtual8086(x: &mut Exec<'_>, w: Width) -> Step {
+    // "IF VME = 0 or OperandSize ≠ 16: #GP(0)".
+    if !x.cpu.cr4.contains(Cr4::VME) || w != Width::W {
+        return Err(Fault::Gp(0).into());
+    }
+    let f = pop_frame(x, w)?;
+    let wants = f.flags.contains(Rflags::IF);
+    // "IF (VIP = 1 and tempFLAGS.IF = 1) or tempFLAGS.TF = 1: #GP(0)".
+    if (wants && x.cpu.rflags.contains(Rflags::VIP)) || f.flags.contains(Rflags::TF) {
+        return Err(Fault::Gp(0).into());
+    }
+    real(x, w, COMMON)?;
+    x.cpu.rflags.set(Rflags::VIF, wants);
+    Ok(())
+}
+
+/// Which flags come from the stack, by the level that executes IRET.
+fn mask(cpu: &CpuState, w: Width) -> Rflags {
+    let mut mask = COMMON;
+    if w != Width::W {
+        mask |= WIDE;
+    }
+    if cpu.cpl() <= cpu.rflags.iopl() {
+        mask |= Rflags::IF;
+    }
+    if cpu.cpl() == 0 {
+        mask |= Rflags::IOPL;
+        if w != Width::W {
+            mask |= Rflags::VIF | Rflags::VIP;
+        }
+    }
+    mask
+}
+
+fn protected(x: &mut Exec<'_>, w: Width) -> Step {
+    if x.cpu.rflags.contains(Rflags::NT) {
+        // "If the NT flag is set in IA-32e mode": #GP(0); else a return to the previous task.
+        let ia32e = x.cpu.efer.contains(Efer::LMA);
+        return Err(if ia32e { Fault::Gp(0).into() } else { Stop::Exit(Exit::Unsupported) });
+    }
+    let f = pop_frame(x, w)?;
+    let cpl = x.cpu.cpl();
+    if f.flags.contains(Rflags::VM) && cpl == 0 && w == Width::D && !x.cpu.efer.contains(Efer::LMA) {
+        return to_virtual8086(x, &f);
+    }
+    let (found, new_cpl) = return_code(x, f.cs)?;
+    let cs = code_segment(&found, f.cs, new_cpl);
+    let mask = mask(x.cpu, w);
+    // 64-bit code pops SS:RSP always, other code only when it returns to an outer level.
+    if is_long64(x.cpu) || new_cpl > cpl {
+        let rsp = stack::peek(x, 3 * w.bytes(), w)?;
+        let ss = stack::peek(x, 4 * w.bytes(), w)? as u16;
+        let ss = return_stack(x, ss, &cs)?;
+        check_target(x.cpu, &cs, f.rip)?;
+        selector::set_accessed(x, &found)?;
+        to_outer(x, cs, ss, rsp);
+    } else {
+        check_target(x.cpu, &cs, f.rip)?;
+        selector::set_accessed(x, &found)?;
+        stack::adjust(x, 3 * w.bytes() as i64);
+        x.cpu.seg[Seg::Cs as usize] = cs;
+    }
+    x.cpu.rflags.replace(mask, f.flags);
+    x.next_rip = f.rip;
+    Ok(())
+}
+
+/// RETURN-TO-VIRTUAL-8086-MODE: nine doublewords.
+fn to_virtual8086(x: &mut Exec<'_>, f: &Frame) -> Step {
+    let mut more = [0; 6];
+    for (n, v) in more.iter_mut().enumerate() {
+        *v = stack::peek(x, (3 + n as u64) * f.w.bytes(), f.w)?;
+    }
+    // "If the instruction pointer is not within the return code segment limit": #GP(0).
+    if f.rip > 0xffff {
+        return Err(Fault::Gp(0).into());
+    }
+    let [esp, ss, es, ds, fs, gs] = more;
+    let all = COMMON | WIDE | Rflags::IF | Rflags::IOPL | Rflags::VM | Rflags::VIF | Rflags::VIP;
+    x.cpu.rflags.replace(all, f.flags);
+    for (seg, v) in
+        [(Seg::Cs, u64::from(f.cs)), (Seg::Ss, ss), (Seg::Es, es), (Seg::Ds, ds), (Seg::Fs, fs), (Seg::Gs, gs)]
+    {
+        x.cpu.seg[seg as usize] = virtual_segment(v as u16);
+    }
+    x.cpu.write(crate::isa::Gpr::Rsp, Width::D, esp);
+    x.next_rip = f.rip;
+    Ok(())
+}
+
+fn virtual_segment(selector: u16) -> Segment {
+    let mut s = Segment::real(selector);
+    s.attr = crate::cpu::Attr::from_bits_retain(0xf3);
+    s
+}
