@@ -77,7 +77,7 @@ fn rights_allow(s: &Segment, access: Access) -> bool {
 }
 
 /// SDM 3A 5.3. A flat 4 GiB segment has no limit: what runs past it wraps.
-fn limit_allows(s: &Segment, offset: u64, len: u64) -> bool {
+pub(crate) fn limit_allows(s: &Segment, offset: u64, len: u64) -> bool {
     let limit = u64::from(s.limit);
     let last = offset + len.wrapping_sub(1).min(u64::from(u32::MAX));
     let expand_down = s.attr.contains(Attr::S | Attr::EXPAND_DOWN) && !s.attr.contains(Attr::CODE);
@@ -119,7 +119,7 @@ fn crosses(laddr: u64, len: u64) -> bool {
 
 /// Translates `len` (1 to 4096) bytes at `laddr`, both pages if it crosses.
 #[inline(always)]
-fn place(x: &mut Exec<'_>, laddr: u64, len: u64, access: Access, by: By) -> Result<Place, Stop> {
+pub(crate) fn place(x: &mut Exec<'_>, laddr: u64, len: u64, access: Access, by: By) -> Result<Place, Stop> {
     if crosses(laddr, len) {
         return place_two(x, laddr, access, by);
     }

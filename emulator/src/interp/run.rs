@@ -87,10 +87,10 @@ fn one(x: &mut Exec<'_>) -> Result<bool, Exit> {
 }
 
 fn raise(x: &mut Exec<'_>, fault: Fault) -> Result<(), Exit> {
-    if fault.is_trap() {
-        x.cpu.rip = x.next_rip;
-    }
     if x.intercepts.contains(Intercepts::EXCEPTIONS) {
+        if fault.is_trap() {
+            x.cpu.rip = x.next_rip;
+        }
         return Err(Exit::Exception(fault));
     }
     match deliver(x, Event::Fault(fault)) {
