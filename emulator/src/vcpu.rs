@@ -124,7 +124,8 @@ pub trait Vcpu {
     fn set_intercepts(&mut self, intercepts: Intercepts);
     /// The way to stop it.
     fn kicker(&self) -> Kicker;
-    /// Instructions started so far, those that faulted included, where the engine counts them.
+    /// Instructions completed so far (HLT and those that trapped are, those that faulted or were intercepted are not), where the
+    /// engine counts them.
     fn instructions(&self) -> Option<u64> {
         None
     }

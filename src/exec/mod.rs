@@ -228,11 +228,8 @@ fn run_case(vcpu: &mut dyn Vcpu, monitor: &mut Core, world: &mut World, r: &Requ
                     && code & 1 == 0
                     && world.map_on_demand(addr)
                 {
-                    done -= u64::from(counted.is_some());
                     continue;
                 }
-                // The engine counts what it started; a fault did not complete.
-                done -= u64::from(counted.is_some() && !fault.is_trap());
                 exception = Some(describe(fault));
                 if !r.deliver {
                     return (Stop::Exception, done, exception);

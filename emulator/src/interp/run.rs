@@ -29,7 +29,10 @@ impl Core {
                 }
                 // A long repetition is not done yet.
                 Ok(false) => {}
-                Err(exit) => return exit,
+                Err(exit) => {
+                    self.instructions += u64::from(completed(&exit));
+                    return exit;
+                }
             }
         }
         Exit::Budget
@@ -46,6 +49,15 @@ impl Core {
             Stop::Exit(exit) => exit,
             Stop::Fault(_) => Exit::Shutdown,
         })
+    }
+}
+
+/// Did the instruction that left complete? HLT and traps did.
+fn completed(exit: &Exit) -> bool {
+    match exit {
+        Exit::Halt => true,
+        Exit::Exception(fault) => fault.is_trap(),
+        _ => false,
     }
 }
 

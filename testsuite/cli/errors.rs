@@ -1,0 +1,165 @@
+//! Bad input: one clear line on standard error, the right exit status, no panic, nothing left behind.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+const ENGINES: [&str; 2] = ["interp", "bt"];
+
+fn directory(name: &str) -> PathBuf {
+    let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("errors-{name}"));
+    let _ = fs::remove_dir_all(&dir);
+    fs::create_dir_all(&dir).expect("temporary directory");
+    dir
+}
+
+fn run(engine: &str, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_bivisor"))
+        .args(["run", "--backend", engine, "--"])
+        .args(args)
+        .output()
+        .expect("bivisor starts")
+}
+
+fn executable(dir: &Path, name: &str, bytes: &[u8]) -> String {
+    let path = dir.join(name);
+    fs::write(&path, bytes).expect("written");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("permissions");
+    path.to_str().expect("plain path").to_owned()
+}
+
+/// Fails with status 1 and one line that holds all the words.
+fn fails(engine: &str, path: &str, words: &[&str]) {
+    let output = run(engine, &[path]);
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{path}: {stderr}");
+    assert_eq!(stderr.lines().count(), 1, "{path}: {stderr}");
+    assert!(stderr.starts_with("bivisor: "), "{path}: {stderr}");
+    assert!(!stderr.contains("panicked"), "{path}: {stderr}");
+    for word in words {
+        assert!(stderr.contains(word), "{path}: no `{word}` in: {stderr}");
+    }
+}
+
+#[test]
+fn files_that_are_no_programs() {
+    let dir = directory("files");
+    let good = fs::read("/bin/true").expect("/bin/true");
+    let patched = |offset: usize, bytes: &[u8]| {
+        let mut v = good.clone();
+        v[offset..offset + bytes.len()].copy_from_slice(bytes);
+        v
+    };
+    let interp = {
+        let at = good.windows(10).position(|w| w == b"/lib64/ld-").expect("a dynamic program");
+        patched(at, b"/nowhere/x")
+    };
+    let text = executable(&dir, "text", b"echo hello\n");
+    let no_right = dir.join("no-right");
+    fs::write(&no_right, &good).expect("written");
+    let cases: Vec<(String, &[&str])> = vec![
+        ("/nonexistent/program".into(), &["/nonexistent/program", "No such file"]),
+        ("no-such-program-on-the-path".into(), &["no-such-program-on-the-path"]),
+        (dir.to_str().expect("plain").into(), &["directory"]),
+        (no_right.to_str().expect("plain").into(), &["ermission"]),
+        (executable(&dir, "empty", b""), &["empty"]),
+        (text, &["text"]),
+        (executable(&dir, "header-cut", &good[..40]), &["header-cut", "truncated"]),
+        (executable(&dir, "tables-cut", &good[..100]), &["tables-cut", "truncated"]),
+        (executable(&dir, "body-cut", &good[..good.len() / 4]), &["body-cut", "truncated"]),
+        (executable(&dir, "aarch64", &patched(18, &[183, 0])), &["aarch64", "x86-64"]),
+        (executable(&dir, "elf32", &patched(4, &[1])), &["elf32", "32-bit"]),
+        (executable(&dir, "object", &patched(16, &[1, 0])), &["object"]),
+        (executable(&dir, "no-headers", &patched(56, &[0, 0])), &["no-headers"]),
+        (executable(&dir, "interpreter", &interp), &["/nowhere/x"]),
+        (executable(&dir, "script", b"#!/nowhere/shell\n"), &["/nowhere/shell"]),
+        (executable(&dir, "script-empty", b"#!\n"), &["script-empty"]),
+    ];
+    for engine in ENGINES {
+        for (path, words) in &cases {
+            fails(engine, path, words);
+        }
+    }
+    fs::remove_dir_all(&dir).expect("removed");
+}
+
+/// Every single byte of the ELF header and the program headers damaged: never a panic, never a hang.
+#[test]
+fn damaged_headers_never_panic() {
+    let dir = directory("damaged");
+    let good = fs::read("/bin/true").expect("/bin/true");
+    for offset in (0..64 + 56 * 6).step_by(3) {
+        let mut bad = good.clone();
+        bad[offset] ^= 0xff;
+        let path = executable(&dir, "damaged", &bad);
+        let output = Command::new("timeout")
+            .args(["20", env!("CARGO_BIN_EXE_bivisor"), "run", "--backend", "interp", "--", &path])
+            .output()
+            .expect("timeout runs");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(!stderr.contains("panicked"), "byte {offset}: {stderr}");
+        assert_ne!(output.status.code(), Some(124), "byte {offset}: hangs");
+    }
+    fs::remove_dir_all(&dir).expect("removed");
+}
+
+#[test]
+fn usage() {
+    for args in
+        [&["run"][..], &["run", "--backend", "magic", "true"], &["nonsense"], &["run", "--no-such-option", "true"], &[]]
+    {
+        let output = Command::new(env!("CARGO_BIN_EXE_bivisor")).args(args).output().expect("bivisor starts");
+        assert_eq!(output.status.code(), Some(2), "{args:?}");
+        assert!(!output.stderr.is_empty(), "{args:?}");
+    }
+    let help = Command::new(env!("CARGO_BIN_EXE_bivisor")).args(["run", "--help"]).output().expect("bivisor starts");
+    assert!(help.status.success());
+    assert!(String::from_utf8_lossy(&help.stdout).contains("Example"));
+}
+
+/// A guest that crashes: one line with RIP, signal and instruction; the exit status is the shell's.
+#[test]
+fn guests_that_crash() {
+    if Command::new("cc").arg("--version").output().is_err() {
+        println!("SKIPPED: guests that crash: no C compiler");
+        return;
+    }
+    let dir = directory("crash");
+    let sources = [
+        ("null", "int main(void){((void(*)(void))0)();return 0;}", libc_signal("SEGV"), &["SIGSEGV", "0x0"][..]),
+        ("ud2", "int main(void){__builtin_trap();}", libc_signal("ILL"), &["SIGILL", "ud2"]),
+        ("divide", "int main(int c,char**v){volatile int z=c-1;return 1/z;}", libc_signal("FPE"), &["SIGFPE", "idiv"]),
+        ("write", "int main(void){*(volatile int*)0x10=1;return 0;}", libc_signal("SEGV"), &["SIGSEGV", "mov"]),
+        ("abort", "#include <stdlib.h>\nint main(void){abort();}", libc_signal("ABRT"), &[]),
+        ("hlt", "int main(void){__asm__ volatile(\"hlt\");return 0;}", libc_signal("SEGV"), &["SIGSEGV", "hlt"]),
+    ];
+    for (name, source, signal, words) in sources {
+        let c = dir.join(format!("{name}.c"));
+        fs::write(&c, source).expect("written");
+        let binary = dir.join(name);
+        let cc = Command::new("cc").arg("-O1").arg("-o").arg(&binary).arg(&c).status().expect("cc runs");
+        assert!(cc.success(), "{name}");
+        for engine in ENGINES {
+            let output = run(engine, &[binary.to_str().expect("plain")]);
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.signal(), Some(signal), "{name} on {engine}: {stderr}");
+            for word in words {
+                assert!(stderr.contains(word), "{name} on {engine}: no `{word}` in: {stderr}");
+            }
+            assert!(!stderr.contains("panicked"), "{name} on {engine}: {stderr}");
+        }
+    }
+    fs::remove_dir_all(&dir).expect("removed");
+}
+
+/// Signal numbers of x86-64 Linux (signal(7)).
+fn libc_signal(name: &str) -> i32 {
+    match name {
+        "ILL" => 4,
+        "ABRT" => 6,
+        "FPE" => 8,
+        _ => 11,
+    }
+}
