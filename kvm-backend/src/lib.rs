@@ -1,1 +1,16 @@
-//! Placeholder.
+//! The hardware-assisted engine over KVM.
+
+mod exit;
+pub mod host;
+mod intercept;
+mod kick;
+mod machine;
+mod process;
+mod regs;
+mod run;
+mod space;
+mod vm;
+
+pub use exit::how;
+pub use host::{HostKvm, Kind, host};
+pub use run::{KvmVcpu, KvmVm};

@@ -58,6 +58,7 @@ pub struct FlatSpace {
     watched: Mutex<HashMap<u64, Watch>>,
     epoch: AtomicU64,
     listeners: Mutex<Vec<Listener>>,
+    exec_epoch: AtomicU64,
 }
 
 /// Told the address of each page whose cached code became stale; false: not interested any more.
@@ -108,7 +109,7 @@ impl FlatSpace {
     pub fn insert(&self, vma: Vma) {
         let range = vma.start..vma.end;
         let mut vmas = self.vmas.write().expect("no panic under the lock");
-        cut(&mut vmas, range.clone());
+        self.replaced(&cut(&mut vmas, range.clone()), vma.prot);
         vmas.insert(vma.start, vma);
         drop(vmas);
         self.invalidate(range);
@@ -116,19 +117,34 @@ impl FlatSpace {
 
     /// Records that a range is no longer mapped.
     pub fn remove(&self, range: Range<u64>) {
-        cut(&mut self.vmas.write().expect("no panic under the lock"), range.clone());
+        self.replaced(&cut(&mut self.vmas.write().expect("no panic under the lock"), range.clone()), Prot::empty());
         self.invalidate(range);
     }
 
     /// Records new rights of a range.
     pub fn protect(&self, range: Range<u64>, prot: Prot) {
         let mut vmas = self.vmas.write().expect("no panic under the lock");
-        for mut v in cut(&mut vmas, range.clone()) {
+        let parts = cut(&mut vmas, range.clone());
+        self.replaced(&parts, prot);
+        for mut v in parts {
             v.prot = prot;
             vmas.insert(v.start, v);
         }
         drop(vmas);
         self.invalidate(range);
+    }
+
+    fn replaced(&self, old: &[Vma], prot: Prot) {
+        if !prot.contains(Prot::EXEC) && old.iter().any(|v| v.prot.contains(Prot::EXEC)) {
+            self.exec_epoch.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// Raised whenever something lost the right to execute, which the host does not enforce: for an engine with page tables of its
+    /// own.
+    #[inline(always)]
+    pub fn exec_epoch(&self) -> u64 {
+        self.exec_epoch.load(Ordering::Acquire)
     }
 
     /// The parts of `range` that are mapped, cut to it.
