@@ -88,7 +88,8 @@ fn probe() -> HostKvm {
             return HostKvm::verdict(Kind::Forbidden, reason, vec![format!("open: {e}")]);
         }
         Err(e) => {
-            let reason = "there is no /dev/kvm: the kernel module is not loaded or the machine does not offer virtualization";
+            let reason =
+                "there is no /dev/kvm: the kernel module is not loaded or the machine does not offer virtualization";
             return HostKvm::verdict(Kind::Absent, reason, vec![format!("open: {e}")]);
         }
     }
@@ -160,7 +161,9 @@ fn judge(seen: &Seen) -> HostKvm {
              interpreted {:.0} times slower than native",
             seen.cpl0_ns / seen.cpl3_ns.max(0.1)
         ),
-        _ if nested => format!("KVM is hardware virtualization inside another virtual machine: an exit costs {exit_us:.1} us"),
+        _ if nested => {
+            format!("KVM is hardware virtualization inside another virtual machine: an exit costs {exit_us:.1} us")
+        }
         _ => format!("KVM is hardware virtualization: an exit costs {exit_us:.1} us"),
     };
     HostKvm {

@@ -12,7 +12,7 @@ use crate::regs;
 use crate::run::{Extended, Hardware, KvmVcpu, Shared};
 use crate::space::{Filled, Wanted};
 use crate::vm::{host_error, immediate_exit};
-use bivisor_emulator::cpu::{Attr, Cr0, Cr4, CpuState, Efer, Fault, Mode, Rflags, Segment};
+use bivisor_emulator::cpu::{Attr, CpuState, Cr0, Cr4, Efer, Fault, Mode, Rflags, Segment};
 use bivisor_emulator::isa::{Class, Gpr, Insn, Seg, decode};
 use bivisor_emulator::mem::{FlatSpace, PAGE_SIZE};
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts};
@@ -299,9 +299,7 @@ impl KvmVcpu {
         p.store(cpu);
         let rip = cpu.rip;
         match left {
-            Left::Store(HOLE_GPA) if (intercept::LSTAR..=intercept::LSTAR + 11).contains(&rip) => {
-                Ok(Point::Syscall)
-            }
+            Left::Store(HOLE_GPA) if (intercept::LSTAR..=intercept::LSTAR + 11).contains(&rip) => Ok(Point::Syscall),
             Left::Store(gpa) => {
                 // The guest itself stored to our page; on Linux that is a fault.
                 let _ = gpa;
@@ -381,7 +379,11 @@ impl KvmVcpu {
         if dr6 & BS == 0 && !cpu.rflags.contains(Rflags::TF) {
             // INT1: RIP is past it in hardware, at it in a software KVM.
             let rip = cpu.rip;
-            let at = if code(rip) == Some(0xf1) { Some(rip) } else { Some(rip.wrapping_sub(1)).filter(|a| code(*a) == Some(0xf1)) };
+            let at = if code(rip) == Some(0xf1) {
+                Some(rip)
+            } else {
+                Some(rip.wrapping_sub(1)).filter(|a| code(*a) == Some(0xf1))
+            };
             if let Some(at) = at {
                 cpu.rip = at;
                 return match self.instruction(flat) {
@@ -465,7 +467,11 @@ impl KvmVcpu {
         let mut bytes = [0; 15];
         let in_page = (PAGE_SIZE - self.cpu.rip % PAGE_SIZE).min(15) as usize;
         flat.read(self.cpu.rip, &mut bytes[..in_page])?;
-        let n = if flat.read(self.cpu.rip.wrapping_add(in_page as u64), &mut bytes[in_page..]).is_some() { 15 } else { in_page };
+        let n = if flat.read(self.cpu.rip.wrapping_add(in_page as u64), &mut bytes[in_page..]).is_some() {
+            15
+        } else {
+            in_page
+        };
         decode(&bytes[..n], 64).ok()
     }
 

@@ -5,11 +5,11 @@
 
 use bivisor_emulator::cpu::msr::index;
 use bivisor_emulator::cpu::xsave::Layout;
-use bivisor_emulator::cpu::{Activity, Attr, Cr0, Cr4, CpuState, Efer, Rflags, Segment, Table, XsaveArea};
+use bivisor_emulator::cpu::{Activity, Attr, CpuState, Cr0, Cr4, Efer, Rflags, Segment, Table, XsaveArea};
 use bivisor_emulator::isa::{Gpr, Seg};
 use kvm_bindings::{
-    KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, KVM_VCPUEVENT_VALID_SHADOW, Msrs, kvm_debugregs, kvm_dtable, kvm_mp_state,
-    kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events, kvm_xcr, kvm_xcrs, kvm_xsave,
+    KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, KVM_VCPUEVENT_VALID_SHADOW, Msrs, kvm_debugregs, kvm_dtable,
+    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events, kvm_xcr, kvm_xcrs, kvm_xsave,
 };
 
 /// General registers into KVM's form.
@@ -39,9 +39,8 @@ pub fn regs(cpu: &CpuState) -> kvm_regs {
 
 /// General registers from KVM's form.
 pub fn take_regs(cpu: &mut CpuState, r: &kvm_regs) {
-    cpu.gpr = [
-        r.rax, r.rcx, r.rdx, r.rbx, r.rsp, r.rbp, r.rsi, r.rdi, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15,
-    ];
+    cpu.gpr =
+        [r.rax, r.rcx, r.rdx, r.rbx, r.rsp, r.rbp, r.rsi, r.rdi, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15];
     cpu.rip = r.rip;
     cpu.rflags = Rflags::from_bits_retain(r.rflags) | Rflags::FIXED;
 }
@@ -167,11 +166,8 @@ fn msr_field(cpu: &mut CpuState, index: u32) -> Option<&mut u64> {
 /// The MSRs into KVM's form.
 pub fn msrs(cpu: &CpuState) -> Msrs {
     let mut copy = CpuState { msr: cpu.msr, ..CpuState::reset() };
-    let entries = MSRS.map(|index| kvm_msr_entry {
-        index,
-        reserved: 0,
-        data: msr_field(&mut copy, index).map_or(0, |v| *v),
-    });
+    let entries =
+        MSRS.map(|index| kvm_msr_entry { index, reserved: 0, data: msr_field(&mut copy, index).map_or(0, |v| *v) });
     Msrs::from_entries(&entries).expect("ten entries fit")
 }
 

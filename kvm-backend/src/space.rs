@@ -265,7 +265,8 @@ impl Space {
     }
 
     fn arena(&self, gpa: u64) -> (usize, u64) {
-        let (base, index) = self.arenas.iter().find(|(a, _)| gpa.wrapping_sub(*a) < CHUNK).expect("tables lie in arenas");
+        let (base, index) =
+            self.arenas.iter().find(|(a, _)| gpa.wrapping_sub(*a) < CHUNK).expect("tables lie in arenas");
         (*index, gpa - base)
     }
 

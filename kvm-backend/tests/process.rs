@@ -69,9 +69,9 @@ impl Guest {
 #[test]
 fn registers_go_in_and_out_and_a_system_call_leaves() {
     // 1: add rax, rbx; dec rcx; jnz 1b; syscall; then again with what the monitor answers: mov r15, rax; syscall
-    let Some(mut g) = Guest::new(&[
-        0x48, 0x01, 0xd8, 0x48, 0xff, 0xc9, 0x75, 0xf8, 0x0f, 0x05, 0x49, 0x89, 0xc7, 0x0f, 0x05,
-    ]) else {
+    let Some(mut g) =
+        Guest::new(&[0x48, 0x01, 0xd8, 0x48, 0xff, 0xc9, 0x75, 0xf8, 0x0f, 0x05, 0x49, 0x89, 0xc7, 0x0f, 0x05])
+    else {
         return;
     };
     for (i, r) in Gpr::ALL.iter().enumerate().filter(|(i, _)| *i != Gpr::Rsp as usize) {
@@ -158,8 +158,8 @@ fn exceptions_leave_with_vector_code_and_state() {
         (
             "SIMD exception",
             &[
-                0x48, 0x83, 0xec, 8, 0xc7, 0x04, 0x24, 0, 0x1d, 0, 0, 0x0f, 0xae, 0x14, 0x24, 0xb8, 1, 0, 0, 0, 0xf3, 0x0f,
-                0x2a, 0xc0, 0x0f, 0x57, 0xc9, 0xf3, 0x0f, 0x5e, 0xc1,
+                0x48, 0x83, 0xec, 8, 0xc7, 0x04, 0x24, 0, 0x1d, 0, 0, 0x0f, 0xae, 0x14, 0x24, 0xb8, 1, 0, 0, 0, 0xf3,
+                0x0f, 0x2a, 0xc0, 0x0f, 0x57, 0xc9, 0xf3, 0x0f, 0x5e, 0xc1,
             ],
             Exit::Exception(Fault::Xm),
             27,
@@ -176,7 +176,11 @@ fn exceptions_leave_with_vector_code_and_state() {
         // The guest can go on afterwards.
         let next = g.flat.code(&[0x0f, 0x05]);
         g.vcpu.state().rip = next;
-        assert_eq!(g.run(), Exit::Intercept { what: Intercepts::SYSCALL, next_rip: next + 2, vector: 0 }, "{name}: after");
+        assert_eq!(
+            g.run(),
+            Exit::Intercept { what: Intercepts::SYSCALL, next_rip: next + 2, vector: 0 },
+            "{name}: after"
+        );
     }
 }
 
@@ -253,7 +257,8 @@ impl Flat {
 
 #[test]
 fn software_interrupts_leave_at_the_instruction() {
-    for (code, n) in [(&[0xcd, 0x80][..], 0x80), (&[0xcc], 3), (&[0xcd, 3], 3), (&[0xcd, 4], 4), (&[0xcd, 0x21], 0x21)] {
+    for (code, n) in [(&[0xcd, 0x80][..], 0x80), (&[0xcc], 3), (&[0xcd, 3], 3), (&[0xcd, 4], 4), (&[0xcd, 0x21], 0x21)]
+    {
         let Some(mut g) = Guest::new(code) else { return };
         let next_rip = g.code + code.len() as u64;
         assert_eq!(g.run(), Exit::Intercept { what: Intercepts::INT_N, next_rip, vector: n }, "{code:x?}");
@@ -307,8 +312,8 @@ fn a_large_budget_ends_an_endless_loop() {
 fn segment_bases_go_both_ways() {
     // mov rax, fs:[0]; mov rbx, gs:[8]; wrfsbase rcx; syscall
     let code = [
-        0x64, 0x48, 0x8b, 0x04, 0x25, 0, 0, 0, 0, 0x65, 0x48, 0x8b, 0x1c, 0x25, 8, 0, 0, 0, 0xf3, 0x48, 0x0f, 0xae, 0xd1, 0x0f,
-        0x05,
+        0x64, 0x48, 0x8b, 0x04, 0x25, 0, 0, 0, 0, 0x65, 0x48, 0x8b, 0x1c, 0x25, 8, 0, 0, 0, 0xf3, 0x48, 0x0f, 0xae,
+        0xd1, 0x0f, 0x05,
     ];
     let Some(mut g) = Guest::new(&code) else { return };
     let data = g.flat.map(1, RW);
@@ -325,7 +330,8 @@ fn segment_bases_go_both_ways() {
 #[test]
 fn large_memory_is_filled_in_windows() {
     // 1: mov [rdi], rdi; add rdi, 4096; dec rcx; jnz 1b; syscall
-    let Some(mut g) = Guest::new(&[0x48, 0x89, 0x3f, 0x48, 0x81, 0xc7, 0, 0x10, 0, 0, 0x48, 0xff, 0xc9, 0x75, 0xf1, 0x0f, 0x05])
+    let Some(mut g) =
+        Guest::new(&[0x48, 0x89, 0x3f, 0x48, 0x81, 0xc7, 0, 0x10, 0, 0, 0x48, 0xff, 0xc9, 0x75, 0xf1, 0x0f, 0x05])
     else {
         return;
     };
