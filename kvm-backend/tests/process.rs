@@ -108,14 +108,17 @@ fn vector_registers_survive_and_can_be_changed() {
     let Some(mut g) = Guest::new(&code) else { return };
     g.set(Gpr::Rcx, 0xa5);
     let x = &mut g.vcpu.state().xsave;
-    x.set_zmm(3, std::array::from_fn(|i| (i % 4 == 0) as u8 * (i / 4 + 1) as u8));
-    x.set_zmm(20, std::array::from_fn(|i| (i % 4 == 0) as u8 * (i / 4 + 30) as u8));
+    x.set_zmm(3, std::array::from_fn(|i| u8::from(i.is_multiple_of(4)) * (i / 4 + 1) as u8));
+    x.set_zmm(20, std::array::from_fn(|i| u8::from(i.is_multiple_of(4)) * (i / 4 + 30) as u8));
     for round in 1..=3u8 {
         assert!(matches!(g.run(), Exit::Intercept { what: Intercepts::SYSCALL, .. }));
         let code = g.code;
         let s = g.vcpu.state();
-        assert_eq!(s.xsave.zmm(3), std::array::from_fn(|i| (i % 4 == 0) as u8 * ((i / 4 + 1) as u8) << round));
-        let f = |i: usize| (i % 4 == 0) as u32 * ((i as u32 / 4 + 30) << round);
+        assert_eq!(
+            s.xsave.zmm(3),
+            std::array::from_fn(|i| (u8::from(i.is_multiple_of(4)) * (i / 4 + 1) as u8) << round)
+        );
+        let f = |i: usize| u32::from(i.is_multiple_of(4)) * ((i as u32 / 4 + 30) << round);
         let words: [u8; 64] = std::array::from_fn(|i| f(i & !3).to_le_bytes()[i % 4]);
         assert_eq!(s.xsave.zmm(20), words);
         assert_eq!(s.xsave.st(0), [0, 0, 0, 0, 0, 0, 0, 0x80, 0xff, 0x3f], "fld1");
