@@ -14,6 +14,8 @@ pub struct Cli {
 /// The subcommands.
 #[derive(Subcommand)]
 pub enum Command {
+    /// Run a Linux program.
+    Run(crate::run::RunArgs),
     /// Tell where instructions end and whether they are valid.
     Decode(crate::decode::DecodeArgs),
     /// Run raw code from a given state: one JSON object a line in, one out.

@@ -4,6 +4,7 @@ mod cli;
 mod decode;
 mod engine;
 mod exec;
+mod run;
 
 use clap::Parser;
 use std::process::ExitCode;
@@ -12,6 +13,7 @@ fn main() -> ExitCode {
     let outcome = match cli::Cli::parse().command {
         cli::Command::Decode(args) => decode::run(&args),
         cli::Command::Exec(args) => exec::run(&args),
+        cli::Command::Run(args) => run::run(&args),
     };
     match outcome {
         // The shell sees eight bits, as wait(2) does.

@@ -4,6 +4,7 @@ pub mod clock;
 pub mod fds;
 pub mod fpu;
 pub mod inbox;
+pub mod inherited;
 pub mod probe;
 pub mod signal;
 pub mod syscall;

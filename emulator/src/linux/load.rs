@@ -1,6 +1,7 @@
 //! From a path to a program ready to run: permission, `#!` scripts, the ELF file and its interpreter, stack and registers (execve(2)).
 
 use crate::cpu::CpuState;
+use crate::cpu::cpuid::CpuModel;
 use crate::isa::Gpr;
 use crate::linux::elf::Elf;
 use crate::linux::mm::Mapping;
@@ -11,6 +12,7 @@ use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -46,6 +48,7 @@ pub enum Why {
         bytes: u64,
         errno: i32,
     },
+    NoEngine(String),
     Io(io::Error),
 }
 
@@ -76,6 +79,7 @@ impl LoadError {
             Why::UnknownFormat | Why::BadElf(_) | Why::WrongMachine(_) => libc::ENOEXEC,
             Why::TooManyScripts => libc::ELOOP,
             Why::AddressTaken { .. } | Why::NoMemory { .. } => libc::ENOMEM,
+            Why::NoEngine(_) => libc::EIO,
             Why::Io(e) => e.raw_os_error().unwrap_or(libc::EIO),
         }
     }
@@ -111,6 +115,7 @@ impl fmt::Display for LoadError {
             Why::NoMemory { bytes, errno } => {
                 write!(f, "cannot map {bytes} bytes ({}): check ulimit -v", io::Error::from_raw_os_error(*errno))
             }
+            Why::NoEngine(what) => f.write_str(what),
             Why::Io(e) => write!(f, "{e}"),
         }
     }
@@ -189,12 +194,22 @@ impl Image {
         Ok(Image { name: name.to_owned(), exe, args, file, elf, interpreter })
     }
 
+    /// Where the program is, as /proc/self/exe shows it: absolute, without links.
+    pub fn real_path(&self) -> PathBuf {
+        std::fs::read_link(format!("/proc/self/fd/{}", self.file.as_raw_fd())).unwrap_or_else(|_| self.exe.clone())
+    }
+
     /// Maps the program, makes its stack and heap, and gives the registers it starts with and where the parts of
     /// the stack are.
     ///
     /// # Errors
     /// The host cannot map it.
-    pub fn load(&self, space: &AddressSpace, env: &[OsString], hwcap: u64) -> Result<(CpuState, Placed), LoadError> {
+    pub fn load(
+        &self,
+        space: &AddressSpace,
+        env: &[OsString],
+        cpu: &CpuModel,
+    ) -> Result<(CpuState, Placed), LoadError> {
         let random: [u8; 24] = host::random_bytes();
         let program = self.elf.load(&self.exe, &self.file, space, Some(pie_base(&random[16..])))?;
         let interpreter = match &self.interpreter {
@@ -208,7 +223,7 @@ impl Image {
             env,
             name: self.name.as_os_str(),
             random: random[..16].try_into().expect("16 bytes"),
-            aux: stack::aux_vector(&program, interpreter.map(|i| i.bias).unwrap_or(0), hwcap),
+            aux: stack::aux_vector(&program, interpreter.map_or(0, |i| i.bias), cpu),
         };
         let (placed, bytes) = stack.build(top);
         let sp = placed.sp;

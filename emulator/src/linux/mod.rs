@@ -12,6 +12,9 @@
 //! | [`file`] | calls that name files or descriptors of bivisor |
 //! | [`proc`] | the files of /proc that show the guest |
 //! | [`misc`] | exit, prctl, arch_prctl, personality |
+//! | [`start`] | making the process |
+//! | [`strace`] | what `--strace` prints |
+//! | [`crash`] | what is said when the guest dies of a fault |
 //! | [`run`] | the loop of a task: run the engine, act on why it returned |
 //! | [`table`] | every system call: passed through, handled or refused, with a note |
 //! | [`syscall`] | the way of a call through the table |
@@ -21,6 +24,7 @@
 //! | [`fault`] | which signal an exception becomes |
 //! | [`frame`] | the frame of a signal handler |
 
+pub mod crash;
 pub mod elf;
 pub mod fault;
 pub mod file;
@@ -34,6 +38,8 @@ pub mod run;
 pub mod sigcalls;
 pub mod signal;
 pub mod stack;
+pub mod start;
+pub mod strace;
 pub mod syscall;
 pub mod table;
 
@@ -59,8 +65,10 @@ pub const INTERCEPTS: Intercepts = Intercepts::SYSCALL
 /// What the user asked for.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// Print each system call to standard error.
+    /// Print each system call.
     pub strace: bool,
+    /// The descriptor for bivisor's own messages, a copy of standard error out of the guest's way.
+    pub log: Option<i32>,
     /// Say more about what is done.
     pub verbose: bool,
     /// The arguments between `bivisor` and `--argv0 X -- PATH ARGS` with which a guest's exec starts the next program, e.g.
@@ -101,6 +109,8 @@ pub struct Process {
     pub env: Vec<OsString>,
     /// The host's kernel shows arguments and environment of the guest in /proc.
     pub shown_by_kernel: bool,
+    /// The task that bivisor was started for: its lines of `--strace` go without a number.
+    pub first: i32,
     /// What the guest does about signals.
     pub signals: signal::Dispositions,
 }

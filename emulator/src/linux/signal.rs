@@ -11,7 +11,7 @@ use crate::host::thread::ThreadBlock;
 use crate::isa::Gpr;
 use crate::linux::fault::{self, Raised};
 use crate::linux::frame::{self, AltStack, Delivery, LastFault};
-use crate::linux::{Flow, Task, host};
+use crate::linux::{Flow, Task, crash, host};
 use crate::vcpu::Kicker;
 use std::sync::{Mutex, MutexGuard};
 
@@ -237,7 +237,7 @@ fn start_handler(task: &mut Task, sig: i32, info: &Info, action: &KernelAction, 
     let delivery = Delivery { sig, info, action, mask: restored, alt: signals.alt, last: signals.last };
     if frame::push(task.vcpu.state(), task.process.mem(), delivery).is_err() {
         if sig == libc::SIGSEGV {
-            report(task, sig, "its handler has no stack to run on");
+            crash::report(task, sig, "its handler has no stack to run on");
             host::die_of(sig);
         }
         task.signals.mask = restored;
@@ -259,7 +259,7 @@ fn start_handler(task: &mut Task, sig: i32, info: &Info, action: &KernelAction, 
 fn force(task: &mut Task, sig: i32, info: &Info, why: &str) {
     let action = task.process.signals.take(sig);
     if action.handler <= IGNORE || task.signals.mask & bit(sig) != 0 {
-        report(task, sig, why);
+        crash::report(task, sig, why);
         host::die_of(sig);
     }
     let restored = task.signals.mask;
@@ -291,24 +291,5 @@ pub fn raise_fault(task: &mut Task, fault: Fault) -> Flow {
     let last = task.signals.last;
     let Raised { sig, info, last } = fault::raised(fault, task.vcpu.state(), task.process.mem().flat(), last);
     task.signals.last = last;
-    force_now(task, sig, &info, &format!("{fault:x?}"))
-}
-
-/// One line about a guest that is about to die of something it did.
-fn report(task: &mut Task, sig: i32, why: &str) {
-    let state = task.vcpu.state();
-    let rip = state.rip;
-    eprintln!("bivisor: guest killed by {} at rip {rip:#x}: {why}", name(sig));
-}
-
-/// The name of a signal that instructions raise.
-fn name(sig: i32) -> &'static str {
-    match sig {
-        libc::SIGSEGV => "SIGSEGV",
-        libc::SIGBUS => "SIGBUS",
-        libc::SIGILL => "SIGILL",
-        libc::SIGFPE => "SIGFPE",
-        libc::SIGTRAP => "SIGTRAP",
-        _ => "a signal",
-    }
+    force_now(task, sig, &info, &crash::cause(fault))
 }

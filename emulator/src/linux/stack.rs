@@ -1,5 +1,7 @@
 //! The initial stack: argument strings, environment, auxiliary vector (System V ABI 3.4.1, figure 3.9; getauxval(3)).
 
+use crate::cpu::cpuid::CpuModel;
+use crate::cpu::{CpuState, Cr4};
 use crate::linux::elf::Loaded;
 use crate::linux::host;
 use crate::mem::PAGE_SIZE;
@@ -61,12 +63,13 @@ pub struct Placed {
 }
 
 /// The auxiliary vector in the kernel's order. Entries that the host's kernel does not give are left out.
-pub fn aux_vector(program: &Loaded, base: u64, hwcap: u64) -> Vec<(u64, u64)> {
+pub fn aux_vector(program: &Loaded, base: u64, cpu: &CpuModel) -> Vec<(u64, u64)> {
     let host = |kind: u64| (kind, host::aux(kind));
     let all = [
         host(at::SYSINFO_EHDR),
         host(at::MINSIGSTKSZ),
-        (at::HWCAP, hwcap),
+        // CPUID.1:EDX.
+        (at::HWCAP, u64::from(cpu.cpuid(&CpuState::long64(3), 1, 0)[3])),
         (at::PAGESZ, PAGE_SIZE),
         host(at::CLKTCK),
         (at::PHDR, program.phdr),
@@ -81,7 +84,8 @@ pub fn aux_vector(program: &Loaded, base: u64, hwcap: u64) -> Vec<(u64, u64)> {
         host(at::EGID),
         // Set-user-id bits have no effect here.
         (at::SECURE, 0),
-        host(at::HWCAP2),
+        // Bit 1: FSGSBASE instructions are allowed.
+        (at::HWCAP2, u64::from(cpu.cr4().contains(Cr4::FSGSBASE)) << 1),
     ];
     all.into_iter().filter(|&(kind, v)| v != 0 || !matches!(kind, at::SYSINFO_EHDR | at::MINSIGSTKSZ)).collect()
 }

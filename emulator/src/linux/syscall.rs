@@ -2,7 +2,7 @@
 
 use crate::isa::Gpr;
 use crate::linux::table::{self, Status};
-use crate::linux::{ExitStatus, Flow, Task, host, host::err, signal};
+use crate::linux::{ExitStatus, Flow, Task, host, host::err, signal, strace};
 
 /// The six arguments, RDI RSI RDX R10 R8 R9.
 pub type Args = [u64; 6];
@@ -39,8 +39,15 @@ pub fn dispatch(task: &mut Task, next_rip: u64) -> Flow {
     // The kernel looks at EAX only.
     let number = u64::from(state.gpr[Gpr::Rax as usize] as u32);
     let args = [Gpr::Rdi, Gpr::Rsi, Gpr::Rdx, Gpr::R10, Gpr::R8, Gpr::R9].map(|r| state.gpr[r as usize]);
+    let traced = if task.process.options.strace { table::row(number as u32) } else { None };
+    if let Some(row) = traced.filter(|r| r.name.starts_with("exit") || r.name.starts_with("exec")) {
+        strace::ending(task, row, &args);
+    }
     match call(task, number, args) {
         Outcome::Done(result) => {
+            if let Some(row) = traced {
+                strace::returned(task, row, &args, result);
+            }
             task.vcpu.state().gpr[Gpr::Rax as usize] = result as u64;
             signal::after_syscall(task, number, result)
         }

@@ -1,0 +1,127 @@
+//! `bivisor run`: a Linux program under an engine, with its exit status as ours.
+
+use crate::engine::{self, Backend};
+use anyhow::{Result, bail};
+use bivisor_emulator::cpu::cpuid::CpuModel;
+use bivisor_emulator::host::fds;
+use bivisor_emulator::linux::{ExitStatus, Image, LoadError, Options, Why, host, run, start};
+use clap::Args;
+use std::ffi::{OsStr, OsString};
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Arguments of `bivisor run`.
+#[derive(Args)]
+#[command(
+    override_usage = "bivisor run [OPTIONS] [--] PROGRAM [ARGS]...",
+    after_help = "Example:\n  bivisor run --backend interp /bin/ls -l /\n\n\
+        Exit status: the program's own; if it dies of a signal, so does bivisor; 127 if there is no such program, 126 if it cannot be run."
+)]
+pub struct RunArgs {
+    /// The engine.
+    #[arg(long, value_enum, default_value = "auto")]
+    backend: Backend,
+    /// The offered CPU: host, max, x86-64-v1 to x86-64-v4.
+    #[arg(long, value_name = "MODEL", default_value = "host")]
+    cpu: String,
+    /// Print each system call to standard error.
+    #[arg(long)]
+    strace: bool,
+    /// Say which engine runs and why.
+    #[arg(short, long)]
+    verbose: bool,
+    /// Set a variable of the program's environment; without =VALUE it is removed. May be repeated.
+    #[arg(long, value_name = "NAME[=VALUE]")]
+    env: Vec<OsString>,
+    /// What the program sees as its own name (argument 0).
+    #[arg(long, value_name = "NAME")]
+    argv0: Option<OsString>,
+    /// The program, looked up in PATH unless it has a slash, and its arguments.
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "PROGRAM")]
+    command: Vec<OsString>,
+}
+
+/// Runs the program. Comes back only if it could not be started, or with its exit status.
+pub fn run(args: &RunArgs) -> Result<i32> {
+    let model = match CpuModel::from_name(&args.cpu) {
+        Ok(model) => Arc::new(model),
+        Err(why) => bail!("{why}"),
+    };
+    let (engine, factory) = match engine::for_process(args.backend, &model) {
+        Ok(found) => found,
+        Err(why) => bail!("{why}"),
+    };
+    if args.verbose {
+        eprintln!("bivisor: {engine}");
+    }
+    let mut command = args.command.clone();
+    let started = find(&command[0]).and_then(|path| {
+        if let Some(name) = &args.argv0 {
+            command[0].clone_from(name);
+        }
+        Image::open(&path, command)
+    });
+    let options = Options {
+        strace: args.strace,
+        log: std::io::stderr().as_fd().try_clone_to_owned().ok().map(fds::keep),
+        verbose: args.verbose,
+        reexec: again(args),
+    };
+    let task = started.and_then(|image| start::start(image, environment(&args.env), options, &model, factory));
+    let mut task = match task {
+        Ok(task) => task,
+        Err(error) => {
+            eprintln!("bivisor: {error}");
+            return Ok(error.exit_code());
+        }
+    };
+    match run::run_task(&mut task) {
+        // The other tasks of the process may go on.
+        ExitStatus::Code(code) => host::exit_thread(code),
+        ExitStatus::Signal(sig) => host::die_of(sig),
+    }
+}
+
+/// The options that a program's exec passes on.
+fn again(args: &RunArgs) -> Vec<OsString> {
+    let mut words = vec!["run", "--backend", args.backend.name(), "--cpu", &args.cpu];
+    words.extend(args.strace.then_some("--strace"));
+    words.extend(args.verbose.then_some("--verbose"));
+    words.into_iter().map(OsString::from).collect()
+}
+
+fn environment(changes: &[OsString]) -> Vec<OsString> {
+    let name = |s: &OsStr| s.as_bytes().split(|&c| c == b'=').next().unwrap_or_default().to_vec();
+    let mut all: Vec<OsString> = std::env::vars_os()
+        .map(|(k, v)| {
+            let mut both = k;
+            both.push("=");
+            both.push(v);
+            both
+        })
+        .collect();
+    for change in changes {
+        all.retain(|old| name(old) != name(change));
+        if change.as_bytes().contains(&b'=') {
+            all.push(change.clone());
+        }
+    }
+    all
+}
+
+/// PATH lookup as a shell does it: a name with a slash is a path.
+fn find(program: &OsStr) -> Result<PathBuf, LoadError> {
+    let missing = || LoadError::new(Path::new(program), Why::NotFound);
+    if program.as_bytes().contains(&b'/') {
+        return Ok(PathBuf::from(program));
+    }
+    if program.is_empty() {
+        return Err(missing());
+    }
+    let path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/local/bin:/usr/bin:/bin".into());
+    let all: Vec<PathBuf> = std::env::split_paths(&path).map(|dir| dir.join(program)).filter(|p| p.is_file()).collect();
+    let executable = all.iter().find(|p| host::may_execute(p));
+    executable.or(all.first()).cloned().ok_or_else(missing)
+}
