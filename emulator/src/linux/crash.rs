@@ -9,7 +9,8 @@ use iced_x86::{Formatter, IntelFormatter};
 /// One line to standard error; the guest's death by `sig` is the caller's.
 pub fn report(task: &mut Task, sig: i32, why: &str) {
     let rip = task.vcpu.state().rip;
-    let text = format!("bivisor: guest killed by {} at rip {rip:#x}: {}: {why}", signal_name(sig), instruction(task, rip));
+    let text =
+        format!("bivisor: guest killed by {} at rip {rip:#x}: {}: {why}", signal_name(sig), instruction(task, rip));
     say(&task.process, &text);
 }
 
