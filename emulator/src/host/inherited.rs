@@ -2,9 +2,9 @@
 //! become /dev/null. A guest must see what bivisor was given.
 #![allow(unsafe_code)]
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use crate::host::signal::{bit, inherited_ignored};
+use std::sync::atomic::{AtomicU32, Ordering};
 
-static PIPE_IGNORED: AtomicBool = AtomicBool::new(false);
 /// Bit n: descriptor n was closed.
 static CLOSED: AtomicU32 = AtomicU32::new(0);
 
@@ -15,21 +15,16 @@ static CLOSED: AtomicU32 = AtomicU32::new(0);
 static REMEMBER: extern "C" fn() = remember;
 
 extern "C" fn remember() {
-    // SAFETY: plain calls; the structure is filled by the kernel.
-    unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        libc::sigaction(libc::SIGPIPE, std::ptr::null(), &mut action);
-        PIPE_IGNORED.store(action.sa_sigaction == libc::SIG_IGN, Ordering::Relaxed);
-        let closed = (0..3).filter(|&fd| libc::fcntl(fd, libc::F_GETFD) == -1).fold(0, |all, fd| all | 1 << fd);
-        CLOSED.store(closed, Ordering::Relaxed);
-    }
+    // SAFETY: plain call.
+    let closed = |fd: &i32| unsafe { libc::fcntl(*fd, libc::F_GETFD) == -1 };
+    CLOSED.store((0..3).filter(closed).fold(0, |all, fd| all | 1 << fd), Ordering::Relaxed);
 }
 
 /// Puts it back. Standard error stays open for bivisor's own messages until the guest runs: call it last.
 pub fn restore() {
     // SAFETY: SIGPIPE's disposition is nobody else's; the descriptors were opened by the runtime and nobody holds them.
     unsafe {
-        if !PIPE_IGNORED.load(Ordering::Relaxed) {
+        if inherited_ignored() & bit(libc::SIGPIPE) == 0 {
             libc::signal(libc::SIGPIPE, libc::SIG_DFL);
         }
         for fd in (0..3).filter(|fd| CLOSED.load(Ordering::Relaxed) >> fd & 1 != 0) {
