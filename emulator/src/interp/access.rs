@@ -72,7 +72,8 @@ fn rights_allow(s: &Segment, access: Access) -> bool {
     match access {
         Access::Read => !code || bit,
         Access::Write => !code && bit,
-        Access::Execute => code,
+        // Checked when CS was loaded; between MOV CR0 and the far JMP CS still holds what real mode loaded, which is data by its type.
+        Access::Execute => true,
     }
 }
 

@@ -347,3 +347,231 @@ pub fn clac(x: &mut Exec<'_>, _: &Insn) -> Step {
     x.cpu.rflags.remove(Rflags::AC);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::cpu::{Attr, Cr0, Cr4, Efer, Fault, Mode, Rflags};
+    use crate::interp::sensitive::testing::machine;
+    use crate::interp::testing::{CODE, DATA, Machine, TABLES};
+    use crate::isa::{Gpr, Seg, Width};
+    use crate::vcpu::Exit;
+
+    const GP: Exit = Exit::Exception(Fault::Gp(0));
+    const UD: Exit = Exit::Exception(Fault::Ud);
+
+    /// MOV CRn, RAX.
+    fn mov_cr(n: u8) -> [u8; 4] {
+        [0x44, 0x0f, 0x22, 0xc0 | (n & 7) << 3].map(|b| if b == 0x44 && n < 8 { 0x40 } else { b })
+    }
+
+    fn write(setup: impl Fn(&mut Machine), code: &[u8], v: u64) -> (Exit, Machine) {
+        let mut m = machine(0, code);
+        setup(&mut m);
+        m.cpu().gpr[Gpr::Rax as usize] = v;
+        let exit = m.run(1);
+        (exit, m)
+    }
+
+    #[test]
+    fn cr0() {
+        let now = machine(0, &[]).cpu().cr0.bits();
+        let write0 = |v| write(|_| {}, &mov_cr(0), v).0;
+        assert_eq!(write0(now | 1 << 32), GP);
+        assert_eq!(write0(now & !Cr0::PE.bits()), GP);
+        assert_eq!(write0(now | Cr0::NW.bits()), GP);
+        // PG cleared in 64-bit code.
+        assert_eq!(write0(now & !Cr0::PG.bits()), GP);
+        let (exit, mut m) = write(|_| {}, &mov_cr(0), (now | Cr0::TS.bits() | 1 << 6) & !Cr0::ET.bits());
+        assert_eq!(exit, Exit::Budget);
+        assert_eq!(m.cpu().cr0.bits(), now | Cr0::TS.bits());
+    }
+
+    #[test]
+    fn cr3() {
+        let write3 = |v, pcide| {
+            let (exit, mut m) = write(|m| m.cpu().cr4.set(Cr4::PCIDE, pcide), &mov_cr(3), v);
+            (exit, m.cpu().cr3)
+        };
+        assert_eq!(write3(TABLES | 0x18, false), (Exit::Budget, TABLES | 0x18));
+        assert_eq!(write3(TABLES | 1 << 52, false).0, GP);
+        assert_eq!(write3(TABLES | 1 << 63, false).0, GP);
+        assert_eq!(write3(TABLES | 1 << 63, true), (Exit::Budget, TABLES));
+        assert_eq!(write3(TABLES | 1 << 62, true).0, GP);
+    }
+
+    #[test]
+    fn cr4() {
+        let now = machine(0, &[]).cpu().cr4.bits();
+        let write4 = |v, cr3| write(|m| m.cpu().cr3 = cr3, &mov_cr(4), v).0;
+        assert_eq!(write4(now | 1 << 15, TABLES), GP);
+        assert_eq!(write4(now | 1 << 40, TABLES), GP);
+        assert_eq!(write4(now & !Cr4::PAE.bits(), TABLES), GP);
+        assert_eq!(write4(now | Cr4::PCIDE.bits(), TABLES | 8), GP);
+        assert_eq!(write4(now | Cr4::PGE.bits(), TABLES), Exit::Budget);
+    }
+
+    #[test]
+    fn cr8_and_those_that_do_not_exist() {
+        assert_eq!(write(|_| {}, &mov_cr(8), 0x10).0, GP);
+        let (exit, mut m) = write(|_| {}, &mov_cr(8), 0xf);
+        assert_eq!((exit, m.cpu().cr8), (Exit::Budget, 0xf));
+        for n in [1, 5, 6, 7, 9, 15] {
+            assert_eq!(write(|_| {}, &mov_cr(n), 0).0, UD, "CR{n}");
+        }
+    }
+
+    /// Real mode to protected mode to IA-32e mode, each step by MOV CR0.
+    #[test]
+    fn long_mode_switch() {
+        // MOV EAX, CR0; OR ...; here only MOV CR0, EAX (0F 22 C0), four times.
+        let code = [0x0f, 0x22, 0xc0].repeat(4);
+        let mut m = Machine::real(&code);
+        m.cpu().cr4 |= Cr4::PAE;
+        m.cpu().cr3 = TABLES;
+        m.cpu().efer |= Efer::LME;
+        m.cpu().gpr[0] = (Cr0::PE | Cr0::ET).bits();
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!((m.cpu().mode(), m.cpu().cpl()), (Mode::Protected16, 0));
+        m.cpu().gpr[0] = (Cr0::PE | Cr0::ET | Cr0::PG).bits();
+        assert_eq!(m.run(1), Exit::Budget);
+        assert!(m.cpu().efer.contains(Efer::LMA));
+        assert_eq!(m.cpu().mode(), Mode::Compat16);
+        // PG off leaves IA-32e mode; with PAE off it cannot be entered again.
+        m.cpu().gpr[0] = (Cr0::PE | Cr0::ET).bits();
+        assert_eq!(m.run(1), Exit::Budget);
+        assert!(!m.cpu().efer.contains(Efer::LMA));
+        m.cpu().cr4.remove(Cr4::PAE);
+        m.cpu().gpr[0] = (Cr0::PE | Cr0::ET | Cr0::PG).bits();
+        assert_eq!(m.run(1), GP);
+    }
+
+    #[test]
+    fn long_mode_needs_a_short_code_segment() {
+        let mut m = Machine::real(&[0x0f, 0x22, 0xc0]);
+        m.cpu().cr0 |= Cr0::PE;
+        m.cpu().cr4 |= Cr4::PAE;
+        m.cpu().cr3 = TABLES;
+        m.cpu().efer |= Efer::LME;
+        m.cpu().seg[Seg::Cs as usize].attr |= Attr::L | Attr::CODE;
+        m.cpu().gpr[0] = (Cr0::PE | Cr0::ET | Cr0::PG).bits();
+        assert_eq!(m.run(1), GP);
+    }
+
+    /// MOV DRn, RAX and back.
+    #[test]
+    fn debug_registers() {
+        let to = |n: u8| [0x0f, 0x23, 0xc0 | n << 3];
+        let (exit, mut m) = write(|_| {}, &to(6), u64::from(u32::MAX));
+        assert_eq!((exit, m.cpu().dr6), (Exit::Budget, 0xffff_efff));
+        let (exit, mut m) = write(|_| {}, &to(7), 0xffff_dfff);
+        assert_eq!((exit, m.cpu().dr7), (Exit::Budget, 0xffff_07ff));
+        assert_eq!(write(|_| {}, &to(6), 1 << 32).0, GP);
+        assert_eq!(write(|_| {}, &to(7), 1 << 63).0, GP);
+        let (exit, mut m) = write(|_| {}, &to(0), 0xdead_beef_dead_beef);
+        assert_eq!((exit, m.cpu().dr[0]), (Exit::Budget, 0xdead_beef_dead_beef));
+        // DR4 is DR6 without CR4.DE, #UD with it.
+        let (exit, mut m) = write(|_| {}, &to(4), 0);
+        assert_eq!((exit, m.cpu().dr6), (Exit::Budget, 0xffff_0ff0));
+        assert_eq!(write(|m| m.cpu().cr4 |= Cr4::DE, &to(4), 0).0, UD);
+        // General detect.
+        assert_eq!(write(|m| m.cpu().dr7 |= 1 << 13, &to(0), 0).0, Exit::Exception(Fault::Db(1 << 13)));
+    }
+
+    /// LMSW AX sets PE MP EM TS and cannot clear PE; SMSW EAX shows all of CR0; CLTS.
+    #[test]
+    fn machine_status_word() {
+        let (exit, mut m) = write(|_| {}, &[0x0f, 0x01, 0xf0, 0x0f, 0x01, 0xe0, 0x0f, 0x06], 0xfff8);
+        assert_eq!(exit, Exit::Budget);
+        assert!(m.cpu().cr0.contains(Cr0::PE | Cr0::TS) && !m.cpu().cr0.intersects(Cr0::MP | Cr0::EM));
+        assert_eq!(m.run(1), Exit::Budget);
+        let cr0 = m.cpu().cr0.bits();
+        assert_eq!(m.cpu().gpr[0], cr0);
+        assert_eq!(m.run(1), Exit::Budget);
+        assert!(!m.cpu().cr0.contains(Cr0::TS));
+    }
+
+    /// INVLPG takes any address, also one that is not mapped and one that is not canonical.
+    #[test]
+    fn invlpg_never_faults() {
+        for address in [0xdead_0000u64, 0x8000_0000_0000] {
+            assert_eq!(write(|_| {}, &[0x0f, 0x01, 0x38], address).0, Exit::Budget);
+        }
+    }
+
+    /// A remapped page is seen after INVLPG: MOV RCX, [RBX]; store; INVLPG [RBX]; MOV RCX, [RBX].
+    #[test]
+    fn invlpg_forgets_the_page() {
+        let code = [0x48, 0x8b, 0x0b, 0x0f, 0x01, 0x3b, 0x48, 0x8b, 0x0b];
+        let mut m = machine(0, &code);
+        // A 4 KiB page at 1 GiB: its own level-2 and level-1 tables.
+        for (at, entry) in [(TABLES + 0x1008, 0x1_2003u64), (0x1_2000, 0x1_3003), (0x1_3000, 0x1_4003)] {
+            m.mem.store(at, Width::Q, entry).expect("RAM");
+        }
+        m.mem.store(0x1_4000, Width::Q, 0x1111).expect("RAM");
+        m.mem.store(0x1_5000, Width::Q, 0x2222).expect("RAM");
+        m.cpu().gpr[Gpr::Rbx as usize] = 0x4000_0000;
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!(m.cpu().gpr[Gpr::Rcx as usize], 0x1111);
+        m.mem.store(0x1_3000, Width::Q, 0x1_5003).expect("RAM");
+        assert_eq!(m.run(2), Exit::Budget);
+        assert_eq!(m.cpu().gpr[Gpr::Rcx as usize], 0x2222);
+    }
+
+    /// INVPCID RAX, [DATA].
+    #[test]
+    fn invpcid_types() {
+        let code = [0x66, 0x0f, 0x38, 0x82, 0x04, 0x25, 0, 0, 1, 0];
+        let run = |kind, pcid: u64, laddr: u64| {
+            write(
+                |m| {
+                    m.mem.store(DATA, Width::Q, pcid).expect("RAM");
+                    m.mem.store(DATA + 8, Width::Q, laddr).expect("RAM");
+                },
+                &code,
+                kind,
+            )
+            .0
+        };
+        if run(0, 0, 0) == UD {
+            return; // the host model lacks it
+        }
+        assert_eq!(run(0, 0, 0x1000), Exit::Budget);
+        assert_eq!(run(3, 0, 0), Exit::Budget);
+        assert_eq!(run(4, 0, 0), GP);
+        assert_eq!(run(2, 0x1000, 0), GP);
+        assert_eq!(run(0, 1, 0), GP); // CR4.PCIDE is clear
+        assert_eq!(run(0, 0, 0x8000_0000_0000), GP);
+    }
+
+    /// XSETBV with EDX = 0; XGETBV.
+    #[test]
+    fn xcr0() {
+        let run = |ecx: u64, v: u64| {
+            let (exit, mut m) = write(|m| m.cpu().gpr[Gpr::Rcx as usize] = ecx, &[0x0f, 0x01, 0xd1], v);
+            (exit, m.cpu().xcr0)
+        };
+        assert_eq!(run(0, 3), (Exit::Budget, 3));
+        assert_eq!(run(0, 1), (Exit::Budget, 1));
+        for bad in [0, 2, 5, 1 << 20, 3 | 1 << 5, 3 | 0xe0] {
+            assert_eq!(run(0, bad).0, GP, "{bad:#x}");
+        }
+        assert_eq!(run(1, 3).0, GP);
+        let (exit, mut m) = write(|m| m.cpu().gpr[Gpr::Rcx as usize] = 0, &[0x0f, 0x01, 0xd0], 0);
+        let xcr0 = m.cpu().xcr0;
+        assert_eq!((exit, m.cpu().gpr[0]), (Exit::Budget, xcr0));
+        assert_eq!(write(|m| m.cpu().gpr[Gpr::Rcx as usize] = 2, &[0x0f, 0x01, 0xd0], 0).0, GP);
+        assert_eq!(write(|m| m.cpu().cr4.remove(Cr4::OSXSAVE), &[0x0f, 0x01, 0xd0], 0).0, UD);
+        assert_eq!(m.cpu().rip, CODE + 3);
+    }
+
+    #[test]
+    fn stac_clac() {
+        let mut m = machine(0, &[0x0f, 0x01, 0xcb, 0x0f, 0x01, 0xca]);
+        if m.run(1) == UD {
+            return; // the host model lacks SMAP
+        }
+        assert!(m.cpu().rflags.contains(Rflags::AC));
+        assert_eq!(m.run(1), Exit::Budget);
+        assert!(!m.cpu().rflags.contains(Rflags::AC));
+    }
+}

@@ -355,3 +355,218 @@ pub fn to_outer(x: &mut Exec<'_>, cs: Segment, ss: Segment, rsp: u64) {
         selector::drop_privileged_segments(x.cpu, cpl);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::cpu::{Fault, Mode, Segment};
+    use crate::interp::sensitive::testing::*;
+    use crate::interp::testing::{CODE, DATA, Machine, STACK};
+    use crate::isa::{Gpr, Seg, Width};
+    use crate::vcpu::Exit;
+
+    const RSP: usize = Gpr::Rsp as usize;
+
+    fn gp(code: u16) -> Exit {
+        Exit::Exception(Fault::Gp(code))
+    }
+
+    /// A far pointer with a 32-bit offset at DATA.
+    fn pointer(m: &Machine, selector: u16, offset: u32) {
+        m.mem.store(DATA, Width::D, u64::from(offset)).expect("RAM");
+        m.mem.store(DATA + 4, Width::W, u64::from(selector)).expect("RAM");
+    }
+
+    /// JMP FAR [DATA], CALL FAR [DATA].
+    const JMP: [u8; 7] = [0xff, 0x2c, 0x25, 0, 0, 1, 0];
+    const CALL: [u8; 7] = [0xff, 0x1c, 0x25, 0, 0, 1, 0];
+
+    #[test]
+    fn direct_targets() {
+        let cases = [
+            (0, KERNEL_CODE, Ok(KERNEL_CODE)),
+            (0, CONFORMING, Ok(CONFORMING)),
+            (3, CONFORMING, Ok(CONFORMING | 3)),
+            (3, USER_CODE, Ok(USER_CODE | 3)),
+            (3, USER_CODE32 | 3, Ok(USER_CODE32 | 3)),
+            (3, KERNEL_CODE | 3, Err(gp(KERNEL_CODE))),
+            (0, USER_CODE, Err(gp(USER_CODE))),
+            (0, KERNEL_CODE | 3, Err(gp(KERNEL_CODE))),
+            (0, 0, Err(gp(0))),
+            (0, 3, Err(gp(0))),
+            (0, KERNEL_DATA, Err(gp(KERNEL_DATA))),
+            (0, TSS, Err(gp(TSS))),
+            (0, 0xfff8, Err(gp(0xfff8))),
+            (0, BAD_CODE, Err(gp(BAD_CODE))),
+            (0, ABSENT_CODE, Err(Exit::Exception(Fault::Np(ABSENT_CODE)))),
+        ];
+        for (cpl, selector, want) in cases {
+            for code in [JMP, CALL] {
+                let mut m = machine(cpl, &code);
+                pointer(&m, selector, 0x9000);
+                let old = m.cpu().segment(Seg::Cs).selector;
+                let exit = m.run(1);
+                let what = format!("CPL {cpl} {selector:#x}");
+                match want {
+                    Ok(cs) => {
+                        assert_eq!(exit, Exit::Budget, "{what}");
+                        assert_eq!((m.cpu().segment(Seg::Cs).selector, m.cpu().rip), (cs, 0x9000), "{what}");
+                        assert_eq!(m.cpu().cpl(), cpl, "{what}");
+                        if code == CALL {
+                            assert_eq!(m.cpu().gpr[RSP], STACK - 8, "{what}");
+                            assert_eq!(m.load(STACK - 4, Width::D), u64::from(old), "{what}");
+                            assert_eq!(m.load(STACK - 8, Width::D), CODE + 7, "{what}");
+                        }
+                    }
+                    Err(want) => {
+                        assert_eq!(exit, want, "{what}");
+                        assert_eq!((m.cpu().rip, m.cpu().gpr[RSP]), (CODE, STACK), "{what}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Compatibility mode and back: the mode follows CS.
+    #[test]
+    fn compatibility_mode() {
+        let mut m = machine(0, &JMP);
+        pointer(&m, KERNEL_CODE32, 0x9000);
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!(m.cpu().mode(), Mode::Compat32);
+        // JMP 0x08:0x8000 (EA).
+        m.mem.write(0x9000, &[0xea, 0x00, 0x80, 0, 0, 0x08, 0]).expect("RAM");
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!((m.cpu().mode(), m.cpu().rip), (Mode::Long64, CODE));
+    }
+
+    /// A CALL through a 64-bit gate from CPL 3: stack from the TSS, null SS, a frame of four quadwords.
+    #[test]
+    fn call_gate_to_ring_0() {
+        let mut m = machine(3, &CALL);
+        m.mem.store(TSS_BASE + 4, Width::Q, 0x1_8000).expect("RAM");
+        pointer(&m, GATE | 3, 0xdead);
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!((m.cpu().rip, m.cpu().cpl()), (GATE_TARGET, 0));
+        assert_eq!(m.cpu().segment(Seg::Cs).selector, KERNEL_CODE);
+        assert_eq!(m.cpu().segment(Seg::Ss).selector, 0);
+        assert_eq!(m.cpu().gpr[RSP], 0x1_8000 - 32);
+        let frame: Vec<u64> = (0..4).map(|n| m.load(0x1_8000 - 32 + 8 * n, Width::Q)).collect();
+        assert_eq!(frame, [CODE + 7, u64::from(USER_CODE | 3), STACK, u64::from(USER_DATA | 3)]);
+        // RETFQ comes back; a kernel data segment left in DS becomes null.
+        m.mem.write(GATE_TARGET, &[0x48, 0xcb]).expect("RAM");
+        m.cpu().seg[Seg::Ds as usize] = Segment::data32(KERNEL_DATA, 0);
+        m.cpu().seg[Seg::Es as usize] = Segment::data32(USER_DATA | 3, 3);
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!((m.cpu().rip, m.cpu().cpl(), m.cpu().gpr[RSP]), (CODE + 7, 3, STACK));
+        assert_eq!(*m.cpu().segment(Seg::Ds), Segment::unusable(0));
+        assert_eq!(m.cpu().segment(Seg::Es).selector, USER_DATA | 3);
+    }
+
+    /// A JMP through a gate cannot change the level; at the same level it works.
+    #[test]
+    fn jmp_through_a_gate() {
+        let mut m = machine(3, &JMP);
+        pointer(&m, GATE | 3, 0);
+        assert_eq!(m.run(1), gp(KERNEL_CODE));
+        let mut m = machine(0, &JMP);
+        pointer(&m, GATE, 0);
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!(m.cpu().rip, GATE_TARGET);
+    }
+
+    #[test]
+    fn gate_faults() {
+        for (low, high, want) in [
+            (0x0000_8c00_0008_9000u64, 0u64, gp(GATE)), // DPL 0, called at CPL 3
+            (0x0000_6c00_0008_9000, 0, Exit::Exception(Fault::Np(GATE))),
+            (0x0000_ec00_0008_9000, 0x0000_0100_0000_0000, gp(GATE)), // type in the upper half
+            (0x0000_ec00_0000_9000, 0, gp(0)),                        // null code selector
+            (0x0000_ec00_0010_9000, 0, gp(KERNEL_DATA)),
+            (0x0000_ec00_00a0_9000, 0, gp(KERNEL_CODE32)), // not 64-bit code
+            (0x0000_ec00_0098_9000, 0, Exit::Exception(Fault::Np(ABSENT_CODE))),
+            (0x0000_ec00_0008_9000, 0x8000, gp(0)), // target not canonical
+            (0x0000_e400_0008_9000, 0, gp(GATE)),   // a 16-bit gate is none here
+        ] {
+            let mut m = machine(3, &CALL);
+            m.mem.store(TSS_BASE + 4, Width::Q, 0x1_8000).expect("RAM");
+            m.mem.store(GDT + u64::from(GATE), Width::Q, low).expect("RAM");
+            m.mem.store(GDT + u64::from(GATE) + 8, Width::Q, high).expect("RAM");
+            pointer(&m, GATE | 3, 0);
+            let before = m.cpu().clone();
+            assert_eq!(m.run(1), want, "{low:#x} {high:#x}");
+            assert_eq!(*m.cpu(), before, "{low:#x} {high:#x}");
+        }
+        // The TSS is too short for RSP0; RSP0 is not canonical.
+        for (limit, rsp0, want) in [(0xa, 0x1_8000, Fault::Ts(TSS)), (0x67, 0x9000_0000_0000, Fault::Ss(0))] {
+            let mut m = machine(3, &CALL);
+            m.mem.store(TSS_BASE + 4, Width::Q, rsp0).expect("RAM");
+            m.cpu().tr.limit = limit;
+            pointer(&m, GATE | 3, 0);
+            let before = m.cpu().clone();
+            assert_eq!(m.run(1), Exit::Exception(want));
+            assert_eq!(*m.cpu(), before);
+        }
+    }
+
+    /// RETFQ with a frame of our own.
+    fn retf(cpl: u8, code: &[u8], frame: [u64; 4]) -> (Exit, Machine) {
+        let mut m = machine(cpl, code);
+        for (n, v) in (0..).zip(frame) {
+            m.mem.store(STACK + 8 * n, Width::Q, v).expect("RAM");
+        }
+        let exit = m.run(1);
+        (exit, m)
+    }
+
+    #[test]
+    fn returns_check_everything() {
+        let (uc, ud, kc, kd) =
+            (u64::from(USER_CODE | 3), u64::from(USER_DATA | 3), u64::from(KERNEL_CODE), u64::from(KERNEL_DATA));
+        for (cpl, frame, want) in [
+            (0, [0x9000, kc, 0, 0], Ok((0x9000, STACK + 16))),
+            (0, [0x9000, uc, 0x1_9000, ud], Ok((0x9000, 0x1_9000))),
+            (3, [0x9000, uc, 0, 0], Ok((0x9000, STACK + 16))),
+            (3, [0x9000, kc, 0, 0], Err(gp(KERNEL_CODE))), // RPL < CPL
+            (0, [0x9000, kc | 3, 0x1_9000, ud], Err(gp(KERNEL_CODE))),
+            (0, [0x9000, 0, 0, 0], Err(gp(0))),
+            (0, [0x9000, kd, 0, 0], Err(gp(KERNEL_DATA))),
+            (0, [0x8000_0000_0000, kc, 0, 0], Err(gp(0))),
+            (0, [0x9000, uc, 0x1_9000, 0], Err(gp(0))),
+            (0, [0x9000, uc, 0x1_9000, kd], Err(gp(KERNEL_DATA))),
+            (0, [0x9000, uc, 0x1_9000, ud & !3], Err(gp(USER_DATA))),
+            (0, [0x8000_0000_0000, uc, 0x1_9000, ud], Err(gp(0))),
+        ] {
+            let (exit, mut m) = retf(cpl, &[0x48, 0xcb], frame);
+            match want {
+                Ok((rip, rsp)) => {
+                    assert_eq!(exit, Exit::Budget, "{frame:x?}");
+                    assert_eq!((m.cpu().rip, m.cpu().gpr[RSP]), (rip, rsp), "{frame:x?}");
+                    assert_eq!(u64::from(m.cpu().segment(Seg::Cs).selector), frame[1]);
+                }
+                Err(want) => {
+                    assert_eq!(exit, want, "{frame:x?}");
+                    assert_eq!((m.cpu().rip, m.cpu().gpr[RSP], m.cpu().cpl()), (CODE, STACK, cpl), "{frame:x?}");
+                }
+            }
+        }
+        // RETFQ 16: the parameters go from both stacks.
+        let mut m = machine(0, &[0x48, 0xca, 16, 0]);
+        for (n, v) in (0..).zip([0x9000, uc, 0, 0, 0x1_9000, ud]) {
+            m.mem.store(STACK + 8 * n, Width::Q, v).expect("RAM");
+        }
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!((m.cpu().rip, m.cpu().gpr[RSP], m.cpu().cpl()), (0x9000, 0x1_9010, 3));
+    }
+
+    /// Real mode: CALL 0x0100:0x2000 (9A) and RETF.
+    #[test]
+    fn real_mode() {
+        let mut m = Machine::real(&[0x9a, 0x00, 0x20, 0x00, 0x01]);
+        m.mem.write(0x3000, &[0xcb]).expect("RAM");
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!((m.cpu().segment(Seg::Cs).base, m.cpu().rip), (0x1000, 0x2000));
+        assert_eq!((m.load(0x6ffe, Width::W), m.load(0x6ffc, Width::W)), (0, CODE + 5));
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!((m.cpu().segment(Seg::Cs).base, m.cpu().rip, m.cpu().gpr[RSP]), (0, CODE + 5, 0x7000));
+    }
+}

@@ -119,3 +119,95 @@ pub fn sysexit(x: &mut Exec<'_>, i: &Insn) -> Step {
     x.next_rip = w.cut(rip);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::interp::sensitive::testing::machine;
+    use crate::interp::testing::CODE;
+    use crate::vcpu::Exit;
+
+    const STAR: u64 = 0x0018_0008_0000_0000;
+    const UD: Exit = Exit::Exception(Fault::Ud);
+
+    #[test]
+    fn syscall_and_sysretq() {
+        let mut m = machine(3, &[0x0f, 0x05]);
+        m.cpu().msr.star = STAR;
+        m.cpu().msr.lstar = 0x9000;
+        m.cpu().msr.fmask = 0x4_7700;
+        m.cpu().rflags = Rflags::from_bits_retain(0x24_3ad7);
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!((m.cpu().rip, m.cpu().cpl(), m.cpu().rflags.bits()), (0x9000, 0, 0x20_08d7));
+        assert_eq!(m.cpu().gpr[Gpr::Rcx as usize], CODE + 2);
+        assert_eq!(m.cpu().gpr[Gpr::R11 as usize], 0x24_3ad7);
+        assert_eq!(*m.cpu().segment(Seg::Cs), Segment::code64(0x08, 0));
+        assert_eq!(*m.cpu().segment(Seg::Ss), Segment::data32(0x10, 0));
+        m.mem.write(0x9000, &[0x48, 0x0f, 0x07]).expect("RAM");
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!((m.cpu().rip, m.cpu().cpl(), m.cpu().rflags.bits()), (CODE + 2, 3, 0x24_3ad7));
+        assert_eq!(*m.cpu().segment(Seg::Cs), Segment::code64(0x2b, 3));
+        assert_eq!(*m.cpu().segment(Seg::Ss), Segment::data32(0x23, 3));
+    }
+
+    /// SYSRET without REX.W: compatibility mode, 32-bit RIP, flags cut to 3C7FD7.
+    #[test]
+    fn sysretl() {
+        let mut m = machine(0, &[0x0f, 0x07]);
+        m.cpu().msr.star = STAR;
+        m.cpu().gpr[Gpr::Rcx as usize] = 0xffff_ffff_0000_9000;
+        m.cpu().gpr[Gpr::R11 as usize] = u64::MAX;
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!((m.cpu().rip, m.cpu().mode()), (0x9000, Mode::Compat32));
+        assert_eq!(m.cpu().rflags.bits(), 0x3c_7fd7);
+        assert_eq!(*m.cpu().segment(Seg::Cs), Segment::code32(0x1b, 3));
+    }
+
+    /// SYSRETQ to a non-canonical address: #GP(0) at CPL 0 on Intel; on AMD the jump is made and faults at CPL 3.
+    #[test]
+    fn sysret_canonical() {
+        let mut m = machine(0, &[0x48, 0x0f, 0x07]);
+        m.cpu().msr.star = STAR;
+        m.cpu().gpr[Gpr::Rcx as usize] = 0x8000_0000_0000;
+        if m.vcpu.env().cpu_model.is_intel() {
+            assert_eq!(m.run(1), Exit::Exception(Fault::Gp(0)));
+            assert_eq!(m.cpu().cpl(), 0);
+        } else {
+            assert_eq!(m.run(1), Exit::Budget);
+            assert_eq!(m.run(1), Exit::Exception(Fault::Gp(0)));
+            assert_eq!((m.cpu().cpl(), m.cpu().rip), (3, 0x8000_0000_0000));
+        }
+    }
+
+    #[test]
+    fn undefined_without_sce() {
+        for code in [&[0x0f, 0x05][..], &[0x48, 0x0f, 0x07]] {
+            let mut m = machine(0, code);
+            m.cpu().efer.remove(Efer::SCE);
+            assert_eq!(m.run(1), UD);
+        }
+    }
+
+    #[test]
+    fn sysenter_and_sysexit() {
+        let mut m = machine(3, &[0x0f, 0x34]);
+        m.cpu().msr.sysenter_cs = 0x0b;
+        m.cpu().msr.sysenter_esp = 0xffff_8000_0000_1000;
+        m.cpu().msr.sysenter_eip = 0x9000;
+        m.cpu().rflags |= Rflags::IF;
+        if !m.vcpu.env().cpu_model.is_intel() {
+            assert_eq!(m.run(1), UD);
+            return;
+        }
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!((m.cpu().rip, m.cpu().gpr[Gpr::Rsp as usize], m.cpu().cpl()), (0x9000, 0xffff_8000_0000_1000, 0));
+        assert!(!m.cpu().rflags.contains(Rflags::IF));
+        m.mem.write(0x9000, &[0x48, 0x0f, 0x35]).expect("RAM");
+        m.cpu().gpr[Gpr::Rcx as usize] = 0x1_0000;
+        m.cpu().gpr[Gpr::Rdx as usize] = 0xa000;
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!((m.cpu().rip, m.cpu().cpl()), (0xa000, 3));
+        assert_eq!(m.cpu().segment(Seg::Cs).selector, 0x2b);
+        assert_eq!(m.cpu().segment(Seg::Ss).selector, 0x33);
+    }
+}

@@ -154,3 +154,126 @@ fn virtual_segment(selector: u16) -> Segment {
     s.attr = crate::cpu::Attr::from_bits_retain(0xf3);
     s
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::cpu::{Fault, Mode, Rflags, Segment};
+    use crate::interp::sensitive::testing::*;
+    use crate::interp::testing::{CODE, Machine, STACK};
+    use crate::isa::{Gpr, Seg, Width};
+    use crate::vcpu::Exit;
+
+    const IRETQ: [u8; 2] = [0x48, 0xcf];
+
+    fn iretq(cpl: u8, flags: Rflags, frame: [u64; 5]) -> (Exit, Machine) {
+        let mut m = machine(cpl, &IRETQ);
+        m.cpu().rflags = flags | Rflags::FIXED;
+        for (n, v) in (0..).zip(frame) {
+            m.mem.store(STACK + 8 * n, Width::Q, v).expect("RAM");
+        }
+        let exit = m.run(1);
+        (exit, m)
+    }
+
+    fn gp(code: u16) -> Exit {
+        Exit::Exception(Fault::Gp(code))
+    }
+
+    const UC: u64 = (USER_CODE | 3) as u64;
+    const UD: u64 = (USER_DATA | 3) as u64;
+    const KC: u64 = KERNEL_CODE as u64;
+    const KD: u64 = KERNEL_DATA as u64;
+
+    #[test]
+    fn frames() {
+        let none = Rflags::empty();
+        for (cpl, frame, want) in [
+            (0, [0x9000, KC, 2, 0x1_9000, KD], Ok(0)),
+            (0, [0x9000, KC, 2, 0x1_9000, 0], Ok(0)), // a null SS at CPL 0
+            (0, [0x9000, UC, 2, 0x1_9000, UD], Ok(3)),
+            (3, [0x9000, UC, 2, 0x1_9000, UD], Ok(3)),
+            (0, [0x9000, u64::from(USER_CODE32 | 3), 2, 0x1_9000, UD], Ok(3)),
+            (0, [0x9000, UC, 2, 0x1_9000, 3], Err(gp(0))), // a null SS at CPL 3
+            (0, [0x9000, u64::from(KERNEL_CODE32), 2, 0x1_9000, 0], Err(gp(0))),
+            (0, [0x9000, KC, 2, 0x1_9000, UD], Err(gp(USER_DATA))),
+            (0, [0x9000, UC, 2, 0x1_9000, KD], Err(gp(KERNEL_DATA))),
+            (0, [0x9000, UC, 2, 0x1_9000, u64::from(ABSENT_DATA | 3)], Err(gp(ABSENT_DATA))),
+            (0, [0x9000, KC, 2, 0x1_9000, u64::from(ABSENT_DATA)], Err(Exit::Exception(Fault::Ss(ABSENT_DATA)))),
+            (3, [0x9000, KC, 2, 0x1_9000, KD], Err(gp(KERNEL_CODE))),
+            (0, [0x9000, 0, 2, 0x1_9000, KD], Err(gp(0))),
+            (0, [0x9000, u64::from(ABSENT_CODE), 2, 0x1_9000, KD], Err(Exit::Exception(Fault::Np(ABSENT_CODE)))),
+            (0, [0x9000_0000_0000, KC, 2, 0x1_9000, KD], Err(gp(0))),
+            (0, [0x1_0000_9000, u64::from(USER_CODE32 | 3), 2, 0, UD], Err(gp(0))), // beyond the limit
+        ] {
+            let (exit, mut m) = iretq(cpl, none, frame);
+            match want {
+                Ok(new) => {
+                    assert_eq!(exit, Exit::Budget, "{frame:x?}");
+                    assert_eq!((m.cpu().rip, m.cpu().gpr[Gpr::Rsp as usize]), (frame[0], frame[3]), "{frame:x?}");
+                    assert_eq!(m.cpu().cpl(), new, "{frame:x?}");
+                    assert_eq!(u64::from(m.cpu().segment(Seg::Ss).selector), frame[4], "{frame:x?}");
+                }
+                Err(want) => {
+                    assert_eq!(exit, want, "{frame:x?}");
+                    assert_eq!((m.cpu().rip, m.cpu().gpr[Gpr::Rsp as usize]), (CODE, STACK), "{frame:x?}");
+                }
+            }
+        }
+    }
+
+    /// Which flags come back, by CPL and IOPL before the return (SDM 2A IRET).
+    #[test]
+    fn flags() {
+        let iopl3 = Rflags::IOPL;
+        let none = Rflags::empty();
+        for (cpl, before, frame_cs, frame_ss, want) in [
+            (0, none, KC, KD, 0x3d_7fd7u64),
+            (0, none, UC, UD, 0x3d_7fd7),
+            (3, none, UC, UD, 0x25_4dd7),
+            (3, iopl3, UC, UD, 0x25_7fd7),
+        ] {
+            // VM is not a flag that IRETQ takes.
+            let (exit, mut m) = iretq(cpl, before, [0x9000, frame_cs, 0x3f_7fd7, 0x1_9000, frame_ss]);
+            assert_eq!(exit, Exit::Budget);
+            assert_eq!(m.cpu().rflags.bits(), want, "CPL {cpl} {before:?}");
+        }
+    }
+
+    #[test]
+    fn nt_and_nmi() {
+        let (exit, mut m) = iretq(0, Rflags::NT, [0x9000, KC, 2, 0x1_9000, KD]);
+        assert_eq!(exit, gp(0));
+        m.cpu().rflags.remove(Rflags::NT);
+        m.cpu().nmi_blocked = true;
+        assert_eq!(m.run(1), Exit::Budget);
+        assert!(!m.cpu().nmi_blocked);
+    }
+
+    /// What is too privileged for the new level is taken away; GS of the user stays.
+    #[test]
+    fn segments_are_dropped() {
+        let mut m = machine(0, &IRETQ);
+        for (n, v) in (0..).zip([0x9000, UC, 2, 0x1_9000, UD]) {
+            m.mem.store(STACK + 8 * n, Width::Q, v).expect("RAM");
+        }
+        m.cpu().seg[Seg::Ds as usize] = Segment::data32(KERNEL_DATA, 0);
+        m.cpu().seg[Seg::Fs as usize] = Segment::data32(USER_DATA | 3, 3);
+        m.cpu().seg[Seg::Gs as usize] = Segment { base: 0x1234, ..Segment::unusable(0) };
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!(*m.cpu().segment(Seg::Ds), Segment::unusable(0));
+        assert_eq!(m.cpu().segment(Seg::Fs).selector, USER_DATA | 3);
+        assert_eq!(m.cpu().segment(Seg::Gs).base, 0x1234);
+    }
+
+    #[test]
+    fn real_mode() {
+        let mut m = Machine::real(&[0xcf]);
+        for (at, v) in [(0x7000, 0x1234), (0x7002, 0x0100), (0x7004, 0xffff)] {
+            m.mem.store(at, Width::W, v).expect("RAM");
+        }
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!(m.cpu().mode(), Mode::Real);
+        assert_eq!((m.cpu().segment(Seg::Cs).base, m.cpu().rip), (0x1000, 0x1234));
+        assert_eq!(m.cpu().rflags.bits(), 0x7fd7);
+    }
+}

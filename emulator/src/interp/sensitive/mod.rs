@@ -18,6 +18,5 @@ pub mod selector;
 pub mod table;
 pub mod task;
 #[cfg(test)]
-#[allow(dead_code)]
 pub(crate) mod testing;
 pub mod time;

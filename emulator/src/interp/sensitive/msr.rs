@@ -125,3 +125,76 @@ fn write_efer(x: &mut Exec<'_>, v: u64) -> Step {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::interp::sensitive::testing::machine;
+    use crate::vcpu::Exit;
+
+    const GP: Exit = Exit::Exception(Fault::Gp(0));
+
+    /// WRMSR; RDMSR: what is written comes back, or the fault.
+    fn write_read(n: u32, v: u64) -> Result<u64, Exit> {
+        let mut m = machine(0, &[0x0f, 0x30, 0x0f, 0x32]);
+        // Upper halves are ignored and cleared.
+        m.cpu().gpr[Gpr::Rcx as usize] = 0xffff_ffff_0000_0000 | u64::from(n);
+        m.cpu().gpr[Gpr::Rax as usize] = 0xffff_ffff_0000_0000 | v & 0xffff_ffff;
+        m.cpu().gpr[Gpr::Rdx as usize] = 0xffff_ffff_0000_0000 | v >> 32;
+        for _ in 0..2 {
+            match m.run(1) {
+                Exit::Budget => {}
+                exit => return Err(exit),
+            }
+        }
+        Ok(m.cpu().gpr[Gpr::Rax as usize] | m.cpu().gpr[Gpr::Rdx as usize] << 32)
+    }
+
+    #[test]
+    fn values_and_checks() {
+        const HIGH: u64 = 0xffff_8000_1234_5678;
+        const BAD: u64 = 0x0000_8000_0000_0000;
+        for n in [
+            index::LSTAR,
+            index::CSTAR,
+            index::FS_BASE,
+            index::GS_BASE,
+            index::KERNEL_GS_BASE,
+            index::SYSENTER_ESP,
+            index::SYSENTER_EIP,
+        ] {
+            assert_eq!(write_read(n, HIGH), Ok(HIGH), "{n:#x}");
+            assert_eq!(write_read(n, BAD), Err(GP), "{n:#x}");
+        }
+        assert_eq!(write_read(index::STAR, BAD), Ok(BAD));
+        for n in [index::FMASK, index::TSC_AUX] {
+            assert_eq!(write_read(n, 0xffff_ffff), Ok(0xffff_ffff), "{n:#x}");
+            assert_eq!(write_read(n, 1 << 32), Err(GP), "{n:#x}");
+        }
+        assert_eq!(write_read(index::PAT, 0x0007_0406_0501_0000), Ok(0x0007_0406_0501_0000));
+        for bad in [2, 3 << 8, 8 << 56] {
+            assert_eq!(write_read(index::PAT, bad), Err(GP), "{bad:#x}");
+        }
+        assert_eq!(write_read(index::APIC_BASE, 0xfee0_0900), Ok(0xfee0_0900));
+        assert_eq!(write_read(index::APIC_BASE, 0xfee0_0c00), Err(GP));
+        assert_eq!(write_read(0xdead_beef, 0), Err(GP));
+        assert_eq!(write_read(0, 0), Err(GP));
+    }
+
+    #[test]
+    fn efer() {
+        let now = (Efer::SCE | Efer::LME | Efer::LMA | Efer::NXE).bits();
+        assert_eq!(write_read(index::EFER, now & !1), Ok(now & !1));
+        // LMA is read-only, LME is fixed while paging is on, the rest is reserved.
+        assert_eq!(write_read(index::EFER, now & !Efer::LMA.bits()), Ok(now));
+        assert_eq!(write_read(index::EFER, now & !Efer::LME.bits()), Err(GP));
+        assert_eq!(write_read(index::EFER, now | 1 << 1), Err(GP));
+        assert_eq!(write_read(index::EFER, now | 1 << 12), Err(GP));
+    }
+
+    #[test]
+    fn the_counter_goes_on_from_what_is_written() {
+        let v = write_read(index::TSC, 1 << 60).expect("exists");
+        assert!((1 << 60..(1 << 60) + (1 << 40)).contains(&v), "{v:#x}");
+    }
+}

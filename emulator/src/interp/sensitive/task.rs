@@ -85,3 +85,51 @@ pub fn redirected(x: &mut Exec<'_>, vector: u8) -> Result<bool, Stop> {
     }
     Ok(field(x, at, Width::B)? >> (vector & 7) & 1 == 0)
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::cpu::{Fault, Rflags};
+    use crate::interp::sensitive::testing::*;
+    use crate::isa::{Gpr, Width};
+    use crate::vcpu::Exit;
+
+    /// IN AL, DX at CPL 3 with IOPL 0: allowed exactly where the map has a clear bit (SDM 1 19.5.2).
+    #[test]
+    fn io_permission_map() {
+        const MAP: u16 = 0x68;
+        let run = |code: &[u8], port: u64, limit: u32| {
+            let mut m = machine(3, code);
+            m.mem.store(TSS_BASE + 0x66, Width::W, u64::from(MAP)).expect("RAM");
+            m.mem.write(TSS_BASE + u64::from(MAP), &[0xff; 16]).expect("RAM");
+            // Ports 16 to 19 are open.
+            m.mem.store(TSS_BASE + u64::from(MAP) + 2, Width::B, 0xf0).expect("RAM");
+            m.cpu().tr.limit = limit;
+            m.cpu().gpr[Gpr::Rdx as usize] = port;
+            m.run(1)
+        };
+        let gp = Exit::Exception(Fault::Gp(0));
+        let (byte, word, dword): (&[u8], &[u8], &[u8]) = (&[0xec], &[0x66, 0xed], &[0xed]);
+        assert_eq!(run(byte, 16, 0x80), Exit::Budget);
+        assert_eq!(run(byte, 19, 0x80), Exit::Budget);
+        assert_eq!(run(byte, 15, 0x80), gp);
+        assert_eq!(run(byte, 20, 0x80), gp);
+        assert_eq!(run(word, 18, 0x80), Exit::Budget);
+        assert_eq!(run(word, 19, 0x80), gp);
+        assert_eq!(run(dword, 16, 0x80), Exit::Budget);
+        assert_eq!(run(dword, 17, 0x80), gp);
+        // Two bytes are read: the second must be inside the limit too.
+        assert_eq!(run(byte, 16, 0x6b), Exit::Budget);
+        assert_eq!(run(byte, 16, 0x6a), gp);
+        assert_eq!(run(byte, 16, 0x66), gp);
+    }
+
+    /// With CPL <= IOPL the map is not asked.
+    #[test]
+    fn iopl_is_enough() {
+        let mut m = machine(3, &[0xec]);
+        m.cpu().rflags |= Rflags::IOPL;
+        m.cpu().tr.limit = 0;
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!(m.cpu().gpr[0], 0xff);
+    }
+}
