@@ -9,8 +9,6 @@ use crate::vcpu::Vcpu;
 pub const GDT: u64 = 0x5000;
 /// Where the TSS lies.
 pub const TSS_BASE: u64 = 0x6000;
-/// Where the LDT lies.
-pub const LDT_BASE: u64 = 0x6800;
 /// Where the IDT lies.
 pub const IDT: u64 = 0x7000;
 /// Where the call gate leads.
