@@ -300,3 +300,105 @@ impl Elf {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    /// A program file with one segment, and room to spoil it.
+    fn small() -> Vec<u8> {
+        let mut f = vec![0; 0x200];
+        f[..8].copy_from_slice(b"\x7fELF\x02\x01\x01\0");
+        f[16..18].copy_from_slice(&ET_EXEC.to_le_bytes());
+        f[18..20].copy_from_slice(&EM_X86_64.to_le_bytes());
+        f[24..32].copy_from_slice(&0x40_0100u64.to_le_bytes());
+        f[32..40].copy_from_slice(&64u64.to_le_bytes());
+        f[54..56].copy_from_slice(&56u16.to_le_bytes());
+        f[56..58].copy_from_slice(&1u16.to_le_bytes());
+        f[64..68].copy_from_slice(&PT_LOAD.to_le_bytes());
+        f[68..72].copy_from_slice(&5u32.to_le_bytes());
+        f[80..88].copy_from_slice(&0x40_0000u64.to_le_bytes());
+        f[96..104].copy_from_slice(&0x200u64.to_le_bytes());
+        f[104..112].copy_from_slice(&0x3000u64.to_le_bytes());
+        f[112..120].copy_from_slice(&0x1000u64.to_le_bytes());
+        f
+    }
+
+    fn parse(bytes: &[u8]) -> Result<Elf, String> {
+        let path =
+            std::env::temp_dir().join(format!("bivisor-elf-{}-{:?}", std::process::id(), std::thread::current().id()));
+        File::create(&path).unwrap().write_all(bytes).unwrap();
+        let file = File::open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        Elf::parse(Path::new("x"), &file).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn headers_that_are_wrong_are_refused_in_words() {
+        let elf = parse(&small()).unwrap();
+        assert_eq!((elf.entry, elf.phdr_address(), elf.interpreter), (0x40_0100, Some(0x40_0040), None));
+        let cases: [(&str, usize, &[u8]); 11] = [
+            ("is a program for 64-bit ARM", 18, &183u16.to_le_bytes()),
+            ("is a program for 32-bit x86", 18, &3u16.to_le_bytes()),
+            ("32-bit pointers", 4, &[1]),
+            ("byte order 7", 5, &[7]),
+            ("object file", 16, &1u16.to_le_bytes()),
+            ("0 program headers", 56, &[0]),
+            ("of 55 bytes", 54, &[55]),
+            ("program headers end at byte 18446744073709551615", 32, &u64::MAX.to_le_bytes()),
+            ("does not fit", 80, &0xffff_8000_0000_0000u64.to_le_bytes()),
+            ("contradicts itself", 104, &1u64.to_le_bytes()),
+            ("nothing to load", 64, &[9]),
+        ];
+        for (what, at, bytes) in cases {
+            let mut f = small();
+            f[at..at + bytes.len()].copy_from_slice(bytes);
+            let said = parse(&f).expect_err(what);
+            assert!(said.contains(what), "{said} / {what}");
+        }
+        for len in [5, 63, 64, 100, 119, 120, 0x1ff] {
+            let said = parse(&small()[..len]).expect_err("cut off");
+            assert!(said.contains("cut off"), "{len}: {said}");
+        }
+    }
+
+    #[test]
+    fn no_byte_of_the_headers_makes_the_parser_panic() {
+        for at in 0..120 {
+            for v in [0, 1, 0x7f, 0x80, 0xff] {
+                let mut f = small();
+                f[at] = v;
+                let _ = parse(&f);
+            }
+        }
+    }
+
+    #[test]
+    fn segments_and_bss_are_in_place() {
+        let path = Path::new("/bin/true");
+        let Ok(file) = File::open(path) else { return eprintln!("skipped: no /bin/true") };
+        crate::host::signal::attach();
+        let elf = Elf::parse(path, &file).unwrap();
+        let space = AddressSpace::new();
+        let loaded = elf.load(path, &file, &space, None).unwrap();
+        for p in elf.segments() {
+            let start = loaded.bias + p.vaddr;
+            let vma = space.flat().find(start).unwrap();
+            assert_eq!(
+                vma.prot.bits(),
+                [(4, 1), (2, 2), (1, 4)].iter().map(|(f, b)| if p.flags & f != 0 { *b } else { 0 }).sum::<i32>()
+            );
+            let (mut here, mut there) = (vec![1; p.file_size as usize], vec![2; p.file_size as usize]);
+            space.mem.read(start, &mut here).unwrap();
+            file.read_exact_at(&mut there, p.offset).unwrap();
+            assert_eq!(here, there);
+            let mut bss = vec![1; (p.mem_size - p.file_size) as usize];
+            space.mem.read(start + p.file_size, &mut bss).unwrap();
+            assert!(bss.iter().all(|&b| b == 0));
+        }
+        for v in space.flat().all() {
+            space.unmap(v.start, v.end - v.start);
+        }
+    }
+}

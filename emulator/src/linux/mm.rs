@@ -427,3 +427,108 @@ pub fn shmdt(task: &mut Task, [addr, ..]: Args) -> Outcome {
     }
     result.into()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RW: u64 = 3;
+    const ANON: u64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+    const FIXED: u64 = libc::MAP_FIXED as u64;
+
+    /// Far from where the host puts mappings of other threads.
+    fn place(test: u64) -> u64 {
+        0x2000_0000_0000 + test * 0x1_0000_0000
+    }
+
+    fn anon(space: &AddressSpace, addr: u64, pages: u64, prot: u64, more: u64) -> i64 {
+        let m = Mapping { addr, len: pages * PAGE_SIZE, prot, flags: ANON | more, fd: -1, offset: 0, name: "" };
+        space.map(&m)
+    }
+
+    fn host_rights(addr: u64) -> String {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let hex = |s: &str| u64::from_str_radix(s, 16).unwrap();
+        let line = maps.lines().find(|l| {
+            let (from, to) = l.split(' ').next().unwrap().split_once('-').unwrap();
+            (hex(from)..hex(to)).contains(&addr)
+        });
+        line.map_or_else(|| "none".into(), |l| l.split(' ').nth(1).unwrap().to_string())
+    }
+
+    #[test]
+    fn guest_code_is_not_executable_on_the_host() {
+        let space = AddressSpace::new();
+        let at = anon(&space, place(0), 2, 7, 0) as u64;
+        assert_eq!(host_rights(at), "rw-p");
+        assert_eq!(space.flat().find(at).unwrap().prot, Prot::all());
+        assert_eq!(space.protect(at, PAGE_SIZE, 4), 0);
+        assert_eq!(host_rights(at), "r--p", "PROT_EXEC alone is readable on x86");
+        assert_eq!(space.unmap(at, 2 * PAGE_SIZE), 0);
+        assert_eq!((host_rights(at).as_str(), space.flat().find(at)), ("none", None));
+    }
+
+    #[test]
+    fn memory_of_bivisor_cannot_be_changed() {
+        let space = AddressSpace::new();
+        let ours = vec![7u8; 16 * PAGE_SIZE as usize];
+        let page = (ours.as_ptr() as u64).next_multiple_of(PAGE_SIZE);
+        assert_eq!(anon(&space, page, 1, RW, FIXED), ENOMEM);
+        assert_eq!(space.protect(page, PAGE_SIZE, 0), ENOMEM);
+        assert_eq!(space.unmap(page, PAGE_SIZE), 0, "as if nothing were there");
+        assert_eq!(space.remap(page, PAGE_SIZE, 2 * PAGE_SIZE, 1, 0), EFAULT);
+        let mine = anon(&space, 0, 1, RW, 0) as u64;
+        let fixed = (libc::MREMAP_FIXED | libc::MREMAP_MAYMOVE) as u64;
+        assert_eq!(space.remap(mine, PAGE_SIZE, PAGE_SIZE, fixed, page), ENOMEM);
+        assert!(ours.iter().all(|&b| b == 7));
+        space.unmap(mine, PAGE_SIZE);
+    }
+
+    #[test]
+    fn a_fixed_mapping_may_cover_mapped_and_free_pages() {
+        let space = AddressSpace::new();
+        let at = anon(&space, place(1), 8, RW, 0) as u64;
+        assert_eq!(space.unmap(at + 2 * PAGE_SIZE, 3 * PAGE_SIZE), 0);
+        assert!(!space.flat().covers(at..at + 8 * PAGE_SIZE));
+        assert_eq!(space.protect(at, 8 * PAGE_SIZE, 1), ENOMEM, "a gap after two pages");
+        assert_eq!([host_rights(at), host_rights(at + 5 * PAGE_SIZE)], ["r--p", "rw-p"]);
+        assert_eq!(anon(&space, at, 8, RW, FIXED) as u64, at);
+        assert!(space.flat().covers(at..at + 8 * PAGE_SIZE));
+        assert_eq!(space.mem.write(at + 3 * PAGE_SIZE, &[1]), Some(()));
+        assert_eq!(anon(&space, at, 1, RW, libc::MAP_FIXED_NOREPLACE as u64), err(libc::EEXIST));
+        space.unmap(at, 8 * PAGE_SIZE);
+    }
+
+    #[test]
+    fn remap_moves_what_is_recorded() {
+        let space = AddressSpace::new();
+        let at = anon(&space, place(2), 4, RW, 0) as u64;
+        space.mem.write(at, b"abc").unwrap();
+        let flags = libc::MREMAP_MAYMOVE as u64;
+        let new = space.remap(at, 4 * PAGE_SIZE, 64 * PAGE_SIZE, flags, 0) as u64;
+        assert!(space.flat().covers(new..new + 64 * PAGE_SIZE));
+        let mut text = [0; 3];
+        space.mem.read(new, &mut text).unwrap();
+        assert_eq!(&text, b"abc");
+        assert_eq!(space.remap(new, 64 * PAGE_SIZE, PAGE_SIZE, flags, 0) as u64, new);
+        assert!(!space.flat().covers(new..new + 2 * PAGE_SIZE));
+        space.unmap(new, PAGE_SIZE);
+    }
+
+    #[test]
+    fn the_break_moves() {
+        let space = AddressSpace::new();
+        let at = anon(&space, place(3), 16, 0, 0) as u64;
+        space.unmap(at, 15 * PAGE_SIZE);
+        space.set_brk(at);
+        assert_eq!(space.move_brk(0), at);
+        assert_eq!(space.move_brk(at + 100), at + 100);
+        assert_eq!(space.mem.write(at + 4095, &[1]), Some(()));
+        assert_eq!(space.move_brk(at + 3 * PAGE_SIZE + 1), at + 3 * PAGE_SIZE + 1);
+        assert_eq!(&*space.flat().find(at + 3 * PAGE_SIZE).unwrap().name, "[heap]");
+        assert_eq!(space.move_brk(at + 20 * PAGE_SIZE), at + 3 * PAGE_SIZE + 1, "something is in the way");
+        assert_eq!(space.move_brk(at), at);
+        assert_eq!(space.flat().find(at), None);
+        space.unmap(at + 15 * PAGE_SIZE, PAGE_SIZE);
+    }
+}
