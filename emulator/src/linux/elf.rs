@@ -102,7 +102,7 @@ impl Elf {
             file.read_exact_at(&mut b, offset).map(|()| b)
         };
         let truncated = |what: &str, end: u64| {
-            bad(format!("the file is cut off: its {what} end at byte {end}, the file has {size}"))
+            bad(format!("the file is truncated: its {what} end at byte {end}, the file has {size}"))
         };
         let h = read(0, HEADER_SIZE).map_err(|_| truncated("ELF header", HEADER_SIZE as u64))?;
         let machine = u16_at(&h, 18);
@@ -359,7 +359,7 @@ mod tests {
         }
         for len in [5, 63, 64, 100, 119, 120, 0x1ff] {
             let said = parse(&small()[..len]).expect_err("cut off");
-            assert!(said.contains("cut off"), "{len}: {said}");
+            assert!(said.contains("truncated"), "{len}: {said}");
         }
     }
 

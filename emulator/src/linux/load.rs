@@ -94,7 +94,7 @@ impl fmt::Display for LoadError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: ", self.path.display())?;
         match &self.why {
-            Why::NotFound => write!(f, "not found: check the path"),
+            Why::NotFound => write!(f, "No such file: check the path"),
             Why::InterpreterNotFound(i) => write!(f, "its interpreter {} is missing: install it", i.display()),
             Why::Denied(what) => f.write_str(what),
             Why::Directory => write!(f, "is a directory: name the program in it"),

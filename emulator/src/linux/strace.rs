@@ -182,7 +182,7 @@ pub fn returned(task: &Task, row: &Row, args: &Args, result: i64) {
             let meaning = std::io::Error::from_raw_os_error(-result as i32).to_string();
             format!("-1 {name} ({})", meaning.split(" (os error").next().unwrap_or_default())
         }
-        0..0x1_0000_0000 => result.to_string(),
+        0..0x1_0000_0000 if row.name != "brk" => result.to_string(),
         _ => format!("{result:#x}"),
     };
     line(task, &format!("{text} = {outcome}"));
