@@ -65,7 +65,8 @@ pub fn run(args: &RunArgs) -> Result<i32> {
     });
     let options = Options {
         strace: args.strace,
-        log: std::io::stderr().as_fd().try_clone_to_owned().ok().map(fds::keep),
+        // Only then: a copy of standard error would keep a pipe open that the program closes.
+        log: args.strace.then(|| std::io::stderr().as_fd().try_clone_to_owned().ok()).flatten().map(fds::keep),
         verbose: args.verbose,
         reexec: again(args),
     };

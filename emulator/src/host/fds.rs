@@ -10,11 +10,18 @@ static OWN: Mutex<Vec<RawFd>> = Mutex::new(Vec::new());
 /// Programs rarely reach this number, and it is below the usual soft limit of 1024.
 const LOWEST: RawFd = 960;
 
+fn lowest() -> RawFd {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: fills the structure.
+    unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) };
+    LOWEST.min((limit.rlim_cur as RawFd).saturating_sub(16).max(3))
+}
+
 /// Moves a descriptor out of the guest's way and puts it on the list. It stays open until the process ends or executes.
 pub fn keep(fd: OwnedFd) -> RawFd {
     let low = fd.as_raw_fd();
     // SAFETY: plain call on a descriptor we own.
-    let high = unsafe { libc::fcntl(low, libc::F_DUPFD_CLOEXEC, LOWEST) };
+    let high = unsafe { libc::fcntl(low, libc::F_DUPFD_CLOEXEC, lowest()) };
     // SAFETY: the duplicate is ours; where the limit forbids it, the original stays.
     let kept = if high >= 0 { unsafe { OwnedFd::from_raw_fd(high) } } else { fd }.into_raw_fd();
     OWN.lock().expect("no panic under the lock").push(kept);

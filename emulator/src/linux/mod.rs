@@ -67,7 +67,7 @@ pub const INTERCEPTS: Intercepts = Intercepts::SYSCALL
 pub struct Options {
     /// Print each system call.
     pub strace: bool,
-    /// The descriptor for bivisor's own messages, a copy of standard error out of the guest's way.
+    /// The descriptor for bivisor's own messages, a copy of standard error out of the guest's way; else standard error itself.
     pub log: Option<i32>,
     /// Say more about what is done.
     pub verbose: bool,
