@@ -124,6 +124,15 @@ pub trait Vcpu {
     fn set_intercepts(&mut self, intercepts: Intercepts);
     /// The way to stop it.
     fn kicker(&self) -> Kicker;
+    /// Calls `fork`, which forks the process and comes back twice, while it holds the locks that it shares with other engines: the
+    /// child shall not get a taken one.
+    fn around_fork(&mut self, fork: &mut dyn FnMut()) {
+        fork();
+    }
+    /// In the child after fork(2): does this engine go on there as it is? If not, a new one takes over its state.
+    fn survives_fork(&mut self) -> bool {
+        false
+    }
     /// Instructions completed so far (HLT and those that trapped are, those that faulted or were intercepted are not), where the
     /// engine counts them.
     fn instructions(&self) -> Option<u64> {

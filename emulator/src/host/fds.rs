@@ -46,3 +46,8 @@ pub fn all() -> Vec<RawFd> {
     all.sort_unstable();
     all
 }
+
+/// Keeps other threads out, so that a fork does not copy a taken lock.
+pub fn lock_for_fork() -> impl Drop {
+    OWN.lock().expect("no panic under the lock")
+}

@@ -2,6 +2,7 @@
 
 pub mod clock;
 pub mod fds;
+pub mod fork;
 pub mod fpu;
 pub mod inbox;
 pub mod inherited;

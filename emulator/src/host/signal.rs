@@ -136,6 +136,12 @@ pub fn set_mask(mask: u64) {
     unsafe { raw(libc::SYS_rt_sigprocmask as u64, [libc::SIG_SETMASK as u64, &raw const mask as u64, 0, 8, 0, 0]) };
 }
 
+/// Blocks signals on the calling thread, also [`NEVER_BLOCKED`] ones: for the last moment before execve(2).
+pub fn block(set: u64) {
+    // SAFETY: reads one u64.
+    unsafe { raw(libc::SYS_rt_sigprocmask as u64, [libc::SIG_BLOCK as u64, &raw const set as u64, 0, 8, 0, 0]) };
+}
+
 /// The calling thread's mask.
 pub fn mask() -> u64 {
     let mut mask = 0u64;
@@ -147,7 +153,10 @@ pub fn mask() -> u64 {
 /// Sends a signal to one thread of this process.
 pub fn send_to_thread(tid: i32, sig: i32) {
     // SAFETY: plain system calls.
-    unsafe { raw(libc::SYS_tgkill as u64, [libc::getpid() as u64, tid as u64, sig as u64, 0, 0, 0]) };
+    unsafe {
+        let pid = raw(libc::SYS_getpid as u64, [0; 6]);
+        raw(libc::SYS_tgkill as u64, [pid as u64, tid as u64, sig as u64, 0, 0, 0])
+    };
 }
 
 /// Lets a signal's default action happen to the process; returns if that was not to die.
@@ -157,7 +166,7 @@ pub fn default_action(sig: i32) {
     let unblocked = old & !bit(sig);
     // SAFETY: plain system calls; the mask is read from a live u64. Not `set_mask`: the signal may be one of NEVER_BLOCKED.
     unsafe {
-        send_to_thread(libc::gettid(), sig);
+        send_to_thread(raw(libc::SYS_gettid as u64, [0; 6]) as i32, sig);
         raw(libc::SYS_rt_sigprocmask as u64, [libc::SIG_SETMASK as u64, &raw const unblocked as u64, 0, 8, 0, 0]);
     }
     set_mask(old);
@@ -217,7 +226,7 @@ unsafe extern "sysv64" fn handle(
             set_plain(sig, false, 0);
             // Faults come again on return; what was sent must be sent again.
             if (*info).si_code <= 0 {
-                send_to_thread(libc::gettid(), sig);
+                send_to_thread(raw(libc::SYS_gettid as u64, [0; 6]) as i32, sig);
             }
         }
         *libc::__errno_location() = errno;

@@ -186,4 +186,8 @@ impl Vcpu for Interpreter {
     fn instructions(&self) -> Option<u64> {
         Some(self.core.instructions)
     }
+
+    fn survives_fork(&mut self) -> bool {
+        true
+    }
 }

@@ -34,34 +34,19 @@ pub fn interruptible(flag: &AtomicU32, number: u64, a: [u64; 6]) -> Result<i64, 
 
 /// The calling thread's id.
 pub fn gettid() -> i32 {
-    // SAFETY: no arguments, cannot fail.
-    unsafe { libc::gettid() }
+    host_call(libc::SYS_gettid as u64, [0; 6]) as i32
 }
 
-/// Ends the process with a code.
-pub fn exit_group(code: i32) -> ! {
-    // SAFETY: does not return; no destructor of ours matters for the host.
-    unsafe {
-        libc::syscall(libc::SYS_exit_group, code);
-        libc::_exit(code)
-    }
-}
+pub use crate::host::fork::exit_group;
 
 /// Ends the process by a signal's default action, without a core dump of the virtual machine.
 pub fn die_of(sig: i32) -> ! {
-    // SAFETY: plain calls on zeroed or fully initialized structures.
+    // SAFETY: plain call on a live structure.
     unsafe {
         let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
         libc::setrlimit(libc::RLIMIT_CORE, &none);
-        let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = libc::SIG_DFL;
-        libc::sigaction(sig, &action, std::ptr::null_mut());
-        let mut set: libc::sigset_t = std::mem::zeroed();
-        libc::sigemptyset(&mut set);
-        libc::sigaddset(&mut set, sig);
-        libc::pthread_sigmask(libc::SIG_UNBLOCK, &set, std::ptr::null_mut());
-        libc::raise(sig);
     }
+    crate::host::signal::default_action(sig);
     // The default action was not to die.
     exit_group(128 + sig)
 }

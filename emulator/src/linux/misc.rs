@@ -1,15 +1,10 @@
-//! exit(2), prctl(2), arch_prctl(2), personality(2).
+//! exit_group(2), prctl(2), arch_prctl(2), personality(2).
 
 use crate::isa::Seg;
+use crate::linux::Task;
 use crate::linux::host::{self, err};
 use crate::linux::mm::TASK_SIZE;
 use crate::linux::syscall::{Args, Outcome, pass};
-use crate::linux::{ExitStatus, Task};
-
-/// exit(2): the task alone.
-pub fn exit(_task: &mut Task, a: Args) -> Outcome {
-    Outcome::Exit(ExitStatus::Code(a[0] as i32))
-}
 
 /// exit_group(2): all tasks; the host process goes with them.
 pub fn exit_group(task: &mut Task, a: Args) -> Outcome {

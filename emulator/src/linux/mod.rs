@@ -21,11 +21,17 @@
 //! | [`host`] | the call into the host's kernel |
 //! | [`signal`] | signals: what the guest does about them, delivery |
 //! | [`sigcalls`] | the system calls about signals |
+//! | [`clone`] | new tasks: what is asked for |
+//! | [`thread`] | guest threads |
+//! | [`process_control`] | guest processes: fork, vfork |
+//! | [`exec`] | execve |
 //! | [`fault`] | which signal an exception becomes |
 //! | [`frame`] | the frame of a signal handler |
 
 pub mod crash;
+pub mod clone;
 pub mod elf;
+pub mod exec;
 pub mod fault;
 pub mod file;
 pub mod frame;
@@ -34,6 +40,7 @@ pub mod load;
 pub mod misc;
 pub mod mm;
 pub mod proc;
+pub mod process_control;
 pub mod run;
 pub mod sigcalls;
 pub mod signal;
@@ -42,6 +49,7 @@ pub mod start;
 pub mod strace;
 pub mod syscall;
 pub mod table;
+pub mod thread;
 
 pub use load::{Image, LoadError, Why};
 
@@ -140,6 +148,10 @@ pub struct Task {
     pub tid: i32,
     /// Signals queued, blocked and being handled.
     pub signals: signal::TaskSignals,
+    /// Where its end is told: 0 is stored there and a waiter woken (set_tid_address(2)); 0: nowhere.
+    pub clear_child_tid: u64,
+    /// What an exec under way gives to the host.
+    pub exec: exec::Arguments,
 }
 
 impl Task {
@@ -151,7 +163,7 @@ impl Task {
         let mut vcpu = (process.factory)()?;
         vcpu.set_intercepts(INTERCEPTS);
         let signals = signal::TaskSignals::new(vcpu.kicker());
-        Ok(Task { process, vcpu, tid: host::gettid(), signals })
+        Ok(Task { process, vcpu, tid: host::gettid(), signals, clear_child_tid: 0, exec: exec::Arguments::default() })
     }
 }
 

@@ -15,8 +15,7 @@ pub fn run_task(task: &mut Task) -> ExitStatus {
         if let Flow::Exit(status) = signal::deliver_pending(task) {
             break status;
         }
-        let process = task.process.clone();
-        let exit = task.vcpu.run(process.board(), u64::MAX);
+        let exit = task.vcpu.run(task.process.board(), u64::MAX);
         if let Flow::Exit(status) = act(task, exit) {
             break status;
         }

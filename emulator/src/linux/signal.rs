@@ -83,9 +83,10 @@ impl Dispositions {
         action
     }
 
-    /// The host's dispositions as execve(2) shall find them: what the guest ignores is ignored, also the signals we always route.
-    /// [`Dispositions::restore_routes`] if it fails.
-    pub fn prepare_exec(&self) {
+    /// The host's dispositions and the thread's mask as execve(2) shall find them: what the guest ignores is ignored, what it blocks is
+    /// blocked, also the signals we always route. [`Dispositions::restore_routes`] if it fails.
+    pub fn prepare_exec(&self, mask: u64) {
+        host_signal::block(mask & NEVER_BLOCKED);
         let actions = self.lock();
         for sig in FAULTS.into_iter().chain([Kicker::SIGNAL]) {
             if actions[(sig - 1) as usize].handler == IGNORE {
@@ -140,6 +141,11 @@ impl TaskSignals {
             last: LastFault::default(),
             interrupted: None,
         }
+    }
+
+    /// The same for another engine.
+    pub fn renewed(&self, kicker: Kicker) -> TaskSignals {
+        TaskSignals { mask: self.mask, alt: self.alt, last: self.last, ..TaskSignals::new(kicker) }
     }
 }
 

@@ -81,6 +81,15 @@ impl FlatSpace {
         FlatSpace::default()
     }
 
+    /// Keeps other threads out, so that a fork does not copy a taken lock.
+    pub fn lock_for_fork(&self) -> impl Sized + '_ {
+        // Pages before mappings, as everywhere.
+        let watched = self.watched.lock().expect("no panic under the lock");
+        let vmas = self.vmas.write().expect("no panic under the lock");
+        let listeners = self.listeners.lock().expect("no panic under the lock");
+        (watched, vmas, listeners)
+    }
+
     /// The mapping that holds `addr`.
     pub fn find(&self, addr: u64) -> Option<Vma> {
         let vmas = self.vmas.read().expect("no panic under the lock");
