@@ -3,8 +3,8 @@
 use crate::engine::{self, Backend};
 use anyhow::{Result, bail};
 use bivisor_emulator::cpu::cpuid::CpuModel;
-use bivisor_emulator::host::fds;
-use bivisor_emulator::linux::{ExitStatus, Image, LoadError, Options, Why, host, run, start};
+use bivisor_emulator::host::{fds, fork::exit_thread};
+use bivisor_emulator::linux::{self, ExitStatus, Image, LoadError, Options, Why, host, run, start};
 use clap::Args;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::AsFd;
@@ -80,7 +80,7 @@ pub fn run(args: &RunArgs) -> Result<i32> {
     };
     match run::run_task(&mut task) {
         // The other tasks of the process may go on.
-        ExitStatus::Code(code) => host::exit_thread(code),
+        ExitStatus::Code(code) => exit_thread(code),
         ExitStatus::Signal(sig) => host::die_of(sig),
     }
 }
@@ -95,14 +95,12 @@ fn again(args: &RunArgs) -> Vec<OsString> {
 
 fn environment(changes: &[OsString]) -> Vec<OsString> {
     let name = |s: &OsStr| s.as_bytes().split(|&c| c == b'=').next().unwrap_or_default().to_vec();
-    let mut all: Vec<OsString> = std::env::vars_os()
-        .map(|(k, v)| {
-            let mut both = k;
-            both.push("=");
-            both.push(v);
-            both
-        })
-        .collect();
+    let mut all = linux::exec::guest_environment(std::env::vars_os().map(|(k, v)| {
+        let mut both = k;
+        both.push("=");
+        both.push(v);
+        both
+    }));
     for change in changes {
         all.retain(|old| name(old) != name(change));
         if change.as_bytes().contains(&b'=') {

@@ -91,10 +91,3 @@ pub fn own_brk() -> u64 {
     // SAFETY: asks and changes nothing.
     unsafe { libc::sbrk(0) as u64 }
 }
-
-/// Ends the calling thread alone.
-pub fn exit_thread(code: i32) -> ! {
-    // SAFETY: does not return; the other threads own what they use.
-    unsafe { libc::syscall(libc::SYS_exit, code) };
-    exit_group(code)
-}

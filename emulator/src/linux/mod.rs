@@ -28,8 +28,8 @@
 //! | [`fault`] | which signal an exception becomes |
 //! | [`frame`] | the frame of a signal handler |
 
-pub mod crash;
 pub mod clone;
+pub mod crash;
 pub mod elf;
 pub mod exec;
 pub mod fault;

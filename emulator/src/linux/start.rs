@@ -2,7 +2,9 @@
 
 use crate::cpu::cpuid::CpuModel;
 use crate::host::{inherited, signal as host_signal};
-use crate::linux::{AddressSpace, Image, LoadError, Options, Process, Task, VcpuFactory, Why, host, proc, signal};
+use crate::linux::{
+    AddressSpace, Image, LoadError, Options, Process, Task, VcpuFactory, Why, exec, host, proc, signal,
+};
 use std::ffi::OsString;
 use std::sync::Arc;
 
@@ -26,6 +28,7 @@ pub fn start(
     let shown_by_kernel = proc::tell_kernel(&placed);
     proc::set_name(image.name.as_os_str());
     let name = image.name.clone();
+    exec::prepare();
     let process = Process {
         space: Arc::new(space),
         factory,
