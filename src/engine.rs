@@ -4,27 +4,20 @@ use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::interp::Interpreter;
 use bivisor_emulator::linux::VcpuFactory;
 use bivisor_emulator::vcpu::Vcpu;
+use bivisor_kvm_backend::{HostKvm, Kind, KvmVm};
 use clap::ValueEnum;
+use std::arch::x86_64::__cpuid;
 use std::sync::Arc;
 
 /// The engines, as `--backend` names them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Backend {
-    /// KVM where it is hardware virtualization and pays off, else the translator.
+    /// KVM where it is hardware virtualization and pays off, else the fastest software engine.
     Auto,
     /// The interpreter: the reference.
     Interp,
-}
-
-/// An engine for raw code.
-///
-/// # Errors
-/// A sentence: no such CPU model, or the engine is not to be had here.
-pub fn for_code(backend: Backend, cpu: &str) -> Result<Box<dyn Vcpu + Send>, String> {
-    let model = Arc::new(CpuModel::from_name(cpu)?);
-    match backend {
-        Backend::Auto | Backend::Interp => Ok(Box::new(Interpreter::new(model))),
-    }
+    /// KVM: the processor's virtualization, or what the host's KVM module is.
+    Kvm,
 }
 
 impl Backend {
@@ -33,21 +26,91 @@ impl Backend {
         match self {
             Backend::Auto => "auto",
             Backend::Interp => "interp",
+            Backend::Kvm => "kvm",
         }
     }
 }
 
-/// Engines for a Linux process: which one it is and why, and the way to make one for each of its threads.
+/// What an engine is wanted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// A Linux process.
+    Process,
+    /// Raw code in any mode.
+    Code,
+}
+
+/// The best engine of software.
+const SOFTWARE: Backend = Backend::Interp;
+
+/// Settles `auto`, and says why in a sentence. For an engine asked for by name, whether it is to be had here.
+///
+/// # Errors
+/// Why it is not, and what to do.
+pub fn choose(asked: Backend, purpose: Purpose) -> Result<(Backend, String), String> {
+    match asked {
+        Backend::Auto => Ok(automatic(purpose)),
+        Backend::Kvm => {
+            let kvm = bivisor_kvm_backend::host();
+            match usable(kvm, purpose) {
+                true => Ok((asked, format!("kvm, as asked: {}", kvm.reason))),
+                false => {
+                    Err(format!("--backend kvm cannot work here: {}; use --backend {}", kvm.reason, SOFTWARE.name()))
+                }
+            }
+        }
+        _ => Ok((asked, format!("{}, as asked", asked.name()))),
+    }
+}
+
+fn usable(kvm: &HostKvm, purpose: Purpose) -> bool {
+    match purpose {
+        Purpose::Process => kvm.usable_for_process,
+        // Raw code may do with less than a machine needs: a case that cannot run says so.
+        Purpose::Code => !matches!(kvm.kind, Kind::Absent | Kind::Forbidden | Kind::Broken),
+    }
+}
+
+fn automatic(purpose: Purpose) -> (Backend, String) {
+    let software = |why: &str| (SOFTWARE, format!("{}: {why}", SOFTWARE.name()));
+    // Cheap evidence first: a probe of KVM takes milliseconds.
+    if !std::path::Path::new("/dev/kvm").exists() {
+        return software("there is no /dev/kvm");
+    }
+    let vmx = __cpuid(1).ecx & 1 << 5 != 0;
+    let svm = __cpuid(0x8000_0000).eax > 0x8000_0000 && __cpuid(0x8000_0001).ecx & 1 << 2 != 0;
+    if !vmx && !svm {
+        return software("the processor shows neither VT-x nor AMD-V, so KVM is software here");
+    }
+    let kvm = bivisor_kvm_backend::host();
+    match kvm.pays_off && usable(kvm, purpose) {
+        true => (Backend::Kvm, format!("kvm: {}", kvm.reason)),
+        false => software(&kvm.reason),
+    }
+}
+
+/// An engine for raw code; `backend` has been [chosen](choose).
 ///
 /// # Errors
 /// A sentence: the engine is not to be had here.
-pub fn for_process(backend: Backend, model: &Arc<CpuModel>) -> Result<(String, VcpuFactory), String> {
+pub fn for_code(backend: Backend, model: Arc<CpuModel>) -> Result<Box<dyn Vcpu + Send>, String> {
+    Ok(match backend {
+        Backend::Auto | Backend::Interp => Box::new(Interpreter::new(model)),
+        Backend::Kvm => Box::new(KvmVm::new(model)?.vcpu()),
+    })
+}
+
+/// The way to make an engine for each thread of a Linux process; `backend` has been [chosen](choose).
+///
+/// # Errors
+/// A sentence: the engine is not to be had here.
+pub fn for_process(backend: Backend, model: &Arc<CpuModel>) -> Result<VcpuFactory, String> {
     let model = model.clone();
-    match backend {
-        Backend::Auto | Backend::Interp => {
-            let why =
-                if backend == Backend::Auto { "interp: there is no faster engine yet" } else { "interp: as asked" };
-            Ok((why.into(), Arc::new(move || Ok(Box::new(Interpreter::new(model.clone()))))))
+    Ok(match backend {
+        Backend::Auto | Backend::Interp => Arc::new(move || Ok(Box::new(Interpreter::new(model.clone())))),
+        Backend::Kvm => {
+            let vm = KvmVm::new(model)?;
+            Arc::new(move || Ok(Box::new(vm.vcpu())))
         }
-    }
+    })
 }

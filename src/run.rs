@@ -49,12 +49,14 @@ pub fn run(args: &RunArgs) -> Result<i32> {
         Ok(model) => Arc::new(model),
         Err(why) => bail!("{why}"),
     };
-    let (engine, factory) = match engine::for_process(args.backend, &model) {
+    let chosen = engine::choose(args.backend, engine::Purpose::Process)
+        .and_then(|(backend, why)| Ok((backend, why, engine::for_process(backend, &model)?)));
+    let (backend, why, factory) = match chosen {
         Ok(found) => found,
         Err(why) => bail!("{why}"),
     };
     if args.verbose {
-        eprintln!("bivisor: {engine}");
+        eprintln!("bivisor: {why}");
     }
     let mut command = args.command.clone();
     let started = find(&command[0]).and_then(|path| {
@@ -68,7 +70,7 @@ pub fn run(args: &RunArgs) -> Result<i32> {
         // Only then: a copy of standard error would keep a pipe open that the program closes.
         log: args.strace.then(|| std::io::stderr().as_fd().try_clone_to_owned().ok()).flatten().map(fds::keep),
         verbose: args.verbose,
-        reexec: again(args),
+        reexec: again(args, backend),
     };
     let task = started.and_then(|image| start::start(image, environment(&args.env), options, &model, factory));
     let mut task = match task {
@@ -86,8 +88,8 @@ pub fn run(args: &RunArgs) -> Result<i32> {
 }
 
 /// The options that a program's exec passes on.
-fn again(args: &RunArgs) -> Vec<OsString> {
-    let mut words = vec!["run", "--backend", args.backend.name(), "--cpu", &args.cpu];
+fn again(args: &RunArgs, backend: Backend) -> Vec<OsString> {
+    let mut words = vec!["run", "--backend", backend.name(), "--cpu", &args.cpu];
     words.extend(args.strace.then_some("--strace"));
     words.extend(args.verbose.then_some("--verbose"));
     words.into_iter().map(OsString::from).collect()

@@ -9,6 +9,7 @@ mod world;
 use crate::engine::{self, Backend};
 use anyhow::{Context, Result};
 use bivisor_emulator::cpu::Fault;
+use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::interp::Core;
 use bivisor_emulator::interp::deliver::Event;
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Vcpu};
@@ -18,6 +19,7 @@ use request::{Range, Request, Unmapped, Want, WantItem};
 use response::{Exception, Response, Stop};
 use std::collections::HashMap;
 use std::io::{BufRead, Write};
+use std::sync::Arc;
 use world::World;
 
 /// Arguments of `bivisor exec`.
@@ -50,7 +52,8 @@ pub fn run(args: &ExecArgs) -> Result<i32> {
         print!("{}", include_str!("schema.json"));
         return Ok(0);
     }
-    let mut workers = (0..args.jobs).map(|_| Worker::new(args)).collect::<Result<Vec<_>>>()?;
+    let (backend, _) = engine::choose(args.backend, engine::Purpose::Code).map_err(anyhow::Error::msg)?;
+    let mut workers = (0..args.jobs).map(|_| Worker::new(args, backend)).collect::<Result<Vec<_>>>()?;
     let mut lines = std::io::stdin().lock().lines();
     let mut out = std::io::stdout().lock();
     let mut number = 0;
@@ -102,11 +105,10 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(args: &ExecArgs) -> Result<Worker> {
+    fn new(args: &ExecArgs, backend: Backend) -> Result<Worker> {
         let world = World::new().map_err(anyhow::Error::msg)?;
         let monitor = Core::default();
-        let mut worker =
-            Worker { backend: args.backend, cpu: args.cpu.clone(), engines: HashMap::new(), world, monitor };
+        let mut worker = Worker { backend, cpu: args.cpu.clone(), engines: HashMap::new(), world, monitor };
         if let Err(why) = worker.engine(&args.cpu) {
             anyhow::bail!("{why}");
         }
@@ -115,7 +117,10 @@ impl Worker {
 
     fn engine(&mut self, cpu: &str) -> Result<&mut Box<dyn Vcpu + Send>, String> {
         let backend = self.backend;
-        let made = self.engines.entry(cpu.to_owned()).or_insert_with(|| engine::for_code(backend, cpu));
+        let made = self.engines.entry(cpu.to_owned()).or_insert_with(|| {
+            let model = CpuModel::from_name(cpu)?;
+            engine::for_code(backend, Arc::new(model))
+        });
         made.as_mut().map_err(|why| why.clone())
     }
 
