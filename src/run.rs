@@ -17,7 +17,7 @@ use std::sync::Arc;
 #[command(
     override_usage = "bivisor run [OPTIONS] [--] PROGRAM [ARGS]...",
     after_help = "Example:\n  bivisor run --backend interp /bin/ls -l /\n\n\
-        Exit status: the program's own; if it dies of a signal, so does bivisor; 127 if there is no such program, 126 if it cannot be run."
+        Exit status: the program's own; if it dies of a signal, so does bivisor; 1 if it cannot be started."
 )]
 pub struct RunArgs {
     /// The engine.
@@ -75,10 +75,7 @@ pub fn run(args: &RunArgs) -> Result<i32> {
     let task = started.and_then(|image| start::start(image, environment(&args.env), options, &model, factory));
     let mut task = match task {
         Ok(task) => task,
-        Err(error) => {
-            eprintln!("bivisor: {error}");
-            return Ok(error.exit_code());
-        }
+        Err(error) => bail!("{error}"),
     };
     match run::run_task(&mut task) {
         // The other tasks of the process may go on.

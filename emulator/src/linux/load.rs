@@ -83,11 +83,6 @@ impl LoadError {
             Why::Io(e) => e.raw_os_error().unwrap_or(libc::EIO),
         }
     }
-
-    /// What a shell exits with: 127 if there is no such program, 126 if it cannot be run.
-    pub fn exit_code(&self) -> i32 {
-        if self.errno() == libc::ENOENT { 127 } else { 126 }
-    }
 }
 
 impl fmt::Display for LoadError {
