@@ -1,17 +1,18 @@
 //! The host CPU as an engine for single user-mode instructions: the judge of expected values.
 //!
 //! A page below 2 GiB holds code that loads all registers from a data page, runs the instruction's bytes, and stores all registers
-//! back. A fault inside the instruction is caught by a signal handler, which notes it and leaves through the epilogue. 32-bit code
+//! back. A fault inside the instruction is caught by the signal handler, which notes it and leaves through the epilogue. 32-bit code
 //! runs in a compatibility-mode segment of the kernel's.
 #![allow(unsafe_code)]
 
 use bivisor_emulator::cpu::Fault;
+use bivisor_emulator::host::{signal, thread::ThreadBlock};
 use iced_x86::code_asm::{
     AsmRegister64, CodeAssembler, dword_ptr, eax, ebp, ebx, ecx, edi, edx, esi, esp, qword_ptr, r8, r9, r10, r11, r12,
     r13, r14, r15, rax, rbp, rbx, rcx, rdi, rdx, rsi, rsp,
 };
 use std::cell::Cell;
-use std::sync::{Mutex, MutexGuard, Once};
+use std::sync::{Mutex, MutexGuard};
 
 /// Registers before or after: general-purpose in encoding order, and RFLAGS.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -32,7 +33,7 @@ struct Frame {
     far_selector: u32,
 }
 
-/// One prepared instruction. Only one exists at a time: it owns the code page and the signal handlers.
+/// One prepared instruction. One exists at a time.
 pub struct Host {
     code: *mut u8,
     frame: *mut Frame,
@@ -66,7 +67,6 @@ impl Host {
         if bitness != 64 && !(bitness == 32 && has_code32()) {
             return None;
         }
-        install_handlers();
         Some(Host {
             code: low_page(libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC)?,
             frame: low_page(libc::PROT_READ | libc::PROT_WRITE)?.cast(),
@@ -116,12 +116,15 @@ impl Host {
     /// Runs the loaded instruction once: the registers after it, or at its fault.
     pub fn run(&mut self, regs: &Regs) -> (Option<Fault>, Regs) {
         CAUGHT.set(None);
+        let block = signal::attach();
+        let others = block.engine_hook.replace(Some(hook));
         // SAFETY: the code page holds a function of this type that saves and restores the callee-saved registers and its stack; the
         // instruction in its middle is a test's, chosen to touch nothing but registers and the test's own memory.
         unsafe {
             (*self.frame).regs = *regs;
             let entry: extern "sysv64" fn() = std::mem::transmute(self.code);
             entry();
+            block.engine_hook.set(others);
             match CAUGHT.take() {
                 Some((fault, regs)) => (Some(fault), regs),
                 None => (None, (*self.frame).regs),
@@ -235,50 +238,22 @@ fn store32(frame: u64, at: u64) -> (Vec<u8>, u64) {
     (bytes, resume)
 }
 
-fn install_handlers() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP] {
-            // SAFETY: `sigaction` is plain data for which zero is valid; `handler` has the SA_SIGINFO signature.
-            unsafe {
-                let mut action: libc::sigaction = std::mem::zeroed();
-                action.sa_sigaction = handler as *const () as usize;
-                action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-                libc::sigaction(signal, &action, std::ptr::null_mut());
-            }
-        }
-    });
-}
-
-/// In the instruction: note fault and registers, go to the epilogue. Elsewhere: the process's own bug, let it die of it.
-extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    // SAFETY: the kernel gives a valid ucontext_t to an SA_SIGINFO handler.
-    let gregs = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
+/// The engine's hook. In the instruction: note fault and registers, go to the epilogue. Elsewhere: not ours.
+///
+/// # Safety
+/// Called by the signal handler with its arguments.
+unsafe fn hook(_: &ThreadBlock, _: i32, _: *mut libc::siginfo_t, context: *mut libc::ucontext_t) -> bool {
+    // SAFETY: the kernel gave a valid context.
+    let gregs = unsafe { &mut (*context).uc_mcontext.gregs };
     let reg = |i: i32| gregs[i as usize] as u64;
     let (start, end, out) = RUNNING.get();
-    let rip = reg(libc::REG_RIP);
-    if !(start..=end).contains(&rip) {
-        // SAFETY: resetting a signal's action; the instruction runs again and kills the process.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
-        return;
+    if !(start..=end).contains(&reg(libc::REG_RIP)) {
+        return false;
     }
+    #[rustfmt::skip]
     const ORDER: [i32; 16] = [
-        libc::REG_RAX,
-        libc::REG_RCX,
-        libc::REG_RDX,
-        libc::REG_RBX,
-        libc::REG_RSP,
-        libc::REG_RBP,
-        libc::REG_RSI,
-        libc::REG_RDI,
-        libc::REG_R8,
-        libc::REG_R9,
-        libc::REG_R10,
-        libc::REG_R11,
-        libc::REG_R12,
-        libc::REG_R13,
-        libc::REG_R14,
-        libc::REG_R15,
+        libc::REG_RAX, libc::REG_RCX, libc::REG_RDX, libc::REG_RBX, libc::REG_RSP, libc::REG_RBP, libc::REG_RSI, libc::REG_RDI,
+        libc::REG_R8, libc::REG_R9, libc::REG_R10, libc::REG_R11, libc::REG_R12, libc::REG_R13, libc::REG_R14, libc::REG_R15,
     ];
     let regs = Regs { gpr: ORDER.map(reg), rflags: reg(libc::REG_EFL) };
     let code = reg(libc::REG_ERR) as u16;
@@ -301,6 +276,7 @@ extern "C" fn handler(signal: i32, _info: *mut libc::siginfo_t, context: *mut li
     gregs[libc::REG_RIP as usize] = out as i64;
     gregs[libc::REG_CSGSFS as usize] = (gregs[libc::REG_CSGSFS as usize] & !0xffff) | i64::from(CODE64);
     gregs[libc::REG_EFL as usize] &= !0x4_0500; // TF, DF, AC
+    true
 }
 
 #[cfg(test)]

@@ -111,6 +111,8 @@ pub struct Place {
     pub first: u64,
     /// Bytes in the first page, and where the rest is; `None` if the range is inside one page.
     pub second: Option<(u64, u64)>,
+    /// What it was translated for: the read of a read-modify-write faults as a write.
+    pub access: Access,
 }
 
 #[inline(always)]
@@ -125,7 +127,7 @@ pub(crate) fn place(x: &mut Exec<'_>, laddr: u64, len: u64, access: Access, by: 
         return place_two(x, laddr, access, by);
     }
     let first = x.mmu.translate(x.cpu, x.mem, laddr, access, by)?;
-    Ok(Place { laddr, first, second: None })
+    Ok(Place { laddr, first, second: None, access })
 }
 
 #[cold]
@@ -136,7 +138,7 @@ fn place_two(x: &mut Exec<'_>, laddr: u64, access: Access, by: By) -> Result<Pla
         next &= 0xffff_ffff;
     }
     let second = x.mmu.translate(x.cpu, x.mem, next, access, by)?;
-    Ok(Place { laddr, first, second: Some((PAGE_SIZE - (laddr & (PAGE_SIZE - 1)), second)) })
+    Ok(Place { laddr, first, second: Some((PAGE_SIZE - (laddr & (PAGE_SIZE - 1)), second)), access })
 }
 
 /// All checks of an integer access, translated: for read-modify-write.
@@ -207,7 +209,7 @@ fn from_le(bytes: &[u8]) -> u64 {
 #[cold]
 fn read_place(x: &mut Exec<'_>, p: &Place, to: &mut [u8]) -> Step {
     if let Some(flat) = x.mem.flat() {
-        return flat.read(p.laddr, to).ok_or_else(|| flat_fault(x, flat, p.laddr, to.len() as u64, Access::Read));
+        return flat.read(p.laddr, to).ok_or_else(|| flat_fault(x, flat, p.laddr, to.len() as u64, p.access));
     }
     let cut = p.second.map_or(to.len(), |(n, _)| n as usize).min(to.len());
     let (a, b) = to.split_at_mut(cut);
