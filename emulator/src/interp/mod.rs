@@ -17,8 +17,10 @@ pub mod check;
 pub mod condition;
 pub mod deliver;
 pub mod dispatch;
+mod fetch;
 pub mod flags;
 pub mod hint;
+mod icache;
 pub mod logic;
 pub mod mov;
 pub mod muldiv;
@@ -122,6 +124,9 @@ pub struct Core {
     pub env: Env,
     /// What leaves the engine.
     pub intercepts: Intercepts,
+    icache: icache::ICache,
+    /// The memory that the caches are about.
+    memory: u64,
     instructions: u64,
 }
 
@@ -129,6 +134,12 @@ impl Core {
     /// With an environment.
     pub fn new(env: Env) -> Core {
         Core { env, ..Core::default() }
+    }
+
+    /// Forgets everything cached: after a change of the offered CPU.
+    pub fn forget(&mut self) {
+        self.icache.clear();
+        self.mmu.flush();
     }
 
     /// Exactly one instruction of `cpu`, its exception delivered if it has one: [`Exit::Budget`] if the guest goes on. Neither
@@ -154,6 +165,7 @@ impl Interpreter {
 
     /// What the engine has besides the architecture.
     pub fn env(&mut self) -> &mut Env {
+        self.core.forget();
         &mut self.core.env
     }
 

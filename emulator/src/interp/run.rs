@@ -1,41 +1,58 @@
 //! The run loop: events at the instruction boundary, fetch, decode, privilege, execute, commit (SDM 3A 6.9).
+//!
+//! Most instructions run in [`run_window`], which knows that nothing can happen between two of them but what the marks of an
+//! instruction say. Single step, breakpoints, RF and interrupt shadows go the careful way, one instruction at a time.
 
-use crate::bus::Bus;
-use crate::cpu::{Activity, CpuState, Fault};
-use crate::interp::access;
-use crate::interp::check;
+use crate::cpu::{Activity, CpuState, Fault, Rflags};
 use crate::interp::deliver::{Event, deliver};
-use crate::interp::{Core, Env, Exec, Stop, dispatch};
-use crate::isa::{Class, DecodeError, Insn, MAX_INSN_LEN, Seg, Width, decode};
-use crate::mem::{Access, GuestMemory, Mmu, PAGE_SIZE};
+use crate::interp::fetch::{self, Context, Window};
+use crate::interp::icache::{Entry, ICache, Marks};
+use crate::interp::{Core, Env, Exec, Stop, check};
+use crate::isa::{Insn, Seg};
+use crate::mem::{Mmu, PAGE_SIZE};
 use crate::vcpu::{Board, Exit, Intercepts, Kicker};
+use iced_x86::{Mnemonic, Register};
+
+/// Instructions between two looks at the kicker and the interrupt line.
+const SLICE: u64 = 512;
+
+/// DR6.BS: the cause is a single step.
+const DR6_BS: u64 = 1 << 14;
 
 impl Core {
-    /// Runs at most `budget` instructions of `cpu`.
+    /// Runs at most `budget` instructions of `cpu`. Without a kicker interrupts are not looked at either.
     pub fn run(&mut self, cpu: &mut CpuState, board: Board<'_>, budget: u64, kicker: Option<&Kicker>) -> Exit {
-        let mut left = budget;
-        let mut x = exec(cpu, &mut self.mmu, &mut self.env, board.mem, board.bus, self.intercepts);
-        while left > 0 {
-            if kicker.is_some_and(|k| k.requested() && k.take()) {
-                return Exit::Kicked;
-            }
-            if x.cpu.activity == Activity::Shutdown {
-                return Exit::Shutdown;
-            }
-            match one(&mut x) {
-                Ok(true) => {
-                    left -= 1;
-                    self.instructions += 1;
-                }
-                // A long repetition is not done yet.
-                Ok(false) => {}
-                Err(exit) => {
-                    self.instructions += u64::from(completed(&exit));
-                    return exit;
-                }
-            }
+        if self.memory != board.mem.id() {
+            self.memory = board.mem.id();
+            self.forget();
         }
-        Exit::Budget
+        let mut left = budget;
+        let mut x = exec(cpu, &mut self.mmu, &mut self.env, board, self.intercepts);
+        let exit = loop {
+            if left == 0 {
+                break Exit::Budget;
+            }
+            if let Some(kicker) = kicker {
+                if kicker.requested() && kicker.take() {
+                    break Exit::Kicked;
+                }
+                if let Err(exit) = interrupt(&mut x) {
+                    break exit;
+                }
+            }
+            match x.cpu.activity {
+                Activity::Active => {}
+                Activity::Halted => break Exit::Halt,
+                Activity::Shutdown => break Exit::Shutdown,
+            }
+            x.attention = false;
+            let most = left.min(SLICE);
+            if let Err(exit) = some(&mut x, &mut self.icache, most, &mut left) {
+                break exit;
+            }
+        };
+        self.instructions += budget - left;
+        exit
     }
 
     /// Delivers an event through the guest's IVT or IDT, for callers that intercept exceptions and then want them delivered.
@@ -44,20 +61,8 @@ impl Core {
     /// [`Exit::Shutdown`] on a triple fault, [`Exit::Unsupported`] for a way of delivery that is not there.
     pub fn deliver(&mut self, cpu: &mut CpuState, board: Board<'_>, event: Event) -> Result<(), Exit> {
         self.mmu.flush();
-        let mut x = exec(cpu, &mut self.mmu, &mut self.env, board.mem, board.bus, Intercepts::empty());
-        deliver(&mut x, event).map_err(|stop| match stop {
-            Stop::Exit(exit) => exit,
-            Stop::Fault(_) => Exit::Shutdown,
-        })
-    }
-}
-
-/// Did the instruction that left complete? HLT and traps did.
-fn completed(exit: &Exit) -> bool {
-    match exit {
-        Exit::Halt => true,
-        Exit::Exception(fault) => fault.is_trap(),
-        _ => false,
+        let mut x = exec(cpu, &mut self.mmu, &mut self.env, board, Intercepts::empty());
+        delivered(deliver(&mut x, event))
     }
 }
 
@@ -65,108 +70,216 @@ fn exec<'a>(
     cpu: &'a mut CpuState,
     mmu: &'a mut Mmu,
     env: &'a mut Env,
-    mem: &'a GuestMemory,
-    bus: &'a dyn Bus,
+    board: Board<'a>,
     intercepts: Intercepts,
 ) -> Exec<'a> {
     let next_rip = cpu.rip;
-    Exec { cpu, mmu, mem, bus, intercepts, next_rip, env, attention: false }
+    Exec { cpu, mmu, mem: board.mem, bus: board.bus, intercepts, next_rip, env, attention: false }
 }
 
-fn one(x: &mut Exec<'_>) -> Result<bool, Exit> {
-    let done = fetch(x).and_then(|i| {
-        if !x.env.cpu_model.supports(i.iced.code()) {
-            return Err(Fault::Ud.into());
-        }
-        x.next_rip = next_rip(x.cpu, i.len);
-        check::before(x, &i)?;
-        dispatch::op(&i)(x, &i).map(|()| i.facts.class)
-    });
-    match done {
-        Ok(class) => {
-            let repeats = matches!(class, Class::String | Class::Io) && x.next_rip == x.cpu.rip;
-            x.cpu.rip = x.next_rip;
-            Ok(!repeats)
-        }
-        Err(Stop::Exit(Exit::Halt)) => {
-            x.cpu.rip = x.next_rip;
-            x.cpu.activity = Activity::Halted;
-            Err(Exit::Halt)
-        }
-        Err(Stop::Exit(exit)) => Err(exit),
-        Err(Stop::Fault(fault)) => raise(x, fault).map(|()| true),
-    }
-}
-
-fn raise(x: &mut Exec<'_>, fault: Fault) -> Result<(), Exit> {
-    if x.intercepts.contains(Intercepts::EXCEPTIONS) {
-        if fault.is_trap() {
-            x.cpu.rip = x.next_rip;
-        }
-        return Err(Exit::Exception(fault));
-    }
-    match deliver(x, Event::Fault(fault)) {
-        Ok(()) => Ok(()),
-        Err(Stop::Exit(exit)) => Err(exit),
-        Err(Stop::Fault(_)) => Err(Exit::Shutdown),
-    }
-}
-
-/// The address after an instruction of `len` bytes at RIP: IP and EIP wrap in their width.
-fn next_rip(cpu: &CpuState, len: u8) -> u64 {
-    let next = cpu.rip.wrapping_add(u64::from(len));
-    match cpu.mode().bitness() {
-        64 => next,
-        // A real processor lets EIP run past 64K in 16-bit code and faults on the limit there.
-        _ => Width::D.cut(next),
-    }
-}
-
-/// Fetches and decodes the instruction at RIP.
-fn fetch(x: &mut Exec<'_>) -> Result<Insn, Stop> {
-    let mut bytes = [0; MAX_INSN_LEN];
-    let bitness = x.cpu.mode().bitness();
-    let mut n = 0;
-    while n < MAX_INSN_LEN {
-        let offset = x.cpu.rip.wrapping_add(n as u64);
-        let laddr = match fetch_address(x, offset) {
-            Ok(laddr) => laddr,
-            Err(stop) => return decided(&bytes[..n], bitness).unwrap_or(Err(stop)),
-        };
-        let in_page = (PAGE_SIZE - laddr % PAGE_SIZE) as usize;
-        let part = in_page.min(MAX_INSN_LEN - n);
-        match fetch_part(x, laddr, &mut bytes[n..n + part]) {
-            Ok(()) => n += part,
-            Err(stop) => return decided(&bytes[..n], bitness).unwrap_or(Err(stop)),
-        }
-    }
-    decided(&bytes, bitness).unwrap_or(Err(Fault::Gp(0).into()))
-}
-
-fn fetch_address(x: &Exec<'_>, offset: u64) -> Result<u64, Stop> {
-    access::linear(x, Seg::Cs, offset, 1, Access::Execute).map_err(|_| Fault::Gp(0).into())
-}
-
-fn fetch_part(x: &mut Exec<'_>, laddr: u64, to: &mut [u8]) -> Result<(), Stop> {
-    let by = access::accessor(x.cpu);
-    let gpa = x.mmu.translate(x.cpu, x.mem, laddr, Access::Execute, by)?;
-    if let Some(flat) = x.mem.flat()
-        && !(x.mem.may_execute(gpa) && flat.read(gpa, to).is_some())
-    {
-        return Err(access::flat_fetch_fault(x, flat, laddr));
-    }
-    if x.mem.flat().is_none() && x.mem.read(gpa, to).is_none() {
-        x.bus.read_mmio(gpa, to);
+/// Takes an external interrupt if there is one and it is not held.
+#[inline(always)]
+fn interrupt(x: &mut Exec<'_>) -> Result<(), Exit> {
+    if x.cpu.rflags.contains(Rflags::IF) && !x.cpu.interrupt_shadow && x.bus.interrupt_pending() {
+        return take_interrupt(x);
     }
     Ok(())
 }
 
-/// What the bytes say: an instruction, #UD, #GP for too long; `None` if more bytes are needed.
-fn decided(bytes: &[u8], bitness: u32) -> Option<Result<Insn, Stop>> {
-    match decode(bytes, bitness) {
-        Ok(i) => Some(Ok(i)),
-        Err(DecodeError::Invalid) => Some(Err(Fault::Ud.into())),
-        Err(DecodeError::TooLong) => Some(Err(Fault::Gp(0).into())),
-        Err(DecodeError::Truncated) => None,
+#[cold]
+fn take_interrupt(x: &mut Exec<'_>) -> Result<(), Exit> {
+    match x.bus.take_interrupt() {
+        Some(vector) => delivered(deliver(x, Event::External(vector))),
+        None => Ok(()),
     }
 }
+
+/// A fault cannot come out of [`deliver`]: it has dealt with it.
+fn delivered(r: Result<(), Stop>) -> Result<(), Exit> {
+    match r {
+        Ok(()) | Err(Stop::Fault(_)) => Ok(()),
+        Err(Stop::Exit(exit)) => Err(exit),
+    }
+}
+
+/// Some instructions, at most `most`; each is counted off `left`.
+fn some(x: &mut Exec<'_>, cache: &mut ICache, most: u64, left: &mut u64) -> Result<(), Exit> {
+    let context = Context::of(x.cpu);
+    if needs_care(x.cpu) {
+        return careful(x, context, left);
+    }
+    let done = match fetch::window(x, cache, context) {
+        Ok(Some(window)) => run_window(x, window, context, most, left),
+        Ok(None) => alone(x, context, left),
+        Err(stop) => Err(stop),
+    };
+    done.or_else(|stop| stopped(x, stop, left))
+}
+
+/// Does anything have to be looked at before or after each instruction?
+#[inline(always)]
+fn needs_care(cpu: &CpuState) -> bool {
+    const FLAGS: Rflags = Rflags::TF.union(Rflags::RF);
+    cpu.rflags.intersects(FLAGS) || cpu.interrupt_shadow || cpu.dr7 & 0xff != 0
+}
+
+/// The hot loop: instructions of one page, until something must be looked at.
+#[inline(always)]
+fn run_window(x: &mut Exec<'_>, window: Window<'_>, context: Context, most: u64, left: &mut u64) -> Result<(), Stop> {
+    let Window { page, base } = window;
+    let epoch = page.epoch();
+    let end = *left - most;
+    while *left > end {
+        let at = x.cpu.rip;
+        let offset = at.wrapping_sub(base);
+        if offset >= PAGE_SIZE {
+            break;
+        }
+        let entry = match page.get(offset as usize) {
+            Some(entry) => entry,
+            None => match fetch::decode_in(x, page, offset as usize, context)? {
+                None => continue,
+                Some(entry) => return execute(x, &entry, context, left),
+            },
+        };
+        x.next_rip = at.wrapping_add(u64::from(entry.insn.len)) & context.mask;
+        if entry.marks.intersects(Marks::CHECK.union(Marks::CAREFUL)) {
+            if entry.marks.contains(Marks::CAREFUL) {
+                let entry = entry.clone();
+                return carefully(x, &entry, context, left);
+            }
+            check::before(x, &entry.insn)?;
+        }
+        (entry.op)(x, &entry.insn)?;
+        x.cpu.rip = x.next_rip;
+        *left -= 1;
+        if entry.marks.intersects(Marks::REPEATS.union(Marks::LEAVES)) {
+            if entry.marks.contains(Marks::REPEATS) && x.next_rip == at {
+                *left += 1;
+                break;
+            }
+            if entry.marks.contains(Marks::LEAVES) {
+                break;
+            }
+        }
+        if x.attention || x.mem.code_epoch() != epoch {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// One instruction that no window holds.
+#[cold]
+fn alone(x: &mut Exec<'_>, context: Context, left: &mut u64) -> Result<(), Stop> {
+    let entry = Entry::new(fetch::fetch(x, context)?, x);
+    if entry.marks.contains(Marks::CAREFUL) {
+        return carefully(x, &entry, context, left);
+    }
+    execute(x, &entry, context, left)
+}
+
+/// Checks, executes and commits one instruction.
+fn execute(x: &mut Exec<'_>, entry: &Entry, context: Context, left: &mut u64) -> Result<(), Stop> {
+    let at = x.cpu.rip;
+    x.next_rip = at.wrapping_add(u64::from(entry.insn.len)) & context.mask;
+    if entry.marks.contains(Marks::CHECK) {
+        check::before(x, &entry.insn)?;
+    }
+    (entry.op)(x, &entry.insn)?;
+    x.cpu.rip = x.next_rip;
+    // A long repetition that is not done yet does not count.
+    if !(entry.marks.contains(Marks::REPEATS) && x.next_rip == at) {
+        *left -= 1;
+    }
+    Ok(())
+}
+
+/// One instruction with all that may happen round it: breakpoint before, single-step trap after.
+#[cold]
+fn careful(x: &mut Exec<'_>, context: Context, left: &mut u64) -> Result<(), Exit> {
+    let done = match breakpoints(x.cpu) {
+        0 => fetch::fetch(x, context).map(|i| Entry::new(i, x)).and_then(|entry| carefully(x, &entry, context, left)),
+        hit => Err(Fault::Db(hit).into()),
+    };
+    done.or_else(|stop| stopped(x, stop, left))
+}
+
+fn carefully(x: &mut Exec<'_>, entry: &Entry, context: Context, left: &mut u64) -> Result<(), Stop> {
+    let before = x.cpu.rflags;
+    let shadow = std::mem::take(&mut x.cpu.interrupt_shadow);
+    if let Err(stop) = execute(x, entry, context, left) {
+        // What did not happen has not used the shadow up, nor has what is done elsewhere.
+        x.cpu.interrupt_shadow = shadow;
+        return Err(stop);
+    }
+    let m = entry.insn.iced.mnemonic();
+    // SDM 3B 17.3.1.1: RF is cleared by every instruction but IRET, which may set it.
+    if before.contains(Rflags::RF) && !matches!(m, Mnemonic::Iret | Mnemonic::Iretd | Mnemonic::Iretq) {
+        x.cpu.rflags.remove(Rflags::RF);
+    }
+    let trap = match m {
+        // These look at the flag they leave behind; software interrupts have cleared it for the handler.
+        Mnemonic::Sysret | Mnemonic::Sysretq | Mnemonic::Syscall => x.cpu.rflags.contains(Rflags::TF),
+        Mnemonic::Int | Mnemonic::Int1 | Mnemonic::Int3 | Mnemonic::Into => false,
+        _ => before.contains(Rflags::TF) && !loads_ss(&entry.insn),
+    };
+    if trap { Err(Fault::Db(DR6_BS).into()) } else { Ok(()) }
+}
+
+/// SDM 3A 6.8.3: after MOV or POP to SS debug traps wait for the next instruction (and are then lost to its own).
+fn loads_ss(i: &Insn) -> bool {
+    matches!(i.iced.mnemonic(), Mnemonic::Mov | Mnemonic::Pop) && i.iced.op0_register() == Register::SS
+}
+
+/// The instruction breakpoints that RIP hits, as bits of DR6 (SDM 3B 17.2). Data and I/O breakpoints are not watched.
+fn breakpoints(cpu: &CpuState) -> u64 {
+    if cpu.rflags.contains(Rflags::RF) || cpu.dr7 & 0xff == 0 {
+        return 0;
+    }
+    let laddr = if cpu.mode().bitness() == 64 {
+        cpu.rip
+    } else {
+        cpu.segment(Seg::Cs).base.wrapping_add(cpu.rip) & 0xffff_ffff
+    };
+    let hits = |n: usize| {
+        let enabled = cpu.dr7 >> (2 * n) & 3 != 0;
+        let execute = cpu.dr7 >> (16 + 4 * n) & 3 == 0;
+        enabled && execute && cpu.dr[n] == laddr
+    };
+    (0..4).filter(|&n| hits(n)).fold(0, |bits, n| bits | 1 << n)
+}
+
+/// An instruction did not complete: its exception is delivered or returned, its exit returned.
+#[cold]
+fn stopped(x: &mut Exec<'_>, stop: Stop, left: &mut u64) -> Result<(), Exit> {
+    match stop {
+        Stop::Exit(Exit::Halt) => {
+            *left = left.saturating_sub(1);
+            x.cpu.rip = x.next_rip;
+            x.cpu.activity = Activity::Halted;
+            x.cpu.interrupt_shadow = false;
+            Err(Exit::Halt)
+        }
+        Stop::Exit(exit) => Err(exit),
+        Stop::Fault(fault) if x.intercepts.contains(Intercepts::EXCEPTIONS) => {
+            if fault.is_trap() {
+                *left = left.saturating_sub(1);
+                x.cpu.rip = x.next_rip;
+            }
+            Err(Exit::Exception(fault))
+        }
+        Stop::Fault(fault) => {
+            // A single-step trap comes after an instruction that was counted; other faults count themselves, so that a guest that only
+            // faults uses its budget up too.
+            if !matches!(fault, Fault::Db(_)) {
+                *left = left.saturating_sub(1);
+            }
+            delivered(deliver(x, Event::Fault(fault)))
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "run_tests.rs"]
+mod tests;

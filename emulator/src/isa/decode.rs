@@ -30,9 +30,58 @@ pub fn decode(bytes: &[u8], bitness: u32) -> Result<Insn, DecodeError> {
     if !iced.is_invalid() {
         return Ok(Insn::new(iced));
     }
+    if bitness == 64 && no_opcode_in_64_bit_code(window) {
+        return Err(DecodeError::Invalid);
+    }
     match decoder.last_error() {
-        iced_x86::DecoderError::NoMoreBytes if bytes.len() >= MAX_INSN_LEN => Err(DecodeError::TooLong),
         iced_x86::DecoderError::NoMoreBytes => Err(DecodeError::Truncated),
+        _ if window.len() == MAX_INSN_LEN && decoder.position() == MAX_INSN_LEN && needs_more(window, bitness) => {
+            Err(DecodeError::TooLong)
+        }
         _ => Err(DecodeError::Invalid),
+    }
+}
+
+/// SDM 2B, footnote i64 of the opcode map: #UD whatever follows, while iced wants to see a ModRM byte first.
+fn no_opcode_in_64_bit_code(window: &[u8]) -> bool {
+    let is_prefix = |b: u8| matches!(b, 0x26 | 0x2e | 0x36 | 0x3e | 0x40..=0x4f | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3);
+    window.iter().copied().find(|&b| !is_prefix(b)).is_some_and(|b| {
+        matches!(b, 0x06 | 0x07 | 0x0e | 0x16 | 0x17 | 0x1e | 0x1f | 0x27 | 0x2f | 0x37 | 0x3f | 0x60 | 0x61)
+            || matches!(b, 0x82 | 0x9a | 0xce | 0xd4 | 0xd5 | 0xd6 | 0xea)
+    })
+}
+
+/// Of fifteen bytes that are no instruction: because it goes on behind them? iced does not tell. Without the first byte, which is a
+/// prefix then, there is room to see.
+fn needs_more(window: &[u8], bitness: u32) -> bool {
+    let mut decoder = Decoder::with_ip(bitness, &window[1..], 0, DecoderOptions::NONE);
+    decoder.decode().is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors() {
+        let prefixes = |n: usize, rest: &[u8]| [&vec![0x66; n][..], rest].concat();
+        let rows = [
+            (prefixes(0, &[0x90]), None),
+            (prefixes(14, &[0x90]), None),
+            (prefixes(14, &[]), Some(DecodeError::Truncated)),
+            (prefixes(15, &[]), Some(DecodeError::TooLong)),
+            (prefixes(15, &[0x90]), Some(DecodeError::TooLong)),
+            (prefixes(14, &[0x0f, 0xa2]), Some(DecodeError::TooLong)),
+            // No such instruction, whatever follows: PUSH ES and LOCK NOP in 64-bit code.
+            (vec![0x06], Some(DecodeError::Invalid)),
+            (prefixes(14, &[0x06]), Some(DecodeError::Invalid)),
+            (prefixes(13, &[0xf0, 0x90]), Some(DecodeError::Invalid)),
+            (prefixes(1, &[0x06]), Some(DecodeError::Invalid)),
+            (vec![0x48], Some(DecodeError::Truncated)),
+            (vec![], Some(DecodeError::Truncated)),
+        ];
+        for (bytes, error) in rows {
+            assert_eq!(decode(&bytes, 64).err(), error, "{bytes:02x?}");
+        }
     }
 }

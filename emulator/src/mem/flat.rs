@@ -8,6 +8,7 @@
 use crate::host::probe;
 use crate::isa::Width;
 use crate::mem::PAGE_SIZE;
+use crate::mem::guest::Id;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -57,6 +58,7 @@ pub struct FlatSpace {
     vmas: RwLock<BTreeMap<u64, Vma>>,
     watched: Mutex<HashMap<u64, Watch>>,
     epoch: AtomicU64,
+    id: Id,
     listeners: Mutex<Vec<Listener>>,
     exec_epoch: AtomicU64,
 }
@@ -246,6 +248,12 @@ impl FlatSpace {
     /// See [`crate::mem::GuestMemory::code_generation`].
     pub fn code_generation(&self, addr: u64) -> u64 {
         self.watched.lock().expect("no panic under the lock").get(&page_of(addr)).map_or(0, |w| w.generation)
+    }
+
+    /// See [`crate::mem::GuestMemory::id`].
+    #[inline]
+    pub fn id(&self) -> u64 {
+        self.id.0
     }
 
     /// See [`crate::mem::GuestMemory::load`].

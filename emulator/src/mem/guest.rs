@@ -2,6 +2,7 @@
 
 use crate::isa::Width;
 use crate::mem::{FlatSpace, Ram};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// 4 KiB.
 pub const PAGE_SIZE: u64 = 4096;
@@ -28,7 +29,24 @@ macro_rules! each {
     };
 }
 
+/// A number that no other memory of this program has or had: what is cached of one must not be used with another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Id(pub u64);
+
+impl Default for Id {
+    fn default() -> Id {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Id(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
 impl GuestMemory {
+    /// Different for every memory of this program.
+    #[inline]
+    pub fn id(&self) -> u64 {
+        each!(self, m => m.id())
+    }
+
     /// The flat space, if it is one.
     pub fn flat(&self) -> Option<&FlatSpace> {
         match self {

@@ -3,6 +3,7 @@
 
 use crate::isa::Width;
 use crate::mem::PAGE_SIZE;
+use crate::mem::guest::Id;
 use memmap2::MmapRaw;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
@@ -23,6 +24,7 @@ pub struct Ram {
     /// For each page: 0 = stores need no care; else [`CODE`], [`TRACK`], [`DIRTY`] and the generation from [`GENERATION`] on.
     pages: Vec<AtomicU32>,
     epoch: AtomicU64,
+    id: Id,
 }
 
 impl Ram {
@@ -38,6 +40,7 @@ impl Ram {
             size,
             pages: (0..size / PAGE_SIZE).map(|_| AtomicU32::new(0)).collect(),
             epoch: AtomicU64::new(0),
+            id: Id::default(),
         })
     }
 
@@ -62,6 +65,12 @@ impl Ram {
     fn at(&self, gpa: u64, len: u64) -> Option<*mut u8> {
         // SAFETY: the sum is inside the mapping.
         (gpa < self.size && len <= self.size - gpa).then(|| unsafe { self.map.as_mut_ptr().add(gpa as usize) })
+    }
+
+    /// See [`crate::mem::GuestMemory::id`].
+    #[inline]
+    pub fn id(&self) -> u64 {
+        self.id.0
     }
 
     /// See [`crate::mem::GuestMemory::load`].

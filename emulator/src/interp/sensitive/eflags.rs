@@ -131,7 +131,8 @@ mod tests {
     fn pushf_image() {
         let mut m = machine(0, &[0x9c]);
         m.cpu().rflags = Rflags::from_bits_retain(0x25_7fd7);
-        assert_eq!(m.run(1), Exit::Budget);
+        // TF is set: a single-step trap follows.
+        assert_eq!(m.run(1), Exit::Exception(Fault::Db(1 << 14)));
         assert_eq!(m.load(STACK - 8, Width::Q), 0x24_7fd7);
     }
 

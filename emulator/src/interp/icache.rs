@@ -1,0 +1,273 @@
+//! Decoded instructions by physical page (flat memory: by page of the address space).
+//!
+//! A page keeps the bytes it was decoded from. When memory says that the page was written, the bytes are compared, and only what was
+//! decoded from changed ones is forgotten: data beside code costs a comparison, not a new decoding.
+
+use crate::interp::{Exec, Op, check, dispatch};
+use crate::isa::{Class, Insn, MAX_INSN_LEN, Sensitivity};
+use crate::mem::{GuestMemory, PAGE_SIZE};
+use iced_x86::Mnemonic;
+use std::collections::HashMap;
+
+const PAGE: usize = PAGE_SIZE as usize;
+/// Slots of the small table in front of the map.
+const FRONT: usize = 1024;
+/// Decoded instructions before everything is forgotten: about 128 bytes each.
+const MOST: usize = 1 << 20;
+/// The part of a context that says how bytes are decoded; the rest says who fetches.
+const SIZE_BITS: u64 = 3;
+
+bitflags::bitflags! {
+    /// What the loop must know of an instruction.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Marks: u8 {
+        /// [`check::before`] has something to ask.
+        const CHECK = 1;
+        /// May change what the loop relies on (mode, mapping, interrupt flag): look again after it.
+        const LEAVES = 1 << 1;
+        /// May be unfinished: RIP stays.
+        const REPEATS = 1 << 2;
+        /// Must be done with the event checks of a single step.
+        const CAREFUL = 1 << 3;
+    }
+}
+
+/// A decoded instruction and what executes it.
+#[derive(Clone)]
+pub struct Entry {
+    /// The instruction.
+    pub insn: Insn,
+    /// Its function.
+    pub op: Op,
+    /// See [`Marks`].
+    pub marks: Marks,
+}
+
+impl Entry {
+    /// Finds the function. What the offered CPU lacks is #UD.
+    pub fn new(insn: Insn, x: &Exec<'_>) -> Entry {
+        let known = x.env.cpu_model.supports(insn.iced.code());
+        let op = if known { dispatch::op(&insn) } else { dispatch::undefined };
+        Entry { insn, op, marks: marks(&insn) }
+    }
+}
+
+fn marks(i: &Insn) -> Marks {
+    let mut m = Marks::empty();
+    m.set(Marks::CHECK, check::needed(i));
+    let class = i.facts.class;
+    m.set(Marks::REPEATS, matches!(class, Class::String | Class::Io));
+    let leaves = matches!(class, Class::Segment | Class::System | Class::Io);
+    m.set(Marks::LEAVES, leaves || i.facts.sensitivity != Sensitivity::Innocuous);
+    m.set(Marks::CAREFUL, matches!(i.iced.mnemonic(), Mnemonic::Sysret | Mnemonic::Sysretq));
+    m
+}
+
+/// An instruction that begins in one page and ends in the next.
+struct Crossing {
+    offset: usize,
+    next_gpa: u64,
+    next_generation: u64,
+    entry: Entry,
+}
+
+/// The decoded instructions of one page in one code size.
+pub struct Page {
+    gpa: u64,
+    generation: u64,
+    /// At this epoch of memory the page was found unchanged.
+    epoch: u64,
+    /// Index + 1 in `entries` of the instruction at an offset.
+    table: Box<[u16; PAGE]>,
+    entries: Vec<Entry>,
+    crossing: Option<Box<Crossing>>,
+    bytes: Box<[u8; PAGE]>,
+}
+
+impl Page {
+    /// `None` if there is no memory to read.
+    fn new(mem: &GuestMemory, gpa: u64) -> Option<Page> {
+        let mut page = Page {
+            gpa,
+            generation: 0,
+            epoch: 0,
+            table: Box::new([0; PAGE]),
+            entries: Vec::new(),
+            crossing: None,
+            bytes: Box::new([0; PAGE]),
+        };
+        page.refresh(mem)?;
+        Some(page)
+    }
+
+    /// Makes the page agree with memory.
+    fn refresh(&mut self, mem: &GuestMemory) -> Option<()> {
+        let mut now = [0; PAGE];
+        // In this order: what is written after the watch is seen by the generation or in the bytes.
+        let epoch = mem.code_epoch();
+        mem.watch_code(self.gpa);
+        let generation = mem.code_generation(self.gpa);
+        mem.read(self.gpa, &mut now)?;
+        if now != *self.bytes {
+            let first = now.iter().zip(&*self.bytes).position(|(a, b)| a != b).unwrap_or(0);
+            let last = now.iter().zip(&*self.bytes).rposition(|(a, b)| a != b).unwrap_or(PAGE - 1);
+            self.table[first.saturating_sub(MAX_INSN_LEN - 1)..=last].fill(0);
+            self.crossing = None;
+            *self.bytes = now;
+        }
+        (self.generation, self.epoch) = (generation, epoch);
+        Some(())
+    }
+
+    /// Is the page as memory has it at this epoch? Asks memory only when something changed since it was asked last.
+    #[inline(always)]
+    fn is_fresh(&mut self, mem: &GuestMemory, epoch: u64) -> bool {
+        if self.epoch == epoch {
+            return true;
+        }
+        let fresh = mem.code_generation(self.gpa) == self.generation;
+        if fresh {
+            self.epoch = epoch;
+        }
+        fresh
+    }
+
+    /// The epoch of memory at which the page was last known to be unchanged.
+    #[inline(always)]
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// The instruction at an offset, if it was decoded.
+    #[inline(always)]
+    pub fn get(&self, offset: usize) -> Option<&Entry> {
+        let n = usize::from(self.table[offset % PAGE]);
+        self.entries.get(n.wrapping_sub(1))
+    }
+
+    /// Remembers an instruction that lies in this page as a whole.
+    pub fn put(&mut self, offset: usize, entry: Entry) {
+        if self.entries.len() >= usize::from(u16::MAX) {
+            self.entries.clear();
+            self.table.fill(0);
+        }
+        self.entries.push(entry);
+        self.table[offset % PAGE] = self.entries.len() as u16;
+    }
+
+    /// The bytes from an offset on.
+    pub fn bytes(&self, offset: usize) -> &[u8] {
+        &self.bytes[offset % PAGE..]
+    }
+
+    /// An instruction that ends in the next page, if that page is where it was and unchanged.
+    pub fn get_crossing(&self, mem: &GuestMemory, offset: usize, next_gpa: u64) -> Option<&Entry> {
+        let c = self.crossing.as_ref().filter(|c| c.offset == offset && c.next_gpa == next_gpa)?;
+        (mem.code_generation(next_gpa) == c.next_generation).then_some(&c.entry)
+    }
+
+    /// Remembers an instruction that ends in the next page, of which `next_generation` was asked before its bytes were read.
+    pub fn put_crossing(&mut self, offset: usize, next_gpa: u64, next_generation: u64, entry: Entry) {
+        self.crossing = Some(Box::new(Crossing { offset, next_gpa, next_generation, entry }));
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Front {
+    /// Linear page and context.
+    key: u64,
+    /// Of the [`crate::mem::Mmu`].
+    generation: u64,
+    page: u32,
+}
+
+/// All pages.
+pub struct ICache {
+    pages: Vec<Page>,
+    by_key: HashMap<u64, u32>,
+    front: Box<[Front; FRONT]>,
+}
+
+impl Default for ICache {
+    fn default() -> ICache {
+        ICache {
+            pages: Vec::new(),
+            by_key: HashMap::new(),
+            front: Box::new([Front { key: u64::MAX, generation: 0, page: 0 }; FRONT]),
+        }
+    }
+}
+
+impl ICache {
+    /// The page last found at a linear page in a context (code size and privilege, below 4096), if the translation cannot have changed
+    /// since. It is brought up to date; `None` also if it cannot be.
+    #[inline(always)]
+    pub fn at_linear(&mut self, mem: &GuestMemory, linear_page: u64, context: u64, generation: u64) -> Option<u32> {
+        let front = self.front[front_slot(linear_page)];
+        if front.key != linear_page | context || front.generation != generation {
+            return None;
+        }
+        let page = self.pages.get_mut(front.page as usize)?;
+        if !page.is_fresh(mem, mem.code_epoch()) {
+            // A flat page may have lost its right to be executed: the long way asks.
+            if mem.flat().is_some() {
+                return None;
+            }
+            page.refresh(mem)?;
+        }
+        Some(front.page)
+    }
+
+    /// A page by its number.
+    #[inline(always)]
+    pub fn page(&mut self, n: u32) -> Option<&mut Page> {
+        self.pages.get_mut(n as usize)
+    }
+
+    /// The page of a translated address: found, or made. `None` if no memory is there.
+    pub fn at_physical(
+        &mut self,
+        mem: &GuestMemory,
+        gpa: u64,
+        linear_page: u64,
+        context: u64,
+        generation: u64,
+    ) -> Option<u32> {
+        let gpa = gpa & !(PAGE_SIZE - 1);
+        let key = gpa | context & SIZE_BITS;
+        let n = match self.by_key.get(&key) {
+            Some(&n) => {
+                let page = &mut self.pages[n as usize];
+                if !page.is_fresh(mem, mem.code_epoch()) {
+                    page.refresh(mem)?;
+                }
+                n
+            }
+            None => {
+                if self.pages.len() % 64 == 63 && self.weight() > MOST {
+                    self.clear();
+                }
+                let n = self.pages.len() as u32;
+                self.pages.push(Page::new(mem, gpa)?);
+                self.by_key.insert(key, n);
+                n
+            }
+        };
+        self.front[front_slot(linear_page)] = Front { key: linear_page | context, generation, page: n };
+        Some(n)
+    }
+
+    /// Memory in use, counted in instructions: tables weigh as much as a hundred.
+    fn weight(&self) -> usize {
+        self.pages.iter().map(|p| p.entries.len() + 100).sum()
+    }
+
+    /// Forgets everything.
+    pub fn clear(&mut self) {
+        *self = ICache::default();
+    }
+}
+
+fn front_slot(linear_page: u64) -> usize {
+    (linear_page / PAGE_SIZE) as usize % FRONT
+}

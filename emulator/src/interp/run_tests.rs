@@ -1,0 +1,256 @@
+//! The loop: fetch across pages, code that changes, events at the boundary (SDM 3A 6.9, 8.1.3; 3B 17).
+
+use crate::bus::Bus;
+use crate::cpu::{Activity, Fault, Rflags};
+use crate::interp::testing::{CODE, DATA, Machine, STACK, TABLES};
+use crate::isa::{Gpr, Width};
+use crate::vcpu::{Board, Exit, Intercepts, Vcpu};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+const RAX: usize = Gpr::Rax as usize;
+
+/// Replaces the 2 MiB page by 4 KiB pages, one to one, all rights; the table is at 0x4000.
+fn small_pages(m: &Machine) {
+    for n in 0..512 {
+        m.mem.store(0x4000 + 8 * n, Width::Q, n << 12 | 7).expect("in RAM");
+    }
+    m.mem.store(TABLES + 0x2000, Width::Q, 0x4007).expect("in RAM");
+}
+
+fn page_entry(m: &Machine, page: u64, v: u64) {
+    m.mem.store(0x4000 + 8 * page, Width::Q, v).expect("in RAM");
+}
+
+/// CODE + 0xffe begins "push imm32" (5 bytes), which goes on in the next page.
+fn crossing() -> Machine {
+    let mut m = Machine::long64(3, &[]);
+    small_pages(&m);
+    m.mem.write(CODE + 0xffe, &[0x68, 0x78, 0x56, 0x34, 0x12, 0x90]).expect("in RAM");
+    m.cpu().rip = CODE + 0xffe;
+    m
+}
+
+#[test]
+fn an_instruction_may_cross_pages() {
+    let mut m = crossing();
+    for _ in 0..3 {
+        m.cpu().rip = CODE + 0xffe;
+        assert_eq!(m.run(2), Exit::Budget);
+        assert_eq!(m.cpu().rip, CODE + 0x1004);
+        assert_eq!(m.load(m.vcpu.cpu.gpr[4], Width::Q), 0x1234_5678);
+    }
+    // The same linear address with another second page: 0x20 instead of 9.
+    m.mem.write(0x2_0000, &[0xbb, 0xaa, 0, 0x90]).expect("in RAM");
+    page_entry(&m, 9, 0x2_0007);
+    m.cpu().rip = CODE + 0xffe;
+    assert_eq!(m.run(1), Exit::Budget);
+    assert_eq!(m.load(m.vcpu.cpu.gpr[4], Width::Q), 0xaa_bb78);
+    // A byte of the second part is changed.
+    m.mem.write(0x2_0001, &[0xcc]).expect("in RAM");
+    m.cpu().rip = CODE + 0xffe;
+    assert_eq!(m.run(1), Exit::Budget);
+    assert_eq!(m.load(m.vcpu.cpu.gpr[4], Width::Q), 0xcc_bb78);
+}
+
+#[test]
+fn the_second_page_faults_at_its_first_byte() {
+    for (entry, code) in [(0u64, 0x14u16), (1 << 63 | 0x9007, 0x15), (0x9003, 0x15)] {
+        let mut m = crossing();
+        page_entry(&m, 9, entry);
+        assert_eq!(m.run(1), Exit::Exception(Fault::Pf { addr: CODE + 0x1000, code }));
+        assert_eq!((m.cpu().rip, m.cpu().gpr[4]), (CODE + 0xffe, STACK));
+    }
+    // What ends with the page does not touch the next one.
+    let mut m = crossing();
+    page_entry(&m, 9, 0);
+    m.mem.write(CODE + 0xffe, &[0x90, 0x90]).expect("in RAM");
+    assert_eq!(m.run(2), Exit::Budget);
+    assert_eq!(m.run(1), Exit::Exception(Fault::Pf { addr: CODE + 0x1000, code: 0x14 }));
+}
+
+#[test]
+fn fifteen_bytes_and_no_more() {
+    // 66 prefixes and a NOP
+    for at in [CODE, CODE + 0xff8] {
+        for (prefixes, expected) in [(14, Exit::Budget), (15, Exit::Exception(Fault::Gp(0)))] {
+            let mut m = Machine::long64(3, &[]);
+            let mut code = vec![0x66; prefixes];
+            code.push(0x90);
+            m.mem.write(at, &code).expect("in RAM");
+            m.cpu().rip = at;
+            assert_eq!(m.run(1), expected, "{prefixes} at {at:#x}");
+        }
+    }
+    // Fifteen prefixes up to the end of a page, the next not present: #GP, as no byte of it is needed to know.
+    let mut m = crossing();
+    page_entry(&m, 9, 0);
+    m.mem.write(CODE + 0xff1, &[0x66; 15]).expect("in RAM");
+    m.cpu().rip = CODE + 0xff1;
+    assert_eq!(m.run(1), Exit::Exception(Fault::Gp(0)));
+    // Fourteen: the fifteenth byte is fetched.
+    m.cpu().rip = CODE + 0xff2;
+    assert_eq!(m.run(1), Exit::Exception(Fault::Pf { addr: CODE + 0x1000, code: 0x14 }));
+}
+
+#[test]
+fn code_that_changes_the_next_instruction() {
+    // push 0x90909090 with RSP so that it lands on what follows: "hlt" and three more become NOPs.
+    let code = [0x68, 0x90, 0x90, 0x90, 0x90, 0xf4, 0xf4, 0xf4, 0xf4];
+    let mut m = Machine::long64(3, &code);
+    m.cpu().gpr[Gpr::Rsp as usize] = CODE + 13;
+    assert_eq!(m.run(5), Exit::Budget);
+    assert_eq!(m.cpu().rip, CODE + 9);
+}
+
+#[test]
+fn code_that_was_executed_before_is_seen_changed() {
+    // inc-like loop body: "push 1" is patched to "push 2" from outside between runs, then by an alias of the page.
+    let mut m = Machine::long64(3, &[0x6a, 1]);
+    small_pages(&m);
+    let go = |m: &mut Machine| {
+        m.cpu().rip = CODE;
+        assert_eq!(m.run(1), Exit::Budget);
+        m.load(m.vcpu.cpu.gpr[4], Width::Q)
+    };
+    assert_eq!(go(&mut m), 1);
+    m.mem.write(CODE + 1, &[2]).expect("in RAM");
+    assert_eq!(go(&mut m), 2);
+    page_entry(&m, 0x30, CODE | 7);
+    m.mem.write(DATA, &[0xc6, 0x00, 3]).expect("in RAM"); // mov byte [rax], 3
+    (m.cpu().rip, m.cpu().gpr[RAX]) = (DATA, 0x3_0001);
+    if m.run(1) == Exit::Budget {
+        assert_eq!(go(&mut m), 3);
+    }
+    // Data beside code: what was not changed stays decoded and right.
+    m.mem.write(CODE + 0x800, &[9; 64]).expect("in RAM");
+    assert_eq!(go(&mut m) & !1, 2);
+}
+
+#[test]
+fn another_memory_is_another_program() {
+    let mut a = Machine::long64(3, &[0x6a, 1]);
+    let b = Machine::long64(3, &[0x6a, 2]);
+    assert_eq!(a.run(1), Exit::Budget);
+    a.cpu().rip = CODE;
+    a.mem = b.mem;
+    assert_eq!(a.run(1), Exit::Budget);
+    assert_eq!(a.load(STACK - 16, Width::Q), 2);
+}
+
+#[test]
+fn single_step() {
+    // cld; rep stosb with RCX = 2; popfq that clears TF
+    let mut m = Machine::long64(3, &[0xfc, 0xf3, 0xaa, 0x9d, 0x90]);
+    (m.cpu().gpr[1], m.cpu().gpr[7]) = (2, DATA);
+    m.cpu().rflags |= Rflags::TF;
+    m.mem.store(STACK, Width::Q, 2).expect("in RAM");
+    let step = Exit::Exception(Fault::Db(1 << 14));
+    let mut seen = Vec::new();
+    for _ in 0..4 {
+        assert_eq!(m.run(10), step);
+        seen.push((m.cpu().rip - CODE, m.cpu().gpr[1]));
+    }
+    // A trap after each element; POPF that clears TF still traps.
+    assert_eq!(seen, [(1, 2), (1, 1), (3, 0), (4, 0)]);
+    assert_eq!(m.run(1), Exit::Budget);
+}
+
+#[test]
+fn instruction_breakpoints_and_rf() {
+    let mut m = Machine::long64(3, &[0x90, 0x90, 0x90]);
+    m.cpu().dr[2] = CODE + 1;
+    m.cpu().dr7 = 0x400 | 1 << 4;
+    assert_eq!(m.run(3), Exit::Exception(Fault::Db(4)));
+    assert_eq!(m.cpu().rip, CODE + 1);
+    m.cpu().rflags |= Rflags::RF;
+    assert_eq!(m.run(2), Exit::Budget);
+    assert_eq!(m.cpu().rip, CODE + 3);
+    assert!(!m.cpu().rflags.contains(Rflags::RF));
+}
+
+/// Raises vector 0x20 while `pending`.
+struct Line {
+    pending: AtomicBool,
+}
+
+impl Bus for Line {
+    fn read_port(&self, _: u16, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn write_port(&self, _: u16, _: &[u8]) {}
+    fn read_mmio(&self, _: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn write_mmio(&self, _: u64, _: &[u8]) {}
+    fn interrupt_pending(&self) -> bool {
+        self.pending.load(Ordering::Relaxed)
+    }
+    fn take_interrupt(&self) -> Option<u8> {
+        self.pending.swap(false, Ordering::Relaxed).then_some(0x20)
+    }
+}
+
+#[test]
+fn interrupts_wait_for_if_and_for_the_shadow() {
+    // nop; sti; nop; nop
+    let mut m = Machine::real(&[0x90, 0xfb, 0x90, 0x90]);
+    m.vcpu.set_intercepts(Intercepts::empty());
+    m.mem.store(4 * 0x20, Width::D, 0x0000_9000).expect("in RAM");
+    m.mem.write(0x9000, &[0x90]).expect("in RAM");
+    let line = Line { pending: AtomicBool::new(true) };
+    let go = |m: &mut Machine, n| m.vcpu.run(Board { mem: &m.mem, bus: &line }, n);
+    assert_eq!(go(&mut m, 3), Exit::Budget);
+    assert_eq!(m.cpu().rip, CODE + 3, "the instruction after STI is executed first");
+    assert_eq!(go(&mut m, 1), Exit::Budget);
+    assert_eq!(m.cpu().rip, 0x9001, "the handler's first instruction");
+    assert_eq!(m.load(0x7000 - 6, Width::W), CODE + 3);
+}
+
+#[test]
+fn hlt_waits_for_an_interrupt() {
+    let mut m = Machine::real(&[0xf4]);
+    m.vcpu.set_intercepts(Intercepts::empty());
+    m.mem.store(4 * 0x20, Width::D, 0x0000_9000).expect("in RAM");
+    m.mem.write(0x9000, &[0x90]).expect("in RAM");
+    m.cpu().rflags |= Rflags::IF;
+    let line = Line { pending: AtomicBool::new(false) };
+    let go = |m: &mut Machine| m.vcpu.run(Board { mem: &m.mem, bus: &line }, 1);
+    let first = go(&mut m);
+    if first == Exit::Exception(Fault::Ud) {
+        return;
+    }
+    assert_eq!(first, Exit::Halt);
+    assert_eq!((m.cpu().rip, m.cpu().activity), (CODE + 1, Activity::Halted));
+    assert_eq!(go(&mut m), Exit::Halt);
+    line.pending.store(true, Ordering::Relaxed);
+    assert_eq!(go(&mut m), Exit::Budget);
+    assert_eq!((m.cpu().rip, m.cpu().activity), (0x9001, Activity::Active));
+    assert_eq!(m.load(0x7000 - 6, Width::W), CODE + 1);
+}
+
+#[test]
+fn a_kick_ends_a_loop() {
+    // jmp $
+    let mut m = Machine::long64(3, &[0xeb, 0xfe]);
+    let kicker = m.vcpu.kicker();
+    kicker.kick();
+    assert_eq!(m.run(u64::MAX), Exit::Kicked);
+    assert_eq!(m.run(1000), Exit::Budget);
+    assert_eq!(m.vcpu.instructions(), Some(1000));
+    let other = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+        kicker.kick();
+    });
+    assert_eq!(m.run(u64::MAX), Exit::Kicked);
+    other.join().expect("no panic");
+}
+
+#[test]
+fn the_limit_of_cs_cuts_fetches() {
+    // Real mode, limit 0x8001: the NOP at 0x8000 runs, "push imm16" at 0x8001 does not end inside.
+    let mut m = Machine::real(&[0x90, 0x68, 0x34, 0x12]);
+    m.cpu().seg[1].limit = 0x8001;
+    assert_eq!(m.run(1), Exit::Budget);
+    assert_eq!(m.run(1), Exit::Exception(Fault::Gp(0)));
+    assert_eq!(m.cpu().rip, CODE + 1);
+}
