@@ -157,7 +157,8 @@ mod tests {
         m.cpu().msr.star = STAR;
         m.cpu().gpr[Gpr::Rcx as usize] = 0xffff_ffff_0000_9000;
         m.cpu().gpr[Gpr::R11 as usize] = u64::MAX;
-        assert_eq!(m.run(1), Exit::Budget);
+        // Unlike IRET, SYSRET that sets TF traps at once.
+        assert_eq!(m.run(1), Exit::Exception(Fault::Db(1 << 14)));
         assert_eq!((m.cpu().rip, m.cpu().mode()), (0x9000, Mode::Compat32));
         assert_eq!(m.cpu().rflags.bits(), 0x3c_7fd7);
         assert_eq!(*m.cpu().segment(Seg::Cs), Segment::code32(0x1b, 3));
