@@ -39,7 +39,22 @@ fn privilege(cpu: &CpuState, i: &Insn) -> Result<(), Fault> {
         Privilege::Cr4Tsd => cpl == 0 || !cpu.cr4.contains(Cr4::TSD),
         Privilege::Cr4Pce => cpl == 0 || cpu.cr4.contains(Cr4::PCE) || !cpu.cr0.contains(Cr0::PE),
     };
-    if allowed { Ok(()) } else { Err(Fault::Gp(0)) }
+    match allowed {
+        true => Ok(()),
+        false if is_undefined(cpu, i) => Err(Fault::Ud),
+        false => Err(Fault::Gp(0)),
+    }
+}
+
+/// Is a privileged instruction #UD before its privilege is looked at? Its function says so too, for CPL 0.
+#[cold]
+fn is_undefined(cpu: &CpuState, i: &Insn) -> bool {
+    match i.iced.mnemonic() {
+        M::Sysret | M::Sysretq => !cpu.efer.contains(Efer::SCE),
+        M::Xsetbv => !cpu.cr4.contains(Cr4::OSXSAVE),
+        M::Mov => crate::interp::sensitive::control::names_no_register(cpu, i),
+        _ => false,
+    }
 }
 
 fn intercept_of(m: M) -> Option<Intercepts> {

@@ -34,10 +34,20 @@ fn special(i: &Insn, n: u32) -> Option<Special> {
     }
 }
 
+/// Does MOV CR or MOV DR name a register that is not there? That is #UD, at any CPL.
+pub fn names_no_register(cpu: &CpuState, i: &Insn) -> bool {
+    let absent = |s| match s {
+        Special::Cr(n) => !matches!(n, 0 | 2 | 3 | 4 | 8),
+        Special::Dr(n) => n > 7 || (matches!(n, 4 | 5) && cpu.cr4.contains(Cr4::DE)),
+    };
+    i.iced.has_lock_prefix() || special(i, 0).or(special(i, 1)).is_some_and(absent)
+}
+
 /// MOV CRn, r; MOV r, CRn; MOV DRn, r; MOV r, DRn.
 pub fn mov(x: &mut Exec<'_>, i: &Insn) -> Step {
-    // "If the LOCK prefix is used": #UD. (AMD's LOCK MOV CR0 for CR8 is not offered: CPUID 0x80000001.ECX[4] is clear.)
-    if i.iced.has_lock_prefix() {
+    // "If the LOCK prefix is used", "If an attempt is made to access CR1, CR5, CR6, CR7 or CR9-CR15", "If CR4.DE[bit 3] = 1 and a MOV
+    // instruction is executed involving DR4 or DR5": #UD. (AMD's LOCK MOV CR0 for CR8 is not offered: CPUID 0x80000001.ECX[4] is clear.)
+    if names_no_register(x.cpu, i) {
         return Err(Fault::Ud.into());
     }
     match (special(i, 0), special(i, 1)) {
@@ -74,7 +84,6 @@ fn read_cr(cpu: &CpuState, n: u32) -> Result<u64, Stop> {
         3 => Ok(cpu.cr3),
         4 => Ok(cpu.cr4.bits()),
         8 if is_long64(cpu) => Ok(cpu.cr8),
-        // "If an attempt is made to access CR1, CR5, CR6, CR7 or CR9-CR15": #UD.
         _ => Err(Fault::Ud.into()),
     }
 }
@@ -195,14 +204,10 @@ fn write_cr4(x: &mut Exec<'_>, v: u64) -> Step {
     Ok(())
 }
 
-/// DR4 and DR5 are DR6 and DR7 unless CR4.DE makes them #UD; general detect makes every access #DB.
+/// DR4 and DR5 are DR6 and DR7; general detect makes every access #DB.
 fn check_dr(cpu: &CpuState, n: u32) -> Result<u32, Fault> {
     const GD: u64 = 1 << 13;
     const BD: u64 = 1 << 13;
-    // "If CR4.DE[bit 3] = 1 and a MOV instruction is executed involving DR4 or DR5"; DR8-DR15 do not exist: #UD.
-    if n > 7 || (matches!(n, 4 | 5) && cpu.cr4.contains(Cr4::DE)) {
-        return Err(Fault::Ud);
-    }
     // "If any debug register is accessed while the DR7.GD[bit 13] = 1": #DB.
     if cpu.dr7 & GD != 0 {
         return Err(Fault::Db(BD));

@@ -7,13 +7,6 @@ use crate::interp::{Exec, Step, access};
 use crate::isa::{Insn, Seg, Width};
 use crate::vcpu::Intercepts;
 
-/// Delivers and goes on in the handler.
-fn enter(x: &mut Exec<'_>, event: Event) -> Step {
-    deliver(x, event)?;
-    x.next_rip = x.cpu.rip;
-    Ok(())
-}
-
 /// INT n.
 pub fn int(x: &mut Exec<'_>, i: &Insn) -> Step {
     let vector = i.iced.immediate8();
@@ -26,7 +19,7 @@ pub fn int(x: &mut Exec<'_>, i: &Insn) -> Step {
             return Err(Fault::Gp(0).into());
         }
     }
-    enter(x, Event::Software(vector))
+    deliver(x, Event::Software(vector))
 }
 
 /// To the 8086 program's own handler, through the interrupt vector table at linear address 0.
@@ -47,22 +40,13 @@ fn redirect(x: &mut Exec<'_>, vector: u8) -> Step {
 }
 
 /// INT3: #BP. Without an IOPL check, never redirected.
-pub fn int3(x: &mut Exec<'_>, _: &Insn) -> Step {
-    if x.intercepts.contains(Intercepts::EXCEPTIONS) {
-        return Err(Fault::Bp.into());
-    }
-    enter(x, Event::Software(3))
+pub fn int3(_: &mut Exec<'_>, _: &Insn) -> Step {
+    Err(Fault::Bp.into())
 }
 
 /// INTO: #OF if OF is set.
 pub fn into(x: &mut Exec<'_>, _: &Insn) -> Step {
-    if !x.cpu.rflags.contains(Rflags::OF) {
-        return Ok(());
-    }
-    if x.intercepts.contains(Intercepts::EXCEPTIONS) {
-        return Err(Fault::Of.into());
-    }
-    enter(x, Event::Software(4))
+    if x.cpu.rflags.contains(Rflags::OF) { Err(Fault::Of.into()) } else { Ok(()) }
 }
 
 /// INT1: #DB without a cause in DR6, a trap.
@@ -71,5 +55,5 @@ pub fn int1(x: &mut Exec<'_>, _: &Insn) -> Step {
         x.cpu.rip = x.next_rip;
         return Err(Fault::Db(0).into());
     }
-    enter(x, Event::SoftwareIcebp)
+    deliver(x, Event::SoftwareIcebp)
 }
