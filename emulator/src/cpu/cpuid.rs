@@ -136,8 +136,6 @@ const ROWS: &[Row] = &[
     Row("sse4a",           &[F::SSE4A],            0x8000_0001,         0, Ecx,  6, By::Host, HOST),
     Row("misalignsse",     &[],                    0x8000_0001,         0, Ecx,  7, By::Host, HOST),
     Row("3dnowprefetch",   &[],                    0x8000_0001,         0, Ecx,  8, By::Host, HOST),
-    Row("xop",             &[F::XOP],              0x8000_0001,         0, Ecx, 11, By::Avx, HOST),
-    Row("fma4",            &[F::FMA4],             0x8000_0001,         0, Ecx, 16, By::Avx, HOST),
     Row("topoext",         &[],                    0x8000_0001,         0, Ecx, 22, By::Host, HOST),
     Row("mmxext",          &[],                    0x8000_0001,         0, Edx, 22, By::Host, HOST),
     Row("fxsr_opt",        &[],                    0x8000_0001,         0, Edx, 25, By::Host, HOST),

@@ -182,8 +182,18 @@ impl XsaveArea {
         self.bytes[512..520].copy_from_slice(&v.to_le_bytes());
     }
 
-    /// Makes the bytes of these components meaningful: those in initial configuration are written out as such.
+    /// Makes the bytes of these components meaningful and the components in use: those in initial configuration are written out.
+    #[inline]
     pub fn activate(&mut self, components: u64) {
+        let missing = components & !self.xstate_bv();
+        if missing != 0 {
+            self.materialize(missing);
+            self.set_xstate_bv(self.xstate_bv() | missing);
+        }
+    }
+
+    /// Writes out the initial configuration of those of these components that are in it; they stay marked as initial.
+    pub fn materialize(&mut self, components: u64) {
         let missing = components & !self.xstate_bv();
         if missing == 0 {
             return;
@@ -207,7 +217,6 @@ impl XsaveArea {
                 self.bytes[offset..offset + len].fill(0);
             }
         }
-        self.set_xstate_bv(self.xstate_bv() | missing);
     }
 
     /// ST(i) as its ten bytes, i counted from the top of the stack.

@@ -212,7 +212,12 @@ unsafe extern "sysv64" fn handle(
         // Hardware gives positive codes; kill(2), sigqueue(3) and timers do not.
         let taken = if (*info).si_code > 0 && FAULTS.contains(&sig) {
             let pc = (*uc).uc_mcontext.gregs[REG_RIP] as u64;
-            match probe::fixup(pc).filter(|_| sig == libc::SIGSEGV || sig == libc::SIGBUS) {
+            let fixup = match sig {
+                libc::SIGSEGV | libc::SIGBUS => probe::fixup(pc),
+                libc::SIGFPE => block.and_then(|b| expected_fpe(b, pc)),
+                _ => None,
+            };
+            match fixup {
                 Some(go_on) => {
                     (*uc).uc_mcontext.gregs[REG_RIP] = go_on as i64;
                     true
@@ -231,6 +236,29 @@ unsafe extern "sysv64" fn handle(
         }
         *libc::__errno_location() = errno;
     }
+}
+
+/// While it lives, a SIGFPE of the calling thread inside a range of code makes the thread go on at the start of the range.
+pub struct ExpectFpe(&'static ThreadBlock);
+
+/// See [`ExpectFpe`].
+pub fn expect_fpe(code: std::ops::Range<u64>) -> ExpectFpe {
+    let block = attach();
+    block.fpe_code[1].set(code.end - code.start);
+    block.fpe_code[0].set(code.start);
+    ExpectFpe(block)
+}
+
+impl Drop for ExpectFpe {
+    fn drop(&mut self) {
+        self.0.fpe_code[0].set(0);
+        self.0.fpe_code[1].set(0);
+    }
+}
+
+fn expected_fpe(block: &ThreadBlock, pc: u64) -> Option<u64> {
+    let start = block.fpe_code[0].get();
+    (start != 0 && pc.wrapping_sub(start) < block.fpe_code[1].get()).then_some(start)
 }
 
 /// A signal that no instruction raised.

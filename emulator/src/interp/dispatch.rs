@@ -1,6 +1,7 @@
 //! Mnemonic to function: one match, one row a line, grouped by family. No row: #UD.
 
 use crate::cpu::Fault;
+use crate::interp::native::{self, gather, masked, state};
 use crate::interp::sensitive::{
     control, cpuid, eflags, far, fast, halt, interrupt, io, iret, msr, segment, table, time,
 };
@@ -228,6 +229,24 @@ pub fn op(i: &Insn) -> Op {
         M::Cmpxchg => atomic::cmpxchg,
         M::Cmpxchg8b => atomic::cmpxchg8b,
         M::Cmpxchg16b => atomic::cmpxchg16b,
+
+        // native: state and irregular memory operands
+        M::Wait => native::wait,
+        M::Ldmxcsr | M::Vldmxcsr => state::ldmxcsr,
+        M::Stmxcsr | M::Vstmxcsr => state::stmxcsr,
+        M::Vzeroupper | M::Vzeroall => state::vzeroupper,
+        M::Fxsave | M::Fxsave64 => state::fxsave,
+        M::Fxrstor | M::Fxrstor64 => state::fxrstor,
+        M::Xsave | M::Xsave64 | M::Xsavec | M::Xsavec64 | M::Xsaveopt | M::Xsaveopt64 => state::xsave,
+        M::Xrstor | M::Xrstor64 => state::xrstor,
+        M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq => masked::vmaskmov,
+        M::Maskmovdqu | M::Vmaskmovdqu => masked::maskmovdqu,
+        M::Maskmovq => masked::maskmovq,
+        M::Vpgatherdd | M::Vpgatherdq | M::Vpgatherqd | M::Vpgatherqq => gather::gather,
+        M::Vgatherdps | M::Vgatherdpd | M::Vgatherqps | M::Vgatherqpd => gather::gather,
+        M::Vpscatterdd | M::Vpscatterdq | M::Vpscatterqd | M::Vpscatterqq => gather::scatter,
+        M::Vscatterdps | M::Vscatterdpd | M::Vscatterqps | M::Vscatterqpd => gather::scatter,
+        _ if i.facts.class == Class::Native => native::run,
 
         _ => undefined,
     }

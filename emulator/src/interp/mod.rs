@@ -24,6 +24,7 @@ mod icache;
 pub mod logic;
 pub mod mov;
 pub mod muldiv;
+pub mod native;
 pub mod operand;
 mod run;
 pub mod sensitive;
@@ -38,6 +39,7 @@ use crate::cpu::cpuid::CpuModel;
 use crate::cpu::{CpuState, Fault};
 use crate::isa::Insn;
 use crate::mem::{GuestMemory, Mmu};
+use crate::native::NativeUnit;
 use crate::vcpu::{Board, Exit, Intercepts, Kicker, Vcpu};
 use sensitive::time::TimeSource;
 use std::sync::{Arc, OnceLock};
@@ -48,12 +50,14 @@ pub struct Env {
     pub cpu_model: Arc<CpuModel>,
     /// Where RDTSC, RDRAND and RDSEED get their numbers.
     pub time: TimeSource,
+    /// Runs x87 and SIMD instructions on the host CPU.
+    pub native: NativeUnit,
 }
 
 impl Env {
     /// With the given CPU.
     pub fn new(cpu_model: Arc<CpuModel>) -> Env {
-        Env { cpu_model, time: TimeSource::default() }
+        Env { cpu_model, time: TimeSource::default(), native: NativeUnit::default() }
     }
 }
 

@@ -51,6 +51,8 @@ impl Core {
                 break exit;
             }
         };
+        // The x87 state may have stayed in the host's registers.
+        x.env.native.leave_x87(&mut x.cpu.xsave);
         self.instructions += budget - left;
         exit
     }

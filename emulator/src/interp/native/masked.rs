@@ -1,0 +1,214 @@
+//! Memory operands of which only the elements that a mask selects are accessed (SDM 2A 2.8.1, 1 15.6.4): EVEX with an opmask,
+//! VMASKMOV, VPMASKMOV, MASKMOVQ, MASKMOVDQU. What is not selected cannot fault.
+
+use crate::cpu::xsave::component;
+use crate::interp::native::{at, check, check_aligned, enter_x87, execute};
+use crate::interp::operand::effective_address;
+use crate::interp::{Exec, Step, access};
+use crate::isa::{Gpr, Insn, MemRef, Operand, Seg, Width};
+use crate::native::{Needs, Thunk};
+use iced_x86::{Mnemonic, Register};
+
+/// The active elements in memory as a mask, and how many there can be.
+struct Active {
+    bits: u64,
+    element: usize,
+}
+
+impl Active {
+    /// Calls `f` with start and length in bytes of each run of neighbours.
+    fn runs(&self, mut f: impl FnMut(usize, usize) -> Step) -> Step {
+        let mut rest = self.bits;
+        let mut done = 0;
+        while rest != 0 {
+            let skip = rest.trailing_zeros();
+            rest >>= skip;
+            let n = rest.trailing_ones();
+            f((done + skip) as usize * self.element, n as usize * self.element)?;
+            done += skip + n;
+            rest = rest.checked_shr(n).unwrap_or(0);
+        }
+        Ok(())
+    }
+}
+
+fn low_bits(n: usize) -> u64 {
+    if n >= 64 { u64::MAX } else { (1 << n) - 1 }
+}
+
+/// An EVEX instruction with an opmask whose memory operand suppresses faults.
+pub fn run(x: &mut Exec<'_>, i: &Insn, m: &MemRef, offset: u64, t: &Thunk) -> Step {
+    let mask = x.cpu.xsave.opmask(i.iced.op_mask().number());
+    let active = active(i, mask, t);
+    // A processor looks at the alignment only if it accesses anything.
+    if active.bits != 0 && t.needs.contains(Needs::ALIGNED) {
+        check_aligned(x, t, m.seg, offset)?;
+    }
+    x.env.native.operand().fill(0);
+    if t.needs.contains(Needs::LOAD) {
+        read(x, m, offset, &active)?;
+    }
+    let store = t.needs.contains(Needs::STORE);
+    if t.needs.contains(Needs::WHOLE) {
+        access::check_write(x, m.seg, offset, u64::from(t.len))?;
+    }
+    if store && t.needs.contains(Needs::MXCSR) {
+        active.runs(|start, len| access::check_write(x, m.seg, at(m, offset, start as u64), len as u64))?;
+    }
+    execute(x, t)?;
+    if store {
+        let bytes = *x.env.native.operand();
+        write(x, m, offset, &active, &bytes)?;
+    }
+    Ok(())
+}
+
+/// Which elements of the memory operand the opmask makes the instruction access.
+fn active(i: &Insn, mask: u64, t: &Thunk) -> Active {
+    let element = usize::from(t.element).max(1);
+    let count = (usize::from(t.len) / element).max(1);
+    let full = i.iced.code().op_code().memory_size().size();
+    let name = i.iced.mnemonic();
+    let lanes = if repeats(name) { i.iced.op0_register().size() / element } else { full / element };
+    let mask = mask & low_bits(lanes);
+    let bits = if t.needs.contains(Needs::PACKED) {
+        low_bits(mask.count_ones() as usize)
+    } else if lanes > count {
+        // One element in memory serves several lanes.
+        (0..lanes).filter(|n| mask >> n & 1 != 0).fold(0, |b, n| b | 1 << (n % count))
+    } else {
+        mask
+    };
+    Active { bits, element }
+}
+
+/// Broadcasts by their name; their destination has more elements than memory.
+#[rustfmt::skip]
+fn repeats(m: Mnemonic) -> bool {
+    matches!(
+        m,
+        Mnemonic::Vbroadcastss | Mnemonic::Vbroadcastsd
+        | Mnemonic::Vbroadcastf32x2 | Mnemonic::Vbroadcastf32x4 | Mnemonic::Vbroadcastf32x8
+        | Mnemonic::Vbroadcastf64x2 | Mnemonic::Vbroadcastf64x4
+        | Mnemonic::Vbroadcasti32x2 | Mnemonic::Vbroadcasti32x4 | Mnemonic::Vbroadcasti32x8
+        | Mnemonic::Vbroadcasti64x2 | Mnemonic::Vbroadcasti64x4
+        | Mnemonic::Vpbroadcastb | Mnemonic::Vpbroadcastw | Mnemonic::Vpbroadcastd | Mnemonic::Vpbroadcastq
+    )
+}
+
+fn read(x: &mut Exec<'_>, m: &MemRef, offset: u64, active: &Active) -> Step {
+    active.runs(|start, len| {
+        let mut bytes = [0; 64];
+        access::read_bytes(x, m.seg, at(m, offset, start as u64), &mut bytes[..len])?;
+        x.env.native.operand()[start..start + len].copy_from_slice(&bytes[..len]);
+        Ok(())
+    })
+}
+
+/// All faults of all elements first.
+fn write(x: &mut Exec<'_>, m: &MemRef, offset: u64, active: &Active, bytes: &[u8]) -> Step {
+    active.runs(|start, len| access::check_write(x, m.seg, at(m, offset, start as u64), len as u64))?;
+    active.runs(|start, len| access::write_bytes(x, m.seg, at(m, offset, start as u64), &bytes[start..start + len]))
+}
+
+/// The sign bits of a vector register's elements.
+fn signs(x: &Exec<'_>, r: Register, element: usize) -> u64 {
+    let z = x.cpu.xsave.zmm(r.number());
+    (0..r.size() / element).fold(0, |b, n| b | u64::from(z[n * element + element - 1] >> 7) << n)
+}
+
+/// VMASKMOVPS, VMASKMOVPD, VPMASKMOVD, VPMASKMOVQ: the mask is the sign bits of operand 1.
+pub fn vmaskmov(x: &mut Exec<'_>, i: &Insn) -> Step {
+    check(x.cpu, Needs::AVX)?;
+    let element = match i.iced.mnemonic() {
+        Mnemonic::Vmaskmovps | Mnemonic::Vpmaskmovd => 4,
+        _ => 8,
+    };
+    let active = Active { bits: signs(x, i.iced.op1_register(), element), element };
+    let Some(m) = i.mem() else { return Err(crate::cpu::Fault::Ud.into()) };
+    let offset = effective_address(x, i, m);
+    if matches!(i.ops[0], Operand::Mem(_)) {
+        let data = x.cpu.xsave.zmm(i.iced.op2_register().number());
+        return write(x, m, offset, &active, &data);
+    }
+    x.env.native.operand().fill(0);
+    read(x, m, offset, &active)?;
+    let to = i.iced.op0_register();
+    let mut z = [0; 64];
+    let len = to.size();
+    z[..len].copy_from_slice(&x.env.native.operand()[..len]);
+    set_vector(x, to, z);
+    Ok(())
+}
+
+/// Sets a whole vector register as a VEX instruction does: what is past it becomes zero.
+pub fn set_vector(x: &mut Exec<'_>, r: Register, z: [u8; 64]) {
+    // ZMM halves that were never used need not come into use for zeros.
+    let bv = x.cpu.xsave.xstate_bv();
+    x.cpu.xsave.set_zmm(r.number(), z);
+    if r.number() < 16 && z[32..] == [0; 32] && bv & component::ZMM_HI256 == 0 {
+        let now = x.cpu.xsave.xstate_bv();
+        x.cpu.xsave.set_xstate_bv(now & !component::ZMM_HI256);
+    }
+}
+
+/// MASKMOVDQU, VMASKMOVDQU: bytes of operand 1 (iced counts the implicit destination as operand 0) to DS:rDI.
+pub fn maskmovdqu(x: &mut Exec<'_>, i: &Insn) -> Step {
+    let avx = i.iced.mnemonic() == Mnemonic::Vmaskmovdqu;
+    check(x.cpu, if avx { Needs::AVX } else { Needs::SSE })?;
+    let active = Active { bits: signs(x, i.iced.op2_register(), 1), element: 1 };
+    let data = x.cpu.xsave.zmm(i.iced.op1_register().number());
+    let m = destination(i);
+    let offset = m.address.cut(x.cpu.gpr[Gpr::Rdi as usize]);
+    // Which faults an unselected byte may give is the processor's choice (SDM 2B MASKMOVDQU): all of them.
+    access::check_write(x, m.seg, offset, 16)?;
+    write(x, &m, offset, &active, &data)
+}
+
+/// MASKMOVQ: the same with MMX registers, and the x87 state becomes MMX's.
+pub fn maskmovq(x: &mut Exec<'_>, i: &Insn) -> Step {
+    check(x.cpu, Needs::MMX)?;
+    enter_x87(x, Needs::WAITING)?;
+    x.env.native.leave_x87(&mut x.cpu.xsave);
+    let (source, mask) = (mmx(x, i.iced.op1_register()), mmx(x, i.iced.op2_register()));
+    let bits = (0..8).fold(0, |b, n| b | u64::from(mask[n] >> 7) << n);
+    let m = destination(i);
+    let offset = m.address.cut(x.cpu.gpr[Gpr::Rdi as usize]);
+    access::check_write(x, m.seg, offset, 8)?;
+    write(x, &m, offset, &Active { bits, element: 1 }, &source)?;
+    enter_mmx(x);
+    Ok(())
+}
+
+/// The implicit operand DS:rDI, with its override.
+fn destination(i: &Insn) -> MemRef {
+    let seg = Seg::from_iced(i.iced.memory_segment()).unwrap_or(Seg::Ds);
+    let address = match i.iced.op0_kind() {
+        iced_x86::OpKind::MemorySegDI => Width::W,
+        iced_x86::OpKind::MemorySegEDI => Width::D,
+        _ => Width::Q,
+    };
+    MemRef { seg, base: crate::isa::Base::Reg(Gpr::Rdi), index: None, scale: 0, address, disp: 0 }
+}
+
+fn top(x: &Exec<'_>) -> usize {
+    usize::from(x.cpu.xsave.fsw() >> 11 & 7)
+}
+
+/// An MMX register is the significand of the physical x87 register of its number; the image counts from the top of the stack.
+fn mmx(x: &Exec<'_>, r: Register) -> [u8; 8] {
+    let st = x.cpu.xsave.st((r.number() + 8 - top(x)) & 7);
+    st[..8].try_into().expect("eight bytes")
+}
+
+/// SDM 1 9.5: an MMX instruction sets TOS to 0 and all tags to valid.
+fn enter_mmx(x: &mut Exec<'_>) {
+    let t = top(x);
+    let st: [[u8; 10]; 8] = std::array::from_fn(|n| x.cpu.xsave.st((n + 8 - t) & 7));
+    for (n, v) in st.into_iter().enumerate() {
+        x.cpu.xsave.set_st(n, v);
+    }
+    let fsw = x.cpu.xsave.fsw() & !(7 << 11);
+    x.cpu.xsave.set_fsw(fsw);
+    x.cpu.xsave.set_ftw_abridged(0xff);
+}

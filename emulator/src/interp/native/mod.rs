@@ -1,0 +1,271 @@
+//! x87, MMX, SSE, AVX and AVX-512: check the control registers, fetch the memory operand, run on the host CPU, write back.
+//!
+//! Order of faults (SDM 3A 6.9, 2A 2.4-2.8): #UD, #NM, pending #MF, then those of the memory operand, then #XM. What has no thunk
+//! because its memory accesses depend on register values is in [`masked`] and [`gather`]; [`state`] is what loads and stores state.
+
+pub mod gather;
+pub mod masked;
+pub mod state;
+
+use crate::cpu::{CpuState, Cr0, Cr4, Fault};
+use crate::host::signal;
+use crate::interp::operand::effective_address;
+use crate::interp::{Exec, Step, Stop, access};
+use crate::isa::{Base, Gpr, Insn, MemRef, Seg, Width};
+use crate::mem::{Access, PAGE_SIZE};
+use crate::native::{Needs, Thunk};
+use iced_x86::OpCodeOperandKind;
+
+/// MXCSR exception masks.
+const MASKS: u32 = 0x1f80;
+/// MXCSR.MM, AMD's misaligned exception mode (APM 1 4.2.2).
+const MM: u32 = 1 << 17;
+
+/// #UD and #NM by CR0, CR4 and XCR0 (SDM 3A table 2-2, 2A 2.4-2.8).
+#[inline(always)]
+pub fn check(cpu: &CpuState, needs: Needs) -> Step {
+    let blocked = cpu.cr0 & (Cr0::EM | Cr0::TS);
+    if needs.contains(Needs::AVX) {
+        let state = if needs.contains(Needs::AVX512) { 0xe6 } else { 6 };
+        if !cpu.cr4.contains(Cr4::OSXSAVE) || cpu.xcr0 & state != state || cpu.mode().is_real_like() {
+            return Err(Fault::Ud.into());
+        }
+    } else if needs.contains(Needs::SSE) && !cpu.cr4.contains(Cr4::OSFXSR) {
+        return Err(Fault::Ud.into());
+    }
+    if blocked.is_empty() {
+        return Ok(());
+    }
+    if blocked.contains(Cr0::EM) && needs.intersects(Needs::SSE | Needs::MMX) {
+        return Err(Fault::Ud.into());
+    }
+    if blocked.contains(Cr0::TS) || needs.contains(Needs::X87) {
+        return Err(Fault::Nm.into());
+    }
+    Ok(())
+}
+
+/// Takes the x87 state into the host's registers and raises what is pending there.
+#[inline(always)]
+fn enter_x87(x: &mut Exec<'_>, needs: Needs) -> Step {
+    x.env.native.enter_x87(&mut x.cpu.xsave);
+    if needs.contains(Needs::WAITING) && x.env.native.x87_pending() {
+        return Err(Fault::Mf.into());
+    }
+    Ok(())
+}
+
+/// Any instruction of the class that has no function of its own.
+pub fn run(x: &mut Exec<'_>, i: &Insn) -> Step {
+    let Some(t) = x.env.native.thunk(&i.iced) else { return Err(Fault::Ud.into()) };
+    check(x.cpu, t.needs)?;
+    if t.needs.contains(Needs::X87) {
+        enter_x87(x, t.needs)?;
+    }
+    let Some(m) = i.mem() else {
+        execute(x, &t)?;
+        if t.needs.contains(Needs::POINTERS) {
+            set_pointers(x, i, None);
+        }
+        return Ok(());
+    };
+    let offset = effective_address(x, i, m);
+    if t.needs.contains(Needs::MASKED) {
+        return masked::run(x, i, m, offset, &t);
+    }
+    if t.needs.intersects(Needs::ALIGNED | Needs::ALIGNED_UNLESS_MM) {
+        check_aligned(x, &t, m.seg, offset)?;
+    }
+    if t.needs.contains(Needs::STORE | Needs::POINTERS) && x.env.native.x87_unmasked() {
+        return run_unmasked_store(x, i, m, offset, &t);
+    }
+    let len = usize::from(t.len);
+    if t.needs.contains(Needs::LOAD) {
+        load(x, m.seg, offset, len)?;
+    }
+    if t.needs.contains(Needs::STORE) && t.needs.intersects(Needs::X87 | Needs::MXCSR) {
+        // The instruction changes registers too: what the store can raise comes first.
+        access::check_write(x, m.seg, offset, len as u64)?;
+    }
+    execute(x, &t)?;
+    if t.needs.contains(Needs::POINTERS) {
+        set_pointers(x, i, Some((m, offset)));
+    } else if t.needs.contains(Needs::ENVIRONMENT) {
+        x.env.native.patch_environment(len != 14 && len != 94);
+    }
+    if t.needs.contains(Needs::STORE) {
+        store(x, m.seg, offset, len)?;
+    }
+    Ok(())
+}
+
+/// An x87 store with an exception unmasked: if the exception comes, nothing is stored (SDM 1 8.5). What was there before tells.
+#[cold]
+fn run_unmasked_store(x: &mut Exec<'_>, i: &Insn, m: &MemRef, offset: u64, t: &Thunk) -> Step {
+    let len = usize::from(t.len);
+    load(x, m.seg, offset, len)?;
+    let old = *x.env.native.operand();
+    access::check_write(x, m.seg, offset, len as u64)?;
+    execute(x, t)?;
+    set_pointers(x, i, Some((m, offset)));
+    if x.env.native.operand()[..len] == old[..len] { Ok(()) } else { store(x, m.seg, offset, len) }
+}
+
+/// Runs the thunk; an unmasked SIMD exception is #XM, or #UD without CR4.OSXMMEXCPT.
+#[inline(always)]
+fn execute(x: &mut Exec<'_>, t: &Thunk) -> Step {
+    if t.needs.contains(Needs::MXCSR) && x.cpu.xsave.mxcsr() & (MASKS | 0xffff_0000) != MASKS {
+        return execute_unmasked(x, t);
+    }
+    x.env.native.run(t, x.cpu);
+    Ok(())
+}
+
+/// With an exception unmasked the host CPU raises it too: the thread's signal handler must know.
+#[cold]
+fn execute_unmasked(x: &mut Exec<'_>, t: &Thunk) -> Step {
+    // Reserved bits can only come from outside; loading them would fault.
+    let mxcsr = x.cpu.xsave.mxcsr() & state::mxcsr_mask();
+    x.cpu.xsave.set_mxcsr(mxcsr);
+    let guard = signal::expect_fpe(x.env.native.code());
+    let done = x.env.native.run(t, x.cpu);
+    drop(guard);
+    if done {
+        return Ok(());
+    }
+    Err(if x.cpu.cr4.contains(Cr4::OSXMMEXCPT) { Fault::Xm } else { Fault::Ud }.into())
+}
+
+/// SDM 2A table 2-21 and following: explicitly aligned operands give #GP(0) if they are not.
+fn check_aligned(x: &Exec<'_>, t: &Thunk, seg: Seg, offset: u64) -> Step {
+    let len = u64::from(t.len);
+    let laddr = access::linear(x, seg, offset, if t.needs.contains(Needs::MASKED) { 1 } else { len }, Access::Read)?;
+    if laddr & (len - 1) == 0 || t.needs.contains(Needs::ALIGNED_UNLESS_MM) && x.cpu.xsave.mxcsr() & MM != 0 {
+        return Ok(());
+    }
+    Err(Fault::Gp(0).into())
+}
+
+/// May 16 bytes be accessed as two halves: nothing can go wrong with the second that does not with the first.
+#[inline(always)]
+fn in_one_page(x: &Exec<'_>, seg: Seg, offset: u64) -> bool {
+    if !access::is_long64(x.cpu) {
+        return false;
+    }
+    let base = match seg {
+        Seg::Fs | Seg::Gs => x.cpu.seg[seg as usize].base,
+        _ => 0,
+    };
+    base.wrapping_add(offset) & (PAGE_SIZE - 1) <= PAGE_SIZE - 16
+}
+
+/// The memory operand into the buffer.
+#[inline(always)]
+fn load(x: &mut Exec<'_>, seg: Seg, offset: u64, len: usize) -> Step {
+    match len {
+        4 => {
+            let v = access::load(x, seg, offset, Width::D)?;
+            x.env.native.operand()[..4].copy_from_slice(&(v as u32).to_le_bytes());
+        }
+        8 => {
+            let v = access::load(x, seg, offset, Width::Q)?;
+            x.env.native.operand()[..8].copy_from_slice(&v.to_le_bytes());
+        }
+        16 if in_one_page(x, seg, offset) => {
+            let a = access::load(x, seg, offset, Width::Q)?;
+            let b = access::load(x, seg, offset.wrapping_add(8), Width::Q)?;
+            let to = x.env.native.operand();
+            to[..8].copy_from_slice(&a.to_le_bytes());
+            to[8..16].copy_from_slice(&b.to_le_bytes());
+        }
+        _ => {
+            let mut bytes = [0; 128];
+            access::read_bytes(x, seg, offset, &mut bytes[..len])?;
+            x.env.native.operand()[..len].copy_from_slice(&bytes[..len]);
+        }
+    }
+    Ok(())
+}
+
+/// The buffer into the memory operand.
+#[inline(always)]
+fn store(x: &mut Exec<'_>, seg: Seg, offset: u64, len: usize) -> Step {
+    let from = *x.env.native.operand();
+    let word = |n: usize| u64::from_le_bytes(from[n..n + 8].try_into().expect("eight bytes"));
+    match len {
+        4 => access::store(x, seg, offset, Width::D, word(0)),
+        8 => access::store(x, seg, offset, Width::Q, word(0)),
+        16 if in_one_page(x, seg, offset) => {
+            access::store(x, seg, offset, Width::Q, word(0))?;
+            access::store(x, seg, offset.wrapping_add(8), Width::Q, word(8))
+        }
+        _ => access::write_bytes(x, seg, offset, &from[..len]),
+    }
+}
+
+/// SDM 1 8.1.8: the last non-control instruction, its opcode and its memory operand.
+fn set_pointers(x: &mut Exec<'_>, i: &Insn, memory: Option<(&MemRef, u64)>) {
+    let data = memory.map(|(m, offset)| (offset, x.cpu.segment(m.seg).selector));
+    let (rip, cs) = (x.cpu.rip, x.cpu.segment(Seg::Cs).selector);
+    x.env.native.set_pointers(rip, cs, opcode(i), data);
+}
+
+/// The x87 opcode as FOP has it: the low three bits of the first byte, and ModRM (SDM 1 8.1.9). The decoder does not keep ModRM: of
+/// several encodings of the same address the usual one is taken.
+fn opcode(i: &Insn) -> u16 {
+    let op = i.iced.code().op_code();
+    let code = op.op_code() as u16;
+    if op.op_code_len() == 2 {
+        let st = (0..i.iced.op_count())
+            .find(|&n| op.op_kind(n) == OpCodeOperandKind::sti_opcode)
+            .map_or(0, |n| i.iced.op_register(n).number() as u16);
+        return (code & 0x7ff) | st;
+    }
+    let reg = op.group_index().max(0) as u16;
+    (code & 7) << 8 | reg << 3 | i.mem().map_or(0, |m| mod_rm(i, m))
+}
+
+fn mod_rm(i: &Insn, m: &MemRef) -> u16 {
+    let size = match i.iced.memory_displ_size() {
+        0 => 0,
+        1 => 0x40,
+        _ => 0x80,
+    };
+    if m.address == Width::W {
+        return match (m.base, m.index) {
+            (Base::None, None) => 6,
+            (Base::Reg(Gpr::Rbx), Some(r)) => size | u16::from(r == Gpr::Rdi),
+            (Base::Reg(Gpr::Rbp), Some(r)) => size | 2 | u16::from(r == Gpr::Rdi),
+            (Base::Reg(Gpr::Rsi), _) => size | 4,
+            (Base::Reg(Gpr::Rdi), _) => size | 5,
+            (Base::Reg(Gpr::Rbp), _) => size | 6,
+            _ => size | 7,
+        };
+    }
+    match (m.base, m.index) {
+        (Base::Rip, _) => 5,
+        (Base::None, None) if i.iced.code_size() != iced_x86::CodeSize::Code64 => 5,
+        (Base::None, _) => 4,
+        (Base::Reg(_), Some(_)) | (Base::Reg(Gpr::Rsp | Gpr::R12), None) => size | 4,
+        (Base::Reg(r), None) => size | (r as u16 & 7),
+    }
+}
+
+/// WAIT: CR0.MP with CR0.TS gives #NM, then a pending exception #MF.
+pub fn wait(x: &mut Exec<'_>, _: &Insn) -> Step {
+    if x.cpu.cr0.contains(Cr0::MP | Cr0::TS) {
+        return Err(Fault::Nm.into());
+    }
+    enter_x87(x, Needs::WAITING)
+}
+
+/// The sum of a memory operand's offset and `delta`, in its address width.
+fn at(m: &MemRef, offset: u64, delta: u64) -> u64 {
+    m.address.cut(offset.wrapping_add(delta))
+}
+
+/// Reads one element of at most 8 bytes.
+fn element(x: &mut Exec<'_>, seg: Seg, offset: u64, size: u64) -> Result<u64, Stop> {
+    let w = Width::from_bytes(size as usize).expect("elements are 1, 2, 4 or 8 bytes");
+    access::load(x, seg, offset, w)
+}

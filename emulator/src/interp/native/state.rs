@@ -1,0 +1,378 @@
+//! What loads and stores the state itself: MXCSR, FXSAVE, FXRSTOR, XSAVE and its kin, VZEROUPPER (SDM 1 10.5, 13.7-13.12).
+
+use crate::cpu::xsave::{Layout, component};
+use crate::cpu::{CpuState, Cr0, Cr4, Fault, XsaveArea};
+use crate::interp::native::{at, check, enter_x87};
+use crate::interp::operand::effective_address;
+use crate::interp::{Exec, Step, Stop, access};
+use crate::isa::{Gpr, Insn, MemRef, Width};
+use crate::mem::Access;
+use crate::native::Needs;
+use iced_x86::{CpuidFeature, EncodingKind, Mnemonic};
+use std::ops::Range;
+use std::sync::OnceLock;
+
+/// XCOMP_BV bit 63: compacted format.
+const COMPACT: u64 = 1 << 63;
+/// The bytes of the legacy region that belong to x87.
+const X87_PARTS: [Range<usize>; 2] = [0..24, 32..160];
+const MXCSR: usize = 24;
+const XSTATE_BV: usize = 512;
+const LEGACY: usize = 576;
+
+/// Bits of MXCSR that are not reserved, as FXSAVE reports them in MXCSR_MASK.
+pub fn mxcsr_mask() -> u32 {
+    static MASK: OnceLock<u32> = OnceLock::new();
+    *MASK.get_or_init(|| {
+        let misaligned_mode = std::is_x86_feature_detected!("sse4a") || is_amd_misaligned();
+        if misaligned_mode { 0x2_ffff } else { 0xffff }
+    })
+}
+
+/// CPUID 8000_0001h ECX bit 7: MXCSR.MM exists.
+fn is_amd_misaligned() -> bool {
+    std::arch::x86_64::__cpuid(0x8000_0000).eax > 0x8000_0000
+        && std::arch::x86_64::__cpuid(0x8000_0001).ecx >> 7 & 1 != 0
+}
+
+fn memory(x: &Exec<'_>, i: &Insn) -> Result<(MemRef, u64), Stop> {
+    let m = i.mem().copied().ok_or(Fault::Ud)?;
+    Ok((m, effective_address(x, i, &m)))
+}
+
+fn mxcsr_needs(i: &Insn) -> Needs {
+    if i.iced.code().op_code().encoding() == EncodingKind::Legacy { Needs::SSE } else { Needs::AVX }
+}
+
+/// LDMXCSR, VLDMXCSR: reserved bits give #GP(0).
+pub fn ldmxcsr(x: &mut Exec<'_>, i: &Insn) -> Step {
+    check(x.cpu, mxcsr_needs(i))?;
+    let (m, offset) = memory(x, i)?;
+    let v = access::load(x, m.seg, offset, Width::D)? as u32;
+    if v & !mxcsr_mask() != 0 {
+        return Err(Fault::Gp(0).into());
+    }
+    x.cpu.xsave.set_mxcsr(v);
+    Ok(())
+}
+
+/// STMXCSR, VSTMXCSR.
+pub fn stmxcsr(x: &mut Exec<'_>, i: &Insn) -> Step {
+    check(x.cpu, mxcsr_needs(i))?;
+    let (m, offset) = memory(x, i)?;
+    access::store(x, m.seg, offset, Width::D, u64::from(x.cpu.xsave.mxcsr()))
+}
+
+/// VZEROUPPER: bits above 127 of all registers that the mode has.
+pub fn vzeroupper(x: &mut Exec<'_>, i: &Insn) -> Step {
+    check(x.cpu, Needs::AVX)?;
+    let all = i.iced.mnemonic() == Mnemonic::Vzeroall;
+    if access::is_long64(x.cpu) {
+        // ZMM16-31 are kept, so this is the initial configuration of whole components.
+        let mut gone = component::AVX | component::ZMM_HI256;
+        gone |= if all { component::SSE } else { 0 };
+        let bv = x.cpu.xsave.xstate_bv();
+        x.cpu.xsave.set_xstate_bv(bv & !gone);
+        return Ok(());
+    }
+    let image = &mut x.cpu.xsave;
+    for n in 0..8 {
+        let mut z = image.zmm(n);
+        z[if all { 0 } else { 16 }..].fill(0);
+        image.set_zmm(n, z);
+    }
+    Ok(())
+}
+
+fn is_64(i: &Insn) -> bool {
+    use Mnemonic as M;
+    matches!(i.iced.mnemonic(), M::Fxsave64 | M::Fxrstor64 | M::Xsave64 | M::Xsavec64 | M::Xsaveopt64 | M::Xrstor64)
+}
+
+/// Vector registers that the mode has.
+fn registers(cpu: &CpuState) -> usize {
+    if access::is_long64(cpu) { 16 } else { 8 }
+}
+
+/// FXSAVE, FXRSTOR: CR0.EM and CR0.TS give #NM, a misaligned operand #GP(0).
+fn fx_checks(x: &Exec<'_>, m: &MemRef, offset: u64, access: Access) -> Step {
+    if x.cpu.cr0.intersects(Cr0::EM | Cr0::TS) {
+        return Err(Fault::Nm.into());
+    }
+    aligned(x, m, offset, 512, 16, access)
+}
+
+fn aligned(x: &Exec<'_>, m: &MemRef, offset: u64, len: u64, to: u64, access: Access) -> Step {
+    let laddr = access::linear(x, m.seg, offset, len, access)?;
+    if laddr & (to - 1) != 0 { Err(Fault::Gp(0).into()) } else { Ok(()) }
+}
+
+/// The legacy region as FXSAVE and XSAVE write it: with FCS and FDS instead of the high halves of the pointers in the 32-bit form.
+fn legacy(x: &mut Exec<'_>, wide: bool) -> [u8; 512] {
+    x.env.native.sync_x87(&mut x.cpu.xsave);
+    let image = &mut x.cpu.xsave;
+    image.materialize(component::X87 | component::SSE);
+    let mut out: [u8; 512] = image.bytes[..512].try_into().expect("the area is longer");
+    out[MXCSR + 4..MXCSR + 8].copy_from_slice(&mxcsr_mask().to_le_bytes());
+    if !wide {
+        let p = x.env.native.pointers();
+        let deprecated = x.env.cpu_model.cpuid(x.cpu, 7, 0)[1] >> 13 & 1 != 0;
+        for (at, selector) in [(12, p.fcs), (20, p.fds)] {
+            let used = !deprecated && out[at - 4..at] != [0; 4];
+            out[at..at + 4].copy_from_slice(&u32::from(if used { selector } else { 0 }).to_le_bytes());
+        }
+    }
+    out
+}
+
+/// FXSAVE, FXSAVE64.
+pub fn fxsave(x: &mut Exec<'_>, i: &Insn) -> Step {
+    let (m, offset) = memory(x, i)?;
+    fx_checks(x, &m, offset, Access::Write)?;
+    access::check_write(x, m.seg, offset, 512)?;
+    let out = legacy(x, is_64(i));
+    access::write_bytes(x, m.seg, offset, &out[..Layout::XMM + 16 * registers(x.cpu)])
+}
+
+/// FXRSTOR, FXRSTOR64.
+pub fn fxrstor(x: &mut Exec<'_>, i: &Insn) -> Step {
+    let (m, offset) = memory(x, i)?;
+    fx_checks(x, &m, offset, Access::Read)?;
+    let mut from = [0; 512];
+    access::read_bytes(x, m.seg, offset, &mut from)?;
+    let mxcsr = word(&from, MXCSR);
+    if mxcsr & !mxcsr_mask() != 0 {
+        return Err(Fault::Gp(0).into());
+    }
+    set_x87(x, &from, is_64(i))?;
+    let xmm = Layout::XMM..Layout::XMM + 16 * registers(x.cpu);
+    let image = &mut x.cpu.xsave;
+    image.set_mxcsr(mxcsr);
+    image.activate(component::SSE);
+    image.bytes[xmm.clone()].copy_from_slice(&from[xmm]);
+    Ok(())
+}
+
+fn word(b: &[u8], n: usize) -> u32 {
+    u32::from_le_bytes(b[n..n + 4].try_into().expect("four bytes"))
+}
+
+/// x87 state from a legacy region, through the host's registers, which drop what is not kept.
+fn set_x87(x: &mut Exec<'_>, from: &[u8; 512], wide: bool) -> Step {
+    x.env.native.leave_x87(&mut x.cpu.xsave);
+    let image = &mut x.cpu.xsave;
+    image.activate(component::X87);
+    for part in X87_PARTS {
+        image.bytes[part.clone()].copy_from_slice(&from[part]);
+    }
+    let mut selectors = (0, 0);
+    if !wide {
+        selectors = (u16::from_le_bytes([from[12], from[13]]), u16::from_le_bytes([from[20], from[21]]));
+        image.bytes[12..16].fill(0);
+        image.bytes[20..24].fill(0);
+    }
+    enter_x87(x, Needs::X87)?;
+    x.env.native.set_selectors(selectors.0, selectors.1);
+    Ok(())
+}
+
+/// A state component of the extended region: where it is in the image, and how many of its bytes the mode has.
+struct Part {
+    bit: u64,
+    at: usize,
+    size: usize,
+    used: usize,
+}
+
+fn parts(cpu: &CpuState) -> [Part; 4] {
+    let l = Layout::host();
+    let long = access::is_long64(cpu);
+    let half = |size: usize| if long { size } else { size / 2 };
+    [
+        Part { bit: component::AVX, at: l.avx, size: 256, used: half(256) },
+        Part { bit: component::OPMASK, at: l.opmask, size: 64, used: 64 },
+        Part { bit: component::ZMM_HI256, at: l.zmm_hi256, size: 512, used: half(512) },
+        Part { bit: component::HI16_ZMM, at: l.hi16_zmm, size: 1024, used: if long { 1024 } else { 0 } },
+    ]
+}
+
+/// Requested-feature bitmap: EDX:EAX and XCR0.
+fn requested(cpu: &CpuState) -> u64 {
+    let mask = cpu.gpr[Gpr::Rdx as usize] << 32 | cpu.gpr[Gpr::Rax as usize] & 0xffff_ffff;
+    mask & cpu.xcr0
+}
+
+/// The components that are not in their initial configuration (SDM 1 13.6). x87, opmask and ZMM16-31 stay in use once they were;
+/// the others are looked at.
+pub fn in_use(image: &XsaveArea) -> u64 {
+    let l = Layout::host();
+    let mut used = image.xstate_bv() & l.components;
+    for (bit, range) in [
+        (component::SSE, Layout::XMM..Layout::XMM + 256),
+        (component::AVX, l.avx..l.avx + 256),
+        (component::ZMM_HI256, l.zmm_hi256..l.zmm_hi256 + 512),
+    ] {
+        if used & bit != 0 && image.bytes[range].iter().all(|&b| b == 0) {
+            used &= !bit;
+        }
+    }
+    if image.mxcsr() != 0x1f80 {
+        used |= component::SSE;
+    }
+    used
+}
+
+/// CR4.OSXSAVE clear gives #UD, CR0.TS #NM, an operand not aligned to 64 bytes #GP(0).
+fn xsave_checks(x: &Exec<'_>, m: &MemRef, offset: u64, access: Access) -> Step {
+    if !x.cpu.cr4.contains(Cr4::OSXSAVE) {
+        return Err(Fault::Ud.into());
+    }
+    if x.cpu.cr0.contains(Cr0::TS) {
+        return Err(Fault::Nm.into());
+    }
+    aligned(x, m, offset, LEGACY as u64, 64, access)
+}
+
+/// XSAVE, XSAVEOPT and XSAVEC with their 64-bit forms.
+pub fn xsave(x: &mut Exec<'_>, i: &Insn) -> Step {
+    let (m, offset) = memory(x, i)?;
+    xsave_checks(x, &m, offset, Access::Write)?;
+    let compact = matches!(i.iced.mnemonic(), Mnemonic::Xsavec | Mnemonic::Xsavec64);
+    let all = !compact && matches!(i.iced.mnemonic(), Mnemonic::Xsave | Mnemonic::Xsave64);
+    let wanted = requested(x.cpu);
+    let legacy = legacy(x, is_64(i));
+    let used = in_use(&x.cpu.xsave) & wanted;
+    let store = if all { wanted } else { used };
+    x.cpu.xsave.materialize(store);
+
+    let mut header = [0; 16];
+    let header_len = if compact {
+        header[..8].copy_from_slice(&used.to_le_bytes());
+        header[8..].copy_from_slice(&(wanted | COMPACT).to_le_bytes());
+        16
+    } else {
+        let mut old = [0; 8];
+        access::read_bytes(x, m.seg, at(&m, offset, XSTATE_BV as u64), &mut old)?;
+        header[..8].copy_from_slice(&(u64::from_le_bytes(old) & !wanted | used).to_le_bytes());
+        8
+    };
+    // Offset in memory, bytes.
+    let mut pieces: Vec<(usize, Vec<u8>)> = vec![(XSTATE_BV, header[..header_len].to_vec())];
+    if store & component::X87 != 0 {
+        pieces.extend(X87_PARTS.map(|p| (p.start, legacy[p].to_vec())));
+    }
+    let mxcsr = if compact { component::SSE } else { component::SSE | component::AVX };
+    let has_mxcsr = if all { wanted } else { wanted & (used | if compact { 0 } else { component::AVX }) };
+    if has_mxcsr & mxcsr != 0 {
+        pieces.push((MXCSR, legacy[MXCSR..MXCSR + 8].to_vec()));
+    }
+    if store & component::SSE != 0 {
+        let xmm = Layout::XMM..Layout::XMM + 16 * registers(x.cpu);
+        pieces.push((xmm.start, legacy[xmm].to_vec()));
+    }
+    let mut next = LEGACY;
+    for p in parts(x.cpu) {
+        let to = if compact { next } else { p.at };
+        if wanted & p.bit != 0 {
+            next += p.size;
+        }
+        if store & p.bit != 0 && p.used != 0 {
+            pieces.push((to, x.cpu.xsave.bytes[p.at..p.at + p.used].to_vec()));
+        }
+    }
+    for (to, bytes) in &pieces {
+        access::check_write(x, m.seg, at(&m, offset, *to as u64), bytes.len() as u64)?;
+    }
+    pieces.iter().try_for_each(|(to, bytes)| access::write_bytes(x, m.seg, at(&m, offset, *to as u64), bytes))
+}
+
+/// XRSTOR, XRSTOR64: both formats, with the checks of the header (SDM 1 13.8).
+pub fn xrstor(x: &mut Exec<'_>, i: &Insn) -> Step {
+    let (m, offset) = memory(x, i)?;
+    xsave_checks(x, &m, offset, Access::Read)?;
+    let mut region = [0; LEGACY];
+    access::read_bytes(x, m.seg, offset, &mut region)?;
+    let quad = |n: usize| u64::from_le_bytes(region[n..n + 8].try_into().expect("eight bytes"));
+    let (bv, xcomp) = (quad(XSTATE_BV), quad(XSTATE_BV + 8));
+    let compact = xcomp & COMPACT != 0;
+    let bad = if compact {
+        !x.env.cpu_model.has(CpuidFeature::XSAVEC)
+            || xcomp & !COMPACT & !x.cpu.xcr0 != 0
+            || bv & !xcomp != 0
+            || region[XSTATE_BV + 16..].iter().any(|&b| b != 0)
+    } else {
+        bv & !x.cpu.xcr0 != 0 || region[XSTATE_BV + 8..XSTATE_BV + 24].iter().any(|&b| b != 0)
+    };
+    if bad {
+        return Err(Fault::Gp(0).into());
+    }
+    let wanted = requested(x.cpu);
+    let mxcsr = word(&region, MXCSR);
+    let loads_mxcsr =
+        if compact { wanted & bv & component::SSE != 0 } else { wanted & (component::SSE | component::AVX) != 0 };
+    if loads_mxcsr && mxcsr & !mxcsr_mask() != 0 {
+        return Err(Fault::Gp(0).into());
+    }
+    // Everything is read before anything changes.
+    let mut extended: Vec<(Part, Vec<u8>)> = Vec::new();
+    let mut next = LEGACY;
+    for p in parts(x.cpu) {
+        let from = if compact { next } else { p.at };
+        if compact && xcomp & p.bit != 0 {
+            next += p.size;
+        }
+        if wanted & p.bit == 0 {
+            continue;
+        }
+        let mut bytes = vec![0; p.used];
+        if bv & p.bit != 0 {
+            access::read_bytes(x, m.seg, at(&m, offset, from as u64), &mut bytes)?;
+        }
+        extended.push((p, bytes));
+    }
+    if wanted & component::X87 != 0 {
+        let mut legacy: [u8; 512] = region[..512].try_into().expect("the region is longer");
+        if bv & component::X87 == 0 {
+            let initial = XsaveArea::default();
+            legacy[..24].copy_from_slice(&initial.bytes[..24]);
+            legacy[32..160].fill(0);
+        }
+        set_x87(x, &legacy, is_64(i))?;
+        if bv & component::X87 == 0 {
+            x.env.native.leave_x87(&mut x.cpu.xsave);
+            let now = x.cpu.xsave.xstate_bv();
+            x.cpu.xsave.set_xstate_bv(now & !component::X87);
+        }
+    }
+    let registers = registers(x.cpu);
+    let long = registers == 16;
+    let image = &mut x.cpu.xsave;
+    if loads_mxcsr {
+        image.set_mxcsr(mxcsr);
+    } else if compact && wanted & component::SSE != 0 {
+        image.set_mxcsr(0x1f80);
+    }
+    if wanted & component::SSE != 0 {
+        let xmm = Layout::XMM..Layout::XMM + 16 * registers;
+        let mut bytes = region[xmm.clone()].to_vec();
+        if bv & component::SSE == 0 {
+            bytes.fill(0);
+        }
+        set_part(image, component::SSE, xmm, &bytes, bv, long);
+    }
+    for (p, bytes) in extended {
+        set_part(image, p.bit, p.at..p.at + p.used, &bytes, bv, long || p.bit == component::OPMASK);
+    }
+    Ok(())
+}
+
+/// Sets a component, or makes it initial; `whole`: the mode has all of it.
+fn set_part(image: &mut XsaveArea, bit: u64, range: Range<usize>, bytes: &[u8], bv: u64, whole: bool) {
+    if bv & bit == 0 && whole {
+        let now = image.xstate_bv();
+        image.set_xstate_bv(now & !bit);
+    } else if !range.is_empty() {
+        image.activate(bit);
+        image.bytes[range].copy_from_slice(bytes);
+    }
+}

@@ -1,0 +1,199 @@
+//! What a native instruction needs from control registers and from the thunk, and how it treats its memory operand.
+//!
+//! SDM 2A 2.4 to 2.7 (exception types of SSE, VEX and EVEX instructions); whether masked-out elements may fault was read off a
+//! processor, instruction by instruction, and agrees with the classes E4NF, E5NF, E6NF there.
+
+use iced_x86::{Code, CpuidFeature as F, EncodingKind, Instruction, Mnemonic as M, OpCodeOperandKind as K, OpKind};
+
+bitflags::bitflags! {
+    /// What to check and to set up.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Needs: u32 {
+        /// x87 or MMX registers: in the host's registers while it runs.
+        const X87 = 1;
+        /// MMX: CR0.EM gives #UD instead of #NM.
+        const MMX = 1 << 1;
+        /// CR4.OSFXSR.
+        const SSE = 1 << 2;
+        /// CR4.OSXSAVE, XCR0 with SSE and AVX, no real or virtual-8086 mode.
+        const AVX = 1 << 3;
+        /// XCR0 with all of AVX-512.
+        const AVX512 = 1 << 4;
+        /// The guest's MXCSR.
+        const MXCSR = 1 << 5;
+        /// A pending x87 exception is raised before it.
+        const WAITING = 1 << 6;
+        /// It may change FCW.
+        const FCW = 1 << 7;
+        /// It sets the x87 instruction and operand pointers.
+        const POINTERS = 1 << 8;
+        /// It reads its memory operand.
+        const LOAD = 1 << 9;
+        /// It writes its memory operand.
+        const STORE = 1 << 10;
+        /// Its memory operand is accessed by active elements only.
+        const MASKED = 1 << 11;
+        /// Masked, and the elements in memory are packed: VEXPAND, VCOMPRESS.
+        const PACKED = 1 << 12;
+        /// Its memory operand must be aligned to its size.
+        const ALIGNED = 1 << 13;
+        /// As ALIGNED, but MXCSR.MM of AMD's misaligned mode lifts it.
+        const ALIGNED_UNLESS_MM = 1 << 14;
+        /// It stores the x87 environment: FNSTENV, FNSAVE.
+        const ENVIRONMENT = 1 << 15;
+        /// A masked store that changes active elements only, but faults for all of them.
+        const WHOLE = 1 << 16;
+    }
+}
+
+/// Classifies an instruction that is to run in a thunk.
+pub fn needs(i: &Instruction) -> Needs {
+    let code = i.code();
+    let op = code.op_code();
+    let features = code.cpuid_features();
+    let mut n = Needs::empty();
+    let x87 = features.iter().any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387)) || code == Code::Wait;
+    // CVTPI2PS and CVTPI2PD with a memory operand have nothing to do with MMX registers.
+    let mmx = features.contains(&F::MMX) || (0..i.op_count()).any(|k| i.op_register(k).is_mm());
+    n.set(Needs::X87, x87 || mmx);
+    n.set(Needs::MMX, mmx);
+    n.set(Needs::WAITING, mmx || (x87 && !op.is_fpu_no_wait()));
+    if x87 {
+        n.set(Needs::FCW, changes_fcw(i.mnemonic()));
+        n.set(Needs::POINTERS, !is_x87_control(i.mnemonic()));
+        n.set(Needs::ENVIRONMENT, matches!(i.mnemonic(), M::Fnstenv | M::Fnsave));
+        return n | memory(i);
+    }
+    match op.encoding() {
+        EncodingKind::Legacy => {
+            let xmm = op.op_kinds().iter().any(|k| matches!(k, K::xmm_or_mem | K::xmm_reg | K::xmm_rm));
+            n.set(Needs::SSE, xmm || !mmx);
+        }
+        EncodingKind::EVEX => n |= Needs::AVX | Needs::AVX512,
+        _ => {
+            n |= Needs::AVX;
+            let k =
+                op.op_kinds().iter().any(|k| matches!(k, K::k_reg | K::k_rm | K::k_vvvv | K::k_or_mem | K::kp1_reg));
+            n.set(Needs::AVX512, k);
+        }
+    }
+    n.set(Needs::MXCSR, n.intersects(Needs::SSE | Needs::AVX) && uses_mxcsr(i));
+    n | memory(i)
+}
+
+fn memory(i: &Instruction) -> Needs {
+    let mut n = Needs::empty();
+    if !(0..i.op_count()).any(|k| i.op_kind(k) == OpKind::Memory) {
+        return n;
+    }
+    let mut factory = iced_x86::InstructionInfoFactory::new();
+    for m in factory.info(i).used_memory() {
+        use iced_x86::OpAccess as A;
+        let access = m.access();
+        n.set(Needs::LOAD, matches!(access, A::Read | A::CondRead | A::ReadWrite | A::ReadCondWrite));
+        n.set(Needs::STORE, matches!(access, A::Write | A::CondWrite | A::ReadWrite | A::ReadCondWrite));
+    }
+    if i.has_op_mask() && (suppresses_faults(i) || n.contains(Needs::STORE)) {
+        n |= Needs::MASKED;
+        n.set(Needs::WHOLE, !suppresses_faults(i));
+        n.set(Needs::PACKED, is_packed(i.mnemonic()));
+    }
+    match i.code().op_code().encoding() {
+        EncodingKind::Legacy if i.memory_size().size() == 16 => match i.mnemonic() {
+            M::Movups | M::Movupd | M::Movdqu | M::Lddqu => {}
+            M::Pcmpestri | M::Pcmpestrm | M::Pcmpistri | M::Pcmpistrm => {}
+            M::Pcmpestri64 | M::Pcmpestrm64 => {}
+            _ if i.code().cpuid_features().contains(&F::SHA) && is_amd() => {}
+            _ if is_aligned_move(i.mnemonic()) => n |= Needs::ALIGNED,
+            _ => n |= Needs::ALIGNED_UNLESS_MM,
+        },
+        EncodingKind::Legacy => {}
+        _ => n.set(Needs::ALIGNED, is_aligned_move(i.mnemonic())),
+    }
+    n
+}
+
+/// AMD's processors take misaligned operands of the SHA instructions; SDM has #GP(0) for them.
+fn is_amd() -> bool {
+    static AMD: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *AMD.get_or_init(|| std::arch::x86_64::__cpuid(0).ecx == u32::from_le_bytes(*b"cAMD"))
+}
+
+/// Moves that demand alignment by themselves.
+#[rustfmt::skip]
+fn is_aligned_move(m: M) -> bool {
+    matches!(
+        m,
+        M::Movaps | M::Movapd | M::Movdqa | M::Movntps | M::Movntpd | M::Movntdq | M::Movntdqa
+        | M::Vmovaps | M::Vmovapd | M::Vmovdqa | M::Vmovdqa32 | M::Vmovdqa64
+        | M::Vmovntps | M::Vmovntpd | M::Vmovntdq | M::Vmovntdqa
+    )
+}
+
+/// Control instructions leave the x87 instruction and data pointers alone (SDM 1 8.1.8).
+#[rustfmt::skip]
+fn is_x87_control(m: M) -> bool {
+    matches!(
+        m,
+        M::Fninit | M::Fnclex | M::Fldcw | M::Fnstcw | M::Fnstsw | M::Fnstenv | M::Fldenv | M::Fnsave | M::Frstor | M::Wait
+        | M::Fneni | M::Fndisi | M::Fnsetpm
+    )
+}
+
+fn changes_fcw(m: M) -> bool {
+    matches!(m, M::Fldcw | M::Fldenv | M::Frstor | M::Fninit | M::Fnsave | M::Fnstenv)
+}
+
+/// Elements in memory lie without gaps.
+#[rustfmt::skip]
+fn is_packed(m: M) -> bool {
+    matches!(
+        m,
+        M::Vexpandps | M::Vexpandpd | M::Vpexpandb | M::Vpexpandw | M::Vpexpandd | M::Vpexpandq
+        | M::Vcompressps | M::Vcompresspd | M::Vpcompressb | M::Vpcompressw | M::Vpcompressd | M::Vpcompressq
+    )
+}
+
+/// Does a masked memory operand fault for active elements only? Those of exception types with NF in their name access all of it.
+#[rustfmt::skip]
+fn suppresses_faults(i: &Instruction) -> bool {
+    match i.mnemonic() {
+        M::Valignd | M::Valignq | M::Vcvtne2ps2bf16 | M::Vdbpsadbw
+        | M::Vextractf32x4 | M::Vextractf32x8 | M::Vextractf64x2 | M::Vextractf64x4
+        | M::Vextracti32x4 | M::Vextracti32x8 | M::Vextracti64x2 | M::Vextracti64x4
+        | M::Vgf2p8affineinvqb | M::Vgf2p8affineqb
+        | M::Vinsertf32x4 | M::Vinsertf32x8 | M::Vinsertf64x2 | M::Vinsertf64x4
+        | M::Vinserti32x4 | M::Vinserti32x8 | M::Vinserti64x2 | M::Vinserti64x4
+        | M::Vmovddup | M::Vmovshdup | M::Vmovsldup
+        | M::Vpackssdw | M::Vpacksswb | M::Vpackusdw | M::Vpackuswb | M::Vpalignr | M::Vpconflictd | M::Vpconflictq
+        | M::Vpermb | M::Vpermd | M::Vpermw | M::Vpermpd | M::Vpermps | M::Vpermq | M::Vpermilpd | M::Vpermilps
+        | M::Vpermi2b | M::Vpermi2d | M::Vpermi2pd | M::Vpermi2ps | M::Vpermi2q | M::Vpermi2w
+        | M::Vpermt2b | M::Vpermt2d | M::Vpermt2pd | M::Vpermt2ps | M::Vpermt2q | M::Vpermt2w
+        | M::Vpmaddubsw | M::Vpmaddwd | M::Vpmultishiftqb | M::Vpshufb | M::Vpshufd | M::Vpshufhw | M::Vpshuflw
+        | M::Vpunpckhbw | M::Vpunpckhdq | M::Vpunpckhqdq | M::Vpunpckhwd
+        | M::Vpunpcklbw | M::Vpunpckldq | M::Vpunpcklqdq | M::Vpunpcklwd
+        | M::Vshuff32x4 | M::Vshuff64x2 | M::Vshufi32x4 | M::Vshufi64x2 | M::Vshufpd | M::Vshufps
+        | M::Vunpckhpd | M::Vunpckhps | M::Vunpcklpd | M::Vunpcklps => false,
+        // With the count in memory; with an immediate count the memory operand is the shifted one.
+        M::Vpslld | M::Vpsllq | M::Vpsllw | M::Vpsrad | M::Vpsraq | M::Vpsraw | M::Vpsrld | M::Vpsrlq | M::Vpsrlw => {
+            i.op2_kind() != OpKind::Memory
+        }
+        _ => true,
+    }
+}
+
+/// Does it look at or change MXCSR? What is not known to be free of it is said to.
+#[rustfmt::skip]
+fn uses_mxcsr(i: &Instruction) -> bool {
+    const FREE: &[&str] = &[
+        "aes", "align", "and", "blend", "broadcast", "compress", "dbpsadbw", "dpbf16", "expand", "extract", "extrq",
+        "gather", "gf2p8", "insert", "lddqu", "maskmov", "mov", "mpsadbw", "or", "p", "scatter", "sha", "sha1", "sha256", "shuf",
+        "sm3", "sm4", "testp", "unpck", "xor", "zero",
+    ];
+    let name = format!("{:?}", i.mnemonic()).to_lowercase();
+    if i.code().op_code().encoding() == EncodingKind::Legacy {
+        return !FREE.iter().any(|f| name.starts_with(f));
+    }
+    let name = name.strip_prefix('v').unwrap_or(&name);
+    !(name.starts_with('k') || FREE.iter().any(|f| name.starts_with(f)))
+}

@@ -1,0 +1,338 @@
+//! x87 and SIMD instructions of the interpreter against the same bytes on the host CPU: every code of class Native that the host has,
+//! register and memory forms, random registers. It proves routing: which registers, flags and bytes an instruction reads and writes,
+//! and which fault comes; the arithmetic is the host's on both sides.
+
+mod generate;
+mod raw;
+
+use bivisor_emulator::bus::EmptyBus;
+use bivisor_emulator::cpu::{CpuModel, CpuState, Fault, Rflags, XsaveArea, xsave};
+use bivisor_emulator::interp::Interpreter;
+use bivisor_emulator::isa::{Class, facts};
+use bivisor_emulator::mem::{FlatSpace, GuestMemory, Prot, Vma};
+use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Vcpu};
+use generate::Rng;
+use iced_x86::{Code, Encoder, Instruction, OpKind};
+use raw::{End, Host};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+/// Both sides.
+struct Pair {
+    host: Host,
+    interp: Interpreter,
+    memory: GuestMemory,
+}
+
+/// What either side left.
+#[derive(Clone, Debug, PartialEq)]
+struct Outcome {
+    end: String,
+    gpr: [u64; 16],
+    rflags: u64,
+    xsave: XsaveArea,
+    data: Vec<u8>,
+}
+
+impl Pair {
+    fn new() -> Pair {
+        let host = Host::new();
+        let flat = FlatSpace::new();
+        let vma = |start: u64, len: u64, prot| Vma {
+            start: start & !4095,
+            end: (start & !4095) + len,
+            prot,
+            shared: false,
+            name: "".into(),
+            offset: 0,
+        };
+        flat.insert(vma(host.code_address(), 4096, Prot::READ | Prot::EXEC));
+        flat.insert(vma(host.data_address(), raw::DATA_LEN as u64, Prot::READ | Prot::WRITE));
+        flat.insert(vma(host.data_address() + raw::DATA_LEN as u64, 4096, Prot::empty()));
+        let mut interp = Interpreter::new(Arc::new(CpuModel::host()));
+        interp.set_intercepts(Intercepts::EXCEPTIONS);
+        Pair { host, interp, memory: GuestMemory::Flat(flat) }
+    }
+
+    /// Runs `count` instructions on both and gives what they left.
+    fn run(&mut self, code: &[u8], count: u64, start: &Start) -> (Outcome, Outcome) {
+        self.host.load(code);
+        self.host.data().copy_from_slice(&start.data);
+        let s = self.host.state();
+        s.gpr = start.gpr;
+        s.rflags = start.rflags;
+        s.xsave = start.xsave.clone();
+        let end = self.host.run();
+        let s = self.host.state();
+        let (gpr, rflags, xsave) = (s.gpr, s.rflags, s.xsave.clone());
+        let native = Outcome { end: name(end), gpr, rflags: clear(rflags), xsave, data: self.host.data().to_vec() };
+
+        self.host.data().copy_from_slice(&start.data);
+        let rip = self.host.code_address();
+        let mut state = CpuState::long64(3);
+        state.rip = rip;
+        state.gpr = start.gpr;
+        state.rflags = Rflags::from_bits_retain(start.rflags);
+        state.xsave = start.xsave.clone();
+        *self.interp.state() = state;
+        let exit = self.interp.run(Board { mem: &self.memory, bus: &EmptyBus }, count);
+        let end = match exit {
+            Exit::Budget => "done".to_owned(),
+            Exit::Exception(Fault::Ud) => "sigill".to_owned(),
+            Exit::Exception(Fault::Xm | Fault::Mf) => "sigfpe".to_owned(),
+            Exit::Exception(Fault::Pf { addr, .. }) => format!("sigsegv {addr:x}"),
+            Exit::Exception(Fault::Gp(0) | Fault::Ss(0)) => "sigsegv 0".to_owned(),
+            other => format!("{other:?}"),
+        };
+        let s = self.interp.state();
+        let (gpr, rflags, xsave) = (s.gpr, s.rflags.bits(), s.xsave.clone());
+        (native, Outcome { end, gpr, rflags: clear(rflags), xsave, data: self.host.data().to_vec() })
+    }
+}
+
+/// RF and IF are the kernel's and the tracer's.
+fn clear(rflags: u64) -> u64 {
+    rflags & 0xcd5
+}
+
+fn name(end: End) -> String {
+    match end {
+        End::Done => "done".to_owned(),
+        End::Signal(libc::SIGILL, _) => "sigill".to_owned(),
+        End::Signal(libc::SIGFPE, _) => "sigfpe".to_owned(),
+        End::Signal(libc::SIGSEGV, addr) => format!("sigsegv {addr:x}"),
+        End::Signal(sig, addr) => format!("signal {sig} {addr:x}"),
+    }
+}
+
+/// Registers and memory before.
+struct Start {
+    gpr: [u64; 16],
+    rflags: u64,
+    xsave: XsaveArea,
+    data: Vec<u8>,
+}
+
+/// How wild the state may be.
+#[derive(Clone, Copy, PartialEq)]
+enum Mood {
+    /// All exceptions masked, operands in place.
+    Calm,
+    /// Exceptions unmasked at random.
+    Unmasked,
+    /// The memory operand at the end of what is mapped, or misaligned.
+    Edge,
+}
+
+fn start(r: &mut Rng, host: &Host, i: &Instruction, mood: Mood) -> Start {
+    let mut x = XsaveArea::default();
+    for n in 0..32 {
+        let mut z = [0; 64];
+        generate::vector_data(r, &mut z);
+        x.set_zmm(n, z);
+    }
+    for n in 0..8 {
+        let k = if r.chance(3) { r.next() & r.next() & r.next() } else { r.next() };
+        x.set_opmask(n, k);
+    }
+    let masks = if mood == Mood::Unmasked { r.next() as u32 & 0x1f80 } else { 0x1f80 };
+    x.set_mxcsr(masks | (r.next() as u32 & 0xe07f));
+    x87(r, &mut x, mood);
+    let mut gpr = std::array::from_fn(|_| if r.chance(3) { r.below(40) } else { r.next() });
+    let mut data = vec![0; raw::DATA_LEN];
+    generate::vector_data(r, &mut data);
+    let aligned = host.data_address() + 1024 + 64 * r.below(8);
+    let displacement = i.memory_displacement64();
+    gpr[3] = match mood {
+        Mood::Edge if r.chance(3) => aligned + r.below(64),
+        Mood::Edge => (host.data_address() + raw::DATA_LEN as u64 - r.below(80)).wrapping_sub(displacement),
+        _ => aligned,
+    };
+    if (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::MemorySegRDI) {
+        gpr[7] = gpr[3];
+    }
+    if i.is_vsib() {
+        // Indices small enough to stay inside, or just past the end.
+        let n = i.memory_index().number();
+        let mut z = [0; 64];
+        let wide = i.is_vsib64();
+        let far = if mood == Mood::Edge { 12 } else { 120 };
+        for c in z.chunks_mut(if wide { 8 } else { 4 }) {
+            let v = (r.below(far) as i64 - if mood == Mood::Edge { 10 } else { 60 }).to_le_bytes();
+            let len = c.len();
+            c.copy_from_slice(&v[..len]);
+        }
+        x.set_zmm(n, z);
+    }
+    Start { gpr, rflags: 0x202 | (r.next() & 0x8d5), xsave: x, data }
+}
+
+fn x87(r: &mut Rng, x: &mut XsaveArea, mood: Mood) {
+    let masks = if mood == Mood::Unmasked { r.next() as u16 & 0x3f } else { 0x3f };
+    x.set_fcw(0x40 | masks | (r.next() as u16 & 0x0f00));
+    // Sticky flags of unmasked exceptions would be pending: seldom.
+    let sticky = r.next() as u16 & if r.chance(4) { 0x3f } else { masks };
+    let pending = sticky & !masks != 0;
+    let fsw = (r.next() as u16 & 0x7f00) | (sticky & 0x3f) | if pending { 0x8080 } else { 0 };
+    x.set_fsw(fsw);
+    x.set_ftw_abridged(if r.chance(2) { 0xff } else { r.next() as u8 });
+    for n in 0..8 {
+        let v = generate::x87_value(r);
+        x.set_st(n, v);
+    }
+}
+
+fn encode(i: &Instruction, rip: u64) -> Option<Vec<u8>> {
+    let mut e = Encoder::new(64);
+    e.encode(i, rip).ok()?;
+    Some(e.take_buffer())
+}
+
+/// State instructions have their own tests; the rest is for the random ones.
+fn is_regular(code: Code) -> bool {
+    use iced_x86::Mnemonic as M;
+    !matches!(
+        code.mnemonic(),
+        M::Fxsave
+            | M::Fxsave64
+            | M::Fxrstor
+            | M::Fxrstor64
+            | M::Xsave
+            | M::Xsave64
+            | M::Xsaveopt
+            | M::Xsaveopt64
+            | M::Xsavec
+            | M::Xsavec64
+            | M::Xrstor
+            | M::Xrstor64
+    )
+}
+
+fn is_microcoded(code: Code) -> bool {
+    use iced_x86::Mnemonic as M;
+    matches!(code.mnemonic(), M::Fnsave | M::Frstor | M::Fnstenv | M::Fldenv)
+}
+
+fn codes() -> Vec<Code> {
+    let model = CpuModel::host();
+    Code::values()
+        .filter(|&c| facts(c).class == Class::Native && model.supports(c) && c.op_code().mode64())
+        // WAIT and its instruction are two for the processor.
+        .filter(|&c| !c.op_code().fwait())
+        .collect()
+}
+
+fn differences(a: &Outcome, b: &Outcome) -> String {
+    let mut out = String::new();
+    let mut put = |what: &str, a: String, b: String| {
+        if a != b {
+            out += &format!("  {what}: host {a}, interpreter {b}\n");
+        }
+    };
+    put("end", a.end.clone(), b.end.clone());
+    put("rflags", format!("{:x}", a.rflags), format!("{:x}", b.rflags));
+    for n in 0..16 {
+        put(&format!("gpr{n}"), format!("{:x}", a.gpr[n]), format!("{:x}", b.gpr[n]));
+    }
+    put("mxcsr", format!("{:x}", a.xsave.mxcsr()), format!("{:x}", b.xsave.mxcsr()));
+    put("x87", format!("{:x?}", a.xsave.legacy()), format!("{:x?}", b.xsave.legacy()));
+    for n in 0..32 {
+        put(&format!("zmm{n}"), format!("{:02x?}", a.xsave.zmm(n)), format!("{:02x?}", b.xsave.zmm(n)));
+    }
+    for n in 0..8 {
+        put(&format!("k{n}"), format!("{:x}", a.xsave.opmask(n)), format!("{:x}", b.xsave.opmask(n)));
+    }
+    let first = a.data.iter().zip(&b.data).position(|(a, b)| a != b).map(|n| n.min(a.data.len() - 32));
+    if let Some(n) = first {
+        put(&format!("data+{n:x}"), format!("{:02x?}", &a.data[n..][..32]), format!("{:02x?}", &b.data[n..][..32]));
+    }
+    out
+}
+
+/// Runs `rounds` random instances of every code.
+fn compare_all(seed: u64, rounds: usize, mood: Mood) -> BTreeSet<Code> {
+    compare(seed, rounds, mood, &[], |_| true)
+}
+
+fn compare_x87(seed: u64, mood: Mood, follow: &[u8]) {
+    use iced_x86::CpuidFeature as F;
+    let x87 = |c: Code| c.cpuid_features().iter().any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387 | F::MMX));
+    compare(seed, 8, mood, follow, x87);
+}
+
+fn compare(seed: u64, rounds: usize, mood: Mood, follow: &[u8], want: impl Fn(Code) -> bool) -> BTreeSet<Code> {
+    let mut pair = Pair::new();
+    let mut r = Rng(seed);
+    let mut tested = BTreeSet::new();
+    let mut failed: BTreeMap<String, (usize, String)> = BTreeMap::new();
+    let mut count = 0;
+    for code in codes().into_iter().filter(|&c| is_regular(c) && want(c)) {
+        for round in 0..2 * rounds {
+            let memory = round % 2 == 0;
+            if mood == Mood::Edge && !memory {
+                continue;
+            }
+            let Some(i) = generate::instruction(&mut r, code, memory) else { continue };
+            let Some(mut bytes) = encode(&i, pair.host.code_address()) else { continue };
+            bytes.extend(follow);
+            let start = start(&mut r, &pair.host, &i, mood);
+            let (mut native, mut ours) = pair.run(&bytes, if follow.is_empty() { 1 } else { 2 }, &start);
+            tested.insert(code);
+            count += 1;
+            if is_microcoded(code) {
+                // Their order of accesses is their own: the address tells the page.
+                for o in [&mut native, &mut ours] {
+                    if o.end.len() > 12 {
+                        o.end.truncate(o.end.len() - 3);
+                    }
+                }
+            }
+            if native != ours {
+                let text = format!("{i} [{bytes:02x?}]\n{}", differences(&native, &ours));
+                failed.entry(format!("{code:?}")).or_insert((0, text)).0 += 1;
+            }
+        }
+    }
+    println!("{count} instructions of {} codes compared", tested.len());
+    if !failed.is_empty() {
+        for (code, (n, text)) in failed.iter().take(40) {
+            println!("{code}: {n} times, first: {text}");
+        }
+        panic!("{} codes differ: {:?}", failed.len(), failed.keys().collect::<Vec<_>>());
+    }
+    tested
+}
+
+#[test]
+fn every_code_with_exceptions_masked() {
+    let tested = compare_all(1, 6, Mood::Calm);
+    let all = codes();
+    let missing: Vec<_> = all.iter().filter(|c| is_regular(**c) && !tested.contains(c)).collect();
+    println!("{} of {} codes of class Native on this host; not generated: {missing:?}", tested.len(), all.len());
+    assert!(missing.is_empty(), "{missing:?}");
+}
+
+#[test]
+fn every_code_with_exceptions_unmasked() {
+    compare_all(2, 6, Mood::Unmasked);
+}
+
+#[test]
+fn every_memory_form_at_the_edge() {
+    compare_all(3, 12, Mood::Edge);
+}
+
+/// FNSTENV [RBX]: shows the instruction and operand pointers, and leaves all masked.
+#[test]
+fn x87_pointers() {
+    compare_x87(4, Mood::Calm, &[0xd9, 0x33]);
+    compare_x87(5, Mood::Unmasked, &[0xd9, 0x33]);
+    // FNSAVE and the 16-bit form of FNSTENV.
+    compare_x87(6, Mood::Unmasked, &[0xdd, 0x33]);
+    compare_x87(7, Mood::Unmasked, &[0x66, 0xd9, 0x33]);
+}
+
+#[test]
+fn layout_has_all_registers() {
+    assert!(xsave::Layout::host().size <= xsave::XSAVE_SIZE);
+}
