@@ -113,8 +113,9 @@ fn memory(i: &Instruction) -> Needs {
     n
 }
 
-/// AMD's processors take misaligned operands of the SHA instructions; SDM has #GP(0) for them.
-fn is_amd() -> bool {
+/// AMD's processors differ in a few points: they take misaligned operands of the SHA instructions, for which SDM has #GP(0), and they
+/// keep x87 selectors and opcodes.
+pub fn is_amd() -> bool {
     static AMD: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
     *AMD.get_or_init(|| std::arch::x86_64::__cpuid(0).ecx == u32::from_le_bytes(*b"cAMD"))
 }

@@ -184,8 +184,8 @@ impl NativeUnit {
             cpu.xsave.set_mxcsr(raw);
         } else if t.needs.contains(Needs::FCW) {
             self.unmasked = self.bounce.fcw & EXCEPTIONS != EXCEPTIONS;
-            if t.needs.contains(Needs::LOAD) && t.len > 2 {
-                // FLDENV, FRSTOR: the pointers are those in memory.
+            if t.len != 2 && !t.needs.contains(Needs::ENVIRONMENT) {
+                // FLDENV, FRSTOR: the pointers are those in memory. FNINIT: they are zero.
                 self.noted = (false, false);
             }
         }
@@ -280,37 +280,28 @@ impl NativeUnit {
         }
     }
 
-    /// Replaces addresses of ours by the guest's in a 32-bit x87 environment that FNSTENV or FNSAVE left in the buffer.
-    pub fn patch_environment(&mut self, wide: bool) {
-        let p = self.pointers;
-        let (code, data) = (self.code(), self.operand().as_ptr() as u64);
-        let noted = self.noted;
+    /// Puts the guest's pointers into the environment of `len` bytes that FNSTENV or FNSAVE left in the buffer. The processor's own
+    /// are those of thunks, or lost: AMD's do not survive a switch of threads.
+    pub fn patch_environment(&mut self, len: usize) {
+        let (p, noted) = (self.pointers, self.noted);
+        let amd = kind::is_amd();
         let b = self.operand();
-        if !wide {
-            let half = |b: &[u8], n: usize| u16::from_le_bytes([b[n], b[n + 1]]);
-            if noted.0 && (half(b, 6) != 0 || half(b, 8) != 0) {
-                b[6..8].copy_from_slice(&(p.fip as u16).to_le_bytes());
-                b[8..10].copy_from_slice(&p.fcs.to_le_bytes());
-            }
-            if noted.1 && (half(b, 10) != 0 || half(b, 12) != 0) {
-                b[10..12].copy_from_slice(&(p.fdp as u16).to_le_bytes());
-                b[12..14].copy_from_slice(&p.fds.to_le_bytes());
-            }
-            return;
+        // SDM 1 figures 8-9 and 8-11: control, status, tag, then FIP, FCS with the opcode, FDP, FDS in words or doublewords.
+        let size = if matches!(len, 14 | 94) { 2 } else { 4 };
+        let mut put = |n: usize, v: u64| b[n * size..(n + 1) * size].copy_from_slice(&v.to_le_bytes()[..size]);
+        if noted.0 {
+            put(3, p.fip);
+            let opcode = if size == 4 && amd { u64::from(p.fop) << 16 } else { 0 };
+            put(4, u64::from(if amd { p.fcs } else { 0 }) | opcode);
         }
-        let word = |b: &[u8], n: usize| u32::from_le_bytes([b[n], b[n + 1], b[n + 2], b[n + 3]]);
-        if (code.start as u32..code.end as u32).contains(&word(b, 12)) {
-            b[12..16].copy_from_slice(&(p.fip as u32).to_le_bytes());
-            let selector = if b[16..18] == [0, 0] { 0 } else { p.fcs };
-            b[16..18].copy_from_slice(&selector.to_le_bytes());
-            if b[18..20] != [0, 0] {
-                b[18..20].copy_from_slice(&p.fop.to_le_bytes());
-            }
+        if noted.1 {
+            put(5, p.fdp);
+            let unused = if size == 4 { 0xffff_0000 } else { 0 };
+            put(6, u64::from(if amd { p.fds } else { 0 }) | unused);
         }
-        if word(b, 20) == data as u32 {
-            b[20..24].copy_from_slice(&(p.fdp as u32).to_le_bytes());
-            let selector = if b[24..26] == [0, 0] { 0 } else { p.fds };
-            b[24..26].copy_from_slice(&selector.to_le_bytes());
+        if len > 28 {
+            // FNSAVE clears them.
+            self.noted = (false, false);
         }
     }
 }

@@ -69,6 +69,9 @@ impl Pair {
 
         self.host.data().copy_from_slice(&start.data);
         let rip = self.host.code_address();
+        // The code was changed by other means than the guest's: what was decoded from it is stale.
+        let page = rip & !4095;
+        self.memory.flat().expect("it is flat").protect(page..page + 4096, Prot::READ | Prot::EXEC);
         let mut state = CpuState::long64(3);
         state.rip = rip;
         state.gpr = start.gpr;
@@ -276,7 +279,12 @@ fn compare(seed: u64, rounds: usize, mood: Mood, follow: &[u8], want: impl Fn(Co
             let Some(mut bytes) = encode(&i, pair.host.code_address()) else { continue };
             bytes.extend(follow);
             let start = start(&mut r, &pair.host, &i, mood);
-            let (mut native, mut ours) = pair.run(&bytes, if follow.is_empty() { 1 } else { 2 }, &start);
+            let steps = if follow.is_empty() { 1 } else { 2 };
+            let (mut native, mut ours) = pair.run(&bytes, steps, &start);
+            if native != ours && !follow.is_empty() {
+                // A switch of threads between the two instructions costs an AMD host its x87 pointers: that does not come twice.
+                (native, ours) = pair.run(&bytes, steps, &start);
+            }
             tested.insert(code);
             count += 1;
             if is_microcoded(code) {

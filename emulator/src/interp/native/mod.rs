@@ -91,7 +91,7 @@ pub fn run(x: &mut Exec<'_>, i: &Insn) -> Step {
     if t.needs.contains(Needs::POINTERS) {
         set_pointers(x, i, Some((m, offset)));
     } else if t.needs.contains(Needs::ENVIRONMENT) {
-        x.env.native.patch_environment(len != 14 && len != 94);
+        x.env.native.patch_environment(len);
     }
     if t.needs.contains(Needs::STORE) {
         store(x, m.seg, offset, len)?;

@@ -204,7 +204,9 @@ fn requested(cpu: &CpuState) -> u64 {
 
 /// The components that are not in their initial configuration (SDM 1 13.6). x87, opmask and ZMM16-31 stay in use once they were;
 /// the others are looked at.
-pub fn in_use(image: &XsaveArea) -> u64 {
+pub fn in_use(x: &mut Exec<'_>) -> u64 {
+    x.env.native.sync_x87(&mut x.cpu.xsave);
+    let image = &x.cpu.xsave;
     let l = Layout::host();
     let mut used = image.xstate_bv() & l.components;
     for (bit, range) in [
@@ -241,7 +243,7 @@ pub fn xsave(x: &mut Exec<'_>, i: &Insn) -> Step {
     let all = !compact && matches!(i.iced.mnemonic(), Mnemonic::Xsave | Mnemonic::Xsave64);
     let wanted = requested(x.cpu);
     let legacy = legacy(x, is_64(i));
-    let used = in_use(&x.cpu.xsave) & wanted;
+    let used = in_use(x) & wanted;
     let store = if all { wanted } else { used };
     x.cpu.xsave.materialize(store);
 

@@ -6,7 +6,7 @@ use crate::cpu::xsave::component;
 use crate::cpu::{Attr, CpuState, Cr0, Cr4, Efer, Fault, Rflags};
 use crate::interp::access::{self, is_canonical, is_long64};
 use crate::interp::sensitive::time::set_edx_eax;
-use crate::interp::{Exec, Step, Stop, operand};
+use crate::interp::{Exec, Step, Stop, native, operand};
 use crate::isa::{Gpr, Insn, Seg, Width};
 use crate::mem::Access;
 use iced_x86::{OpKind, Register};
@@ -315,7 +315,7 @@ pub fn xgetbv(x: &mut Exec<'_>, _: &Insn) -> Step {
     const XGETBV_ECX1: u32 = 1 << 2;
     let v = match xcr(x)? {
         0 => x.cpu.xcr0,
-        1 if x.env.cpu_model.cpuid(x.cpu, 0xd, 1)[0] & XGETBV_ECX1 != 0 => x.cpu.xcr0 & x.cpu.xsave.xstate_bv(),
+        1 if x.env.cpu_model.cpuid(x.cpu, 0xd, 1)[0] & XGETBV_ECX1 != 0 => x.cpu.xcr0 & native::state::in_use(x),
         // "If an invalid XCR is specified in ECX": #GP(0).
         _ => return Err(GP0),
     };
