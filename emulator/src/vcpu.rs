@@ -2,9 +2,8 @@
 
 use crate::bus::Bus;
 use crate::cpu::{CpuState, Fault};
+pub use crate::host::kicker::Kicker;
 use crate::mem::GuestMemory;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 /// What a virtual CPU is plugged into.
 #[derive(Clone, Copy)]
@@ -63,54 +62,6 @@ pub enum Exit {
     Kicked,
     /// The engine cannot do the instruction at RIP.
     Unsupported,
-}
-
-/// Another thread's (or a signal handler's) way to make [`Vcpu::run`] return [`Exit::Kicked`] soon.
-#[derive(Clone, Debug, Default)]
-pub struct Kicker {
-    flag: Arc<AtomicBool>,
-    /// Host thread that is inside `run`, if a signal is needed to get it out; 0 if the engine polls.
-    thread: Arc<AtomicI32>,
-}
-
-impl Kicker {
-    /// The signal sent to a thread that runs guest code natively.
-    pub const SIGNAL: i32 = libc::SIGSTKFLT;
-
-    /// Asks; async-signal-safe. A kick that finds the engine outside `run` ends the next `run` at once.
-    pub fn kick(&self) {
-        self.flag.store(true, Ordering::SeqCst);
-        let tid = self.thread.load(Ordering::SeqCst);
-        if tid != 0 {
-            crate::host::signal::send_to_thread(tid, Kicker::SIGNAL);
-        }
-    }
-
-    /// Sets the flag only: for a signal handler running on the vCPU's own thread, which then makes the engine look.
-    pub fn request(&self) {
-        self.flag.store(true, Ordering::SeqCst);
-    }
-
-    /// For engines: has somebody asked? Does not clear.
-    #[inline(always)]
-    pub fn requested(&self) -> bool {
-        self.flag.load(Ordering::Relaxed)
-    }
-
-    /// For engines: take the request, just before returning [`Exit::Kicked`].
-    pub fn take(&self) -> bool {
-        self.flag.swap(false, Ordering::SeqCst)
-    }
-
-    /// For engines that run guest code natively: from now on this thread is inside `run` and needs [`Kicker::SIGNAL`].
-    pub fn entered(&self, tid: i32) {
-        self.thread.store(tid, Ordering::SeqCst);
-    }
-
-    /// For engines: no longer inside `run`.
-    pub fn left(&self) {
-        self.thread.store(0, Ordering::SeqCst);
-    }
 }
 
 /// An engine: one virtual CPU.

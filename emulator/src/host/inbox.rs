@@ -5,10 +5,10 @@
 //! and sets the mask the guest then has. The signals that are never blocked on the host coalesce as standard signals do (signal(7)).
 #![allow(unsafe_code)]
 
+use crate::host::kicker::Kicker;
 use crate::host::signal::{NEVER_BLOCKED, REG_RIP, bit};
 use crate::host::syscall::fixup;
 use crate::host::thread::ThreadBlock;
-use crate::vcpu::Kicker;
 use std::cell::UnsafeCell;
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};

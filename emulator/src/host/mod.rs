@@ -6,6 +6,7 @@ pub mod fork;
 pub mod fpu;
 pub mod inbox;
 pub mod inherited;
+pub mod kicker;
 pub mod probe;
 pub mod signal;
 pub mod syscall;

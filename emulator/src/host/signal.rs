@@ -8,10 +8,10 @@
 //! The host thread's mask mirrors the guest's, except for [`NEVER_BLOCKED`]: what engines need cannot be blocked.
 #![allow(unsafe_code)]
 
+use crate::host::kicker::Kicker;
 use crate::host::probe;
 use crate::host::syscall::raw;
 use crate::host::thread::ThreadBlock;
-use crate::vcpu::Kicker;
 use std::arch::naked_asm;
 use std::sync::Once;
 use std::sync::atomic::{AtomicU64, Ordering};

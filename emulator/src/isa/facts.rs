@@ -186,8 +186,6 @@ const ROWS: &[Row] = &[
     row(M::Invpcid,       Any,  System,    Cpl0,      Control),
     row(M::Xgetbv,        Any,  System,    Anyone,    Behaviour),
     row(M::Xsetbv,        Any,  System,    Cpl0,      Control),
-    row(M::Rdpkru,        Any,  System,    Anyone,    Behaviour),
-    row(M::Wrpkru,        Any,  System,    Anyone,    Control),
 
     // Model-specific registers, identity, time, chance.
     row(M::Rdmsr,         Any,  System,    Cpl0,      Behaviour),
@@ -303,11 +301,10 @@ const ROWS: &[Row] = &[
     row(M::Wrussd,        Any,  Undefined, Anyone,    Innocuous),
     row(M::Wrussq,        Any,  Undefined, Anyone,    Innocuous),
 
-    // Undefined by definition, or without system management mode; iced's pseudo-instructions.
+    // Undefined by definition; iced's pseudo-instructions.
     row(M::Ud0,           Any,  Undefined, Anyone,    Innocuous),
     row(M::Ud1,           Any,  Undefined, Anyone,    Innocuous),
     row(M::Ud2,           Any,  Undefined, Anyone,    Innocuous),
-    row(M::Rsm,           Any,  Undefined, Anyone,    Innocuous),
     row(M::INVALID,       Any,  Undefined, Anyone,    Innocuous),
     row(M::Db,            Any,  Undefined, Anyone,    Innocuous),
     row(M::Dw,            Any,  Undefined, Anyone,    Innocuous),
@@ -327,7 +324,7 @@ pub const UNDEFINED: &[CpuidFeature] = {
         // Newer system instructions.
         F::UINTR, F::FRED, F::LKGS, F::MSRLIST, F::WRMSRNS, F::HRESET, F::INVLPGB, F::MCOMMIT, F::RDPRU, F::WAITPKG, F::MONITORX,
         F::ENQCMD, F::MOVDIR64B, F::MOVDIRI, F::PTWRITE, F::PCOMMIT, F::SERIALIZE, F::TSXLDTRK, F::RTM, F::HLE_or_RTM, F::UDBG,
-        F::SMM, F::RAO_INT, F::CMPCCXADD,
+        F::SMM, F::RAO_INT, F::CMPCCXADD, F::PKU, F::CLZERO,
         // Vector and matrix extensions without a CPU, or of CPUs that are gone.
         F::AMX_TILE, F::AMX_INT8, F::AMX_BF16, F::AMX_FP16, F::AMX_COMPLEX, F::KNC, F::AVX512ER, F::AVX512PF, F::AVX512_4FMAPS,
         F::AVX512_4VNNIW, F::XOP, F::FMA4, F::TBM, F::LWP, F::D3NOW, F::D3NOWEXT, F::MPX,
