@@ -48,7 +48,10 @@ impl Entry {
     pub fn new(insn: Insn, x: &Exec<'_>) -> Entry {
         let known = x.env.cpu_model.supports(insn.iced.code());
         let op = if known { dispatch::op(&insn) } else { dispatch::undefined };
-        Entry { insn, op, marks: marks(&insn) }
+        let mut marks = marks(&insn);
+        // #UD comes before the question who may execute it.
+        marks.set(Marks::CHECK, known && marks.contains(Marks::CHECK));
+        Entry { insn, op, marks }
     }
 }
 
