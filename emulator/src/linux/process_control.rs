@@ -119,6 +119,8 @@ pub fn vfork(task: &mut Task, request: Request) -> i64 {
     task.clear_child_tid = clear_child_tid;
     (task.signals.mask, task.signals.alt, task.signals.last) = (mask, alt, last);
     task.signals.inbox.clear();
+    // Its exit has taken the hook away.
+    task.signals.inbox.attach(ThreadBlock::current());
     *task.vcpu.state() = state;
     signal::set_mask(task, mask);
     pid
