@@ -38,6 +38,9 @@ pub struct RunArgs {
     /// What the program sees as its own name (argument 0).
     #[arg(long, value_name = "NAME")]
     argv0: Option<OsString>,
+    /// PROGRAM is a path even without a slash, as for execve(2).
+    #[arg(long)]
+    exact: bool,
     /// The program, looked up in PATH unless it has a slash, and its arguments.
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "PROGRAM")]
     command: Vec<OsString>,
@@ -59,7 +62,8 @@ pub fn run(args: &RunArgs) -> Result<i32> {
         eprintln!("bivisor: {why}");
     }
     let mut command = args.command.clone();
-    let started = find(&command[0]).and_then(|path| {
+    let path = if args.exact { Ok(PathBuf::from(&command[0])) } else { find(&command[0]) };
+    let started = path.and_then(|path| {
         if let Some(name) = &args.argv0 {
             command[0].clone_from(name);
         }

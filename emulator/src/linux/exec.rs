@@ -72,13 +72,8 @@ fn named(task: &Task, dir: i32, at: u64, flags: i32) -> Result<PathBuf, i64> {
         }
         return by_descriptor(dir);
     }
-    if path.is_absolute() {
+    if path.is_absolute() || dir == libc::AT_FDCWD {
         return Ok(path);
-    }
-    if dir == libc::AT_FDCWD {
-        // `bivisor run` would look a name without a slash up in PATH.
-        let plain = !path.as_os_str().as_bytes().contains(&b'/');
-        return Ok(if plain { Path::new(".").join(path) } else { path });
     }
     Ok(by_descriptor(dir)?.join(path))
 }
@@ -123,7 +118,7 @@ fn exec(task: &mut Task, path: PathBuf, argv: u64, envp: u64) -> Result<i64, i64
     Ok(result)
 }
 
-/// `bivisor run [options] --argv0=X -- PATH ARGS`.
+/// `bivisor run [options] --argv0=X --exact -- PATH ARGS`.
 fn arguments(task: &Task, path: PathBuf, argv: u64, envp: u64) -> Result<Arguments, i64> {
     let mem = task.process.mem();
     let mut guest = pointers(mem, argv)?.into_iter();
@@ -138,7 +133,7 @@ fn arguments(task: &Task, path: PathBuf, argv: u64, envp: u64) -> Result<Argumen
         name.extend(string(mem, at)?);
     }
     a.strings.push(c_string(&name)?);
-    a.strings.push(c"--".to_owned());
+    a.strings.extend([c"--exact".to_owned(), c"--".to_owned()]);
     a.strings.push(c_string(path.as_os_str().as_bytes())?);
     a.argv = a.strings.iter().map(|s| s.as_ptr() as u64).chain(guest).chain([0]).collect();
 

@@ -61,7 +61,7 @@ impl LoadError {
     /// From an error of the host.
     pub fn io(path: &Path, e: &io::Error) -> LoadError {
         let why = match e.raw_os_error() {
-            Some(libc::ENOENT | libc::ENOTDIR) => Why::NotFound,
+            Some(libc::ENOENT) => Why::NotFound,
             Some(libc::EACCES | libc::EPERM) => {
                 Why::Denied("permission denied: a directory on the way or the file is closed to you")
             }

@@ -71,6 +71,11 @@ impl Dispositions {
         std::mem::replace(&mut actions[(sig - 1) as usize], new)
     }
 
+    /// Makes the host's action for a signal ours again, if somebody else has changed it.
+    pub fn tell_again(&self, sig: i32) {
+        tell_host(sig, &self.lock()[(sig - 1) as usize]);
+    }
+
     /// The action for a signal that is being delivered: SA_RESETHAND takes effect.
     fn take(&self, sig: i32) -> KernelAction {
         let mut actions = self.lock();

@@ -8,11 +8,14 @@ use crate::linux::host::{self, err};
 use crate::linux::signal::{self, RESTART};
 use crate::linux::syscall::{Args, Outcome};
 use crate::linux::{ExitStatus, Process, Task, run};
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::sync::mpsc::{Sender, channel};
 
 /// Stack of a host thread: the guest runs on its own, this one is for engines and personality.
 const HOST_STACK: usize = 1 << 20;
+
+/// The second of the signals that the C library keeps for itself (nptl(7)).
+const SIGSETXID: i32 = 33;
 
 /// What a new thread takes along from its maker.
 struct Seed {
@@ -39,6 +42,9 @@ pub fn spawn(task: &mut Task, request: Request) -> i64 {
     // A thread starts with its maker's mask; no signal may find it before it has an inbox.
     host_signal::set_mask(u64::MAX);
     let thread = std::thread::Builder::new().stack_size(HOST_STACK).spawn(move || main(seed, report));
+    // With its first thread the host's C library takes the signal by which it changes ids; the guest's has it for itself.
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| task.process.signals.tell_again(SIGSETXID));
     let tid = match thread {
         Ok(_) => started.recv().unwrap_or(err(libc::EAGAIN)),
         Err(_) => err(libc::EAGAIN),
