@@ -1,1 +1,36 @@
-//! Placeholder.
+//! The translator: x86-64 code becomes x86-64 code with the same registers, in a code cache (VMware's scheme: Bugnion et al., TOCS
+//! 2012; Adams and Agesen, ASPLOS 2006).
+//!
+//! | module | holds |
+//! | --- | --- |
+//! | [`route`] | which way each instruction is lowered |
+//! | [`block`] | guest code, decoded up to a branch |
+//! | [`lower`] | guest block to host code, one file a way |
+//! | [`marks`] | host PC back to guest state |
+//! | [`emit`] | the assembler's buffer; slots of the thread block |
+//! | [`cache`] | what is translated, links, invalidation, flushing, fork |
+//! | [`exits`] | why translated code is left, by number |
+//! | [`code_buffer`] | executable memory (unsafe) |
+//! | [`enter`] | the way in and out (unsafe) |
+//! | [`fault`] | signals that arrive in the cache (unsafe) |
+//!
+//! Only flat memory (a Linux process) in 64-bit mode at CPL 3 is translated; everything else, and every instruction that cannot be
+//! copied or rewritten, is done by the interpreter.
+
+pub mod block;
+pub mod cache;
+pub mod code_buffer;
+pub mod emit;
+pub mod enter;
+pub mod exits;
+pub mod fault;
+pub mod lower;
+pub mod marks;
+pub mod route;
+mod run;
+pub mod stats;
+
+pub use cache::Cache;
+pub use route::{Policy, how};
+pub use run::Translator;
+pub use stats::{CacheStats, Stats};

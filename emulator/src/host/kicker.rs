@@ -36,6 +36,11 @@ impl Kicker {
         self.flag.load(Ordering::Relaxed)
     }
 
+    /// For engines whose generated code looks at the flag itself: the address of one byte, not 0 if somebody asked.
+    pub fn flag_address(&self) -> *const AtomicBool {
+        Arc::as_ptr(&self.flag)
+    }
+
     /// For engines: take the request, just before returning [`crate::vcpu::Exit::Kicked`].
     pub fn take(&self) -> bool {
         self.flag.swap(false, Ordering::SeqCst)

@@ -1,0 +1,121 @@
+//! A guest block: a run of instructions from one entry to the first that does not fall through, conditional branches included.
+
+use crate::route::{Route, Routes};
+use bivisor_emulator::isa::{DecodeError, Insn, MAX_INSN_LEN, decode};
+use bivisor_emulator::mem::{GuestMemory, PAGE_SIZE};
+
+/// Most instructions in a block.
+pub const MAX_INSNS: usize = 64;
+/// Most conditional branches in a block: what follows them is translated before it is known to run.
+pub const MAX_BRANCHES: usize = 4;
+
+/// One instruction of a block.
+#[derive(Clone, Copy, Debug)]
+pub struct Item {
+    /// The instruction.
+    pub insn: Insn,
+    /// Where its bytes start in [`GuestBlock::bytes`]; also its distance from the start of the block.
+    pub at: u16,
+    /// How it is lowered.
+    pub route: Route,
+}
+
+/// Decoded guest code.
+#[derive(Clone, Debug, Default)]
+pub struct GuestBlock {
+    /// Address of the first instruction.
+    pub start: u64,
+    /// The instructions.
+    pub items: Vec<Item>,
+    /// Their bytes.
+    pub bytes: Vec<u8>,
+}
+
+impl GuestBlock {
+    /// Address of an instruction.
+    pub fn rip(&self, item: &Item) -> u64 {
+        self.start.wrapping_add(u64::from(item.at))
+    }
+
+    /// Address after an instruction.
+    pub fn next_rip(&self, item: &Item) -> u64 {
+        self.rip(item).wrapping_add(u64::from(item.insn.len))
+    }
+
+    /// An instruction's bytes.
+    pub fn code(&self, item: &Item) -> &[u8] {
+        &self.bytes[usize::from(item.at)..][..usize::from(item.insn.len)]
+    }
+
+    /// Address after the last instruction.
+    pub fn end(&self) -> u64 {
+        self.start.wrapping_add(self.bytes.len() as u64)
+    }
+
+    /// The one or two pages it lies in.
+    pub fn pages(&self) -> [u64; 2] {
+        let page = |a: u64| a & !(PAGE_SIZE - 1);
+        [page(self.start), page(self.end().wrapping_sub(1))]
+    }
+}
+
+/// Bytes of guest code, fetched piece by piece; each page is watched before it is read.
+struct Window<'a> {
+    mem: &'a GuestMemory,
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+const PIECE: u64 = 128;
+
+impl Window<'_> {
+    /// Fetches some more bytes, not beyond the end of a page.
+    fn more(&mut self) -> bool {
+        let old = self.bytes.len();
+        let at = self.start.wrapping_add(old as u64);
+        if old == 0 || at.is_multiple_of(PAGE_SIZE) {
+            if !self.mem.may_execute(at) {
+                return false;
+            }
+            self.mem.watch_code(at);
+        }
+        self.bytes.resize(old + PIECE.min(PAGE_SIZE - at % PAGE_SIZE) as usize, 0);
+        if self.mem.read(at, &mut self.bytes[old..]).is_none() {
+            self.bytes.truncate(old);
+        }
+        self.bytes.len() > old
+    }
+
+    /// The instruction at offset `at`.
+    fn decode(&mut self, at: usize) -> Option<Insn> {
+        loop {
+            match decode(&self.bytes[at..], 64) {
+                Ok(insn) => return Some(insn),
+                Err(DecodeError::Invalid | DecodeError::TooLong) => return None,
+                Err(DecodeError::Truncated) if self.more() => {}
+                Err(DecodeError::Truncated) => return None,
+            }
+        }
+    }
+}
+
+/// Decodes the block at `start` in 64-bit code. `None` if the first instruction cannot be fetched or decoded: the interpreter then
+/// finds out why.
+pub fn decode_block(mem: &GuestMemory, start: u64, routes: &Routes) -> Option<GuestBlock> {
+    let mut window = Window { mem, start, bytes: Vec::with_capacity(PIECE as usize) };
+    let mut items = Vec::with_capacity(16);
+    let mut at = 0;
+    let mut branches = 0;
+    while items.len() < MAX_INSNS && branches < MAX_BRANCHES && at < PAGE_SIZE as usize - MAX_INSN_LEN {
+        let Some(insn) = window.decode(at) else { break };
+        let route = routes.of(&insn);
+        items.push(Item { insn, at: at as u16, route });
+        at += usize::from(insn.len);
+        if route.ends_block() {
+            break;
+        }
+        branches += usize::from(route == Route::Conditional);
+    }
+    window.bytes.truncate(at);
+    (!items.is_empty()).then_some(GuestBlock { start, items, bytes: window.bytes })
+}

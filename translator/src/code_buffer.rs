@@ -1,0 +1,307 @@
+//! Memory for translated code: one memfd mapped twice, once to write and once to execute, so that nothing is ever both.
+//!
+//! In front of the code lies the table of branch targets: one code address for each value of the low 16 bits of a guest address.
+//! Every thread maps it read-only behind its thread block, so that generated code reaches it through GS.
+#![allow(unsafe_code)]
+
+use bivisor_emulator::host::thread::{ENGINE_AREA_OFFSET, ENGINE_AREA_SIZE, ThreadBlock};
+use std::io::{Error, Result};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+
+/// Entries of the table of branch targets.
+pub const TABLE_ENTRIES: usize = 1 << 16;
+const TABLE_SIZE: usize = TABLE_ENTRIES * 8;
+const _: () = assert!(TABLE_SIZE == ENGINE_AREA_SIZE);
+
+/// The two views. Offsets count from the start of the code.
+pub struct CodeBuffer {
+    /// Writable view of table and code.
+    rw: *mut u8,
+    /// Executable view of the code.
+    rx: *mut u8,
+    size: usize,
+    used: usize,
+}
+
+// SAFETY: the views are plain memory owned by this value; all writes to code that other threads may execute are single aligned-enough
+// stores.
+unsafe impl Send for CodeBuffer {}
+
+impl CodeBuffer {
+    /// Room for `size` bytes of code; pages take memory when they are written.
+    ///
+    /// # Errors
+    /// The host's, e.g. if it allows no executable mappings.
+    pub fn new(size: usize) -> Result<CodeBuffer> {
+        let size = size.next_multiple_of(4096);
+        // The descriptor is closed at the end: the guest never sees it.
+        let fd = memfd(TABLE_SIZE + size)?;
+        // SAFETY: fresh mappings of our own file; failure of the second unmaps the first by `Drop`.
+        unsafe {
+            let rw = map(std::ptr::null_mut(), TABLE_SIZE + size, libc::PROT_READ | libc::PROT_WRITE, 0, &fd, 0)?;
+            let mut buffer = CodeBuffer { rw, rx: std::ptr::null_mut(), size, used: 0 };
+            let prot = libc::PROT_READ | libc::PROT_EXEC;
+            buffer.rx = map(std::ptr::null_mut(), size, prot, 0, &fd, TABLE_SIZE)?;
+            Ok(buffer)
+        }
+    }
+
+    /// Host address of code offset 0.
+    pub fn base(&self) -> u64 {
+        self.rx as u64
+    }
+
+    /// Bytes there are.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// Bytes in use.
+    pub fn used(&self) -> usize {
+        self.used
+    }
+
+    /// Where the next piece of code will start.
+    pub fn next(&self) -> usize {
+        self.used.next_multiple_of(16)
+    }
+
+    /// Is there room for `len` more bytes?
+    pub fn fits(&self, len: usize) -> bool {
+        self.next() + len + 8 <= self.size
+    }
+
+    /// Puts `code` at [`CodeBuffer::next`]; gives its offset. The caller has asked [`CodeBuffer::fits`].
+    pub fn append(&mut self, code: &[u8]) -> usize {
+        let at = self.next();
+        assert!(at + code.len() <= self.size, "the code buffer is full");
+        // SAFETY: in range of the writable view; nobody executes beyond `used`.
+        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.rw.add(TABLE_SIZE + at), code.len()) };
+        self.used = at + code.len();
+        at
+    }
+
+    /// Forgets everything from offset `keep` on. No thread may execute there any more.
+    pub fn reset(&mut self, keep: usize) {
+        self.used = self.used.min(keep);
+    }
+
+    /// Replaces the 32-bit displacement at `at`, which does not cross a cache line, so that it leads to code offset `target`.
+    pub fn patch(&self, at: usize, target: usize) {
+        assert!(at + 4 <= self.used && at % 64 <= 60, "no patchable field");
+        let displacement = (target as i64 - (at as i64 + 4)) as i32;
+        // SAFETY: in range; x86 executes either the old or the new displacement, both lead to live code: the field lies in one cache
+        // line, where one store instruction is atomic.
+        unsafe {
+            let field = self.rw.add(TABLE_SIZE + at);
+            std::arch::asm!("mov dword ptr [{}], {:e}", in(reg) field, in(reg) displacement, options(nostack, preserves_flags));
+        }
+    }
+
+    fn entry(&self, index: u16) -> &AtomicU64 {
+        // SAFETY: the table has an entry for each u16; it is only accessed as atomics.
+        unsafe { &*self.rw.cast::<AtomicU64>().add(usize::from(index)) }
+    }
+
+    /// Sets a branch target to code offset `target`.
+    pub fn set_target(&self, index: u16, target: usize) {
+        self.entry(index).store(self.base() + target as u64, Ordering::Release);
+    }
+
+    /// Sets all branch targets.
+    pub fn fill_targets(&self, target: usize) {
+        for i in 0..=u16::MAX {
+            self.entry(i).store(self.base() + target as u64, Ordering::Relaxed);
+        }
+    }
+
+    fn generation_cell(&self) -> &AtomicU64 {
+        // SAFETY: the last eight bytes are never code: see `fits`.
+        unsafe { &*self.rw.add(TABLE_SIZE + self.size - 8).cast::<AtomicU64>() }
+    }
+
+    /// A number kept in the memory itself: a forked child sees there what the parent has set since.
+    pub fn generation(&self) -> u64 {
+        self.generation_cell().load(Ordering::SeqCst)
+    }
+
+    /// Sets it.
+    pub fn set_generation(&self, v: u64) {
+        self.generation_cell().store(v, Ordering::SeqCst);
+    }
+
+    /// Maps the table behind the calling thread's block.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn map_table(&self, block: &ThreadBlock) -> Result<()> {
+        let area = (block.this as usize + ENGINE_AREA_OFFSET) as *mut libc::c_void;
+        // SAFETY: the area behind the block is reserved for this. An old size of 0 makes a second mapping of a shared one (mremap(2)).
+        unsafe {
+            let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+            let p = libc::mremap(self.rw.cast(), 0, TABLE_SIZE, flags, area);
+            if p == libc::MAP_FAILED || libc::mprotect(p, TABLE_SIZE, libc::PROT_READ) != 0 {
+                return Err(Error::last_os_error());
+            }
+        }
+        Ok(())
+    }
+
+    /// After fork, in the child: memory of its own with the same content at the same addresses. Until then the views are shared with
+    /// the parent. The table behind the thread block must be mapped again.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn after_fork(&mut self) -> Result<()> {
+        let fd = memfd(TABLE_SIZE + self.size)?;
+        let used = TABLE_SIZE + self.used;
+        // SAFETY: reads our own mapping; the file is new.
+        let written = unsafe { libc::pwrite(fd.as_raw_fd(), self.rw.cast(), used, 0) };
+        if written != used as isize {
+            return Err(Error::last_os_error());
+        }
+        // After the copy: a flush that was under way meanwhile shows here.
+        let generation = self.generation();
+        let rw = libc::PROT_READ | libc::PROT_WRITE;
+        let rx = libc::PROT_READ | libc::PROT_EXEC;
+        // SAFETY: replaces our own mappings, while no thread but this one exists.
+        unsafe {
+            map(self.rw, TABLE_SIZE + self.size, rw, libc::MAP_FIXED, &fd, 0)?;
+            map(self.rx, self.size, rx, libc::MAP_FIXED, &fd, TABLE_SIZE)?;
+        }
+        self.set_generation(generation);
+        Ok(())
+    }
+
+    /// The code in use, for tests and `explain`.
+    pub fn code(&self, range: std::ops::Range<usize>) -> Vec<u8> {
+        assert!(range.start <= range.end && range.end <= self.used, "not code");
+        // SAFETY: in range; bytes are copied at once.
+        unsafe { std::slice::from_raw_parts(self.rx.add(range.start), range.len()).to_vec() }
+    }
+}
+
+impl Drop for CodeBuffer {
+    fn drop(&mut self) {
+        // SAFETY: our own mappings; no thread is inside when the last owner goes.
+        unsafe {
+            libc::munmap(self.rw.cast(), TABLE_SIZE + self.size);
+            if !self.rx.is_null() {
+                libc::munmap(self.rx.cast(), self.size);
+            }
+        }
+    }
+}
+
+fn memfd(size: usize) -> Result<OwnedFd> {
+    // SAFETY: a fresh descriptor, owned from here on.
+    let fd = unsafe {
+        let fd = libc::memfd_create(c"bivisor-code".as_ptr(), libc::MFD_CLOEXEC);
+        if fd < 0 {
+            return Err(Error::last_os_error());
+        }
+        OwnedFd::from_raw_fd(fd)
+    };
+    // SAFETY: plain call.
+    if unsafe { libc::ftruncate(fd.as_raw_fd(), size as i64) } < 0 {
+        return Err(Error::last_os_error());
+    }
+    Ok(fd)
+}
+
+/// # Safety
+/// With MAP_FIXED, `at` must be the caller's to replace.
+unsafe fn map(at: *mut u8, len: usize, prot: i32, flags: i32, fd: &OwnedFd, offset: usize) -> Result<*mut u8> {
+    // SAFETY: the caller's promise.
+    let p = unsafe { libc::mmap(at.cast(), len, prot, libc::MAP_SHARED | flags, fd.as_raw_fd(), offset as i64) };
+    if p == libc::MAP_FAILED { Err(Error::last_os_error()) } else { Ok(p.cast()) }
+}
+
+/// One page that a fork wipes in the child: says whether we are in a copy of the address space (not so after vfork).
+pub struct ForkMark {
+    page: *const AtomicI32,
+}
+
+// SAFETY: an atomic in memory that lives as long as the value.
+unsafe impl Send for ForkMark {}
+// SAFETY: as above.
+unsafe impl Sync for ForkMark {}
+
+impl ForkMark {
+    /// Not forked.
+    ///
+    /// # Errors
+    /// The host's (Linux before 4.14).
+    pub fn new() -> Result<ForkMark> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: a fresh page.
+        let page = unsafe {
+            let p = libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
+            if p == libc::MAP_FAILED || libc::madvise(p, 4096, libc::MADV_WIPEONFORK) != 0 {
+                return Err(Error::last_os_error());
+            }
+            p
+        };
+        let mark = ForkMark { page: page.cast_const().cast() };
+        mark.set();
+        Ok(mark)
+    }
+
+    fn cell(&self) -> &AtomicI32 {
+        // SAFETY: mapped as long as self lives.
+        unsafe { &*self.page }
+    }
+
+    /// Is this a forked child in which [`ForkMark::set`] was not called?
+    #[inline]
+    pub fn forked(&self) -> bool {
+        self.cell().load(Ordering::Relaxed) == 0
+    }
+
+    /// The child has done what it must.
+    pub fn set(&self) {
+        self.cell().store(1, Ordering::Relaxed);
+    }
+}
+
+impl Drop for ForkMark {
+    fn drop(&mut self) {
+        // SAFETY: our own page.
+        unsafe { libc::munmap(self.page as *mut libc::c_void, 4096) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_can_be_executed_and_nothing_is_both() {
+        let mut b = CodeBuffer::new(8192).expect("a code buffer");
+        let at = b.append(&[0xb8, 42, 0, 0, 0, 0xc3]);
+        // SAFETY: `mov eax, 42; ret`.
+        let f: extern "sysv64" fn() -> u32 = unsafe { std::mem::transmute((b.base() + at as u64) as *const ()) };
+        assert_eq!(f(), 42);
+        let maps = std::fs::read_to_string("/proc/self/maps").expect("maps");
+        let ours: Vec<&str> = maps.lines().filter(|l| l.contains("bivisor-code")).collect();
+        assert!(ours.len() >= 2);
+        assert!(ours.iter().all(|l| !l.contains("rwx")), "{ours:?}");
+    }
+
+    #[test]
+    fn a_fork_is_noticed() {
+        let mark = ForkMark::new().expect("a page");
+        assert!(!mark.forked());
+        // SAFETY: the child only looks and exits.
+        unsafe {
+            let child = libc::fork();
+            if child == 0 {
+                libc::_exit(i32::from(mark.forked()));
+            }
+            let mut status = 0;
+            libc::waitpid(child, &mut status, 0);
+            assert_eq!(libc::WEXITSTATUS(status), 1);
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! The way into the code cache and out of it: all of the guest's registers, its vector state, its FS base.
+//!
+//! Vector and x87 state goes through XRSTOR and XSAVE(OPT) with the image of `CpuState`: components in their initial configuration
+//! stay so (SDM 1 13.8, XINUSE). Loading upper halves that the guest does not use would make its SSE code slower.
+//!
+//! The kick flag is looked at between two labels the signal handler knows: a kick that comes after the look and before the guest's
+//! first instruction sends the thread to the `abort` label.
+#![allow(unsafe_code)]
+
+use crate::emit::{gs, slot};
+use bivisor_emulator::cpu::CpuState;
+use bivisor_emulator::cpu::xsave::Layout;
+use bivisor_emulator::host::thread::ThreadBlock;
+use bivisor_emulator::isa::{Gpr, Seg};
+use std::arch::global_asm;
+use std::mem::offset_of;
+use std::ops::Range;
+
+/// Left because the target of an indirect branch was not found; it is in [`slot::TARGET`].
+pub const MISS: u32 = 0xffff_ff00;
+/// A signal found the guest in the cache: registers are in `CpuState` as they were, the host PC in [`slot::PC`].
+pub const CAPTURED: u32 = 0xffff_ff01;
+/// Not entered: a kick came first.
+pub const ABORTED: u32 = 0xffff_ff02;
+
+const AVX: u64 = 1;
+const XSAVEOPT: u64 = 2;
+const RAX: usize = gpr(Gpr::Rax);
+
+const fn gpr(r: Gpr) -> usize {
+    offset_of!(CpuState, gpr) + 8 * r as usize
+}
+
+const FS_BASE: usize = offset_of!(CpuState, seg)
+    + size_of::<bivisor_emulator::cpu::Segment>() * Seg::Fs as usize
+    + offset_of!(bivisor_emulator::cpu::Segment, base);
+
+global_asm!(
+    ".globl bivisor_bt_enter, bivisor_bt_enter_from, bivisor_bt_enter_to, bivisor_bt_leave, bivisor_bt_leave_captured, bivisor_bt_abort",
+    ".hidden bivisor_bt_enter, bivisor_bt_enter_from, bivisor_bt_enter_to, bivisor_bt_leave, bivisor_bt_leave_captured, bivisor_bt_abort",
+    ".p2align 4",
+    // fn(rdi = entry) -> eax = exit
+    "bivisor_bt_enter:",
+    "push rbx; push rbp; push r12; push r13; push r14; push r15",
+    "mov gs:[{host_rsp}], rsp",
+    "mov gs:[{entry}], rdi",
+    "bivisor_bt_enter_from:",
+    "mov rax, gs:[{kick}]",
+    "cmp byte ptr [rax], 0",
+    "jne bivisor_bt_abort",
+    "mov rbx, gs:[{cpu}]",
+    "mov eax, dword ptr gs:[{components}]",
+    "mov edx, dword ptr gs:[{components} + 4]",
+    "xrstor64 [rbx + {xsave}]",
+    "push qword ptr [rbx + {rflags}]",
+    "mov rax, [rbx + {fs_base}]",
+    "wrfsbase rax",
+    "popfq",
+    "mov rax, [rbx + {rax}]",
+    "mov rcx, [rbx + {rax} + 8]",
+    "mov rdx, [rbx + {rax} + 16]",
+    "mov rsp, [rbx + {rax} + 32]",
+    "mov rbp, [rbx + {rax} + 40]",
+    "mov rsi, [rbx + {rax} + 48]",
+    "mov rdi, [rbx + {rax} + 56]",
+    "mov r8, [rbx + {rax} + 64]",
+    "mov r9, [rbx + {rax} + 72]",
+    "mov r10, [rbx + {rax} + 80]",
+    "mov r11, [rbx + {rax} + 88]",
+    "mov r12, [rbx + {rax} + 96]",
+    "mov r13, [rbx + {rax} + 104]",
+    "mov r14, [rbx + {rax} + 112]",
+    "mov r15, [rbx + {rax} + 120]",
+    "mov rbx, [rbx + {rax} + 24]",
+    "jmp qword ptr gs:[{entry}]",
+    "bivisor_bt_enter_to:",
+    // From the cache: all registers are the guest's, the exit number is in its slot.
+    ".p2align 4",
+    "bivisor_bt_leave:",
+    "mov gs:[{rbx}], rbx",
+    "mov rbx, gs:[{cpu}]",
+    "mov [rbx + {rax}], rax",
+    "mov [rbx + {rax} + 8], rcx",
+    "mov [rbx + {rax} + 16], rdx",
+    "mov rax, gs:[{rbx}]",
+    "mov [rbx + {rax} + 24], rax",
+    "mov [rbx + {rax} + 32], rsp",
+    "mov [rbx + {rax} + 40], rbp",
+    "mov [rbx + {rax} + 48], rsi",
+    "mov [rbx + {rax} + 56], rdi",
+    "mov [rbx + {rax} + 64], r8",
+    "mov [rbx + {rax} + 72], r9",
+    "mov [rbx + {rax} + 80], r10",
+    "mov [rbx + {rax} + 88], r11",
+    "mov [rbx + {rax} + 96], r12",
+    "mov [rbx + {rax} + 104], r13",
+    "mov [rbx + {rax} + 112], r14",
+    "mov [rbx + {rax} + 120], r15",
+    "mov rsp, gs:[{host_rsp}]",
+    "pushfq",
+    "pop rcx",
+    "mov [rbx + {rflags}], rcx",
+    "cld",
+    // AC would make misaligned accesses of Rust code fault.
+    "test ecx, 0x40000",
+    "jz 2f",
+    "push 2",
+    "popfq",
+    "2:",
+    "mov eax, dword ptr gs:[{components}]",
+    "mov edx, dword ptr gs:[{components} + 4]",
+    "test byte ptr gs:[{host_flags}], {xsaveopt}",
+    "jz 3f",
+    "xsaveopt64 [rbx + {xsave}]",
+    "jmp 4f",
+    "3: xsave64 [rbx + {xsave}]",
+    "4:",
+    // From the signal handler, which has put all registers into the state.
+    "bivisor_bt_leave_captured:",
+    "mov rbx, gs:[{cpu}]",
+    "rdfsbase rax",
+    "mov [rbx + {fs_base}], rax",
+    "mov eax, dword ptr gs:[{exit}]",
+    "5:",
+    "mov rdx, gs:[8]",
+    "wrfsbase rdx",
+    "test byte ptr gs:[{host_flags}], {avx}",
+    "jz 6f",
+    "vzeroupper",
+    "6:",
+    "ldmxcsr gs:[{mxcsr}]",
+    "pop r15; pop r14; pop r13; pop r12; pop rbp; pop rbx",
+    "ret",
+    // RSP is the host's as after the pushes of enter.
+    "bivisor_bt_abort:",
+    "mov eax, {aborted}",
+    "jmp 5b",
+    host_rsp = const gs(slot::HOST_RSP),
+    entry = const gs(slot::ENTRY),
+    kick = const gs(slot::KICK),
+    cpu = const gs(slot::CPU),
+    rbx = const gs(slot::RBX),
+    exit = const gs(slot::EXIT),
+    components = const gs(slot::COMPONENTS),
+    host_flags = const gs(slot::HOST_FLAGS),
+    mxcsr = const gs(slot::MXCSR),
+    rax = const RAX,
+    rflags = const offset_of!(CpuState, rflags),
+    fs_base = const FS_BASE,
+    xsave = const offset_of!(CpuState, xsave),
+    avx = const AVX,
+    xsaveopt = const XSAVEOPT,
+    aborted = const ABORTED,
+);
+
+unsafe extern "sysv64" {
+    fn bivisor_bt_enter(entry: u64) -> u32;
+    safe static bivisor_bt_enter_from: u8;
+    safe static bivisor_bt_enter_to: u8;
+    safe static bivisor_bt_leave: u8;
+    safe static bivisor_bt_leave_captured: u8;
+    safe static bivisor_bt_abort: u8;
+}
+
+/// The host addresses from which on a kick must not let the thread go in.
+pub fn entering() -> Range<u64> {
+    (&raw const bivisor_bt_enter_from) as u64..(&raw const bivisor_bt_enter_to) as u64
+}
+
+/// Where generated code goes to leave.
+pub fn leave() -> u64 {
+    (&raw const bivisor_bt_leave) as u64
+}
+
+/// Where the signal handler sends a thread whose registers it has saved; RSP is [`slot::HOST_RSP`].
+pub fn leave_captured() -> u64 {
+    (&raw const bivisor_bt_leave_captured) as u64
+}
+
+/// Where the signal handler sends a thread that was about to go in; RSP is [`slot::HOST_RSP`].
+pub fn abort() -> u64 {
+    (&raw const bivisor_bt_abort) as u64
+}
+
+/// Fills the slots that do not change from run to run.
+pub fn prepare(block: &ThreadBlock) {
+    let mut flags = 0;
+    if std::is_x86_feature_detected!("avx") {
+        flags |= AVX;
+    }
+    if std::is_x86_feature_detected!("xsaveopt") {
+        flags |= XSAVEOPT;
+    }
+    block.scratch[slot::HOST_FLAGS].set(flags);
+    block.scratch[slot::COMPONENTS].set(Layout::host().components);
+    block.scratch[slot::MXCSR].set(0x1f80);
+    block.scratch[slot::LEAVE].set(leave());
+}
+
+/// Runs translated code from host address `entry` until it leaves; gives the exit.
+///
+/// The caller has filled in the slots of `block`, which is the calling thread's, and has told the cache that this thread is in; `entry`
+/// is the start of live code of that cache. `cpu` is what [`slot::CPU`] names; its FS base is canonical and its MXCSR valid.
+pub fn run(block: &ThreadBlock, cpu: &mut CpuState, entry: u64) -> u32 {
+    debug_assert_eq!(block.scratch[slot::CPU].get(), std::ptr::from_mut(cpu) as u64);
+    let bv = cpu.xsave.xstate_bv() & Layout::host().components;
+    cpu.xsave.set_xstate_bv(bv);
+    // SAFETY: as the caller says; XRSTOR finds a valid image; the routine keeps the calling convention and touches only `cpu`, the
+    // slots and, as the guest, what a flat guest may.
+    unsafe { bivisor_bt_enter(entry) }
+}

@@ -1,0 +1,86 @@
+//! The exits of all translated code, by number: read without a lock by a thread that has just left, written under the cache's lock.
+
+use crate::lower::Leave;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+const CHUNK: usize = 1024;
+const CHUNKS: usize = 4096;
+/// Exits there can be between two flushes.
+pub const MAX_EXITS: u32 = (CHUNK * CHUNKS) as u32;
+
+#[derive(Default)]
+struct Record {
+    rip: AtomicU64,
+    /// 0: to a block; 1: step; else 2 + length of SYSCALL.
+    kind: AtomicU32,
+    site: AtomicU32,
+    stub: AtomicU32,
+    /// The number of the block it is linked to, plus one.
+    linked: AtomicU32,
+}
+
+/// The table.
+pub struct Exits {
+    chunks: Box<[OnceLock<Box<[Record]>>]>,
+}
+
+impl Default for Exits {
+    fn default() -> Exits {
+        Exits { chunks: (0..CHUNKS).map(|_| OnceLock::new()).collect() }
+    }
+}
+
+impl Exits {
+    fn record(&self, id: u32) -> &Record {
+        let chunk = self.chunks[id as usize / CHUNK].get_or_init(|| (0..CHUNK).map(|_| Record::default()).collect());
+        &chunk[id as usize % CHUNK]
+    }
+
+    /// Why this exit is taken.
+    pub fn leave(&self, id: u32) -> Leave {
+        let r = self.record(id);
+        let rip = r.rip.load(Ordering::Relaxed);
+        match r.kind.load(Ordering::Relaxed) {
+            0 => Leave::To(rip),
+            1 => Leave::Step(rip),
+            n => Leave::Syscall(rip, (n - 2) as u8),
+        }
+    }
+
+    /// RIP of the guest that takes it.
+    pub fn rip(&self, id: u32) -> u64 {
+        self.record(id).rip.load(Ordering::Relaxed)
+    }
+
+    /// Code offsets of its patchable displacement and of its stub.
+    pub fn places(&self, id: u32) -> (usize, usize) {
+        let r = self.record(id);
+        (r.site.load(Ordering::Relaxed) as usize, r.stub.load(Ordering::Relaxed) as usize)
+    }
+
+    /// The block it is linked to.
+    pub fn linked(&self, id: u32) -> Option<u32> {
+        self.record(id).linked.load(Ordering::Relaxed).checked_sub(1)
+    }
+
+    /// Notes a link.
+    pub fn set_linked(&self, id: u32, block: Option<u32>) {
+        self.record(id).linked.store(block.map_or(0, |b| b + 1), Ordering::Relaxed);
+    }
+
+    /// Defines an exit.
+    pub fn set(&self, id: u32, leave: Leave, site: u32, stub: u32) {
+        let r = self.record(id);
+        let (rip, kind) = match leave {
+            Leave::To(rip) => (rip, 0),
+            Leave::Step(rip) => (rip, 1),
+            Leave::Syscall(rip, len) => (rip, 2 + u32::from(len)),
+        };
+        r.rip.store(rip, Ordering::Relaxed);
+        r.kind.store(kind, Ordering::Relaxed);
+        r.site.store(site, Ordering::Relaxed);
+        r.stub.store(stub, Ordering::Relaxed);
+        r.linked.store(0, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,214 @@
+//! Memory operands: what becomes of them under each memory model. The only place that knows.
+//!
+//! In the flat model a guest address is the host's: operands stay as they are. Only RIP-relative ones (SDM 2A 2.2.1.6) must be changed,
+//! because the code is elsewhere: a new displacement if the target is within reach of the code cache, an absolute one if it lies in
+//! the low 2 GiB, else a register is borrowed for the address and its value kept in a slot.
+
+// dynasm's dynamic registers convert a u8 to itself.
+#![allow(clippy::useless_conversion)]
+
+use crate::block::Item;
+use crate::emit::{gs, slot};
+use crate::lower::Lowering;
+use crate::marks::{Saved, What};
+use bivisor_emulator::isa::{Base, Gpr, Operand, Width};
+use dynasmrt::{DynasmApi, dynasm};
+use iced_x86::{Code, Decoder, DecoderOptions, Encoder, InstructionInfoFactory, Mnemonic, Register};
+
+/// How guest addresses become host addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum MemoryModel {
+    /// Guest address = host address: a Linux process.
+    #[default]
+    Flat,
+}
+
+/// May the instruction's bytes be copied as they are?
+pub(crate) fn can_stay(_l: &Lowering<'_>, item: &Item) -> bool {
+    !item.insn.iced.is_ip_rel_memory_operand()
+}
+
+/// Emits an instruction whose operand is RIP-relative. False if there is no way.
+pub(crate) fn rewrite(l: &mut Lowering<'_>, item: &Item) -> bool {
+    // EIP-relative: the sum is cut to 32 bits.
+    let address = if item.insn.iced.memory_base() == Register::EIP { Width::D } else { Width::Q };
+    let disp = item.insn.iced.memory_displacement64().wrapping_sub(u64::from(item.insn.len));
+    let target = address.cut(l.block.next_rip(item).wrapping_add(disp));
+    if item.insn.iced.mnemonic() == Mnemonic::Lea {
+        return lea(l, item, target);
+    }
+    if address == Width::Q && (near(l, item, target) || low(l, item, target)) {
+        return true;
+    }
+    borrow(l, item, target)
+}
+
+/// LEA of a constant is a load of a constant.
+fn lea(l: &mut Lowering<'_>, item: &Item, target: u64) -> bool {
+    let Operand::Reg(r) = item.insn.ops[0] else { return false };
+    match item.insn.width {
+        Width::Q => {
+            l.mark(What::At(item.at));
+            load_constant(l, r, target);
+            true
+        }
+        Width::D => {
+            l.mark(What::At(item.at));
+            load_constant(l, r, Width::D.cut(target));
+            true
+        }
+        _ => false,
+    }
+}
+
+/// `mov r, imm` in its shortest form; flags stay.
+pub(crate) fn load_constant(l: &mut Lowering<'_>, r: Gpr, v: u64) {
+    let r = r as u8;
+    if let Ok(v) = u32::try_from(v) {
+        dynasm!(l.e; .arch x64; mov Rd(r), v as i32);
+    } else if let Ok(v) = i32::try_from(v as i64) {
+        dynasm!(l.e; .arch x64; mov Rq(r), v);
+    } else {
+        dynasm!(l.e; .arch x64; mov Rq(r), QWORD v as i64);
+    }
+}
+
+/// Where the 32-bit displacement of the RIP-relative operand is.
+fn displacement_at(bytes: &[u8]) -> Option<usize> {
+    let mut d = Decoder::with_ip(64, bytes, 0, DecoderOptions::NONE);
+    let i = d.decode();
+    let c = d.get_constant_offsets(&i);
+    (c.displacement_size() == 4).then_some(c.displacement_offset())
+}
+
+/// The same bytes with another displacement, if the target is within 2 GiB of the code.
+fn near(l: &mut Lowering<'_>, item: &Item, target: u64) -> bool {
+    let after = l.e.here().wrapping_add(u64::from(item.insn.len));
+    let Ok(disp) = i32::try_from(target.wrapping_sub(after) as i64) else { return false };
+    let block = l.block;
+    let bytes = block.code(item);
+    let Some(at) = displacement_at(bytes) else { return false };
+    l.mark(What::Copied(item.at));
+    let start = l.e.len();
+    l.e.bytes.extend_from_slice(bytes);
+    l.e.set_u32(start + at, disp as u32);
+    true
+}
+
+/// An absolute address in the low 2 GiB: ModRM and SIB say "no base, no index" instead of "RIP".
+fn low(l: &mut Lowering<'_>, item: &Item, target: u64) -> bool {
+    let Ok(disp) = i32::try_from(target as i64) else { return false };
+    let block = l.block;
+    let bytes = block.code(item);
+    let Some(at) = displacement_at(bytes) else { return false };
+    // An X bit in REX, VEX or EVEX, meaningless before, would now name an index register: compilers never set it.
+    if at == 0 || has_index_bit(bytes) || item.insn.len >= 15 {
+        return false;
+    }
+    l.mark(What::At(item.at));
+    l.e.bytes.extend_from_slice(&bytes[..at - 1]);
+    l.e.push((bytes[at - 1] & 0x38) | 4);
+    l.e.push(0x25);
+    l.e.push_i32(disp);
+    l.e.bytes.extend_from_slice(&bytes[at + 4..]);
+    true
+}
+
+/// May a prefix carry an X bit? Says yes when in doubt.
+fn has_index_bit(bytes: &[u8]) -> bool {
+    let legacy = bytes
+        .iter()
+        .take_while(|b| matches!(b, 0x66 | 0x67 | 0xf0 | 0xf2 | 0xf3 | 0x2e | 0x36 | 0x3e | 0x26 | 0x64))
+        .count();
+    match bytes[legacy..] {
+        [rex @ 0x40..=0x4f, ..] => rex & 2 != 0,
+        // VEX3, EVEX: X is stored inverted. VEX2 has none.
+        [0xc4 | 0x62 | 0x8f, p, ..] => p & 0x40 == 0,
+        _ => false,
+    }
+}
+
+/// A register that the instruction does not touch holds the address while it runs.
+fn borrow(l: &mut Lowering<'_>, item: &Item, target: u64) -> bool {
+    let Some(r) = free_register(item) else { return false };
+    let reg = r as u8;
+    let save = gs(slot::TMP);
+    l.mark(What::At(item.at));
+    dynasm!(l.e; .arch x64; gs mov [save], Rq(reg));
+    l.mark(What::Undo(item.at, Saved::Tmp(r)));
+    load_constant(l, r, target);
+    let mut iced = item.insn.iced;
+    iced.set_memory_base(r.to_iced());
+    iced.set_memory_displacement64(0);
+    iced.set_memory_displ_size(0);
+    if !encode(l, &iced) {
+        return false;
+    }
+    // A load into the borrowed register itself needs no restoring.
+    l.mark(What::Undo(item.at + u16::from(item.insn.len), Saved::Tmp(r)));
+    dynasm!(l.e; .arch x64; gs mov Rq(reg), [save]);
+    true
+}
+
+fn free_register(item: &Item) -> Option<Gpr> {
+    let mut factory = InstructionInfoFactory::new();
+    let info = factory.info(&item.insn.iced);
+    // RSP has no place in a base-only operand without SIB trouble and is the guest's stack. A register numbered 8 and up would need
+    // a REX prefix, which AH to BH do not stand.
+    [Gpr::Rax, Gpr::Rcx, Gpr::Rdx, Gpr::Rbx, Gpr::Rsi, Gpr::Rdi]
+        .into_iter()
+        .find(|r| !info.used_registers().iter().any(|u| u.register().full_register() == r.to_iced()))
+}
+
+/// Appends a re-encoded instruction.
+fn encode(l: &mut Lowering<'_>, iced: &iced_x86::Instruction) -> bool {
+    let mut encoder = Encoder::new(64);
+    if encoder.encode(iced, 0).is_err() {
+        return false;
+    }
+    l.e.bytes.extend_from_slice(&encoder.take_buffer());
+    true
+}
+
+/// Loads the 64-bit operand of an indirect branch into RCX, whose guest value is in its slot. Until the last instruction RCX may hold
+/// an address.
+pub(crate) fn load_target(l: &mut Lowering<'_>, item: &Item) -> bool {
+    let mut load = item.insn.iced;
+    // The operand moves from first to second place.
+    match item.insn.ops[0] {
+        Operand::Reg(r) => {
+            let r = r as u8;
+            dynasm!(l.e; .arch x64; mov rcx, Rq(r));
+            return true;
+        }
+        Operand::Mem(m) if m.base == Base::Rip => {
+            let target = m.address.cut(l.block.next_rip(item).wrapping_add(m.disp));
+            // The load in its RIP-relative form is 7 bytes long.
+            let after = l.e.here() + 7;
+            if let Ok(d) = i32::try_from(target.wrapping_sub(after) as i64) {
+                l.e.bytes.extend_from_slice(&[0x48, 0x8b, 0x0d]);
+                l.e.push_i32(d);
+            } else if let Ok(d) = i32::try_from(target as i64) {
+                dynasm!(l.e; .arch x64; mov rcx, [d]);
+            } else {
+                l.mark(What::Undo(item.at, Saved::Rcx));
+                load_constant(l, Gpr::Rcx, target);
+                dynasm!(l.e; .arch x64; mov rcx, [rcx]);
+            }
+            return true;
+        }
+        Operand::Mem(_) => {}
+        _ => return false,
+    }
+    load.set_code(Code::Mov_r64_rm64);
+    load.set_op0_kind(iced_x86::OpKind::Register);
+    load.set_op0_register(Register::RCX);
+    load.set_op1_kind(iced_x86::OpKind::Memory);
+    load.set_has_repne_prefix(false);
+    load.set_has_repe_prefix(false);
+    if load.segment_prefix() == Register::DS {
+        // NOTRACK is the same byte.
+        load.set_segment_prefix(Register::None);
+    }
+    encode(l, &load)
+}

@@ -1,0 +1,231 @@
+//! Lowering: a guest block becomes host code; one file a way of lowering.
+//!
+//! Guest registers are the host's registers, RSP and flags included; the context is reached through GS. A piece of code has an
+//! optional *landing* (the way in for indirect branches), the body, the stubs of its exits, and constants.
+
+mod branch;
+mod copy;
+pub mod memory;
+
+use crate::block::GuestBlock;
+use crate::emit::{Emitter, gs, slot};
+use crate::marks::{Mark, What};
+use crate::route::Route;
+use dynasmrt::{DynasmApi, dynasm};
+use memory::MemoryModel;
+
+pub use branch::{Landing, emit_landing, emit_trampolines};
+
+/// Why a piece of code is left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leave {
+    /// To the block at this address; the jump can be patched to it.
+    To(u64),
+    /// One interpreter step at this address.
+    Step(u64),
+    /// SYSCALL at this address, of this length.
+    Syscall(u64, u8),
+}
+
+/// One exit of a piece of code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exit {
+    /// Why.
+    pub leave: Leave,
+    /// Offset of the 32-bit displacement of the jump, for [`Leave::To`].
+    pub site: u32,
+    /// Offset of the stub.
+    pub stub: u32,
+    /// The code the jump leads to already, if not to the stub: a code address.
+    pub linked: Option<u64>,
+}
+
+/// What lowering wants to know about the cache.
+pub struct Surroundings<'a> {
+    /// Host address the code will have.
+    pub at: u64,
+    /// The number the first exit will have.
+    pub first_exit: u32,
+    /// Host address of the way out for exits.
+    pub exit: u64,
+    /// Host address of the way out for indirect branches without a target.
+    pub miss: u64,
+    /// The body of the live block at a guest address.
+    pub known: &'a dyn Fn(u64) -> Option<u64>,
+    /// How memory operands are emitted.
+    pub model: MemoryModel,
+}
+
+/// A lowered block.
+#[derive(Debug, Default)]
+pub struct Unit {
+    /// The host code.
+    pub code: Vec<u8>,
+    /// The way back.
+    pub marks: Vec<Mark>,
+    /// Its exits; the i-th has number `first_exit + i`.
+    pub exits: Vec<Exit>,
+    /// The landing, if asked for.
+    pub landing: Option<Landing>,
+    /// Offset of the body.
+    pub body: u32,
+    /// Guest bytes covered: less than decoded if the rest was translated already.
+    pub guest_len: u16,
+    /// Guest instructions.
+    pub insns: u16,
+}
+
+/// The work in progress.
+pub(crate) struct Lowering<'a> {
+    pub e: Emitter,
+    pub marks: Vec<Mark>,
+    pub exits: Vec<Exit>,
+    /// 8-byte constants, and where their RIP-relative displacements are.
+    pub constants: Vec<(usize, u64)>,
+    pub block: &'a GuestBlock,
+    pub around: &'a Surroundings<'a>,
+    /// Host address of the body.
+    pub body: u64,
+}
+
+impl Lowering<'_> {
+    /// From here on, `what` holds.
+    pub fn mark(&mut self, what: What) {
+        let at = self.e.len() as u16;
+        match self.marks.last_mut() {
+            Some(m) if m.at == at => m.what = what,
+            // Copied code goes on.
+            Some(Mark { at: from, what: What::Copied(d) }) if matches!(what, What::Copied(n) if n.wrapping_sub(*d) == at - *from) =>
+                {}
+            _ => self.marks.push(Mark { at, what }),
+        }
+    }
+
+    /// Records an exit; gives its number.
+    pub fn exit(&mut self, leave: Leave, site: usize, linked: Option<u64>) -> u32 {
+        self.exits.push(Exit { leave, site: site as u32, stub: 0, linked });
+        self.around.first_exit + self.exits.len() as u32 - 1
+    }
+
+    /// A jump with a 32-bit displacement (`opcode` before it) to the block at `target`: straight there if it is translated.
+    pub fn link(&mut self, opcode: &[u8], target: u64) {
+        self.e.align_patch(opcode.len());
+        self.e.bytes.extend_from_slice(opcode);
+        let site = self.e.len();
+        self.e.push_u32(0);
+        let to = if target == self.block.start { Some(self.body) } else { (self.around.known)(target) };
+        if let Some(to) = to {
+            self.e.set_rel32(site, to);
+        }
+        self.exit(Leave::To(target), site, to);
+    }
+
+    /// Leaves here.
+    fn leave(&mut self, leave: Leave) {
+        let id = self.exit(leave, usize::MAX, None);
+        self.stub(id);
+    }
+
+    fn stub(&mut self, id: u32) {
+        let i = (id - self.around.first_exit) as usize;
+        let stub = self.e.len();
+        self.exits[i].stub = stub as u32;
+        self.mark(What::Exit(id));
+        let slot = gs(slot::EXIT);
+        dynasm!(self.e
+            ; .arch x64
+            ; gs mov DWORD [slot], id as i32
+            ; .u8 0xe9
+        );
+        let site = self.e.len();
+        self.e.push_u32(0);
+        self.e.set_rel32(site, self.around.exit);
+    }
+
+    /// Stubs of all exits that have none yet, and the constants.
+    fn finish(&mut self) {
+        for i in 0..self.exits.len() {
+            let Exit { leave: Leave::To(_), site, linked, .. } = self.exits[i] else { continue };
+            self.stub(self.around.first_exit + i as u32);
+            if linked.is_none() {
+                let stub = self.e.base + u64::from(self.exits[i].stub);
+                self.e.set_rel32(site as usize, stub);
+            }
+        }
+        if !self.constants.is_empty() {
+            self.e.align(8, 0xcc);
+        }
+        for (site, value) in std::mem::take(&mut self.constants) {
+            let here = self.e.here();
+            self.e.set_rel32(site, here);
+            self.e.push_u64(value);
+        }
+    }
+}
+
+/// Lowers `block`; with a landing if it is the target of an indirect branch.
+pub fn lower(block: &GuestBlock, around: &Surroundings<'_>, landing: bool) -> Unit {
+    let mut l = Lowering {
+        e: Emitter::new(around.at),
+        marks: Vec::with_capacity(8),
+        exits: Vec::with_capacity(4),
+        constants: Vec::new(),
+        block,
+        around,
+        body: around.at,
+    };
+    let landing = landing.then(|| emit_landing(&mut l.e, &mut l.marks, block.start, around.miss));
+    let body = l.e.len() as u32;
+    l.body = l.e.here();
+    let mut end = 0;
+    let mut insns = 0;
+    let mut open = true;
+    for item in &block.items {
+        // What follows a conditional branch may be there already.
+        if insns > 0 && block.items[insns - 1].route == Route::Conditional && (around.known)(block.rip(item)).is_some()
+        {
+            break;
+        }
+        insns += 1;
+        end = usize::from(item.at) + usize::from(item.insn.len);
+        open = match item.route {
+            Route::Copy | Route::CopyAndEnd => {
+                let copied = copy::copy(&mut l, item);
+                if !copied {
+                    l.leave(Leave::Step(block.rip(item)));
+                }
+                copied
+            }
+            Route::Conditional => {
+                branch::conditional(&mut l, item);
+                true
+            }
+            Route::Counted => {
+                branch::counted(&mut l, item);
+                true
+            }
+            Route::Jump => branch::jump(&mut l, item),
+            Route::Call => branch::call(&mut l, item),
+            Route::JumpIndirect | Route::CallIndirect => branch::indirect(&mut l, item),
+            Route::Return => branch::ret(&mut l, item),
+            Route::Syscall => {
+                l.leave(Leave::Syscall(block.rip(item), item.insn.len));
+                false
+            }
+            Route::Step => {
+                l.leave(Leave::Step(block.rip(item)));
+                false
+            }
+        };
+        if !open {
+            break;
+        }
+    }
+    if open {
+        let next = block.start.wrapping_add(end as u64);
+        l.mark(What::At(end as u16));
+        l.link(&[0xe9], next);
+    }
+    l.finish();
+    Unit { code: l.e.bytes, marks: l.marks, exits: l.exits, landing, body, guest_len: end as u16, insns: insns as u16 }
+}

@@ -1,0 +1,169 @@
+//! Which way each instruction is lowered, by the facts table and the offered CPU.
+
+use bivisor_emulator::cpu::cpuid::CpuModel;
+use bivisor_emulator::isa::{Class, Insn, Sensitivity, facts};
+use bivisor_emulator::vcpu::How;
+use iced_x86::{Code, Mnemonic, OpKind, Register};
+
+/// A way of lowering.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Route {
+    /// Copied; its memory operand as the memory model wants it.
+    Copy,
+    /// Copied, and the block ends: POPF may have set TF.
+    CopyAndEnd,
+    /// Jcc.
+    Conditional,
+    /// LOOP, LOOPcc, JrCXZ.
+    Counted,
+    /// JMP to a constant.
+    Jump,
+    /// CALL of a constant.
+    Call,
+    /// JMP through a register or memory.
+    JumpIndirect,
+    /// CALL through a register or memory.
+    CallIndirect,
+    /// RET.
+    Return,
+    /// SYSCALL: leaves.
+    Syscall,
+    /// A call-out to one step of the interpreter.
+    Step,
+}
+
+impl Route {
+    /// Does control not fall through to the next instruction inside the block?
+    pub fn ends_block(self) -> bool {
+        !matches!(self, Route::Copy | Route::Conditional)
+    }
+}
+
+/// What may be copied although it reads the host's time or its random numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// RDTSC and RDTSCP show the host's counter.
+    pub host_time: bool,
+    /// RDRAND and RDSEED are the host's.
+    pub host_random: bool,
+}
+
+impl Default for Policy {
+    fn default() -> Policy {
+        Policy { host_time: true, host_random: true }
+    }
+}
+
+/// The routes of all instructions in 64-bit user code.
+#[derive(Clone)]
+pub struct Routes {
+    table: Box<[Route]>,
+}
+
+impl Routes {
+    /// For a CPU model.
+    pub fn new(model: &CpuModel, policy: Policy) -> Routes {
+        Routes {
+            table: Code::values().map(|c| if model.supports(c) { route(c, policy) } else { Route::Step }).collect(),
+        }
+    }
+
+    /// The route of an instruction.
+    pub fn of(&self, insn: &Insn) -> Route {
+        let route = self.table[insn.iced.code() as usize];
+        match route {
+            // GS is ours while guest code runs.
+            _ if insn.iced.segment_prefix() == Register::GS => Route::Step,
+            Route::JumpIndirect | Route::CallIndirect if operand_is_narrow(insn) => Route::Step,
+            Route::Jump | Route::Call | Route::Conditional | Route::Counted
+                if insn.iced.op0_kind() != OpKind::NearBranch64 =>
+            {
+                Route::Step
+            }
+            r => r,
+        }
+    }
+}
+
+fn operand_is_narrow(insn: &Insn) -> bool {
+    insn.op_width(0) != Some(bivisor_emulator::isa::Width::Q)
+}
+
+fn route(code: Code, policy: Policy) -> Route {
+    let mnemonic = code.mnemonic();
+    let f = facts(code);
+    match f.class {
+        Class::Undefined | Class::Io => return Route::Step,
+        Class::Branch => return branch(code, mnemonic),
+        _ => {}
+    }
+    use Mnemonic as M;
+    match mnemonic {
+        M::Syscall => return Route::Syscall,
+        // With flat segments at CPL 3 and IOPL 0 the host's instruction is the guest's.
+        M::Pushf | M::Pushfq => return Route::Copy,
+        M::Popf | M::Popfq => return Route::CopyAndEnd,
+        // FS is the guest's while guest code runs.
+        M::Rdfsbase | M::Wrfsbase => return Route::Copy,
+        M::Rdtsc | M::Rdtscp if policy.host_time => return Route::Copy,
+        M::Rdrand | M::Rdseed if policy.host_random => return Route::Copy,
+        // They would store the host's instruction pointer, or components the guest's XCR0 does not have.
+        M::Fnstenv
+        | M::Fnsave
+        | M::Fxsave
+        | M::Fxsave64
+        | M::Xsave
+        | M::Xsave64
+        | M::Xsavec
+        | M::Xsavec64
+        | M::Xsaveopt
+        | M::Xsaveopt64
+        | M::Xrstor
+        | M::Xrstor64 => return Route::Step,
+        _ => {}
+    }
+    if f.sensitivity == Sensitivity::Innocuous && f.privilege == bivisor_emulator::isa::Privilege::Anyone {
+        Route::Copy
+    } else {
+        Route::Step
+    }
+}
+
+fn branch(code: Code, mnemonic: Mnemonic) -> Route {
+    if code.is_jcc_short_or_near() {
+        return Route::Conditional;
+    }
+    if code.is_jcx_short() || code.is_loop() || code.is_loopcc() {
+        return Route::Counted;
+    }
+    if code.is_jmp_short_or_near() {
+        return Route::Jump;
+    }
+    if code.is_call_near() {
+        return Route::Call;
+    }
+    if code.is_jmp_near_indirect() {
+        return Route::JumpIndirect;
+    }
+    if code.is_call_near_indirect() {
+        return Route::CallIndirect;
+    }
+    match code {
+        Code::Retnq | Code::Retnq_imm16 => Route::Return,
+        _ => {
+            debug_assert!(mnemonic != Mnemonic::Jmp, "{code:?}");
+            Route::Step
+        }
+    }
+}
+
+/// How the translator carries out an instruction in a flat process.
+pub fn how(code: Code) -> How {
+    match route(code, Policy::default()) {
+        Route::Copy | Route::CopyAndEnd => How::Copied,
+        Route::Syscall => How::Exits,
+        Route::Step if facts(code).class == Class::Undefined => How::Unsupported,
+        Route::Step => How::ByInterpreter,
+        _ => How::Rewritten,
+    }
+}

@@ -1,0 +1,364 @@
+//! The translator as an engine: the dispatch loop.
+
+use crate::cache::{Cache, DEFAULT_SIZE, Entry, Member, Via};
+use crate::emit::{NO_TRAP, slot};
+use crate::enter::{ABORTED, CAPTURED, MISS};
+use crate::lower::Leave;
+use crate::marks::Registers;
+use crate::route::Policy;
+use crate::stats::Stats;
+use crate::{enter, fault};
+use bivisor_emulator::cpu::cpuid::CpuModel;
+use bivisor_emulator::cpu::xsave::component;
+use bivisor_emulator::cpu::{CpuState, Fault, Mode, Rflags};
+use bivisor_emulator::host::signal;
+use bivisor_emulator::host::thread::ThreadBlock;
+use bivisor_emulator::interp::deliver::Event;
+use bivisor_emulator::interp::{Core, Env};
+use bivisor_emulator::isa::{Gpr, Seg};
+use bivisor_emulator::mem::GuestMemory;
+use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Kicker, Vcpu};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+const LOOKASIDE: usize = 1024;
+
+/// The engine.
+pub struct Translator {
+    cpu: Box<CpuState>,
+    /// Does what is not translated.
+    core: Core,
+    cache: Arc<Cache>,
+    member: Arc<Member>,
+    kicker: Kicker,
+    /// Entries found lately, by address; good as long as the cache has this version.
+    lookaside: Box<[(u64, u64)]>,
+    version: u64,
+    flushes: u64,
+    /// The thread whose block was prepared.
+    block: usize,
+    stats: Stats,
+}
+
+impl Translator {
+    /// Offers `cpu_model`; in the state after RESET, with a code cache of its own.
+    ///
+    /// # Errors
+    /// The host's, if it gives no executable memory.
+    pub fn new(cpu_model: Arc<CpuModel>) -> std::io::Result<Translator> {
+        Ok(Translator::with_cache(Cache::new(cpu_model, Policy::default(), DEFAULT_SIZE)?))
+    }
+
+    /// With a code cache that several virtual CPUs of one process share.
+    pub fn with_cache(cache: Arc<Cache>) -> Translator {
+        let cache = cache.current();
+        let member = Arc::new(Member::default());
+        cache.join(&member);
+        Translator {
+            cpu: Box::new(CpuState::reset()),
+            core: Core::new(Env::new(cache.model().clone())),
+            version: 0,
+            flushes: 0,
+            cache,
+            member,
+            kicker: Kicker::default(),
+            lookaside: vec![(u64::MAX, 0); LOOKASIDE].into(),
+            block: 0,
+            stats: Stats::default(),
+        }
+    }
+
+    /// The code cache, to be shared with other virtual CPUs of the process.
+    pub fn cache(&self) -> &Arc<Cache> {
+        &self.cache
+    }
+
+    /// What was done so far.
+    pub fn stats(&self) -> Stats {
+        self.stats
+    }
+
+    /// What the engine has besides the architecture.
+    pub fn env(&mut self) -> &mut Env {
+        &mut self.core.env
+    }
+
+    /// May the guest, as it is, run translated? 64-bit mode at CPL 3 without single-stepping, where the host's flags and segments are
+    /// the guest's.
+    fn translatable(&self) -> bool {
+        let s = &*self.cpu;
+        let fs = s.seg[Seg::Fs as usize].base;
+        s.rflags & (Rflags::TF | Rflags::IF | Rflags::IOPL | Rflags::VM) == Rflags::IF
+            && s.mode() == Mode::Long64
+            && s.cpl() == 3
+            && ((fs << 16) as i64 >> 16) as u64 == fs
+            && s.xsave.mxcsr() & !0xffff == 0
+            && std::is_x86_feature_detected!("xsave")
+            && s.dr7 & 0xff == 0
+            && !s.interrupt_shadow
+    }
+
+    /// The block at RIP, translated if it must be.
+    fn find(&mut self, mem: &GuestMemory, via: Via) -> Option<Entry> {
+        let rip = self.cpu.rip;
+        let version = self.cache.version();
+        if version != self.version {
+            self.lookaside.fill((u64::MAX, 0));
+            self.version = version;
+            self.flushes = self.cache.flushes();
+        }
+        let i = (rip ^ rip >> 10) as usize % LOOKASIDE;
+        if via == Via::Start && self.lookaside[i].0 == rip {
+            return Some(Entry { host: self.lookaside[i].1, flushes: self.flushes });
+        }
+        let entry = self.cache.resolve(mem, rip, via)?;
+        if entry.flushes == self.flushes {
+            self.lookaside[i] = (rip, entry.host);
+        }
+        Some(entry)
+    }
+
+    /// Fills the slots of the calling thread's block.
+    fn prepare(&mut self, board: Board<'_>) -> &'static ThreadBlock {
+        let current = self.cache.current();
+        if !Arc::ptr_eq(&current, &self.cache) {
+            current.join(&self.member);
+            self.cache = current;
+            self.version = 0;
+        }
+        let block = ThreadBlock::current();
+        if self.block != block.this as usize {
+            signal::attach();
+            self.block = block.this as usize;
+        }
+        enter::prepare(block);
+        self.cache.listen(board.mem);
+        self.cache.map_table(block, slot::AREA_OWNER);
+        // After fork the thread has another number than the one noted.
+        let tid = fault::thread_id();
+        self.member.tid.store(tid, Ordering::SeqCst);
+        self.kicker.entered(tid);
+        block.scratch[slot::CPU].set(&raw mut *self.cpu as u64);
+        block.scratch[slot::KICK].set(self.kicker.flag_address() as u64);
+        block.engine_hook.set(Some(fault::hook));
+        let (start, end) = self.cache.range();
+        block.scratch[slot::CACHE_START].set(start);
+        block.scratch[slot::CACHE_END].set(end);
+        block
+    }
+
+    fn run_flat(&mut self, board: Board<'_>) -> Exit {
+        let block = self.prepare(board);
+        let exit = self.dispatch(board, block);
+        block.scratch[slot::CACHE_START].set(0);
+        block.scratch[slot::CACHE_END].set(0);
+        self.kicker.left();
+        exit
+    }
+
+    fn dispatch(&mut self, board: Board<'_>, block: &ThreadBlock) -> Exit {
+        let mut via = Via::Start;
+        loop {
+            if self.kicker.requested() && self.kicker.take() {
+                return Exit::Kicked;
+            }
+            let entry = if self.translatable() { self.find(board.mem, via) } else { None };
+            via = Via::Start;
+            let Some(entry) = entry else {
+                match self.step(board) {
+                    Exit::Budget => continue,
+                    exit => return exit,
+                }
+            };
+            if !self.cache.go_in(&self.member, entry) {
+                std::thread::yield_now();
+                continue;
+            }
+            self.stats.entries += 1;
+            let exit = enter::run(block, &mut self.cpu, entry.host);
+            let next = self.left(board, block, exit, &mut via);
+            self.member.active.store(false, Ordering::Release);
+            if let Some(exit) = next.and_then(|act| self.act(board, act)) {
+                return exit;
+            }
+        }
+    }
+
+    /// What leaving the cache means; still as a member that counts as inside.
+    fn left(&mut self, board: Board<'_>, block: &ThreadBlock, exit: u32, via: &mut Via) -> Option<Act> {
+        self.fix_x87_pointer();
+        let _ = board;
+        match exit {
+            ABORTED => None,
+            MISS => {
+                self.stats.misses += 1;
+                self.cpu.rip = block.scratch[slot::TARGET].get();
+                *via = Via::Indirect;
+                None
+            }
+            CAPTURED => {
+                let pc = block.scratch[slot::PC].get();
+                let mut regs = Mend { cpu: &mut self.cpu, block };
+                let rip = self.cache.recover(pc, &mut regs);
+                self.cpu.rip = rip;
+                let trap = block.scratch[slot::TRAP].get();
+                if trap == NO_TRAP {
+                    self.stats.signals += 1;
+                    return None;
+                }
+                Some(Act::Trap {
+                    vector: trap as u8,
+                    error: block.scratch[slot::ERROR].get() as u16,
+                    address: block.scratch[slot::CR2].get(),
+                })
+            }
+            id => match self.cache.leave(id) {
+                Leave::To(rip) => {
+                    self.stats.to_block += 1;
+                    self.cpu.rip = rip;
+                    *via = Via::Link(id, self.cache.flushes());
+                    None
+                }
+                Leave::Step(rip) => {
+                    self.cpu.rip = rip;
+                    Some(Act::Step)
+                }
+                Leave::Syscall(rip, len) => {
+                    self.cpu.rip = rip;
+                    Some(Act::Syscall(len))
+                }
+            },
+        }
+    }
+
+    /// `Some`: `run` returns.
+    fn act(&mut self, board: Board<'_>, act: Act) -> Option<Exit> {
+        let exit = match act {
+            Act::Syscall(len) if self.core.intercepts.contains(Intercepts::SYSCALL) => {
+                self.stats.syscalls += 1;
+                let next_rip = self.cpu.rip.wrapping_add(u64::from(len));
+                return Some(Exit::Intercept { what: Intercepts::SYSCALL, next_rip, vector: 0 });
+            }
+            Act::Syscall(_) | Act::Step => self.step(board),
+            Act::Trap { vector, error, address } => self.trap(board, vector, error, address),
+        };
+        (exit != Exit::Budget).then_some(exit)
+    }
+
+    /// One instruction by the interpreter.
+    fn step(&mut self, board: Board<'_>) -> Exit {
+        self.stats.steps += 1;
+        self.core.step(&mut self.cpu, board)
+    }
+
+    /// The host raised an exception for the guest's instruction at RIP.
+    fn trap(&mut self, board: Board<'_>, vector: u8, error: u16, address: u64) -> Exit {
+        const WRITE: u16 = 2;
+        let fault = match vector {
+            0 => Fault::De,
+            // The host stepped: the guest has set TF with POPF. The interpreter does the step.
+            1 => return self.step(board),
+            6 => Fault::Ud,
+            7 => Fault::Nm,
+            12 => Fault::Ss(error),
+            13 => Fault::Gp(error),
+            14 if error & WRITE != 0 && board.mem.flat().is_some_and(|f| f.write_fault(address)) => {
+                // Code was translated from that page. It is stale now, perhaps the rest of this block: one instruction, then look again.
+                self.stats.code_writes += 1;
+                return self.step(board);
+            }
+            14 => Fault::Pf { addr: address, code: error },
+            16 => Fault::Mf,
+            17 => Fault::Ac,
+            19 => Fault::Xm,
+            _ => return Exit::Unsupported,
+        };
+        self.stats.faults += 1;
+        if self.core.intercepts.contains(Intercepts::EXCEPTIONS) {
+            return Exit::Exception(fault);
+        }
+        match self.core.deliver(&mut self.cpu, board, Event::Fault(fault)) {
+            Ok(()) => Exit::Budget,
+            Err(exit) => exit,
+        }
+    }
+
+    /// FIP, where the host keeps it, names the last x87 instruction in the cache: the guest's is meant (SDM 1 8.1.8).
+    fn fix_x87_pointer(&mut self) {
+        let area = &mut self.cpu.xsave;
+        if area.xstate_bv() & component::X87 != 0
+            && let Some(rip) = self.cache.guest_address(area.fip())
+        {
+            area.set_fip(rip);
+        }
+    }
+}
+
+/// What to do when the thread counts as outside again.
+enum Act {
+    Syscall(u8),
+    Step,
+    Trap { vector: u8, error: u16, address: u64 },
+}
+
+struct Mend<'a> {
+    cpu: &'a mut CpuState,
+    block: &'a ThreadBlock,
+}
+
+impl Registers for Mend<'_> {
+    fn gpr(&self, r: Gpr) -> u64 {
+        self.cpu.gpr[r as usize]
+    }
+    fn set_gpr(&mut self, r: Gpr, v: u64) {
+        self.cpu.gpr[r as usize] = v;
+    }
+    fn slot(&self, i: usize) -> u64 {
+        self.block.scratch[i].get()
+    }
+}
+
+impl Vcpu for Translator {
+    fn run(&mut self, board: Board<'_>, budget: u64) -> Exit {
+        if budget == u64::MAX && board.mem.flat().is_some() {
+            self.run_flat(board)
+        } else {
+            // Translated code does not count.
+            self.core.run(&mut self.cpu, board, budget, Some(&self.kicker))
+        }
+    }
+
+    fn state(&mut self) -> &mut CpuState {
+        // The caller may change control registers.
+        self.core.mmu.flush();
+        &mut self.cpu
+    }
+
+    fn set_intercepts(&mut self, intercepts: Intercepts) {
+        self.core.intercepts = intercepts;
+        // Code that reads the host's clock or random numbers must not be copied then.
+        let old = self.cache.policy();
+        let policy = Policy {
+            host_time: old.host_time && !intercepts.contains(Intercepts::RDTSC),
+            host_random: old.host_random && !intercepts.contains(Intercepts::RDRAND),
+        };
+        if policy != old
+            && let Ok(cache) = Cache::new(self.cache.model().clone(), policy, DEFAULT_SIZE)
+        {
+            self.cache.part(&self.member);
+            cache.join(&self.member);
+            self.cache = cache;
+            self.version = 0;
+        }
+    }
+
+    fn kicker(&self) -> Kicker {
+        self.kicker.clone()
+    }
+}
+
+impl Drop for Translator {
+    fn drop(&mut self) {
+        self.cache.part(&self.member);
+    }
+}

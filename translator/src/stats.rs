@@ -1,0 +1,43 @@
+//! What the translator did, in numbers.
+
+/// Counters of one code cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CacheStats {
+    /// Blocks translated.
+    pub blocks: u64,
+    /// Guest instructions translated.
+    pub insns: u64,
+    /// Guest bytes translated.
+    pub guest_bytes: u64,
+    /// Bytes of host code made.
+    pub host_bytes: u64,
+    /// Jumps patched to their target.
+    pub links: u64,
+    /// Landings made.
+    pub landings: u64,
+    /// Blocks made stale by writes or changes of mappings.
+    pub stale: u64,
+    /// Times everything was thrown away.
+    pub flushes: u64,
+}
+
+/// Counters of one virtual CPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Times the cache was entered.
+    pub entries: u64,
+    /// Exits to a block not yet linked.
+    pub to_block: u64,
+    /// Exits because the target of an indirect branch was not found.
+    pub misses: u64,
+    /// Single steps of the interpreter.
+    pub steps: u64,
+    /// SYSCALLs.
+    pub syscalls: u64,
+    /// Host exceptions in translated code.
+    pub faults: u64,
+    /// Writes to watched pages.
+    pub code_writes: u64,
+    /// Kicks and other signals.
+    pub signals: u64,
+}
