@@ -82,7 +82,7 @@ impl Guest {
     }
 
     /// Runs to the SYSCALL.
-    fn to_syscall(&mut self) {
+    fn until_syscall(&mut self) {
         match self.run() {
             Exit::Intercept { what: Intercepts::SYSCALL, next_rip, .. } => assert_eq!(next_rip, self.t.state().rip + 2),
             other => panic!("{other:?} at {:#x} (code {:#x})", self.t.state().rip, self.code),
@@ -103,7 +103,7 @@ fn a_loop_counts() {
         a.jnz(top).unwrap();
         a.syscall().unwrap();
     });
-    g.to_syscall();
+    g.until_syscall();
     assert_eq!(g.reg(Gpr::Rax), 500_500);
     assert!(g.t.stats().entries < 10, "{:?}", g.t.stats());
 }
@@ -139,7 +139,7 @@ fn calls_and_returns() {
         g.asm(fib);
         g.set(Gpr::Rdi, 20);
         let stack = g.reg(Gpr::Rsp);
-        g.to_syscall();
+        g.until_syscall();
         assert_eq!(g.reg(Gpr::Rax), 6765);
         assert_eq!(g.reg(Gpr::Rsp), stack);
         // The return address on the guest's stack is the guest's.
@@ -178,7 +178,7 @@ fn indirect_branches_keep_flags_and_registers() {
     });
     g.set(Gpr::R9, 5);
     let stack = g.reg(Gpr::Rsp);
-    g.to_syscall();
+    g.until_syscall();
     assert_eq!([Gpr::Rcx, Gpr::R11, Gpr::R8, Gpr::R9, Gpr::Rsp].map(|r| g.reg(r)), [0x1111, 0x2222, 1, 7, stack + 32]);
 }
 
@@ -199,7 +199,7 @@ fn rip_relative_operands_near_low_and_far() {
             a.set_label(&mut value).unwrap();
             a.dq(&[0x10, 0x77]).unwrap();
         });
-        g.to_syscall();
+        g.until_syscall();
         assert_eq!(g.reg(Gpr::Rax), 0x10);
         assert_eq!(g.reg(Gpr::Rdx), 0x11);
         assert_eq!(get(g.reg(Gpr::Rsi)), 0x11);
@@ -221,7 +221,7 @@ fn faults_are_exact() {
     });
     assert_eq!(g.run(), Exit::Exception(Fault::Pf { addr: 0x1008, code: 6 }));
     let code = g.code;
-    assert_eq!(g.t.state().rip, code + 5 + 1 + 7);
+    assert_eq!(g.t.state().rip, code + 5 + 1 + 10);
     assert_eq!(g.reg(Gpr::Rax), 7);
     assert!(g.t.state().rflags.contains(Rflags::CF));
 
@@ -284,11 +284,14 @@ fn a_borrowed_register_is_given_back_at_a_fault() {
     flat.insert(Vma { start: at, end: at + 4096, prot: Prot::all(), shared: false, name: "".into(), offset: 0 });
     // SAFETY: the second page is made unreadable.
     unsafe { libc::mprotect((at + 4096) as *mut _, 4096, libc::PROT_NONE) };
-    let mut a = CodeAssembler::new(64).unwrap();
-    a.add(qword_ptr(at + 0x800), rax).unwrap();
-    a.mov(rdx, qword_ptr(at + 0x800)).unwrap();
-    a.mov(rbx, qword_ptr(at + 4096)).unwrap();
-    put(at, &a.assemble(at).unwrap());
+    let mut code = Vec::new();
+    // add [value], rax; mov rdx, [value]; mov rbx, [unreadable]: all relative to RIP.
+    for (opcode, modrm, target) in [(0x01u8, 0x05u8, 0x800i32), (0x8b, 0x15, 0x800), (0x8b, 0x1d, 4096)] {
+        code.extend([0x48, opcode, modrm]);
+        let end = code.len() as i32 + 4;
+        code.extend((target - end).to_le_bytes());
+    }
+    put(at, &code);
     g.t.state().rip = at;
     let regs: [u64; 16] = std::array::from_fn(|i| 0x100 + i as u64);
     g.t.state().gpr = regs;
@@ -309,14 +312,14 @@ fn self_modifying_code() {
         a.xor(eax, eax).unwrap();
         a.set_label(&mut top).unwrap();
         // Changes the immediate of the ADD that follows.
-        a.mov(byte_ptr(rbx + 2), cl).unwrap();
+        a.mov(byte_ptr(rbx + 1), cl).unwrap();
         a.set_label(&mut target).unwrap();
         a.add(eax, 0x7f).unwrap();
         a.dec(ecx).unwrap();
         a.jnz(top).unwrap();
         a.syscall().unwrap();
     });
-    g.to_syscall();
+    g.until_syscall();
     assert_eq!(g.reg(Gpr::Rax), 55);
     assert!(g.t.stats().code_writes > 0);
 }
@@ -365,11 +368,11 @@ fn x87_and_vector_state_survives_exits() {
         a.paddd(xmm5, xmm5).unwrap();
         a.syscall().unwrap();
     });
-    g.to_syscall();
+    g.until_syscall();
     assert_eq!(g.t.state().xsave.zmm(5)[..16], [0xff; 16]);
     let next = g.t.state().rip + 2;
     g.t.state().rip = next;
-    g.to_syscall();
+    g.until_syscall();
     assert_eq!(g.t.state().xsave.zmm(5)[..4], [0xfe, 0xff, 0xff, 0xff]);
     // 1 + pi = 4.14159...: 0x4001 8487ED51 10B4611A.
     assert_eq!(g.t.state().xsave.st(0), [0x1a, 0x61, 0xb4, 0x10, 0x51, 0xed, 0x87, 0x84, 0x01, 0x40]);
@@ -390,7 +393,7 @@ fn loop_and_jrcxz() {
         a.set_label(&mut out).unwrap();
         a.syscall().unwrap();
     });
-    g.to_syscall();
+    g.until_syscall();
     assert_eq!(g.reg(Gpr::Rax), 5);
 }
 
@@ -407,7 +410,7 @@ fn fs_base_is_the_guests() {
         a.wrfsbase(rdx).unwrap();
         a.syscall().unwrap();
     });
-    g.to_syscall();
+    g.until_syscall();
     assert_eq!(g.reg(Gpr::Rax), 0xabcd);
     assert_eq!(g.t.state().seg[4].base, data + 8);
 }
@@ -415,7 +418,7 @@ fn fs_base_is_the_guests() {
 #[test]
 fn a_small_cache_is_flushed() {
     let cache =
-        bivisor_translator::Cache::new(Arc::new(CpuModel::host()), bivisor_translator::Policy::default(), 128 << 10)
+        bivisor_translator::Cache::new(Arc::new(CpuModel::host()), bivisor_translator::Policy::default(), 64 << 10)
             .unwrap();
     let mut g = Guest::new();
     let (code, stack) = (g.code, g.stack);
@@ -433,10 +436,10 @@ fn a_small_cache_is_flushed() {
         }
         a.syscall().unwrap();
     });
-    g.to_syscall();
+    g.until_syscall();
     g.t.state().rip = code;
-    g.to_syscall();
+    g.until_syscall();
     assert_eq!(g.reg(Gpr::Rax), 6000);
-    assert!(cache.stats().flushes > 0);
+    assert!(cache.stats().flushes > 0, "{:?}", cache.stats());
     assert!(g.reg(Gpr::Rsp) < stack + CODE);
 }
