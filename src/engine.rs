@@ -5,6 +5,8 @@ use bivisor_emulator::interp::Interpreter;
 use bivisor_emulator::linux::VcpuFactory;
 use bivisor_emulator::vcpu::Vcpu;
 use bivisor_kvm_backend::{HostKvm, Kind, KvmVm};
+use bivisor_translator::cache::DEFAULT_SIZE;
+use bivisor_translator::{Cache, Policy, Translator};
 use clap::ValueEnum;
 use std::arch::x86_64::__cpuid;
 use std::sync::Arc;
@@ -16,6 +18,8 @@ pub enum Backend {
     Auto,
     /// The interpreter: the reference.
     Interp,
+    /// The translator: x86 to x86 binary translation.
+    Bt,
     /// KVM: the processor's virtualization, or what the host's KVM module is.
     Kvm,
 }
@@ -26,6 +30,7 @@ impl Backend {
         match self {
             Backend::Auto => "auto",
             Backend::Interp => "interp",
+            Backend::Bt => "bt",
             Backend::Kvm => "kvm",
         }
     }
@@ -41,7 +46,7 @@ pub enum Purpose {
 }
 
 /// The best engine of software.
-const SOFTWARE: Backend = Backend::Interp;
+const SOFTWARE: Backend = Backend::Bt;
 
 /// Settles `auto`, and says why in a sentence. For an engine asked for by name, whether it is to be had here.
 ///
@@ -89,6 +94,10 @@ fn automatic(purpose: Purpose) -> (Backend, String) {
     }
 }
 
+fn no_code_memory(error: std::io::Error) -> String {
+    format!("--backend bt cannot work here: no executable memory: {error}")
+}
+
 /// An engine for raw code; `backend` has been [chosen](choose).
 ///
 /// # Errors
@@ -96,6 +105,7 @@ fn automatic(purpose: Purpose) -> (Backend, String) {
 pub fn for_code(backend: Backend, model: Arc<CpuModel>) -> Result<Box<dyn Vcpu + Send>, String> {
     Ok(match backend {
         Backend::Auto | Backend::Interp => Box::new(Interpreter::new(model)),
+        Backend::Bt => Box::new(Translator::new(model).map_err(no_code_memory)?),
         Backend::Kvm => Box::new(KvmVm::new(model)?.vcpu()),
     })
 }
@@ -108,6 +118,10 @@ pub fn for_process(backend: Backend, model: &Arc<CpuModel>) -> Result<VcpuFactor
     let model = model.clone();
     Ok(match backend {
         Backend::Auto | Backend::Interp => Arc::new(move || Ok(Box::new(Interpreter::new(model.clone())))),
+        Backend::Bt => {
+            let cache = Cache::new(model, Policy::default(), DEFAULT_SIZE).map_err(no_code_memory)?;
+            Arc::new(move || Ok(Box::new(Translator::with_cache(cache.clone()))))
+        }
         Backend::Kvm => {
             let vm = KvmVm::new(model)?;
             Arc::new(move || Ok(Box::new(vm.vcpu())))

@@ -355,6 +355,11 @@ impl Vcpu for Translator {
     fn kicker(&self) -> Kicker {
         self.kicker.clone()
     }
+
+    fn survives_fork(&mut self) -> bool {
+        // The next `run` gives the code cache memory of its own.
+        true
+    }
 }
 
 impl Drop for Translator {
