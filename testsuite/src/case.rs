@@ -350,7 +350,11 @@ impl MemoryForm {
             return None;
         }
         let access = factory.info(insn).op_access(operand);
-        let writes = !matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess);
+        // NOP has an operand and does nothing with it.
+        if matches!(access, OpAccess::None | OpAccess::NoMemAccess) {
+            return None;
+        }
+        let writes = !matches!(access, OpAccess::Read | OpAccess::CondRead);
         Some(MemoryForm { operand, register, width, writes })
     }
 

@@ -4,9 +4,10 @@
 
 use crate::cpu::{CpuState, Fault, Rflags};
 use crate::interp::access::{is_canonical, is_long64};
+use crate::interp::condition::condition;
 use crate::interp::{Exec, Step, operand, stack};
 use crate::isa::{Gpr, Insn, Seg, Width};
-use iced_x86::Code;
+use iced_x86::{Code, ConditionCode as Cc};
 
 /// Sets the next RIP to `target`, cut to `w`.
 ///
@@ -89,90 +90,84 @@ fn flag(x: &Exec<'_>, f: Rflags) -> bool {
     x.cpu.rflags.intersects(f)
 }
 
-/// SF <> OF.
-#[inline(always)]
-fn less(x: &Exec<'_>) -> bool {
-    flag(x, Rflags::SF) != flag(x, Rflags::OF)
-}
-
 /// JO: OF = 1.
 pub fn jo(x: &mut Exec<'_>, i: &Insn) -> Step {
-    jump_if(x, i, flag(x, Rflags::OF))
+    jump_if(x, i, condition(x.cpu.rflags, Cc::o))
 }
 
 /// JNO: OF = 0.
 pub fn jno(x: &mut Exec<'_>, i: &Insn) -> Step {
-    jump_if(x, i, !flag(x, Rflags::OF))
+    jump_if(x, i, condition(x.cpu.rflags, Cc::no))
 }
 
 /// JB, JC, JNAE: CF = 1.
 pub fn jb(x: &mut Exec<'_>, i: &Insn) -> Step {
-    jump_if(x, i, flag(x, Rflags::CF))
+    jump_if(x, i, condition(x.cpu.rflags, Cc::b))
 }
 
 /// JAE, JNB, JNC: CF = 0.
 pub fn jae(x: &mut Exec<'_>, i: &Insn) -> Step {
-    jump_if(x, i, !flag(x, Rflags::CF))
+    jump_if(x, i, condition(x.cpu.rflags, Cc::ae))
 }
 
 /// JE, JZ: ZF = 1.
 pub fn je(x: &mut Exec<'_>, i: &Insn) -> Step {
-    jump_if(x, i, flag(x, Rflags::ZF))
+    jump_if(x, i, condition(x.cpu.rflags, Cc::e))
 }
 
 /// JNE, JNZ: ZF = 0.
 pub fn jne(x: &mut Exec<'_>, i: &Insn) -> Step {
-    jump_if(x, i, !flag(x, Rflags::ZF))
+    jump_if(x, i, condition(x.cpu.rflags, Cc::ne))
 }
 
 /// JBE, JNA: CF = 1 or ZF = 1.
 pub fn jbe(x: &mut Exec<'_>, i: &Insn) -> Step {
-    jump_if(x, i, flag(x, Rflags::CF.union(Rflags::ZF)))
+    jump_if(x, i, condition(x.cpu.rflags, Cc::be))
 }
 
 /// JA, JNBE: CF = 0 and ZF = 0.
 pub fn ja(x: &mut Exec<'_>, i: &Insn) -> Step {
-    jump_if(x, i, !flag(x, Rflags::CF.union(Rflags::ZF)))
+    jump_if(x, i, condition(x.cpu.rflags, Cc::a))
 }
 
 /// JS: SF = 1.
 pub fn js(x: &mut Exec<'_>, i: &Insn) -> Step {
-    jump_if(x, i, flag(x, Rflags::SF))
+    jump_if(x, i, condition(x.cpu.rflags, Cc::s))
 }
 
 /// JNS: SF = 0.
 pub fn jns(x: &mut Exec<'_>, i: &Insn) -> Step {
-    jump_if(x, i, !flag(x, Rflags::SF))
+    jump_if(x, i, condition(x.cpu.rflags, Cc::ns))
 }
 
 /// JP, JPE: PF = 1.
 pub fn jp(x: &mut Exec<'_>, i: &Insn) -> Step {
-    jump_if(x, i, flag(x, Rflags::PF))
+    jump_if(x, i, condition(x.cpu.rflags, Cc::p))
 }
 
 /// JNP, JPO: PF = 0.
 pub fn jnp(x: &mut Exec<'_>, i: &Insn) -> Step {
-    jump_if(x, i, !flag(x, Rflags::PF))
+    jump_if(x, i, condition(x.cpu.rflags, Cc::np))
 }
 
 /// JL, JNGE: SF <> OF.
 pub fn jl(x: &mut Exec<'_>, i: &Insn) -> Step {
-    jump_if(x, i, less(x))
+    jump_if(x, i, condition(x.cpu.rflags, Cc::l))
 }
 
 /// JGE, JNL: SF = OF.
 pub fn jge(x: &mut Exec<'_>, i: &Insn) -> Step {
-    jump_if(x, i, !less(x))
+    jump_if(x, i, condition(x.cpu.rflags, Cc::ge))
 }
 
 /// JLE, JNG: ZF = 1 or SF <> OF.
 pub fn jle(x: &mut Exec<'_>, i: &Insn) -> Step {
-    jump_if(x, i, flag(x, Rflags::ZF) || less(x))
+    jump_if(x, i, condition(x.cpu.rflags, Cc::le))
 }
 
 /// JG, JNLE: ZF = 0 and SF = OF.
 pub fn jg(x: &mut Exec<'_>, i: &Insn) -> Step {
-    jump_if(x, i, !flag(x, Rflags::ZF) && !less(x))
+    jump_if(x, i, condition(x.cpu.rflags, Cc::g))
 }
 
 /// The count register of LOOP and JrCXZ: CX, ECX or RCX by the address size.
