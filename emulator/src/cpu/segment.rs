@@ -34,6 +34,7 @@ bitflags::bitflags! {
 
 impl Attr {
     /// DPL, 0 to 3.
+    #[inline(always)]
     pub fn dpl(self) -> u8 {
         (self.bits() >> 5) as u8 & 3
     }

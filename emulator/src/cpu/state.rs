@@ -186,11 +186,14 @@ impl CpuState {
     }
 
     /// The current privilege level: SS.DPL (SDM 3C 24.4.1); 0 in real mode, 3 in virtual-8086 mode.
+    #[inline(always)]
     pub fn cpl(&self) -> u8 {
-        match self.mode() {
-            Mode::Real => 0,
-            Mode::Virtual8086 => 3,
-            _ => self.seg[Seg::Ss as usize].attr.dpl(),
+        if !self.cr0.contains(Cr0::PE) {
+            0
+        } else if self.rflags.contains(Rflags::VM) && !self.efer.contains(Efer::LMA) {
+            3
+        } else {
+            self.seg[Seg::Ss as usize].attr.dpl()
         }
     }
 

@@ -41,7 +41,12 @@ pub struct Entry {
     pub op: Op,
     /// See [`Marks`].
     pub marks: Marks,
+    /// Where in its page it begins; [`STALE`] if the bytes have changed.
+    offset: u16,
 }
+
+/// The offset of an entry that is not to be used any more.
+const STALE: u16 = u16::MAX;
 
 impl Entry {
     /// Finds the function. What the offered CPU lacks is #UD.
@@ -51,7 +56,7 @@ impl Entry {
         let mut marks = marks(&insn);
         // #UD comes before the question who may execute it.
         marks.set(Marks::CHECK, known && marks.contains(Marks::CHECK));
-        Entry { insn, op, marks }
+        Entry { insn, op, marks, offset: STALE }
     }
 }
 
@@ -114,7 +119,13 @@ impl Page {
         if now != *self.bytes {
             let first = now.iter().zip(&*self.bytes).position(|(a, b)| a != b).unwrap_or(0);
             let last = now.iter().zip(&*self.bytes).rposition(|(a, b)| a != b).unwrap_or(PAGE - 1);
-            self.table[first.saturating_sub(MAX_INSN_LEN - 1)..=last].fill(0);
+            let first = first.saturating_sub(MAX_INSN_LEN - 1);
+            self.table[first..=last].fill(0);
+            for entry in &mut self.entries {
+                if (first..=last).contains(&usize::from(entry.offset)) {
+                    entry.offset = STALE;
+                }
+            }
             self.crossing = None;
             *self.bytes = now;
         }
@@ -141,15 +152,31 @@ impl Page {
         self.epoch
     }
 
-    /// The instruction at an offset, if it was decoded.
+    /// The number of the instruction at an offset; [`Page::entry`] gives none for it if it was not decoded.
     #[inline(always)]
-    pub fn get(&self, offset: usize) -> Option<&Entry> {
-        let n = usize::from(self.table[offset % PAGE]);
-        self.entries.get(n.wrapping_sub(1))
+    pub fn find(&self, offset: usize) -> usize {
+        usize::from(self.table[offset % PAGE]).wrapping_sub(1)
+    }
+
+    /// The instruction with a number.
+    #[inline(always)]
+    pub fn entry(&self, n: usize) -> Option<&Entry> {
+        self.entries.get(n)
+    }
+
+    /// The number of the instruction at `offset`, which was reached from number `n` by going on. Code is decoded in the order of
+    /// its execution, so the next number is a good guess, and faster than to ask the table.
+    #[inline(always)]
+    pub fn after(&self, n: usize, offset: usize) -> usize {
+        match self.entries.get(n + 1) {
+            Some(entry) if usize::from(entry.offset) == offset => n + 1,
+            _ => self.find(offset),
+        }
     }
 
     /// Remembers an instruction that lies in this page as a whole.
-    pub fn put(&mut self, offset: usize, entry: Entry) {
+    pub fn put(&mut self, offset: usize, mut entry: Entry) {
+        entry.offset = (offset % PAGE) as u16;
         if self.entries.len() >= usize::from(u16::MAX) {
             self.entries.clear();
             self.table.fill(0);

@@ -34,33 +34,37 @@ pub fn address(cpu: &CpuState, next_rip: u64, m: &MemRef) -> u64 {
 }
 
 /// Operand `n`, zero-extended from its own width; immediates as the decoder extended them, cut to the operation's width.
-#[inline]
+#[inline(always)]
 pub fn read(x: &mut Exec<'_>, i: &Insn, n: usize) -> Result<u64, Stop> {
     match &i.ops[n] {
         Operand::Reg(r) => Ok(x.cpu.read(*r, width(i, n))),
         Operand::Imm(v) => Ok(i.width.cut(*v)),
-        Operand::Mem(m) => {
-            let offset = effective_address(x, i, m);
-            access::load(x, m.seg, offset, width(i, n))
-        }
+        Operand::Mem(m) => read_memory(x, m, width(i, n)),
         Operand::HighByte(r) => Ok(x.cpu.gpr[*r as usize] >> 8 & 0xff),
         Operand::None | Operand::Other => Err(Stop::Exit(crate::vcpu::Exit::Unsupported)),
     }
 }
 
+#[inline(never)]
+fn read_memory(x: &mut Exec<'_>, m: &MemRef, w: Width) -> Result<u64, Stop> {
+    let offset = address(x.cpu, x.next_rip, m);
+    access::load(x, m.seg, offset, w)
+}
+
 /// Writes operand `n`.
-#[inline]
+#[inline(always)]
 pub fn write(x: &mut Exec<'_>, i: &Insn, n: usize, v: u64) -> Step {
+    let w = width(i, n);
     match &i.ops[n] {
-        Operand::Mem(m) => {
-            let offset = effective_address(x, i, m);
-            access::store(x, m.seg, offset, width(i, n), v)
-        }
-        _ => {
-            let w = width(i, n);
-            write_register(x.cpu, &i.ops[n], w, v)
-        }
+        Operand::Mem(m) => write_memory(x, m, w, v),
+        op => write_register(x.cpu, op, w, v),
     }
+}
+
+#[inline(never)]
+fn write_memory(x: &mut Exec<'_>, m: &MemRef, w: Width, v: u64) -> Step {
+    let offset = address(x.cpu, x.next_rip, m);
+    access::store(x, m.seg, offset, w, v)
 }
 
 /// Writes a register operand; what is none leaves the engine.

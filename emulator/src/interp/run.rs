@@ -12,6 +12,7 @@ use crate::isa::{Insn, Seg};
 use crate::mem::{Mmu, PAGE_SIZE};
 use crate::vcpu::{Board, Exit, Intercepts, Kicker};
 use iced_x86::{Mnemonic, Register};
+use std::sync::atomic::Ordering;
 
 /// Instructions between two looks at the kicker and the interrupt line.
 const SLICE: u64 = 512;
@@ -128,45 +129,46 @@ fn needs_care(cpu: &CpuState) -> bool {
 /// The hot loop: instructions of one page, until something must be looked at.
 #[inline(always)]
 fn run_window(x: &mut Exec<'_>, window: Window<'_>, context: Context, most: u64, left: &mut u64) -> Result<(), Stop> {
+    let mut todo = most;
+    let done = run_entries(x, window, context, &mut todo);
+    *left -= most - todo;
+    done
+}
+
+/// As [`run_window`], counting `todo` down to 0.
+#[inline(always)]
+fn run_entries(x: &mut Exec<'_>, window: Window<'_>, context: Context, todo: &mut u64) -> Result<(), Stop> {
     let Window { page, base } = window;
     let epoch = page.epoch();
-    let end = *left - most;
-    while *left > end {
-        let at = x.cpu.rip;
-        let offset = at.wrapping_sub(base);
-        if offset >= PAGE_SIZE {
-            break;
-        }
-        let entry = match page.get(offset as usize) {
-            Some(entry) => entry,
-            None => match fetch::decode_in(x, page, offset as usize, context)? {
-                None => continue,
-                Some(entry) => return execute(x, &entry, context, left),
-            },
-        };
-        x.next_rip = at.wrapping_add(u64::from(entry.insn.len)) & context.mask;
-        if entry.marks.intersects(Marks::CHECK.union(Marks::CAREFUL)) {
-            if entry.marks.contains(Marks::CAREFUL) {
-                let entry = entry.clone();
-                return carefully(x, &entry, context, left);
+    let epoch_cell = x.mem.epoch_cell();
+    let mut at = x.cpu.rip;
+    let mut n = page.find(at.wrapping_sub(base) as usize);
+    while *todo > 0 {
+        let Some(entry) = page.entry(n) else {
+            let offset = at.wrapping_sub(base) as usize;
+            match fetch::decode_in(x, page, offset, context)? {
+                None => n = page.find(offset),
+                Some(entry) => return one(x, &entry, context, todo),
             }
-            check::before(x, &entry.insn)?;
+            continue;
+        };
+        let following = at.wrapping_add(u64::from(entry.insn.len)) & context.mask;
+        x.next_rip = following;
+        if !entry.marks.is_empty() {
+            // It may change what this loop relies on.
+            let entry = entry.clone();
+            return one(x, &entry, context, todo);
         }
         (entry.op)(x, &entry.insn)?;
-        x.cpu.rip = x.next_rip;
-        *left -= 1;
-        if entry.marks.intersects(Marks::REPEATS.union(Marks::LEAVES)) {
-            if entry.marks.contains(Marks::REPEATS) && x.next_rip == at {
-                *left += 1;
-                break;
-            }
-            if entry.marks.contains(Marks::LEAVES) {
-                break;
-            }
-        }
-        if x.attention || x.mem.code_epoch() != epoch {
+        let next = x.next_rip;
+        x.cpu.rip = next;
+        *todo -= 1;
+        at = next;
+        let offset = next.wrapping_sub(base);
+        if offset >= PAGE_SIZE || x.attention || epoch_cell.load(Ordering::Acquire) != epoch {
             break;
         }
+        n = if next == following { page.after(n, offset as usize) } else { page.find(offset as usize) };
     }
     Ok(())
 }
@@ -175,10 +177,15 @@ fn run_window(x: &mut Exec<'_>, window: Window<'_>, context: Context, most: u64,
 #[cold]
 fn alone(x: &mut Exec<'_>, context: Context, left: &mut u64) -> Result<(), Stop> {
     let entry = Entry::new(fetch::fetch(x, context)?, x);
+    one(x, &entry, context, left)
+}
+
+/// One instruction, by its marks.
+fn one(x: &mut Exec<'_>, entry: &Entry, context: Context, left: &mut u64) -> Result<(), Stop> {
     if entry.marks.contains(Marks::CAREFUL) {
-        return carefully(x, &entry, context, left);
+        return carefully(x, entry, context, left);
     }
-    execute(x, &entry, context, left)
+    execute(x, entry, context, left)
 }
 
 /// Checks, executes and commits one instruction.

@@ -239,6 +239,12 @@ impl FlatSpace {
         }
     }
 
+    /// See [`crate::mem::GuestMemory::epoch_cell`].
+    #[inline(always)]
+    pub fn epoch_cell(&self) -> &AtomicU64 {
+        &self.epoch
+    }
+
     /// See [`crate::mem::GuestMemory::code_epoch`].
     #[inline(always)]
     pub fn code_epoch(&self) -> u64 {

@@ -116,6 +116,12 @@ impl GuestMemory {
         each!(self, m => m.code_epoch())
     }
 
+    /// Where [`GuestMemory::code_epoch`] is read from.
+    #[inline(always)]
+    pub fn epoch_cell(&self) -> &AtomicU64 {
+        each!(self, m => m.epoch_cell())
+    }
+
     /// Raised whenever the page that holds `gpa` was written, unmapped or changed rights while watched.
     pub fn code_generation(&self, gpa: u64) -> u64 {
         each!(self, m => m.code_generation(gpa))

@@ -3,8 +3,8 @@
 use crate::mem::{Access, PAGE_SIZE};
 
 const ENTRIES: usize = 1024;
-/// Accessors with rights of their own: user; supervisor; supervisor with RFLAGS.AC lifting SMAP.
-pub const CONTEXTS: usize = 3;
+/// Accessors with rights of their own: user; supervisor; supervisor with RFLAGS.AC lifting SMAP; and one unused.
+pub const CONTEXTS: usize = 4;
 /// A tag that no lookup asks for: generation 0 is never current.
 const EMPTY: u64 = 0;
 
@@ -31,7 +31,7 @@ pub struct Rights {
 
 /// Cached translations.
 pub struct Tlb {
-    entries: Box<[Entry]>,
+    entries: Box<[Entry; ENTRIES * CONTEXTS]>,
     /// 1 to 0xfff: flushing is changing it.
     generation: u64,
     /// The linear range in which parts of large pages are cached: INVLPG there forgets all.
@@ -41,7 +41,7 @@ pub struct Tlb {
 impl Default for Tlb {
     fn default() -> Tlb {
         Tlb {
-            entries: vec![Entry { tags: [EMPTY; 3], delta: 0 }; ENTRIES * CONTEXTS].into_boxed_slice(),
+            entries: Box::new([Entry { tags: [EMPTY; 3], delta: 0 }; ENTRIES * CONTEXTS]),
             generation: 1,
             large: (u64::MAX, 0),
         }
