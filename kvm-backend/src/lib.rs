@@ -1,5 +1,4 @@
 //! The hardware-assisted engine over KVM.
-#![allow(dead_code)] // What machines need is not all used yet.
 
 mod exit;
 pub mod host;

@@ -1,16 +1,504 @@
-//! placeholder
-use crate::run::KvmVcpu;
-use bivisor_emulator::cpu::CpuState;
-use bivisor_emulator::mem::Ram;
-use bivisor_emulator::vcpu::{Board, Exit};
-pub(crate) struct Machine;
+//! A machine's processor on KVM: guest-physical memory is one slot, ports and addresses without memory are the bus's.
+//!
+//! Told to stop at exceptions or INT n, the hardware gets an interrupt table of length zero: any event then ends in a triple fault
+//! with the state as it was before, and one step of the interpreter says exactly which it was. Small budgets, and intercepts that
+//! hardware has not, go one instruction at a time (KVM_GUESTDBG_SINGLESTEP).
+
+use crate::exit::{self, Left, Wiring};
+use crate::host::{Kind, host};
+use crate::kick::{Alarm, Kickable};
+use crate::process::EXACT_BUDGET;
+use crate::regs;
+use crate::run::{Extended, Hardware, KvmVcpu};
+use crate::vm::{TSS_ADDRESS, Vm, host_error, immediate_exit, set_tsc_offset};
+use bivisor_emulator::cpu::{Activity, CpuState, Cr0, Cr4, Efer, Mode, Rflags};
+use bivisor_emulator::interp::deliver::Event;
+use bivisor_emulator::isa::{Class, Insn, Seg, decode};
+use bivisor_emulator::mem::{Access, GuestMemory, PAGE_SIZE, Ram};
+use bivisor_emulator::vcpu::{Board, Exit, Intercepts};
+use iced_x86::Mnemonic as M;
+use kvm_bindings::{
+    KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS,
+    kvm_guest_debug, kvm_sregs,
+};
+use kvm_ioctls::VcpuFd;
+use std::io;
+use std::time::Duration;
+
+/// The hardware of one processor.
+pub(crate) struct Machine {
+    vm: Vm,
+    fd: VcpuFd,
+    /// Host address and size of the RAM behind slot 0.
+    ram: (u64, u64),
+    slot: u32,
+    /// KVM notes which pages are written.
+    logs: bool,
+    extended: Extended,
+    /// What the hardware has of MSRs, XCR0, debug registers; `None`: it may have changed, or was never loaded.
+    held: Option<Box<CpuState>>,
+    loaded: bool,
+    /// What [`regs::sregs`] made of the state after the last exit.
+    known: kvm_sregs,
+    /// KVM's pending events are to be replaced.
+    events_stale: bool,
+    /// An interrupt on its way into the guest.
+    injecting: Option<u8>,
+    /// The interrupt table is hidden: its true base and limit.
+    hidden: Option<bivisor_emulator::cpu::Table>,
+    stepping: bool,
+}
+
 impl Machine {
-    pub fn fetch(&mut self, _: &mut CpuState) -> std::io::Result<()> {
+    fn new(vcpu: &KvmVcpu, ram: &Ram) -> Result<Machine, String> {
+        let cpuid = vcpu.vm.cpuid()?;
+        let make = || -> io::Result<Machine> {
+            let mut vm = Vm::new()?;
+            let place = (ram.host_base() as u64, ram.size());
+            if ram.size() <= TSS_ADDRESS {
+                // Three pages that VT-x without "unrestricted guest" needs for real mode.
+                let _ = vm.fd().set_tss_address(TSS_ADDRESS as usize);
+            }
+            let logs = ram.is_watched();
+            let slot = vm.map(0, place.0, place.1, logs)?;
+            let fd = vm.vcpu(0)?;
+            fd.set_cpuid2(&cpuid).map_err(host_error)?;
+            Ok(Machine {
+                vm,
+                fd,
+                ram: place,
+                slot,
+                logs,
+                extended: Extended::Unknown,
+                held: None,
+                loaded: false,
+                known: kvm_sregs::default(),
+                events_stale: true,
+                injecting: None,
+                hidden: None,
+                stepping: false,
+            })
+        };
+        make().map_err(|e| format!("KVM: no virtual machine: {e}"))
+    }
+
+    /// Makes the state complete: what an exit does not bring.
+    pub fn fetch(&mut self, cpu: &mut CpuState) -> io::Result<()> {
+        self.extended.fetch(&self.fd, cpu)?;
+        if self.loaded && self.held.is_none() {
+            let mut msrs = regs::msr_list();
+            let n = self.fd.get_msrs(&mut msrs).map_err(host_error)?;
+            regs::take_msrs(cpu, &msrs, n);
+            regs::take_xcrs(cpu, &self.fd.get_xcrs().map_err(host_error)?);
+            regs::take_debug_regs(cpu, &self.fd.get_debug_regs().map_err(host_error)?);
+            self.held = Some(Box::new(cpu.clone()));
+        }
+        // Whoever looks may change RIP: an exception on its way is raised again, if the instruction still is to be executed.
+        self.events_stale = true;
+        Ok(())
+    }
+
+    /// The state into the hardware.
+    fn load(&mut self, cpu: &CpuState, hide: bool) -> io::Result<()> {
+        let first = !self.loaded;
+        let mut dirty = KVM_SYNC_X86_REGS;
+        let mut sregs = regs::sregs(cpu, &kvm_sregs::default());
+        if first || hide || self.hidden.is_some() || sregs != self.known {
+            dirty |= KVM_SYNC_X86_SREGS;
+        }
+        self.hidden = hide.then_some(cpu.idtr);
+        if hide {
+            sregs.idt.limit = 0;
+        }
+        let held = self.held.take();
+        let changed = |f: fn(&CpuState, &CpuState) -> bool| held.as_ref().is_none_or(|h| f(h, cpu));
+        if first || held.is_some() {
+            if changed(|a, b| a.msr != b.msr) {
+                self.fd.set_msrs(&regs::msrs(cpu)).map_err(host_error)?;
+                set_tsc_offset(&self.fd, cpu.msr.tsc_offset);
+            }
+            if changed(|a, b| a.xcr0 != b.xcr0) {
+                self.fd.set_xcrs(&regs::xcrs(cpu)).map_err(host_error)?;
+            }
+            if changed(|a, b| (a.dr, a.dr6, a.dr7) != (b.dr, b.dr6, b.dr7)) {
+                self.fd.set_debug_regs(&regs::debug_regs(cpu)).map_err(host_error)?;
+            }
+        }
+        self.extended.load(&self.fd, cpu)?;
+        let sync = self.fd.sync_regs_mut();
+        sync.regs = regs::regs(cpu);
+        sync.sregs = sregs;
+        if self.events_stale || self.injecting.is_some() {
+            dirty |= KVM_SYNC_X86_EVENTS;
+            sync.events = regs::events(cpu);
+            if let Some(vector) = self.injecting {
+                sync.events.interrupt.injected = 1;
+                sync.events.interrupt.nr = vector;
+            }
+            self.events_stale = false;
+        }
+        let run = self.fd.get_kvm_run();
+        run.kvm_valid_regs = u64::from(KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS);
+        run.kvm_dirty_regs = u64::from(dirty);
+        self.loaded = true;
+        Ok(())
+    }
+
+    /// The state from the hardware.
+    fn store(&mut self, cpu: &mut CpuState) {
+        let sync = self.fd.sync_regs_mut();
+        let (r, s, e) = (sync.regs, sync.sregs, sync.events);
+        regs::take_regs(cpu, &r);
+        regs::take_sregs(cpu, &s);
+        if let Some(true_table) = self.hidden
+            && s.idt.limit == 0
+            && s.idt.base == true_table.base
+        {
+            cpu.idtr = true_table;
+        }
+        self.known = regs::sregs(cpu, &kvm_sregs::default());
+        regs::take_events(cpu, &e);
+        self.injecting = (e.interrupt.injected != 0 && e.interrupt.soft == 0).then_some(e.interrupt.nr);
+    }
+
+    /// Notes in the RAM what the guest wrote.
+    fn collect_writes(&mut self, ram: &Ram) -> io::Result<()> {
+        if !self.logs {
+            return Ok(());
+        }
+        let bitmap = self.vm.fd().get_dirty_log(self.slot, self.ram.1 as usize).map_err(host_error)?;
+        for (i, word) in bitmap.iter().enumerate() {
+            let mut word = *word;
+            while word != 0 {
+                ram.wrote((i as u64 * 64 + u64::from(word.trailing_zeros())) * PAGE_SIZE);
+                word &= word - 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Single steps on or off.
+    fn set_stepping(&mut self, on: bool) -> io::Result<()> {
+        // Armed anew each time: some KVMs disarm it after a step, and it costs little beside the step.
+        if on || self.stepping {
+            let control = if on { KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP } else { 0 };
+            self.fd.set_guest_debug(&kvm_guest_debug { control, ..Default::default() }).map_err(host_error)?;
+            self.stepping = on;
+        }
         Ok(())
     }
 }
-impl KvmVcpu {
-    pub(crate) fn run_machine(&mut self, _: Board<'_>, _: &Ram, _: u64) -> Exit {
-        self.unsupported("not yet")
+
+/// What this host's KVM cannot run at all: a sentence.
+fn refusal(cpu: &CpuState) -> Option<&'static str> {
+    if host().kind != Kind::Software {
+        return None;
     }
+    let paging = cpu.cr0.contains(Cr0::PG);
+    if paging && !cpu.efer.contains(Efer::LME) {
+        Some("the software KVM of this host has paging in long mode only")
+    } else if cpu.rflags.contains(Rflags::VM) {
+        Some("the software KVM of this host has no virtual-8086 mode")
+    } else if cpu.cr4.intersects(Cr4::LA57 | Cr4::PCIDE) {
+        Some("the software KVM of this host has neither 57-bit addresses nor process-context identifiers")
+    } else if matches!(cpu.mode(), Mode::Compat16 | Mode::Compat32) {
+        Some("the software KVM of this host raises #UD for valid instructions in compatibility mode")
+    } else {
+        None
+    }
+}
+
+impl KvmVcpu {
+    pub(crate) fn run_machine(&mut self, board: Board<'_>, ram: &Ram, budget: u64) -> Exit {
+        if self.cpu.activity == Activity::Shutdown {
+            return Exit::Shutdown;
+        }
+        if let Some(reason) = refusal(&self.cpu) {
+            return self.unsupported(reason);
+        }
+        if let Err(reason) = self.machine(ram) {
+            return self.unsupported(reason);
+        }
+        let exit = if budget <= EXACT_BUDGET || self.must_step() {
+            self.step_machine(board, budget)
+        } else {
+            self.run_freely(board, budget)
+        };
+        let written = match &mut self.hardware {
+            Hardware::Machine(m) => m.collect_writes(ram),
+            _ => Ok(()),
+        };
+        match exit.and_then(|e| written.map(|()| e)) {
+            Ok(exit) => exit,
+            Err(e) => self.unsupported(format!("KVM: {e}")),
+        }
+    }
+
+    /// The hardware with this RAM in it.
+    fn machine(&mut self, ram: &Ram) -> Result<(), String> {
+        let place = (ram.host_base() as u64, ram.size());
+        let fits = matches!(&self.hardware, Hardware::Machine(m) if m.ram == place);
+        if !fits {
+            self.hardware = Hardware::None;
+            self.hardware = Hardware::Machine(Box::new(Machine::new(self, ram)?));
+        }
+        if let Hardware::Machine(m) = &mut self.hardware
+            && ram.is_watched() != m.logs
+        {
+            m.logs = ram.is_watched();
+            m.vm.set_slot(m.slot, 0, place.0, place.1, m.logs).map_err(|e| format!("KVM: {e}"))?;
+        }
+        Ok(())
+    }
+
+    fn hw(&mut self) -> io::Result<(&mut Machine, &mut CpuState)> {
+        match &mut self.hardware {
+            Hardware::Machine(m) => Ok((m, &mut self.cpu)),
+            _ => Err(io::Error::other("no virtual machine")),
+        }
+    }
+
+    /// KVM_RUN with the state put in and taken out.
+    fn go(&mut self, board: Board<'_>, window: bool) -> io::Result<Left> {
+        let kicker = self.kicker.clone();
+        let stopping = Intercepts::EXCEPTIONS | Intercepts::INT_N;
+        let told = self.core.intercepts.intersects(stopping);
+        let (m, cpu) = self.hw()?;
+        m.load(cpu, told || m.stepping)?;
+        m.fd.get_kvm_run().request_interrupt_window = u8::from(window);
+        let kickable = Kickable::new(&kicker, immediate_exit(&mut m.fd));
+        if kicker.requested() {
+            return Ok(Left::Interrupted);
+        }
+        let wiring = Wiring::Bus(board.bus);
+        let mut left = exit::run(&mut m.fd, wiring);
+        // I/O needs nothing of the state: straight back, unless somebody wants something.
+        while left == Left::Served && !m.stepping && !kicker.requested() && !board.bus.interrupt_pending() {
+            left = exit::run(&mut m.fd, wiring);
+        }
+        // The instruction is complete only when KVM has been entered again: do that without running the guest further.
+        while left == Left::Served {
+            m.fd.set_kvm_immediate_exit(1);
+            match exit::run(&mut m.fd, wiring) {
+                Left::Interrupted => break,
+                other => left = other,
+            }
+        }
+        drop(kickable);
+        m.store(cpu);
+        Ok(left)
+    }
+
+    fn run_freely(&mut self, board: Board<'_>, budget: u64) -> io::Result<Exit> {
+        let (m, _) = self.hw()?;
+        m.set_stepping(false)?;
+        let timed = budget < u64::MAX / 2;
+        let _alarm = timed.then(|| Alarm::after(Duration::from_nanos((budget / 4).max(1_000_000))));
+        loop {
+            if self.kicker.requested() && self.kicker.take() {
+                return Ok(Exit::Kicked);
+            }
+            let mut window = false;
+            if board.bus.interrupt_pending() {
+                let free = matches!(&self.hardware, Hardware::Machine(m) if m.injecting.is_none());
+                if free && self.interruptible() {
+                    self.take_interrupt(board, true)?;
+                } else {
+                    window = true;
+                }
+            }
+            if self.cpu.activity == Activity::Halted {
+                return Ok(Exit::Halt);
+            }
+            if let Some(reason) = refusal(&self.cpu) {
+                return Ok(self.unsupported(reason));
+            }
+            match self.go(board, window)? {
+                Left::Served | Left::Window => {}
+                Left::Interrupted => {
+                    if self.kicker.requested() && self.kicker.take() {
+                        return Ok(Exit::Kicked);
+                    }
+                    if timed {
+                        return Ok(Exit::Budget);
+                    }
+                }
+                Left::Halt => return Ok(self.halted()),
+                Left::CannotEmulate | Left::Refused => match self.by_interpreter_in_ram(board)? {
+                    Exit::Budget => {}
+                    exit => return Ok(exit),
+                },
+                Left::Shutdown => match self.shut_down(board)? {
+                    Exit::Budget => {}
+                    exit => return Ok(exit),
+                },
+                Left::Debug(_) => {}
+                other => return Ok(self.unsupported(format!("KVM: the guest left in an unforeseen way: {other:?}"))),
+            }
+        }
+    }
+
+    fn interruptible(&self) -> bool {
+        self.cpu.rflags.contains(Rflags::IF) && !self.cpu.interrupt_shadow
+    }
+
+    /// Takes the waiting interrupt: by the hardware at the next entry, or at once.
+    fn take_interrupt(&mut self, board: Board<'_>, by_hardware: bool) -> io::Result<()> {
+        let Some(vector) = board.bus.take_interrupt() else { return Ok(()) };
+        self.cpu.activity = Activity::Active;
+        if by_hardware && !self.core.intercepts.intersects(Intercepts::EXCEPTIONS | Intercepts::INT_N) {
+            self.hw()?.0.injecting = Some(vector);
+            return Ok(());
+        }
+        self.complete_in_ram()?;
+        let mut cpu = std::mem::take(&mut self.cpu);
+        let done = self.core.deliver(&mut cpu, board, Event::External(vector));
+        self.cpu = cpu;
+        done.map_err(|e| io::Error::other(format!("an interrupt cannot be delivered: {e:?}")))
+    }
+
+    /// HLT was executed; RIP is past it.
+    fn halted(&mut self) -> Exit {
+        if self.core.intercepts.contains(Intercepts::HLT) {
+            let next_rip = self.cpu.rip;
+            self.cpu.rip = next_rip.wrapping_sub(1);
+            return Exit::Intercept { what: Intercepts::HLT, next_rip, vector: 0 };
+        }
+        self.cpu.activity = Activity::Halted;
+        Exit::Halt
+    }
+
+    /// A triple fault: the guest's own, or any event under a hidden interrupt table.
+    fn shut_down(&mut self, board: Board<'_>) -> io::Result<Exit> {
+        if self.core.intercepts.intersects(Intercepts::EXCEPTIONS | Intercepts::INT_N) {
+            // RF was set for the return from a fault that has not been delivered.
+            self.cpu.rflags -= Rflags::RF;
+            return self.by_interpreter_in_ram(board);
+        }
+        self.cpu.activity = Activity::Shutdown;
+        Ok(Exit::Shutdown)
+    }
+
+    fn complete_in_ram(&mut self) -> io::Result<()> {
+        let (m, cpu) = self.hw()?;
+        m.fetch(cpu)
+    }
+
+    fn by_interpreter_in_ram(&mut self, board: Board<'_>) -> io::Result<Exit> {
+        self.complete_in_ram()?;
+        if let (GuestMemory::Ram(ram), Ok((m, _))) = (board.mem, self.hw()) {
+            m.collect_writes(ram)?;
+        }
+        Ok(self.assist(board))
+    }
+
+    /// Exactly `budget` instructions.
+    fn step_machine(&mut self, board: Board<'_>, budget: u64) -> io::Result<Exit> {
+        for _ in 0..budget {
+            if self.kicker.requested() && self.kicker.take() {
+                return Ok(Exit::Kicked);
+            }
+            if board.bus.interrupt_pending() && self.interruptible() {
+                self.take_interrupt(board, false)?;
+            }
+            if self.cpu.activity == Activity::Halted {
+                return Ok(Exit::Halt);
+            }
+            if let Some(reason) = refusal(&self.cpu) {
+                return Ok(self.unsupported(reason));
+            }
+            let exit = match self.insn_in_ram(board) {
+                Some(i) if !disturbed(&self.cpu, &i) => self.step_hardware(board)?,
+                _ => self.by_interpreter_in_ram(board)?,
+            };
+            if exit != Exit::Budget {
+                return Ok(exit);
+            }
+        }
+        Ok(Exit::Budget)
+    }
+
+    /// One instruction in the hardware; whatever is not plainly that is undone and the interpreter's.
+    fn step_hardware(&mut self, board: Board<'_>) -> io::Result<Exit> {
+        let before = (self.cpu.gpr, self.cpu.rip, self.cpu.rflags);
+        let (m, _) = self.hw()?;
+        m.set_stepping(true)?;
+        let left = self.go(board, false)?;
+        match left {
+            Left::Debug(_) => {}
+            // At CPL 3 of a software KVM the step is a #DB for the guest's own table, which is hidden: a triple fault past the
+            // instruction.
+            Left::Shutdown if self.cpu.rip != before.1 => {}
+            Left::Interrupted if self.cpu.rip != before.1 => {}
+            Left::Interrupted => return Ok(if self.kicker.take() { Exit::Kicked } else { Exit::Budget }),
+            Left::Served => {}
+            Left::Failed(reason) => return Ok(self.unsupported(format!("KVM: {reason}"))),
+            _ => {
+                // A fault, or something KVM cannot do: nothing has been done to memory.
+                (self.cpu.gpr, self.cpu.rip, self.cpu.rflags) = before;
+                self.hw()?.0.injecting = None;
+                return self.by_interpreter_in_ram(board);
+            }
+        }
+        self.cpu.rflags -= Rflags::RF;
+        if !before.2.contains(Rflags::TF) {
+            self.cpu.rflags -= Rflags::TF;
+        }
+        Ok(Exit::Budget)
+    }
+
+    /// The instruction at CS:RIP, if it can be fetched.
+    fn insn_in_ram(&mut self, board: Board<'_>) -> Option<Insn> {
+        let cpu = &self.cpu;
+        let bitness = cpu.mode().bitness();
+        let base = if bitness == 64 { 0 } else { cpu.segment(Seg::Cs).base };
+        self.core.mmu.flush();
+        let by = bivisor_emulator::interp::access::accessor(cpu);
+        let mut bytes = [0; 15];
+        let mut n = 0;
+        while n < bytes.len() {
+            let mut laddr = base.wrapping_add(cpu.rip).wrapping_add(n as u64);
+            if bitness != 64 {
+                laddr &= 0xffff_ffff;
+            }
+            let part = ((PAGE_SIZE - laddr % PAGE_SIZE) as usize).min(bytes.len() - n);
+            let Ok(gpa) = self.core.mmu.translate(cpu, board.mem, laddr, Access::Execute, by) else { break };
+            if board.mem.read(gpa, &mut bytes[n..n + part]).is_none() {
+                break;
+            }
+            n += part;
+        }
+        decode(&bytes[..n], bitness).ok()
+    }
+}
+
+/// Would a single step change what the instruction does, miss where it must stop, or (in a software KVM) get it wrong?
+fn disturbed(cpu: &CpuState, i: &Insn) -> bool {
+    let repeats = i.iced.has_rep_prefix() || i.iced.has_repne_prefix();
+    let to_ss = i.iced.op_count() > 0 && i.iced.op_register(0) == iced_x86::Register::SS;
+    // Its kernel part interprets LZCNT as BSR and TZCNT as BSF, and VMCALL for ever.
+    let wrong = host().kind == Kind::Software
+        && matches!(i.iced.mnemonic(), M::Lzcnt | M::Tzcnt | M::Vmcall | M::Vmmcall)
+        && !(cpu.mode() == Mode::Long64 && cpu.cpl() == 3);
+    let stops = matches!(
+        i.iced.mnemonic(),
+        M::Syscall
+            | M::Sysenter
+            | M::Sysret
+            | M::Sysretq
+            | M::Sysexit
+            | M::Sysexitq
+            | M::Int
+            | M::Int1
+            | M::Int3
+            | M::Into
+    ) || matches!(
+        i.iced.mnemonic(),
+        M::Iret | M::Iretd | M::Iretq | M::Hlt | M::Cpuid | M::Rdtsc | M::Rdtscp
+    ) || matches!(
+        i.iced.mnemonic(),
+        M::Rdrand | M::Rdseed | M::Pushf | M::Pushfd | M::Pushfq | M::Popf | M::Popfd | M::Popfq
+    ) || matches!(i.iced.mnemonic(), M::Sti | M::Lss | M::Sgdt | M::Sidt | M::Lidt | M::Rdpid);
+    let flags = cpu.rflags.contains(Rflags::TF) || cpu.interrupt_shadow || cpu.dr7 & 0xff != 0;
+    flags || to_ss || wrong || stops || i.facts.class == Class::Io || i.facts.class == Class::Undefined || repeats
 }

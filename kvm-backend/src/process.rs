@@ -11,7 +11,7 @@ use crate::kick::{Alarm, Kickable};
 use crate::regs;
 use crate::run::{Extended, Hardware, KvmVcpu, Shared};
 use crate::space::{Filled, Wanted};
-use crate::vm::{host_error, immediate_exit};
+use crate::vm::{host_error, immediate_exit, set_tsc_offset};
 use bivisor_emulator::cpu::{Attr, CpuState, Cr0, Cr4, Efer, Fault, Mode, Rflags, Segment};
 use bivisor_emulator::isa::{Class, Gpr, Insn, Seg, decode};
 use bivisor_emulator::mem::{FlatSpace, PAGE_SIZE};
@@ -74,6 +74,7 @@ impl Process {
             ];
             let entries = star.map(|(index, data)| kvm_msr_entry { index, data, reserved: 0 });
             fd.set_msrs(&kvm_bindings::Msrs::from_entries(&entries).expect("three entries fit"))?;
+            set_tsc_offset(fd, 0);
             Ok(())
         };
         set().map_err(|e| format!("KVM: a virtual CPU cannot be set up: {e}"))?;

@@ -5,11 +5,11 @@
 
 use bivisor_emulator::cpu::msr::index;
 use bivisor_emulator::cpu::xsave::Layout;
-use bivisor_emulator::cpu::{Activity, Attr, CpuState, Cr0, Cr4, Efer, Rflags, Segment, Table, XsaveArea};
+use bivisor_emulator::cpu::{Attr, CpuState, Cr0, Cr4, Efer, Rflags, Segment, Table, XsaveArea};
 use bivisor_emulator::isa::{Gpr, Seg};
 use kvm_bindings::{
-    KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, KVM_VCPUEVENT_VALID_SHADOW, Msrs, kvm_debugregs, kvm_dtable,
-    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events, kvm_xcr, kvm_xcrs, kvm_xsave,
+    KVM_VCPUEVENT_VALID_SHADOW, Msrs, kvm_debugregs, kvm_dtable, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
+    kvm_vcpu_events, kvm_xcr, kvm_xcrs, kvm_xsave,
 };
 
 /// General registers into KVM's form.
@@ -142,8 +142,9 @@ const MSRS: [u32; 10] = [
     index::SYSENTER_CS,
     index::SYSENTER_ESP,
     index::SYSENTER_EIP,
-    index::TSC_AUX,
     index::PAT,
+    // Last: KVM stops at the first that it does not offer.
+    index::TSC_AUX,
 ];
 
 fn msr_field(cpu: &mut CpuState, index: u32) -> Option<&mut u64> {
@@ -242,9 +243,4 @@ pub fn events(cpu: &CpuState) -> kvm_vcpu_events {
 pub fn take_events(cpu: &mut CpuState, e: &kvm_vcpu_events) {
     cpu.interrupt_shadow = e.interrupt.shadow != 0;
     cpu.nmi_blocked = e.nmi.masked != 0;
-}
-
-/// Activity into KVM's form. A shut-down processor is never run.
-pub fn mp_state(activity: Activity) -> kvm_mp_state {
-    kvm_mp_state { mp_state: if activity == Activity::Halted { KVM_MP_STATE_HALTED } else { KVM_MP_STATE_RUNNABLE } }
 }

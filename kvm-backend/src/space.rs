@@ -130,11 +130,6 @@ impl Space {
         self.idle.push((vcpu, id));
     }
 
-    /// The virtual machine.
-    pub fn vm(&self) -> &Vm {
-        &self.vm
-    }
-
     /// Words of the processor's or a vCPU's own page.
     pub fn read_kernel<const N: usize>(&self, address: u64) -> [u64; N] {
         let Some((gpa, _)) = self.entry(address).map(|e| (e & ADDRESS, e)).filter(|(_, e)| e & P != 0) else {

@@ -2,11 +2,11 @@
 //! (Documentation/virt/kvm/api.rst).
 #![allow(unsafe_code)]
 
-use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region, kvm_xsave};
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_device_attr, kvm_userspace_memory_region, kvm_xsave};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use memmap2::MmapRaw;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 /// Zeroed host memory that a guest may write at any time: page tables, descriptor tables, stubs.
@@ -60,7 +60,6 @@ impl Pages {
 
 /// A virtual machine: memory slots from a guest-physical address to host memory.
 pub struct Vm {
-    kvm: Kvm,
     fd: VmFd,
     slots: u32,
     /// Memory behind slots that is ours.
@@ -71,8 +70,6 @@ impl Vm {
     /// An empty one.
     pub fn new() -> io::Result<Vm> {
         let kvm = Kvm::new().map_err(host_error)?;
-        // SAFETY: the descriptor was just made and is nobody else's.
-        let kvm = unsafe { Kvm::from_raw_fd(high(&kvm)?) };
         let fd = loop {
             match kvm.create_vm() {
                 Ok(fd) => break fd,
@@ -80,16 +77,9 @@ impl Vm {
                 Err(e) => return Err(host_error(e)),
             }
         };
-        // SAFETY: as above; the descriptor is given over.
+        // SAFETY: the descriptor was just made, is a virtual machine's, and is given over.
         let fd = unsafe { kvm.create_vmfd_from_rawfd(high(&fd)?) }.map_err(host_error)?;
-        // Three pages that VT-x needs for real mode; below 4 GiB, where no guest here has RAM.
-        let _ = fd.set_tss_address(TSS_ADDRESS as usize);
-        Ok(Vm { kvm, fd, slots: 0, owned: Vec::new() })
-    }
-
-    /// The system descriptor.
-    pub fn kvm(&self) -> &Kvm {
-        &self.kvm
+        Ok(Vm { fd, slots: 0, owned: Vec::new() })
     }
 
     /// The virtual machine's descriptor.
@@ -183,15 +173,13 @@ pub fn set_xsave(vcpu: &VcpuFd, xsave: &kvm_xsave) -> io::Result<()> {
     unsafe { vcpu.set_xsave(xsave) }.map_err(host_error)
 }
 
-/// Makes the guest take an external interrupt (KVM_INTERRUPT: without an interrupt controller in the kernel).
-pub fn interrupt(vcpu: &VcpuFd, vector: u8) -> io::Result<()> {
-    const KVM_INTERRUPT: libc::c_ulong = 0x4004_ae86;
-    let vector = u32::from(vector);
-    // SAFETY: reads one u32.
-    match unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_INTERRUPT, &raw const vector) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+/// Makes the guest's time-stamp counter the host's plus `offset`; software KVM shows the host's anyway.
+pub fn set_tsc_offset(vcpu: &VcpuFd, offset: u64) {
+    // KVM_VCPU_TSC_CTRL and KVM_VCPU_TSC_OFFSET are both 0 (Documentation/virt/kvm/devices/vcpu.rst).
+    let attr = kvm_device_attr { group: 0, attr: 0, addr: &raw const offset as u64, ..Default::default() };
+    const KVM_SET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee1;
+    // SAFETY: reads the structure and the word it points to, both live.
+    unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_SET_DEVICE_ATTR, &raw const attr) };
 }
 
 /// The byte that makes KVM_RUN return at once, for a signal handler to set.

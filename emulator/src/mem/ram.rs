@@ -5,7 +5,7 @@ use crate::isa::Width;
 use crate::mem::PAGE_SIZE;
 use crate::mem::guest::Id;
 use memmap2::MmapRaw;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 /// Code was cached from the page: stores raise the generation.
 const CODE: u32 = 1;
@@ -25,6 +25,7 @@ pub struct Ram {
     pages: Vec<AtomicU32>,
     epoch: AtomicU64,
     id: Id,
+    watched: AtomicBool,
 }
 
 impl Ram {
@@ -41,6 +42,7 @@ impl Ram {
             pages: (0..size / PAGE_SIZE).map(|_| AtomicU32::new(0)).collect(),
             epoch: AtomicU64::new(0),
             id: Id::default(),
+            watched: AtomicBool::new(false),
         })
     }
 
@@ -128,10 +130,16 @@ impl Ram {
 
     /// Starts (or starts anew) to note which pages are written.
     pub fn track_dirty(&self) {
+        self.watched.store(true, Ordering::Relaxed);
         for page in &self.pages {
             page.fetch_or(TRACK, Ordering::Relaxed);
             page.fetch_and(!DIRTY, Ordering::Relaxed);
         }
+    }
+
+    /// Must somebody who writes without our help (hardware) tell us where, by [`Ram::wrote`]?
+    pub fn is_watched(&self) -> bool {
+        self.watched.load(Ordering::Relaxed)
     }
 
     /// The page numbers written since [`Ram::track_dirty`] or the last call, which are tracked anew.
@@ -211,6 +219,7 @@ impl Ram {
     pub fn watch_code(&self, gpa: u64) {
         if let Some(page) = self.pages.get((gpa / PAGE_SIZE) as usize) {
             page.fetch_or(CODE, Ordering::Relaxed);
+            self.watched.store(true, Ordering::Relaxed);
         }
     }
 
