@@ -8,25 +8,25 @@ use bivisor_emulator::host::signal::attach;
 use bivisor_emulator::host::thread::ThreadBlock;
 use bivisor_emulator::vcpu::Kicker;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// From its creation to its drop, signals to the calling thread end KVM_RUN.
-pub struct Kickable<'a> {
-    kicker: &'a Kicker,
+pub struct Kickable {
+    kicker: Kicker,
     immediate_exit: *const AtomicU8,
     block: &'static ThreadBlock,
 }
 
-impl<'a> Kickable<'a> {
-    /// `immediate_exit` is that of the vCPU that the calling thread is about to run, from [`crate::vm::immediate_exit`]; the vCPU
+impl Kickable {
+    /// For the whole of a [`bivisor_emulator::vcpu::Vcpu::run`], so that no signal falls between two calls of KVM_RUN. `immediate_exit` is that of the vCPU that the calling thread is about to run, from [`crate::vm::immediate_exit`]; the vCPU
     /// must outlive this.
-    pub fn new(kicker: &'a Kicker, immediate_exit: *const AtomicU8) -> Kickable<'a> {
+    pub fn new(kicker: &Kicker, immediate_exit: *const AtomicU8) -> Kickable {
         let block = attach();
         block.engine_data.set(immediate_exit.cast_mut().cast());
         block.engine_hook.set(Some(hook));
         // SAFETY: no arguments, cannot fail.
         kicker.entered(unsafe { libc::gettid() });
-        Kickable { kicker, immediate_exit, block }
+        Kickable { kicker: kicker.clone(), immediate_exit, block }
     }
 
     /// After KVM_RUN returned EINTR, and before looking at the kicker: the next KVM_RUN may run.
@@ -36,7 +36,7 @@ impl<'a> Kickable<'a> {
     }
 }
 
-impl Drop for Kickable<'_> {
+impl Drop for Kickable {
     fn drop(&mut self) {
         self.kicker.left();
         self.block.engine_hook.set(None);
@@ -58,11 +58,13 @@ unsafe fn hook(block: &ThreadBlock, sig: i32, _: *mut libc::siginfo_t, _: *mut l
 /// A timer that sends the calling thread [`Kicker::SIGNAL`] once.
 pub struct Alarm {
     timer: libc::timer_t,
+    deadline: Instant,
 }
 
 impl Alarm {
     /// `None` if the host refuses.
     pub fn after(time: Duration) -> Option<Alarm> {
+        let deadline = Instant::now() + time;
         // SAFETY: plain system calls with structures of ours; the event names the calling thread.
         unsafe {
             let mut event: libc::sigevent = std::mem::zeroed();
@@ -77,8 +79,15 @@ impl Alarm {
             spec.it_value.tv_sec = time.as_secs() as i64;
             spec.it_value.tv_nsec = i64::from(time.subsec_nanos()).max(1);
             libc::timer_settime(timer, 0, &spec, std::ptr::null_mut());
-            Some(Alarm { timer })
+            Some(Alarm { timer, deadline })
         }
+    }
+}
+
+impl Alarm {
+    /// Has the time passed?
+    pub fn over(&self) -> bool {
+        Instant::now() >= self.deadline
     }
 }
 

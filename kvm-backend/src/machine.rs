@@ -219,10 +219,19 @@ impl KvmVcpu {
         if let Err(reason) = self.machine(ram) {
             return self.unsupported(reason);
         }
+        if self.cpu.mode() == Mode::Real && host().kind == Kind::Software && self.told_of_events() {
+            // Its real mode is interpreted in the kernel and looks at no limit of the vector table: nothing to hide there.
+            return self.run_interpreted(board, ram, budget);
+        }
+        let kickable = match self.hw() {
+            Ok((m, _)) => immediate_exit(&mut m.fd),
+            Err(e) => return self.unsupported(e.to_string()),
+        };
+        let kickable = Kickable::new(&self.kicker, kickable);
         let exit = if budget <= EXACT_BUDGET || self.must_step() {
-            self.step_machine(board, budget)
+            self.step_machine(board, &kickable, budget)
         } else {
-            self.run_freely(board, budget)
+            self.run_freely(board, &kickable, budget)
         };
         let written = match &mut self.hardware {
             Hardware::Machine(m) => m.collect_writes(ram),
@@ -232,6 +241,23 @@ impl KvmVcpu {
             Ok(exit) => exit,
             Err(e) => self.unsupported(format!("KVM: {e}")),
         }
+    }
+
+    /// Told to stop where the guest's interrupt table would be used?
+    fn told_of_events(&self) -> bool {
+        self.core.intercepts.intersects(Intercepts::EXCEPTIONS | Intercepts::INT_N)
+    }
+
+    fn run_interpreted(&mut self, board: Board<'_>, ram: &Ram, budget: u64) -> Exit {
+        let complete = self.complete_in_ram().and_then(|()| match &mut self.hardware {
+            Hardware::Machine(m) => m.collect_writes(ram),
+            _ => Ok(()),
+        });
+        if let Err(e) = complete {
+            return self.unsupported(format!("KVM: {e}"));
+        }
+        self.core.mmu.flush();
+        self.core.run(&mut self.cpu, board, budget, Some(&self.kicker))
     }
 
     /// The hardware with this RAM in it.
@@ -259,14 +285,13 @@ impl KvmVcpu {
     }
 
     /// KVM_RUN with the state put in and taken out.
-    fn go(&mut self, board: Board<'_>, window: bool) -> io::Result<Left> {
-        let kicker = self.kicker.clone();
-        let stopping = Intercepts::EXCEPTIONS | Intercepts::INT_N;
-        let told = self.core.intercepts.intersects(stopping);
-        let (m, cpu) = self.hw()?;
+    fn go(&mut self, board: Board<'_>, kickable: &Kickable, window: bool) -> io::Result<Left> {
+        let told = self.told_of_events();
+        let (Hardware::Machine(m), cpu, kicker) = (&mut self.hardware, &mut self.cpu, &self.kicker) else {
+            return Err(io::Error::other("no virtual machine"));
+        };
         m.load(cpu, told || m.stepping)?;
         m.fd.get_kvm_run().request_interrupt_window = u8::from(window);
-        let kickable = Kickable::new(&kicker, immediate_exit(&mut m.fd));
         if kicker.requested() {
             return Ok(Left::Interrupted);
         }
@@ -276,27 +301,39 @@ impl KvmVcpu {
         while left == Left::Served && !m.stepping && !kicker.requested() && !board.bus.interrupt_pending() {
             left = exit::run(&mut m.fd, wiring);
         }
-        // The instruction is complete only when KVM has been entered again: do that without running the guest further.
+        if left == Left::Interrupted {
+            kickable.rearm();
+        }
+        // The instruction is complete only when KVM has been entered again: do that without running the guest further. A signal
+        // meanwhile asks for the same, and is not lost: it leaves its request with the kicker, or the budget's time is over.
         while left == Left::Served {
             m.fd.set_kvm_immediate_exit(1);
             match exit::run(&mut m.fd, wiring) {
-                Left::Interrupted => break,
+                Left::Interrupted => {
+                    kickable.rearm();
+                    break;
+                }
                 other => left = other,
             }
+            kickable.rearm();
         }
-        drop(kickable);
         m.store(cpu);
         Ok(left)
     }
 
-    fn run_freely(&mut self, board: Board<'_>, budget: u64) -> io::Result<Exit> {
+    fn run_freely(&mut self, board: Board<'_>, kickable: &Kickable, budget: u64) -> io::Result<Exit> {
         let (m, _) = self.hw()?;
         m.set_stepping(false)?;
-        let timed = budget < u64::MAX / 2;
-        let _alarm = timed.then(|| Alarm::after(Duration::from_nanos((budget / 4).max(1_000_000))));
+        let alarm = match budget {
+            u64::MAX => None,
+            _ => Alarm::after(Duration::from_nanos((budget / 4).max(1_000_000))),
+        };
         loop {
             if self.kicker.requested() && self.kicker.take() {
                 return Ok(Exit::Kicked);
+            }
+            if alarm.as_ref().is_some_and(Alarm::over) {
+                return Ok(Exit::Budget);
             }
             let mut window = false;
             if board.bus.interrupt_pending() {
@@ -313,16 +350,8 @@ impl KvmVcpu {
             if let Some(reason) = refusal(&self.cpu) {
                 return Ok(self.unsupported(reason));
             }
-            match self.go(board, window)? {
-                Left::Served | Left::Window => {}
-                Left::Interrupted => {
-                    if self.kicker.requested() && self.kicker.take() {
-                        return Ok(Exit::Kicked);
-                    }
-                    if timed {
-                        return Ok(Exit::Budget);
-                    }
-                }
+            match self.go(board, kickable, window)? {
+                Left::Served | Left::Window | Left::Interrupted | Left::Debug(_) => {}
                 Left::Halt => return Ok(self.halted()),
                 Left::CannotEmulate | Left::Refused => match self.by_interpreter_in_ram(board)? {
                     Exit::Budget => {}
@@ -332,7 +361,6 @@ impl KvmVcpu {
                     Exit::Budget => {}
                     exit => return Ok(exit),
                 },
-                Left::Debug(_) => {}
                 other => return Ok(self.unsupported(format!("KVM: the guest left in an unforeseen way: {other:?}"))),
             }
         }
@@ -346,7 +374,7 @@ impl KvmVcpu {
     fn take_interrupt(&mut self, board: Board<'_>, by_hardware: bool) -> io::Result<()> {
         let Some(vector) = board.bus.take_interrupt() else { return Ok(()) };
         self.cpu.activity = Activity::Active;
-        if by_hardware && !self.core.intercepts.intersects(Intercepts::EXCEPTIONS | Intercepts::INT_N) {
+        if by_hardware && !self.told_of_events() {
             self.hw()?.0.injecting = Some(vector);
             return Ok(());
         }
@@ -370,7 +398,7 @@ impl KvmVcpu {
 
     /// A triple fault: the guest's own, or any event under a hidden interrupt table.
     fn shut_down(&mut self, board: Board<'_>) -> io::Result<Exit> {
-        if self.core.intercepts.intersects(Intercepts::EXCEPTIONS | Intercepts::INT_N) {
+        if self.told_of_events() {
             // RF was set for the return from a fault that has not been delivered.
             self.cpu.rflags -= Rflags::RF;
             return self.by_interpreter_in_ram(board);
@@ -393,7 +421,7 @@ impl KvmVcpu {
     }
 
     /// Exactly `budget` instructions.
-    fn step_machine(&mut self, board: Board<'_>, budget: u64) -> io::Result<Exit> {
+    fn step_machine(&mut self, board: Board<'_>, kickable: &Kickable, budget: u64) -> io::Result<Exit> {
         for _ in 0..budget {
             if self.kicker.requested() && self.kicker.take() {
                 return Ok(Exit::Kicked);
@@ -408,7 +436,7 @@ impl KvmVcpu {
                 return Ok(self.unsupported(reason));
             }
             let exit = match self.insn_in_ram(board) {
-                Some(i) if !disturbed(&self.cpu, &i) => self.step_hardware(board)?,
+                Some(i) if !disturbed(&self.cpu, &i) => self.step_hardware(board, kickable)?,
                 _ => self.by_interpreter_in_ram(board)?,
             };
             if exit != Exit::Budget {
@@ -419,11 +447,11 @@ impl KvmVcpu {
     }
 
     /// One instruction in the hardware; whatever is not plainly that is undone and the interpreter's.
-    fn step_hardware(&mut self, board: Board<'_>) -> io::Result<Exit> {
+    fn step_hardware(&mut self, board: Board<'_>, kickable: &Kickable) -> io::Result<Exit> {
         let before = (self.cpu.gpr, self.cpu.rip, self.cpu.rflags);
         let (m, _) = self.hw()?;
         m.set_stepping(true)?;
-        let left = self.go(board, false)?;
+        let left = self.go(board, kickable, false)?;
         match left {
             Left::Debug(_) => {}
             // At CPL 3 of a software KVM the step is a #DB for the guest's own table, which is hidden: a triple fault past the

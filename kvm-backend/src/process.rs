@@ -48,10 +48,10 @@ impl Process {
     fn new(vcpu: &KvmVcpu) -> Result<Process, String> {
         let shared = vcpu.vm.shared()?;
         let cpuid = vcpu.vm.cpuid()?;
-        let (fd, id, root) = {
+        let (fd, id, new, root) = {
             let mut space = shared.space.lock().expect("no panic under the lock");
-            let (fd, id) = space.vcpu().map_err(|e| format!("KVM: no more virtual CPUs: {e}"))?;
-            (fd, id, space.root())
+            let (fd, id, new) = space.vcpu().map_err(|e| format!("KVM: no more virtual CPUs: {e}"))?;
+            (fd, id, new, space.root())
         };
         let p = Process {
             shared,
@@ -77,7 +77,9 @@ impl Process {
             set_tsc_offset(fd, 0);
             Ok(())
         };
-        set().map_err(|e| format!("KVM: a virtual CPU cannot be set up: {e}"))?;
+        if new {
+            set().map_err(|e| format!("KVM: a virtual CPU cannot be set up: {e}"))?;
+        }
         Ok(p)
     }
 
@@ -207,13 +209,19 @@ impl KvmVcpu {
             self.core.mmu.flush();
             return self.core.run(&mut self.cpu, board, budget, Some(&self.kicker));
         }
+        let kickable = match self.hardware() {
+            Ok((p, _)) => immediate_exit(p.fd_mut()),
+            Err(e) => return self.unsupported(e.to_string()),
+        };
+        let kickable = Kickable::new(&self.kicker, kickable);
         if budget <= EXACT_BUDGET || self.must_step() {
-            return self.step_process(board, flat, budget);
+            return self.step_process(board, flat, &kickable, budget);
         }
         // At most one instruction a quarter of a nanosecond: by then the budget may be used up.
-        let alarm = (budget < u64::MAX / 2).then(|| Alarm::after(Duration::from_nanos((budget / 4).max(1_000_000))));
+        let alarm =
+            (budget < u64::MAX / 2).then(|| Alarm::after(Duration::from_nanos((budget / 4).max(1_000_000)))).flatten();
         loop {
-            match self.enter(board, flat, alarm.is_some()) {
+            match self.enter(board, flat, &kickable, alarm.as_ref()) {
                 Ok(None) => {}
                 Ok(Some(exit)) => return exit,
                 Err(e) => return self.unsupported(format!("KVM: {e}")),
@@ -251,14 +259,19 @@ impl KvmVcpu {
     }
 
     /// In and out once; then what it means. `None`: the guest goes on.
-    fn enter(&mut self, board: Board<'_>, flat: &FlatSpace, timed: bool) -> io::Result<Option<Exit>> {
-        let point = self.once(flat)?;
-        match point {
+    fn enter(
+        &mut self,
+        board: Board<'_>,
+        flat: &FlatSpace,
+        kickable: &Kickable,
+        alarm: Option<&Alarm>,
+    ) -> io::Result<Option<Exit>> {
+        match self.once(flat, kickable)? {
             Point::Left(Left::Interrupted) => {
                 if self.kicker.requested() && self.kicker.take() {
                     return Ok(Some(Exit::Kicked));
                 }
-                Ok(timed.then_some(Exit::Budget))
+                Ok(alarm.is_some_and(Alarm::over).then_some(Exit::Budget))
             }
             Point::Left(Left::Refused | Left::CannotEmulate) => self.refused(board),
             Point::Left(other) => Err(io::Error::other(format!("the guest left in an unforeseen way: {other:?}"))),
@@ -278,25 +291,23 @@ impl KvmVcpu {
     }
 
     /// KVM_RUN with the state put in and taken out; the state is the guest's own afterwards.
-    fn once(&mut self, flat: &FlatSpace) -> io::Result<Point> {
-        // No access to the state while the hardware has it: split the borrow.
-        let kicker = self.kicker.clone();
-        let (p, cpu) = self.hardware()?;
+    fn once(&mut self, flat: &FlatSpace, kickable: &Kickable) -> io::Result<Point> {
+        let (Hardware::Process(p), cpu, kicked) = (&mut self.hardware, &mut self.cpu, &self.kicker) else {
+            return Err(io::Error::other("no virtual machine"));
+        };
         let epoch = flat.exec_epoch();
         if epoch != p.exec_epoch {
             p.exec_epoch = epoch;
             p.shared.space.lock().expect("no panic under the lock").forget_rights(epoch)?;
         }
         p.load(cpu)?;
-        let left = {
-            let kickable = Kickable::new(&kicker, immediate_exit(p.fd_mut()));
-            if kicker.requested() {
-                return Ok(Point::Left(Left::Interrupted));
-            }
-            let left = exit::run(p.fd_mut(), Wiring::Monitor);
-            drop(kickable);
-            left
-        };
+        if kicked.requested() {
+            return Ok(Point::Left(Left::Interrupted));
+        }
+        let left = exit::run(p.fd_mut(), Wiring::Monitor);
+        if left == Left::Interrupted {
+            kickable.rearm();
+        }
         p.store(cpu);
         let rip = cpu.rip;
         match left {
@@ -477,13 +488,13 @@ impl KvmVcpu {
     }
 
     /// Exactly `budget` instructions, by the trap flag where it does not disturb.
-    fn step_process(&mut self, board: Board<'_>, flat: &FlatSpace, budget: u64) -> Exit {
+    fn step_process(&mut self, board: Board<'_>, flat: &FlatSpace, kickable: &Kickable, budget: u64) -> Exit {
         for _ in 0..budget {
             if self.kicker.requested() && self.kicker.take() {
                 return Exit::Kicked;
             }
             let step = match self.instruction(flat) {
-                Some(i) if !self.disturbed(&i) => self.step_native(board, flat),
+                Some(i) if !self.disturbed(&i) => self.step_native(board, flat, kickable),
                 Some(i) => self.by_hand(board, &i),
                 None => self.by_interpreter(board),
             };
@@ -505,10 +516,10 @@ impl KvmVcpu {
             || matches!(i.iced.mnemonic(), M::Rdrand | M::Rdseed | M::Rdpid)
     }
 
-    fn step_native(&mut self, board: Board<'_>, flat: &FlatSpace) -> io::Result<Option<Exit>> {
+    fn step_native(&mut self, board: Board<'_>, flat: &FlatSpace, kickable: &Kickable) -> io::Result<Option<Exit>> {
         loop {
             self.cpu.rflags |= Rflags::TF;
-            let point = self.once(flat);
+            let point = self.once(flat, kickable);
             self.cpu.rflags -= Rflags::TF;
             match point? {
                 Point::Vector(1, _) => return Ok(None),

@@ -112,17 +112,17 @@ impl Space {
         self.root
     }
 
-    /// A vCPU: an idle one or a new one, and where its own page lies.
-    pub fn vcpu(&mut self) -> io::Result<(VcpuFd, u64)> {
-        if let Some(idle) = self.idle.pop() {
-            return Ok(idle);
+    /// A vCPU, its number, and whether it is new: one that has run keeps its CPUID and MSRs.
+    pub fn vcpu(&mut self) -> io::Result<(VcpuFd, u64, bool)> {
+        if let Some((vcpu, id)) = self.idle.pop() {
+            return Ok((vcpu, id, false));
         }
         let gpa = self.page()?;
         let vcpu = self.vm.vcpu(self.vcpus)?;
         self.set(intercept::own_page(self.vcpus), gpa | P | W | A | D | NX)?;
         self.write(gpa, &intercept::own_page_bytes(self.vcpus));
         self.vcpus += 1;
-        Ok((vcpu, self.vcpus - 1))
+        Ok((vcpu, self.vcpus - 1, true))
     }
 
     /// Gives a vCPU back: KVM frees none before the whole machine goes.

@@ -2,11 +2,12 @@
 //! (Documentation/virt/kvm/api.rst).
 #![allow(unsafe_code)]
 
+use bivisor_emulator::host::fds;
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_device_attr, kvm_userspace_memory_region, kvm_xsave};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use memmap2::MmapRaw;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 /// Zeroed host memory that a guest may write at any time: page tables, descriptor tables, stubs.
@@ -62,6 +63,8 @@ impl Pages {
 pub struct Vm {
     fd: VmFd,
     slots: u32,
+    /// Ours, of which the guest must not know.
+    descriptors: Vec<RawFd>,
     /// Memory behind slots that is ours.
     owned: Vec<Pages>,
 }
@@ -78,8 +81,8 @@ impl Vm {
             }
         };
         // SAFETY: the descriptor was just made, is a virtual machine's, and is given over.
-        let fd = unsafe { kvm.create_vmfd_from_rawfd(high(&fd)?) }.map_err(host_error)?;
-        Ok(Vm { fd, slots: 0, owned: Vec::new() })
+        let fd = unsafe { kvm.create_vmfd_from_rawfd(kept(&borrowed(&fd))?) }.map_err(host_error)?;
+        Ok(Vm { descriptors: vec![fd.as_raw_fd()], fd, slots: 0, owned: Vec::new() })
     }
 
     /// The virtual machine's descriptor.
@@ -87,11 +90,13 @@ impl Vm {
         &self.fd
     }
 
-    /// A virtual CPU.
-    pub fn vcpu(&self, id: u64) -> io::Result<VcpuFd> {
+    /// A virtual CPU; it must not outlive the virtual machine.
+    pub fn vcpu(&mut self, id: u64) -> io::Result<VcpuFd> {
         let vcpu = self.fd.create_vcpu(id).map_err(host_error)?;
+        let high = kept(&borrowed(&vcpu))?;
+        self.descriptors.push(high);
         // SAFETY: the descriptor is a vCPU's and is given over.
-        unsafe { self.fd.create_vcpu_from_rawfd(high(&vcpu)?) }.map_err(host_error)
+        unsafe { self.fd.create_vcpu_from_rawfd(high) }.map_err(host_error)
     }
 
     /// Makes `len` bytes of host memory at `host` the guest's at `gpa`. The memory may be unmapped, mapped anew or protected at any
@@ -142,6 +147,13 @@ impl Vm {
     }
 }
 
+impl Drop for Vm {
+    fn drop(&mut self) {
+        // Their owners close them.
+        self.descriptors.iter().for_each(|&fd| fds::forget(fd));
+    }
+}
+
 /// The three pages for VT-x's real mode.
 pub const TSS_ADDRESS: u64 = 0xfffb_d000;
 /// Where [`Vm::flush`] puts its slot.
@@ -152,19 +164,14 @@ pub fn host_error(e: kvm_ioctls::Error) -> io::Error {
     io::Error::from_raw_os_error(e.errno())
 }
 
-/// A second descriptor for the same thing with a high number: a guest process counts on small ones being free. The wrapper keeps
-/// (and closes) the first.
-fn high(fd: &impl AsRawFd) -> io::Result<RawFd> {
-    // SAFETY: plain system calls.
-    unsafe {
-        let mut limit: libc::rlimit = std::mem::zeroed();
-        libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit);
-        let from = (limit.rlim_cur.min(1 << 16) as i32 / 4 * 3).max(16);
-        match libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, from) {
-            -1 => Err(io::Error::last_os_error()),
-            fd => Ok(fd),
-        }
-    }
+fn borrowed<T: AsRawFd>(fd: &T) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is open as long as its owner is borrowed.
+    unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }
+}
+
+/// A second descriptor for the same thing, out of the guest's way; the wrapper keeps (and closes) the first.
+fn kept(fd: &impl AsFd) -> io::Result<RawFd> {
+    Ok(fds::keep(fd.as_fd().try_clone_to_owned()?))
 }
 
 /// The extended state, as KVM keeps it: the host's standard XSAVE format.

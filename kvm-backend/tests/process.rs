@@ -349,3 +349,62 @@ fn large_memory_is_filled_in_windows() {
         assert_eq!(g.flat.read_u64(at + i * 4096), at + i * 4096);
     }
 }
+
+#[test]
+fn the_child_of_a_fork_gets_a_machine_of_its_own() {
+    // inc rax; syscall
+    let Some(mut g) = Guest::new(&[0x48, 0xff, 0xc0, 0x0f, 0x05]) else { return };
+    assert_eq!(g.run(), g.syscall(3));
+    let start = g.code;
+    g.vcpu.state().rip = start;
+    g.set(Gpr::Rax, 41);
+    assert_eq!(
+        common::in_child(|| {
+            for i in 0..3u64 {
+                let exit = g.vcpu.run(Board { mem: &g.flat.mem, bus: &EmptyBus }, u64::MAX);
+                if exit != g.syscall(3) || g.gpr(Gpr::Rax) != 42 + i {
+                    return 1;
+                }
+                g.vcpu.state().rip = start;
+            }
+            // And the grandchild another one.
+            common::in_child(|| {
+                let exit = g.vcpu.run(Board { mem: &g.flat.mem, bus: &EmptyBus }, u64::MAX);
+                if exit == g.syscall(3) && g.gpr(Gpr::Rax) == 45 { 7 } else { 2 }
+            })
+        }),
+        7
+    );
+    // The parent's goes on working.
+    assert_eq!(g.run(), g.syscall(3));
+    assert_eq!(g.gpr(Gpr::Rax), 42);
+}
+
+#[test]
+fn threads_share_the_page_tables_and_reuse_vcpus() {
+    let Some(vm) = process_vm() else { return };
+    let flat = Flat::new();
+    // lock inc qword [rdi]; dec rcx; jnz; syscall
+    let code = flat.code(&[0xf0, 0x48, 0xff, 0x07, 0x48, 0xff, 0xc9, 0x75, 0xf7, 0x0f, 0x05]);
+    let counter = flat.map(1, RW);
+    for _ in 0..3 {
+        std::thread::scope(|s| {
+            for _ in 0..4 {
+                s.spawn(|| {
+                    let mut vcpu = vm.vcpu();
+                    vcpu.set_intercepts(ALL);
+                    *vcpu.state() = user(code, 0);
+                    vcpu.state().gpr[Gpr::Rdi as usize] = counter;
+                    vcpu.state().gpr[Gpr::Rcx as usize] = 10_000;
+                    let exit = vcpu.run(Board { mem: &flat.mem, bus: &EmptyBus }, u64::MAX);
+                    assert!(
+                        matches!(exit, Exit::Intercept { what: Intercepts::SYSCALL, .. }),
+                        "{exit:?} {:?}",
+                        vcpu.reason()
+                    );
+                });
+            }
+        });
+    }
+    assert_eq!(flat.read_u64(counter), 120_000);
+}

@@ -35,6 +35,11 @@ pub fn release(fd: RawFd) {
     drop(unsafe { OwnedFd::from_raw_fd(fd) });
 }
 
+/// Takes a descriptor that [`keep`] gave off the list: from now on it belongs to somebody who will close it.
+pub fn forget(fd: RawFd) {
+    OWN.lock().expect("no panic under the lock").retain(|&f| f != fd);
+}
+
 /// Is it one of ours?
 pub fn is_own(fd: RawFd) -> bool {
     OWN.lock().expect("no panic under the lock").contains(&fd)

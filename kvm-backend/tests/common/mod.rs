@@ -96,3 +96,22 @@ pub fn user(rip: u64, rsp: u64) -> CpuState {
     s.rflags = Rflags::FIXED | Rflags::IF;
     s
 }
+
+/// Runs `f` in a forked child and gives its result as exit status.
+pub fn in_child(f: impl FnOnce() -> i32) -> i32 {
+    // SAFETY: the child runs `f` and leaves without unwinding or running destructors.
+    unsafe {
+        match libc::fork() {
+            0 => {
+                let code = std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).unwrap_or(99);
+                libc::_exit(code)
+            }
+            child => {
+                let mut status = 0;
+                assert_eq!(libc::waitpid(child, &mut status, 0), child);
+                assert!(libc::WIFEXITED(status), "{status:#x}");
+                libc::WEXITSTATUS(status)
+            }
+        }
+    }
+}
