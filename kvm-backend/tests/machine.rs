@@ -176,7 +176,6 @@ fn what_kvm_cannot_emulate_is_one_step_of_the_interpreter() {
 }
 
 #[test]
-#[ignore = "the interpreter has no x87 and SSE yet"]
 fn vector_instructions_at_cpl_0_are_steps_of_the_interpreter() {
     // popcnt eax, ecx; movd xmm1, eax; paddd xmm1, xmm1; movd ebx, xmm1; fld1; hlt: on hardware there is nothing special about it.
     let code = [
