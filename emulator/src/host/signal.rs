@@ -183,6 +183,10 @@ unsafe extern "sysv64" fn restorer() {
 #[unsafe(naked)]
 unsafe extern "sysv64" fn entry(sig: i32, info: *mut libc::siginfo_t, uc: *mut libc::ucontext_t) {
     naked_asm!(
+        // The kernel leaves AC as the guest had it; misaligned accesses of Rust code would fault.
+        "pushfq",
+        "and qword ptr [rsp], ~0x40000",
+        "popfq",
         "rdgsbase rcx",
         "test rcx, rcx",
         "jz {handle}",

@@ -8,8 +8,8 @@ use crate::linux::host::{self, err};
 use crate::linux::signal::{self, RESTART};
 use crate::linux::syscall::{Args, Outcome};
 use crate::linux::{ExitStatus, Process, Task, run};
-use std::sync::{Arc, Once};
 use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Once};
 
 /// Stack of a host thread: the guest runs on its own, this one is for engines and personality.
 const HOST_STACK: usize = 1 << 20;
