@@ -6,6 +6,7 @@ use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::host::{fds, fork::exit_thread};
 use bivisor_emulator::linux::{self, ExitStatus, Image, LoadError, Options, Why, host, run, start};
 use clap::Args;
+use clap::error::ErrorKind;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
@@ -48,6 +49,11 @@ pub struct RunArgs {
 
 /// Runs the program. Comes back only if it could not be started, or with its exit status.
 pub fn run(args: &RunArgs) -> Result<i32> {
+    if let Some(option) = args.command[0].to_str().filter(|s| !args.exact && s.starts_with('-')) {
+        // What comes after the program is the program's, dashes and all; so an unknown option looks like a program.
+        let error = clap::Error::raw(ErrorKind::UnknownArgument, format!("unexpected argument '{option}' found\n"));
+        error.exit();
+    }
     let model = match CpuModel::from_name(&args.cpu) {
         Ok(model) => Arc::new(model),
         Err(why) => bail!("{why}"),
