@@ -2,5 +2,6 @@
 
 pub mod case;
 pub mod engines;
+pub mod guest;
 pub mod host;
 pub mod world;

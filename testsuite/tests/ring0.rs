@@ -1,0 +1,59 @@
+//! The ring-0 guest on every engine: what it writes must be the reviewed text of guests/ring0.txt.
+//!
+//! `UPDATE=1` writes the text anew from the interpreter; the difference is what a reviewer reads.
+
+use bivisor_emulator::cpu::CpuModel;
+use bivisor_emulator::interp::Interpreter;
+use bivisor_emulator::vcpu::Vcpu;
+use bivisor_testsuite::guest;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+const LIMIT: u64 = 5_000_000;
+
+fn expected_file() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("guests/ring0.txt")
+}
+
+/// The ELF file, or `None` on a machine without a C compiler, which is said.
+fn guest_file() -> Option<Vec<u8>> {
+    match guest::assemble("ring0.S", Path::new(env!("CARGO_TARGET_TMPDIR"))) {
+        Ok(elf) => Some(elf),
+        Err(why) => {
+            println!("SKIPPED: the ring-0 guest cannot be assembled: {why}");
+            None
+        }
+    }
+}
+
+/// The first line that differs, with its neighbours.
+fn difference(want: &str, got: &str) -> Option<String> {
+    let (want, got): (Vec<&str>, Vec<&str>) = (want.lines().collect(), got.lines().collect());
+    let n = (0..want.len().max(got.len())).find(|&n| want.get(n) != got.get(n))?;
+    let context = want[n.saturating_sub(3).min(want.len())..n.min(want.len())].join("\n");
+    let line = |of: &[&str]| of.get(n).map_or("(nothing)".to_string(), |l| format!("{l:?}"));
+    Some(format!("line {}:\n{context}\n  wanted {}\n  got    {}", n + 1, line(&want), line(&got)))
+}
+
+fn check(name: &str, engine: &mut dyn Vcpu) {
+    let Some(elf) = guest_file() else { return };
+    let report = guest::run(engine, &elf, LIMIT).unwrap_or_else(|e| panic!("{name}: {e}"));
+    if std::env::var_os("UPDATE").is_some() && name == "interp" {
+        std::fs::write(expected_file(), &report.output).expect("the source tree is writable under UPDATE");
+    }
+    let want = std::fs::read_to_string(expected_file()).expect("guests/ring0.txt is in the tree");
+    if let Some(d) = difference(&want, &report.output) {
+        panic!("{name}: {d}\n--- all of it:\n{}", report.output);
+    }
+    assert_eq!(report.status, 0, "{name}");
+}
+
+/// Everything we can do in software, whatever the host has.
+fn model() -> Arc<CpuModel> {
+    Arc::new(CpuModel::max())
+}
+
+#[test]
+fn interpreter() {
+    check("interp", &mut Interpreter::new(model()));
+}
