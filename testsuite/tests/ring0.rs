@@ -5,9 +5,11 @@
 use bivisor_emulator::cpu::CpuModel;
 use bivisor_emulator::interp::Interpreter;
 use bivisor_emulator::vcpu::Vcpu;
+use bivisor_kvm_backend::{KvmVm, host};
 use bivisor_testsuite::guest;
+use bivisor_translator::Translator;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 const LIMIT: u64 = 5_000_000;
 
@@ -15,15 +17,14 @@ fn expected_file() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("guests/ring0.txt")
 }
 
-/// The ELF file, or `None` on a machine without a C compiler, which is said.
-fn guest_file() -> Option<Vec<u8>> {
-    match guest::assemble("ring0.S", Path::new(env!("CARGO_TARGET_TMPDIR"))) {
-        Ok(elf) => Some(elf),
-        Err(why) => {
-            println!("SKIPPED: the ring-0 guest cannot be assembled: {why}");
-            None
-        }
+/// The ELF file, assembled once, or `None` on a machine without a C compiler, which is said.
+fn guest_file() -> Option<&'static [u8]> {
+    static FILE: OnceLock<Result<Vec<u8>, String>> = OnceLock::new();
+    let file = FILE.get_or_init(|| guest::assemble("ring0.S", Path::new(env!("CARGO_TARGET_TMPDIR"))));
+    if let Err(why) = file {
+        println!("SKIPPED: the ring-0 guest cannot be assembled: {why}");
     }
+    file.as_deref().ok()
 }
 
 /// The first line that differs, with its neighbours.
@@ -37,9 +38,12 @@ fn difference(want: &str, got: &str) -> Option<String> {
 
 fn check(name: &str, engine: &mut dyn Vcpu) {
     let Some(elf) = guest_file() else { return };
-    let report = guest::run(engine, &elf, LIMIT).unwrap_or_else(|e| panic!("{name}: {e}"));
-    if std::env::var_os("UPDATE").is_some() && name == "interp" {
-        std::fs::write(expected_file(), &report.output).expect("the source tree is writable under UPDATE");
+    let report = guest::run(engine, elf, LIMIT).unwrap_or_else(|e| panic!("{name}: {e}"));
+    if std::env::var_os("UPDATE").is_some() {
+        if name == "interp" {
+            std::fs::write(expected_file(), &report.output).expect("the source tree is writable under UPDATE");
+        }
+        return;
     }
     let want = std::fs::read_to_string(expected_file()).expect("guests/ring0.txt is in the tree");
     if let Some(d) = difference(&want, &report.output) {
@@ -56,4 +60,29 @@ fn model() -> Arc<CpuModel> {
 #[test]
 fn interpreter() {
     check("interp", &mut Interpreter::new(model()));
+}
+
+/// The translator does ring 0 by its interpreter until it translates it.
+#[test]
+fn translator() {
+    check("translator", &mut Translator::new(model()).expect("executable memory"));
+}
+
+/// Only where the hardware virtualizes every mode: on a host whose KVM runs CPL 0 code at CPL 3 the guest would see the host's
+/// hypervisor and not the architecture.
+#[test]
+fn kvm() {
+    let host = host();
+    if !host.usable_for_machine {
+        println!("SKIPPED on KVM: {}", host.reason);
+        return;
+    }
+    let vm = match KvmVm::new(Arc::new(CpuModel::host())) {
+        Ok(vm) => vm,
+        Err(why) => {
+            println!("SKIPPED on KVM: {why}");
+            return;
+        }
+    };
+    check("kvm", &mut vm.vcpu());
 }
