@@ -71,6 +71,11 @@ pub trait Vcpu {
     fn run(&mut self, board: Board<'_>, budget: u64) -> Exit;
     /// The state, to read and to change; `run` goes on from it.
     fn state(&mut self) -> &mut CpuState;
+    /// The state without what is costly to fetch from hardware: `xsave` may be stale, and changes of it may be lost. For system
+    /// calls, which need the general registers and the segments only.
+    fn integer_state(&mut self) -> &mut CpuState {
+        self.state()
+    }
     /// What to stop at, from the next `run` on.
     fn set_intercepts(&mut self, intercepts: Intercepts);
     /// The way to stop it.

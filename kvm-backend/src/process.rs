@@ -13,6 +13,7 @@ use crate::run::{Extended, Hardware, KvmVcpu, Shared};
 use crate::space::{Filled, Wanted};
 use crate::vm::{host_error, immediate_exit, set_tsc_offset};
 use bivisor_emulator::cpu::{Attr, CpuState, Cr0, Cr4, Efer, Fault, Mode, Rflags, Segment};
+use bivisor_emulator::host::fds;
 use bivisor_emulator::isa::{Class, Gpr, Insn, Seg, decode};
 use bivisor_emulator::mem::{FlatSpace, PAGE_SIZE};
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts};
@@ -20,6 +21,7 @@ use iced_x86::Mnemonic as M;
 use kvm_bindings::{KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, kvm_msr_entry, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -152,10 +154,10 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         let Some(fd) = self.fd.take() else { return };
-        // In the child of a fork it is nobody's any longer, and the lock may be held for ever.
-        if self.shared.usable()
-            && let Ok(mut space) = self.shared.space.lock()
-        {
+        if !self.shared.usable() {
+            // In the child of a fork it is nobody's any longer, and the lock may be held for ever.
+            fds::forget(fd.as_raw_fd());
+        } else if let Ok(mut space) = self.shared.space.lock() {
             space.give_back(fd, self.id);
         }
     }

@@ -169,6 +169,16 @@ impl Vcpu for KvmVcpu {
         &mut self.cpu
     }
 
+    fn integer_state(&mut self) -> &mut CpuState {
+        &mut self.cpu
+    }
+
+    fn around_fork(&mut self, fork: &mut dyn FnMut()) {
+        // The child cannot ask this hardware any more.
+        self.state();
+        fork();
+    }
+
     fn set_intercepts(&mut self, intercepts: Intercepts) {
         self.core.intercepts = intercepts;
     }

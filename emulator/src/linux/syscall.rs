@@ -31,7 +31,7 @@ pub type Handler = fn(&mut Task, Args) -> Outcome;
 ///
 /// When the handler runs, RIP is past the instruction and RCX and R11 are as the kernel leaves them; RAX still holds the number.
 pub fn dispatch(task: &mut Task, next_rip: u64) -> Flow {
-    let state = task.vcpu.state();
+    let state = task.vcpu.integer_state();
     // SYSCALL: RCX = RIP of the next instruction, R11 = RFLAGS (SDM 2B SYSCALL).
     state.rip = next_rip;
     state.gpr[Gpr::Rcx as usize] = next_rip;
@@ -48,7 +48,7 @@ pub fn dispatch(task: &mut Task, next_rip: u64) -> Flow {
             if let Some(row) = traced {
                 strace::returned(task, row, &args, result);
             }
-            task.vcpu.state().gpr[Gpr::Rax as usize] = result as u64;
+            task.vcpu.integer_state().gpr[Gpr::Rax as usize] = result as u64;
             signal::after_syscall(task, number, result)
         }
         Outcome::Resume => Flow::Continue,
@@ -67,7 +67,7 @@ fn call(task: &mut Task, number: u64, args: Args) -> Outcome {
 
 /// The number of the call being handled: RAX still holds it.
 pub fn number(task: &mut Task) -> u64 {
-    u64::from(task.vcpu.state().gpr[Gpr::Rax as usize] as u32)
+    u64::from(task.vcpu.integer_state().gpr[Gpr::Rax as usize] as u32)
 }
 
 /// A call to the host with the guest's arguments; may be interrupted by a signal for the guest ([`signal::RESTART`]).
