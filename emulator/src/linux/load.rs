@@ -1,7 +1,7 @@
 //! From a path to a program ready to run: permission, `#!` scripts, the ELF file and its interpreter, stack and registers (execve(2)).
 
-use crate::cpu::CpuState;
 use crate::cpu::cpuid::CpuModel;
+use crate::cpu::{CpuState, Table};
 use crate::isa::Gpr;
 use crate::linux::elf::Elf;
 use crate::linux::mm::Mapping;
@@ -228,6 +228,10 @@ impl Image {
         }
         let mut state = CpuState::long64(3);
         state.rflags |= crate::cpu::Rflags::IF;
+        // What a process sees by SGDT, SIDT and STR: the kernel answers for the CPU under UMIP (arch/x86/kernel/umip.c).
+        state.gdtr = Table { base: 0xffff_ffff_fffe_0000, limit: 0 };
+        state.idtr = Table { base: 0xffff_ffff_ffff_0000, limit: 0 };
+        state.tr.selector = 0x40;
         state.rip = interpreter.map_or(program.entry, |i| i.entry);
         state.gpr[Gpr::Rsp as usize] = sp;
         Ok((state, placed))

@@ -57,3 +57,74 @@ pub fn int1(x: &mut Exec<'_>, _: &Insn) -> Step {
     }
     deliver(x, Event::SoftwareIcebp)
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::cpu::Fault;
+    use crate::interp::sensitive::testing::*;
+    use crate::interp::testing::{CODE, Machine, STACK};
+    use crate::isa::{Gpr, Seg, Width};
+    use crate::vcpu::{Exit, Intercepts, Vcpu};
+
+    /// A 64-bit interrupt gate of the given DPL to `GATE_TARGET`, at `vector`.
+    fn gate(m: &Machine, vector: u64, dpl: u64) {
+        m.mem.store(IDT + 16 * vector, Width::Q, 0x0000_8e00_0008_9000 | dpl << 45).expect("RAM");
+        m.mem.store(IDT + 16 * vector + 8, Width::Q, 0).expect("RAM");
+    }
+
+    /// INT 0x80 from CPL 3: the gate's DPL decides; RIP in the frame is behind the instruction.
+    #[test]
+    fn int_n_through_the_idt() {
+        let mut m = machine(3, &[0xcd, 0x80]);
+        gate(&m, 0x80, 3);
+        m.mem.store(TSS_BASE + 4, Width::Q, 0x1_8000).expect("RAM");
+        m.vcpu.set_intercepts(Intercepts::empty());
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!((m.cpu().rip, m.cpu().cpl()), (GATE_TARGET, 0));
+        assert_eq!(m.cpu().segment(Seg::Ss).selector, 0);
+        let rsp = m.cpu().gpr[Gpr::Rsp as usize];
+        assert_eq!(rsp, 0x1_8000 - 40);
+        let frame: Vec<u64> = (0..5).map(|n| m.load(rsp + 8 * n, Width::Q)).collect();
+        assert_eq!(frame, [CODE + 2, u64::from(USER_CODE | 3), 2, STACK, u64::from(USER_DATA | 3)]);
+    }
+
+    /// A gate of DPL 0: #GP(vector * 8 + 2), with the instruction's own address.
+    #[test]
+    fn int_n_checks_the_gate() {
+        let mut m = machine(3, &[0xcd, 0x80]);
+        gate(&m, 0x80, 0);
+        gate(&m, 13, 0);
+        m.mem.store(TSS_BASE + 4, Width::Q, 0x1_8000).expect("RAM");
+        m.vcpu.set_intercepts(Intercepts::empty());
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!(m.cpu().rip, GATE_TARGET);
+        let rsp = m.cpu().gpr[Gpr::Rsp as usize];
+        assert_eq!((m.load(rsp, Width::Q), m.load(rsp + 8, Width::Q)), (0x402, CODE));
+    }
+
+    /// INT3 and INT1 intercepted as exceptions: RIP is behind them.
+    #[test]
+    fn traps() {
+        for (code, fault) in [(0xcc, Fault::Bp), (0xf1, Fault::Db(0))] {
+            let mut m = machine(3, &[code]);
+            assert_eq!(m.run(1), Exit::Exception(fault));
+            assert_eq!(m.cpu().rip, CODE + 1);
+        }
+    }
+
+    /// Real mode: INT 0x21 and INTO through the vector table.
+    #[test]
+    fn real_mode() {
+        let mut m = Machine::real(&[0xcd, 0x21]);
+        m.mem.store(0x84, Width::D, 0x0200_1234).expect("RAM");
+        m.vcpu.set_intercepts(Intercepts::empty());
+        assert_eq!(m.run(1), Exit::Budget);
+        assert_eq!((m.cpu().segment(Seg::Cs).selector, m.cpu().rip), (0x0200, 0x1234));
+        assert_eq!(m.load(0x6ffa, Width::W), CODE + 2);
+        let mut m = Machine::real(&[0xce]);
+        assert_eq!(m.run(1), Exit::Budget);
+        m.cpu().rip = CODE;
+        m.cpu().rflags |= crate::cpu::Rflags::OF;
+        assert_eq!(m.run(1), Exit::Exception(Fault::Of));
+    }
+}

@@ -138,3 +138,100 @@ pub fn outs(x: &mut Exec<'_>, i: &Insn) -> Step {
         Ok(())
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::bus::Bus;
+    use crate::cpu::{Fault, Rflags};
+    use crate::interp::sensitive::testing::machine;
+    use crate::interp::testing::{CODE, DATA, Machine};
+    use crate::isa::{Gpr, Width};
+    use crate::vcpu::{Board, Exit, Vcpu};
+    use std::sync::Mutex;
+
+    /// Reads count upwards from 0x11; all accesses are noted: port, bytes written or `None` for a read of that many.
+    #[derive(Default)]
+    struct Ports(Mutex<Vec<(u16, usize, Option<u64>)>>);
+
+    impl Bus for Ports {
+        fn read_port(&self, port: u16, data: &mut [u8]) {
+            let mut log = self.0.lock().expect("one thread");
+            data.fill(0x11 + log.len() as u8);
+            log.push((port, data.len(), None));
+        }
+        fn write_port(&self, port: u16, data: &[u8]) {
+            let v = data.iter().rev().fold(0, |v, b| v << 8 | u64::from(*b));
+            self.0.lock().expect("one thread").push((port, data.len(), Some(v)));
+        }
+        fn read_mmio(&self, _: u64, _: &mut [u8]) {}
+        fn write_mmio(&self, _: u64, _: &[u8]) {}
+        fn take_interrupt(&self) -> Option<u8> {
+            None
+        }
+    }
+
+    fn run(m: &mut Machine, n: u64) -> (Exit, Vec<(u16, usize, Option<u64>)>) {
+        let ports = Ports::default();
+        let exit = m.vcpu.run(Board { mem: &m.mem, bus: &ports }, n);
+        (exit, ports.0.into_inner().expect("one thread"))
+    }
+
+    /// IN AL, 0x60; IN AX, DX; IN EAX, DX; OUT 0x61, AL; OUT DX, EAX: widths, and what IN leaves of RAX.
+    #[test]
+    fn widths() {
+        let mut m = machine(0, &[0xe4, 0x60, 0x66, 0xed, 0xed, 0xe6, 0xf1, 0xef]);
+        m.cpu().gpr[Gpr::Rdx as usize] = 0xffff_1234;
+        m.cpu().gpr[Gpr::Rax as usize] = u64::MAX;
+        assert_eq!(run(&mut m, 1), (Exit::Budget, vec![(0x60, 1, None)]));
+        assert_eq!(m.cpu().gpr[0], 0xffff_ffff_ffff_ff11);
+        assert_eq!(run(&mut m, 1).1, [(0x1234, 2, None)]);
+        assert_eq!(m.cpu().gpr[0], 0xffff_ffff_ffff_1111);
+        assert_eq!(run(&mut m, 1).1, [(0x1234, 4, None)]);
+        assert_eq!(m.cpu().gpr[0], 0x1111_1111);
+        assert_eq!(run(&mut m, 1).1, [(0xf1, 1, Some(0x11))]);
+        assert_eq!(run(&mut m, 1).1, [(0x1234, 4, Some(0x1111_1111))]);
+    }
+
+    /// REP INSW to two pages of which the second is absent: the port is read for the elements that fit, and no more.
+    #[test]
+    fn ins_does_not_read_what_it_cannot_store() {
+        let mut m = machine(0, &[0xf3, 0x66, 0x6d]);
+        m.cpu().gpr[Gpr::Rdx as usize] = 0x1f0;
+        m.cpu().gpr[Gpr::Rcx as usize] = 8;
+        // RAM ends at 2 MiB, the mapping too.
+        m.cpu().gpr[Gpr::Rdi as usize] = (2 << 20) - 6;
+        let (exit, log) = run(&mut m, 1);
+        assert_eq!(exit, Exit::Exception(Fault::Pf { addr: 2 << 20, code: 2 }));
+        assert_eq!(log, [(0x1f0, 2, None); 3]);
+        assert_eq!((m.cpu().gpr[Gpr::Rcx as usize], m.cpu().gpr[Gpr::Rdi as usize], m.cpu().rip), (5, 2 << 20, CODE));
+        assert_eq!(m.load((2 << 20) - 2, Width::W), 0x1313);
+    }
+
+    /// REP OUTSB, downwards.
+    #[test]
+    fn outs() {
+        let mut m = machine(0, &[0xf3, 0x6e]);
+        m.mem.write(DATA, b"abc").expect("RAM");
+        m.cpu().gpr[Gpr::Rdx as usize] = 0xe9;
+        m.cpu().gpr[Gpr::Rcx as usize] = 3;
+        m.cpu().gpr[Gpr::Rsi as usize] = DATA + 2;
+        m.cpu().rflags |= Rflags::DF;
+        let (exit, log) = run(&mut m, 1);
+        assert_eq!(exit, Exit::Budget);
+        assert_eq!(log, [(0xe9, 1, Some(0x63)), (0xe9, 1, Some(0x62)), (0xe9, 1, Some(0x61))]);
+        assert_eq!((m.cpu().gpr[Gpr::Rcx as usize], m.cpu().gpr[Gpr::Rsi as usize]), (0, DATA - 1));
+        // Nothing to do: no access.
+        m.cpu().rip = CODE;
+        assert_eq!(run(&mut m, 1), (Exit::Budget, vec![]));
+    }
+
+    /// A repetition longer than a batch is one instruction of the budget.
+    #[test]
+    fn long_repetitions() {
+        let mut m = machine(0, &[0xf3, 0x6e, 0x90]);
+        m.cpu().gpr[Gpr::Rcx as usize] = 1000;
+        m.cpu().gpr[Gpr::Rsi as usize] = DATA;
+        let (exit, log) = run(&mut m, 1);
+        assert_eq!((exit, log.len(), m.cpu().rip), (Exit::Budget, 1000, CODE + 2));
+    }
+}
