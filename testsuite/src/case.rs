@@ -8,7 +8,7 @@
 //! else must stay. `eax=1` before the arrow sets the low half and leaves the upper half what it is; after the arrow it means what an
 //! instruction's write means, the upper half cleared. Memory is `b[addr]`, `w[..]`, `d[..]`, `q[..]`; flags are `cf pf af zf sf of df`;
 //! `?` is undefined by the manual: there the engines must agree with the host CPU. `fault=de`, `fault=gp(0)`, `fault=pf(addr,code)`:
-//! the exception, and nothing changed. `rip=+n`: where RIP is then; not given, behind the instruction.
+//! the exception, with what it leaves changed. `rip=+n`: where RIP is then; not given, behind the instruction.
 //!
 //! A case runs with all status flags clear and all set. If an operand is a register where memory could be, it also runs with the
 //! operand in memory: aligned, across a page end, under LOCK where allowed, partly on a page that is not there, and on a read-only

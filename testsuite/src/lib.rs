@@ -2,6 +2,8 @@
 
 pub mod case;
 pub mod engines;
+pub mod generate;
 pub mod guest;
 pub mod host;
+pub mod random;
 pub mod world;

@@ -5,6 +5,7 @@ use bivisor_emulator::cpu::Rflags;
 use bivisor_emulator::interp::alu::{self, Vendor};
 use bivisor_emulator::isa::Width;
 use bivisor_testsuite::host::{Host, Regs};
+use bivisor_testsuite::random::Random;
 use iced_x86::{Decoder, DecoderOptions, RflagsBits};
 
 /// RAX, RCX, RDX.
@@ -187,35 +188,6 @@ fn has_width(name: &str, w: Width) -> bool {
     !(matches!(name, "adcx" | "adox") && w == Width::W)
 }
 
-/// xorshift64*.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    /// Edges appear often: small values, values near powers of two, their complements.
-    fn edgy(&mut self) -> u64 {
-        let (kind, v) = (self.next() >> 60, self.next());
-        match kind {
-            0 => v & 0xff,
-            1 => (v & 0xff).wrapping_neg(),
-            2 => 1 << (v & 63),
-            3 => (1 << (v & 63)) - 1,
-            4 => !(1 << (v & 63)),
-            5 => [0, u64::MAX, 0x80, 0x8000, 0x8000_0000, 1 << 63, 0x7f, 0x7fff_ffff_ffff_ffff][v as usize & 7],
-            6 => v & v.rotate_left(17) & v.rotate_left(40),
-            7 => v | v.rotate_left(17) | v.rotate_left(40),
-            8 => v >> (v & 63),
-            _ => v,
-        }
-    }
-}
-
 /// The flags worth comparing after an instruction on this host.
 fn compared(bitness: u32, bytes: &[u8]) -> u64 {
     let undefined = Decoder::new(bitness, bytes, DecoderOptions::NONE).decode().rflags_undefined();
@@ -299,7 +271,7 @@ fn every_byte_operation_on_every_operand() {
 
 #[test]
 fn wider_operations_on_edges_and_random_values() {
-    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let mut random = Random::new(1);
     let mut wrong = Vec::new();
     let mut count = 0u64;
     for (name, code, model) in CHECKS.iter().filter(|c| host_has(c.0)) {

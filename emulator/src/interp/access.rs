@@ -302,7 +302,9 @@ fn flat_fault(x: &Exec<'_>, flat: &FlatSpace, laddr: u64, len: u64, access: Acce
     };
     let next = (laddr | (PAGE_SIZE - 1)).wrapping_add(1);
     let addr = if crosses(laddr, len) && !refused(laddr) && refused(next) { next } else { laddr };
-    let mut code = u16::from(flat.find(addr).is_some());
+    // Linux says of its own half, which the guest could not map, that a page is there (arch/x86/mm/fault.c hides which are).
+    const TASK_SIZE_MAX: u64 = 0x7fff_ffff_f000;
+    let mut code = u16::from(addr >= TASK_SIZE_MAX || flat.find(addr).is_some());
     code |= match access {
         Access::Read => 0,
         Access::Write => 2,

@@ -134,7 +134,8 @@ pub fn op(i: &Insn) -> Op {
         M::Sahf => flags::sahf,
 
         // hint
-        M::Nop | M::Reservednop | M::Pause | M::Endbr32 | M::Endbr64 | M::Rdsspd | M::Rdsspq => hint::nop,
+        M::Reservednop => hint::reserved_nop,
+        M::Nop | M::Pause | M::Endbr32 | M::Endbr64 | M::Rdsspd | M::Rdsspq => hint::nop,
         M::Prefetch | M::Prefetchw | M::Prefetchwt1 => hint::nop,
         M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchit0 | M::Prefetchit1 => hint::nop,
         M::Mfence | M::Lfence | M::Sfence => hint::mfence,

@@ -4,7 +4,6 @@ use crate::cpu::{Attr, CpuState};
 use crate::interp::access::{self, is_long64};
 use crate::interp::{Exec, Step, Stop, operand};
 use crate::isa::{Gpr, Insn, Seg, Width};
-use crate::mem::Access;
 
 /// The stack-address size: 64 bits in 64-bit mode, else by the B flag of SS.
 #[inline(always)]
@@ -95,38 +94,29 @@ pub fn pop_op(x: &mut Exec<'_>, i: &Insn) -> Step {
     done
 }
 
-/// PUSHA, PUSHAD.
+/// PUSHA, PUSHAD. As on processors, a fault in the middle leaves what was written below a stack pointer that has not moved.
 pub fn pusha(x: &mut Exec<'_>, i: &Insn) -> Step {
     let w = i.width;
     let a = address_width(x.cpu);
     let sp = x.cpu.gpr[Gpr::Rsp as usize];
-    let slot = |n: usize| a.cut(sp.wrapping_sub((n as u64 + 1) * w.bytes()));
-    // Everything is checked before the first of the eight is written.
-    for n in 0..8 {
-        access::check_integer(x, Seg::Ss, slot(n), w, Access::Write)?;
-    }
-    for n in 0..8 {
-        let v = x.cpu.read(Gpr::ALL[n], w);
-        access::store(x, Seg::Ss, slot(n), w, v)?;
+    for (n, r) in Gpr::ALL[..8].iter().enumerate() {
+        let v = x.cpu.read(*r, w);
+        access::store(x, Seg::Ss, a.cut(sp.wrapping_sub((n as u64 + 1) * w.bytes())), w, v)?;
     }
     adjust(x, -8 * w.bytes() as i64);
     Ok(())
 }
 
-/// POPA, POPAD: the slot of rSP is skipped.
+/// POPA, POPAD: the slot of rSP is skipped. As on processors, a fault in the middle leaves the registers loaded so far.
 pub fn popa(x: &mut Exec<'_>, i: &Insn) -> Step {
     let w = i.width;
-    let mut values = [0; 8];
-    for (n, v) in values.iter_mut().enumerate() {
-        *v = peek(x, n as u64 * w.bytes(), w)?;
-    }
-    adjust(x, 8 * w.bytes() as i64);
-    for (n, v) in values.iter().enumerate() {
-        let r = Gpr::ALL[7 - n];
-        if r != Gpr::Rsp {
-            x.cpu.write(r, w, *v);
+    for (n, r) in Gpr::ALL[..8].iter().rev().enumerate() {
+        let v = peek(x, n as u64 * w.bytes(), w)?;
+        if *r != Gpr::Rsp {
+            x.cpu.write(*r, w, v);
         }
     }
+    adjust(x, 8 * w.bytes() as i64);
     Ok(())
 }
 
@@ -139,26 +129,20 @@ pub fn enter(x: &mut Exec<'_>, i: &Insn) -> Step {
     let sp = x.cpu.gpr[Gpr::Rsp as usize];
     let bp = x.cpu.gpr[Gpr::Rbp as usize];
     let slot = |n: u64| a.cut(sp.wrapping_sub((n + 1) * w.bytes()));
-    // The frame pointers of the outer levels, then the new one itself.
+    // Values are pushed one by one, as processors do: a fault leaves what was written below the stack pointer, which has not moved.
     let frame = slot(0);
-    let mut values = [0; 33];
-    values[0] = w.cut(bp);
+    access::store(x, Seg::Ss, frame, w, bp)?;
     for n in 1..level {
         let from = a.cut(bp.wrapping_sub(n * w.bytes()));
-        values[n as usize] = access::load(x, Seg::Ss, from, w)?;
+        let outer = access::load(x, Seg::Ss, from, w)?;
+        access::store(x, Seg::Ss, slot(n), w, outer)?;
     }
     if level > 0 {
-        values[level as usize] = w.cut(frame);
-    }
-    let end = a.cut(slot(level).wrapping_sub(size));
-    for n in 0..=level {
-        access::check_integer(x, Seg::Ss, slot(n), w, Access::Write)?;
+        access::store(x, Seg::Ss, slot(level), w, frame)?;
     }
     // SDM 2A ENTER: a page fault if a write with the final stack pointer would fault.
+    let end = a.cut(slot(level).wrapping_sub(size));
     access::check_write(x, Seg::Ss, end, 1)?;
-    for n in 0..=level {
-        access::store(x, Seg::Ss, slot(n), w, values[n as usize])?;
-    }
     x.cpu.write(Gpr::Rbp, w, frame);
     set_pointer(x.cpu, end);
     Ok(())

@@ -178,8 +178,9 @@ pub fn cmps(x: &mut Exec<'_>, i: &Insn) -> Step {
     let f = Form::of(x, i);
     repeat(x, i, &f, |x, f, _| {
         let (from, to) = (f.index(x, Gpr::Rsi), f.index(x, Gpr::Rdi));
-        let a = access::load(x, f.source, from, f.w)?;
+        // If both fault, processors (Zen 4) report the second operand.
         let b = access::load(x, Seg::Es, to, f.w)?;
+        let a = access::load(x, f.source, from, f.w)?;
         let (_, flags) = alu::sub(f.w, a, b, false);
         x.cpu.rflags.replace(Rflags::STATUS, flags);
         f.advance(x, Gpr::Rsi, 1);

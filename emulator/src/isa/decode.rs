@@ -1,7 +1,7 @@
 //! Bytes to [`Insn`]: bitness, the 15-byte limit, and the decoder options that make iced behave as hardware does.
 
 use crate::isa::Insn;
-use iced_x86::{Decoder, DecoderOptions, Instruction};
+use iced_x86::{Code, CodeSize, Decoder, DecoderOptions, Instruction, Register};
 
 /// SDM 2A 2.3.11: longer instructions give #GP(0).
 pub const MAX_INSN_LEN: usize = 15;
@@ -28,6 +28,9 @@ pub fn decode(bytes: &[u8], bitness: u32) -> Result<Insn, DecodeError> {
     let mut iced = Instruction::default();
     decoder.decode_out(&mut iced);
     if !iced.is_invalid() {
+        if iced.code() == Code::Pause {
+            xchg_r8_not_pause(&mut iced, window);
+        }
         return Ok(Insn::new(iced));
     }
     if bitness == 64 && no_opcode_in_64_bit_code(window) {
@@ -40,6 +43,24 @@ pub fn decode(bytes: &[u8], bitness: u32) -> Result<Insn, DecodeError> {
         }
         _ => Err(DecodeError::Invalid),
     }
+}
+
+/// F3 41 90 is XCHG with R8 on processors: with REX.B 90 is no NOP, and F3 does not make it PAUSE. iced thinks it does.
+fn xchg_r8_not_pause(iced: &mut Instruction, window: &[u8]) {
+    let [.., rex, 0x90] = window[..iced.len()] else { return };
+    if rex & 0xf1 != 0x41 || iced.code_size() != CodeSize::Code64 {
+        return;
+    }
+    let (code, r8, rax) = if rex & 8 != 0 {
+        (Code::Xchg_r64_RAX, Register::R8, Register::RAX)
+    } else if window[..iced.len()].contains(&0x66) {
+        (Code::Xchg_r16_AX, Register::R8W, Register::AX)
+    } else {
+        (Code::Xchg_r32_EAX, Register::R8D, Register::EAX)
+    };
+    iced.set_code(code);
+    iced.set_op0_register(r8);
+    iced.set_op1_register(rax);
 }
 
 /// SDM 2B, footnote i64 of the opcode map: #UD whatever follows, while iced wants to see a ModRM byte first.

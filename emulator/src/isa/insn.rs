@@ -4,7 +4,7 @@
 //! that one decoded copy serves every mapping of a physical page.
 
 use crate::isa::{Facts, Gpr, Seg, Width, facts};
-use iced_x86::{Code, Instruction, OpKind, Register};
+use iced_x86::{Code, CodeSize, Instruction, OpKind, Register};
 
 /// What a memory operand's address starts from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,8 +151,8 @@ fn width_by_code(code: Code) -> Option<Width> {
 
 fn code_size(iced: &Instruction) -> Width {
     match iced.code_size() {
-        iced_x86::CodeSize::Code16 => Width::W,
-        iced_x86::CodeSize::Code64 => Width::Q,
+        CodeSize::Code16 => Width::W,
+        CodeSize::Code64 => Width::Q,
         _ => Width::D,
     }
 }
@@ -192,8 +192,17 @@ fn displacement(iced: &Instruction) -> u64 {
 }
 
 fn mem_ref(iced: &Instruction) -> MemRef {
-    let seg = Seg::from_iced(iced.memory_segment()).expect("iced names a segment for every memory operand");
     let base = iced.memory_base();
+    let seg = match Seg::from_iced(iced.memory_segment()).expect("iced names a segment for every memory operand") {
+        // SDM 1 3.7.4: in 64-bit code the prefixes of ES, CS, SS and DS do nothing: #SS or #GP goes by the base register.
+        Seg::Fs => Seg::Fs,
+        Seg::Gs => Seg::Gs,
+        _ if iced.code_size() == CodeSize::Code64 => match base.full_register() {
+            Register::RSP | Register::RBP => Seg::Ss,
+            _ => Seg::Ds,
+        },
+        seg => seg,
+    };
     let index = Gpr::from_iced(iced.memory_index());
     let scale = iced.memory_index_scale().trailing_zeros() as u8;
     let mut disp = iced.memory_displacement64();
@@ -218,10 +227,10 @@ fn address_width(iced: &Instruction) -> Width {
     match (iced.memory_displ_size(), iced.code_size()) {
         (2, _) => Width::W,
         (8, _) => Width::Q,
-        (4, iced_x86::CodeSize::Code64) if iced.memory_displacement64() > u64::from(u32::MAX) => Width::Q,
+        (4, CodeSize::Code64) if iced.memory_displacement64() > u64::from(u32::MAX) => Width::Q,
         (4, _) => Width::D,
-        (_, iced_x86::CodeSize::Code16) => Width::W,
-        (_, iced_x86::CodeSize::Code64) => Width::Q,
+        (_, CodeSize::Code16) => Width::W,
+        (_, CodeSize::Code64) => Width::Q,
         _ => Width::D,
     }
 }
