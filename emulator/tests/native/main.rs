@@ -340,6 +340,113 @@ fn x87_pointers() {
     compare_x87(7, Mood::Unmasked, &[0x66, 0xd9, 0x33]);
 }
 
+/// A memory image for XRSTOR and FXRSTOR: mostly good, sometimes with a bad header, MXCSR or format.
+fn put_image(r: &mut Rng, data: &mut [u8]) {
+    let mut x = XsaveArea::default();
+    for n in 0..32 {
+        let mut z = [0; 64];
+        generate::vector_data(r, &mut z);
+        x.set_zmm(n, z);
+    }
+    (0..8).for_each(|n| x.set_opmask(n, r.next()));
+    x87(r, &mut x, Mood::Unmasked);
+    x.set_fip(r.next() >> 17);
+    x.set_fdp(r.next() >> 17);
+    x.set_fop(r.next() as u16 & 0x7ff);
+    x.set_mxcsr(r.next() as u32 & 0xffff);
+    if r.chance(8) {
+        x.set_mxcsr(1 << (16 + r.below(16)));
+    }
+    let all = CpuModel::host().xcr0();
+    let bv = if r.chance(3) { all } else { r.next() & all };
+    x.set_xstate_bv(if r.chance(8) { r.next() } else { bv });
+    let n = x.bytes.len();
+    data[..n].copy_from_slice(&x.bytes);
+    if r.chance(2) {
+        // Compacted; seldom with components that XCOMP_BV lacks.
+        let xcomp = if r.chance(4) { r.next() & all } else { bv | r.next() & all };
+        data[520..528].copy_from_slice(&(xcomp | 1 << 63).to_le_bytes());
+    }
+    if r.chance(8) {
+        data[520 + r.below(56) as usize] = 1;
+    }
+}
+
+#[test]
+fn state_instructions() {
+    let mut pair = Pair::new();
+    let mut r = Rng(8);
+    let mut failed: BTreeMap<String, (usize, String)> = BTreeMap::new();
+    let all = CpuModel::host().xcr0();
+    let list: Vec<Code> = codes().into_iter().filter(|&c| !is_regular(c)).collect();
+    let mut ends: BTreeMap<String, usize> = BTreeMap::new();
+    for code in list.iter().copied() {
+        for round in 0..600 {
+            let Some(mut i) = generate::instruction(&mut r, code, true) else { panic!("{code:?}") };
+            i.set_memory_displacement64(0);
+            i.set_memory_displ_size(0);
+            let bytes = encode(&i, pair.host.code_address()).expect("encodes");
+            let mut s = start(&mut r, &pair.host, &i, Mood::Calm);
+            put_image(&mut r, &mut s.data[1024..]);
+            s.gpr[0] = if r.chance(3) { u64::MAX } else { r.next() };
+            s.gpr[2] = if r.chance(2) { 0 } else { r.next() };
+            s.gpr[3] = pair.host.data_address() + 1024;
+            match r.below(10) {
+                0 => s.gpr[3] += 16,
+                1 => s.gpr[3] += 8,
+                2 => {
+                    // The end of the image past the end of what is mapped.
+                    let at = raw::DATA_LEN - 64 * (1 + r.below(40) as usize);
+                    put_image(&mut r, &mut s.data[1024..]);
+                    let image = s.data[1024..4096].to_vec();
+                    let n = image.len().min(raw::DATA_LEN - at);
+                    s.data[at..at + n].copy_from_slice(&image[..n]);
+                    s.gpr[3] = pair.host.data_address() + at as u64;
+                }
+                _ => {}
+            }
+            // Components in their initial configuration, and zeros in those that are not.
+            s.xsave.set_xstate_bv(if r.chance(2) { all } else { r.next() & all });
+            if r.chance(4) {
+                (0..16).for_each(|n| s.xsave.set_zmm(n, [0; 64]));
+            }
+            if r.chance(3) {
+                s.xsave.set_mxcsr(0x1f80);
+            }
+            let (mut native, mut ours) = pair.run(&bytes, 1, &s);
+            *ends.entry(native.end.chars().take(9).collect()).or_default() += 1;
+            for o in [&mut native, &mut ours] {
+                // Which byte past the end is touched first, and what was done before, is the processor's own.
+                if o.end.len() > 9 {
+                    o.end.truncate(8);
+                    o.data.clear();
+                }
+            }
+            if native != ours {
+                let at = (s.gpr[3] - pair.host.data_address()) as usize;
+                let quad = |n: usize| u64::from_le_bytes(s.data[at + n..at + n + 8].try_into().expect("eight bytes"));
+                let header = if at + 528 <= s.data.len() { (quad(512), quad(520)) } else { (0, 0) };
+                let text = format!(
+                    "{i} round {round}, {} bytes before the end, header {header:x?}, mask {:x}, in use {:x}\n{}",
+                    raw::DATA_LEN - at,
+                    s.gpr[0] as u32,
+                    s.xsave.xstate_bv(),
+                    differences(&native, &ours).lines().take(3).collect::<Vec<_>>().join("\n")
+                );
+                if std::env::var_os("VERBOSE").is_some() {
+                    println!("{text}");
+                }
+                failed.entry(format!("{code:?}")).or_insert((0, text)).0 += 1;
+            }
+        }
+    }
+    println!("{} state instructions compared: {ends:?}", list.len());
+    for (code, (n, text)) in &failed {
+        println!("{code}: {n} times, first: {text}");
+    }
+    assert!(failed.is_empty(), "{:?}", failed.keys().collect::<Vec<_>>());
+}
+
 #[test]
 fn layout_has_all_registers() {
     assert!(xsave::Layout::host().size <= xsave::XSAVE_SIZE);

@@ -224,6 +224,10 @@ pub fn in_use(x: &mut Exec<'_>) -> u64 {
     used
 }
 
+fn xmm_is_zero(image: &XsaveArea) -> bool {
+    image.xstate_bv() & component::SSE == 0 || image.bytes[Layout::XMM..Layout::XMM + 256].iter().all(|&b| b == 0)
+}
+
 /// CR4.OSXSAVE clear gives #UD, CR0.TS #NM, an operand not aligned to 64 bytes #GP(0).
 fn xsave_checks(x: &Exec<'_>, m: &MemRef, offset: u64, access: Access) -> Step {
     if !x.cpu.cr4.contains(Cr4::OSXSAVE) {
@@ -235,6 +239,16 @@ fn xsave_checks(x: &Exec<'_>, m: &MemRef, offset: u64, access: Access) -> Step {
     aligned(x, m, offset, LEGACY as u64, 64, access)
 }
 
+/// Bytes of an area with these components.
+fn extent(cpu: &CpuState, components: u64, compact: bool) -> usize {
+    let present = parts(cpu).into_iter().filter(|p| components & p.bit != 0);
+    if compact {
+        LEGACY + present.map(|p| p.size).sum::<usize>()
+    } else {
+        present.map(|p| p.at + p.size).fold(LEGACY, usize::max)
+    }
+}
+
 /// XSAVE, XSAVEOPT and XSAVEC with their 64-bit forms.
 pub fn xsave(x: &mut Exec<'_>, i: &Insn) -> Step {
     let (m, offset) = memory(x, i)?;
@@ -243,7 +257,11 @@ pub fn xsave(x: &mut Exec<'_>, i: &Insn) -> Step {
     let all = !compact && matches!(i.iced.mnemonic(), Mnemonic::Xsave | Mnemonic::Xsave64);
     let wanted = requested(x.cpu);
     let legacy = legacy(x, is_64(i));
-    let used = in_use(x) & wanted;
+    let mut used = in_use(x) & wanted;
+    if !compact && xmm_is_zero(&x.cpu.xsave) {
+        // SDM 2D XSAVE: MXCSR alone does not bring SSE state into use, as it does for XSAVEC.
+        used &= !component::SSE;
+    }
     let store = if all { wanted } else { used };
     x.cpu.xsave.materialize(store);
 
@@ -263,9 +281,8 @@ pub fn xsave(x: &mut Exec<'_>, i: &Insn) -> Step {
     if store & component::X87 != 0 {
         pieces.extend(X87_PARTS.map(|p| (p.start, legacy[p].to_vec())));
     }
-    let mxcsr = if compact { component::SSE } else { component::SSE | component::AVX };
-    let has_mxcsr = if all { wanted } else { wanted & (used | if compact { 0 } else { component::AVX }) };
-    if has_mxcsr & mxcsr != 0 {
+    let has_mxcsr = if compact { used & component::SSE } else { wanted & (component::SSE | component::AVX) };
+    if has_mxcsr != 0 {
         pieces.push((MXCSR, legacy[MXCSR..MXCSR + 8].to_vec()));
     }
     if store & component::SSE != 0 {
@@ -282,9 +299,8 @@ pub fn xsave(x: &mut Exec<'_>, i: &Insn) -> Step {
             pieces.push((to, x.cpu.xsave.bytes[p.at..p.at + p.used].to_vec()));
         }
     }
-    for (to, bytes) in &pieces {
-        access::check_write(x, m.seg, at(&m, offset, *to as u64), bytes.len() as u64)?;
-    }
+    // A processor looks at the whole area of the requested components, in use or not.
+    access::check_write(x, m.seg, offset, extent(x.cpu, wanted, compact) as u64)?;
     pieces.iter().try_for_each(|(to, bytes)| access::write_bytes(x, m.seg, at(&m, offset, *to as u64), bytes))
 }
 
@@ -309,13 +325,23 @@ pub fn xrstor(x: &mut Exec<'_>, i: &Insn) -> Step {
         return Err(Fault::Gp(0).into());
     }
     let wanted = requested(x.cpu);
+    // Everything is read before anything changes: all that is requested, but of the compacted format only what is not initial.
+    let mut read = if compact { LEGACY } else { extent(x.cpu, wanted, false) };
+    let mut next = LEGACY;
+    for p in parts(x.cpu).iter().filter(|p| compact && xcomp & p.bit != 0) {
+        next += p.size;
+        if wanted & bv & p.bit != 0 {
+            read = next;
+        }
+    }
+    let mut area = vec![0; read];
+    access::read_bytes(x, m.seg, offset, &mut area)?;
     let mxcsr = word(&region, MXCSR);
     let loads_mxcsr =
         if compact { wanted & bv & component::SSE != 0 } else { wanted & (component::SSE | component::AVX) != 0 };
     if loads_mxcsr && mxcsr & !mxcsr_mask() != 0 {
         return Err(Fault::Gp(0).into());
     }
-    // Everything is read before anything changes.
     let mut extended: Vec<(Part, Vec<u8>)> = Vec::new();
     let mut next = LEGACY;
     for p in parts(x.cpu) {
@@ -328,7 +354,7 @@ pub fn xrstor(x: &mut Exec<'_>, i: &Insn) -> Step {
         }
         let mut bytes = vec![0; p.used];
         if bv & p.bit != 0 {
-            access::read_bytes(x, m.seg, at(&m, offset, from as u64), &mut bytes)?;
+            bytes.copy_from_slice(&area[from..from + p.used]);
         }
         extended.push((p, bytes));
     }
