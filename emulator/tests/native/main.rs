@@ -414,6 +414,11 @@ fn state_instructions() {
                 s.xsave.set_mxcsr(0x1f80);
             }
             let (mut native, mut ours) = pair.run(&bytes, 1, &s);
+            if native != ours {
+                // A switch of threads on the host may leave a component of zeros in use there, as the architecture allows (SDM 1
+                // 13.6): that does not come twice.
+                (native, ours) = pair.run(&bytes, 1, &s);
+            }
             *ends.entry(native.end.chars().take(9).collect()).or_default() += 1;
             for o in [&mut native, &mut ours] {
                 // Which byte past the end is touched first, and what was done before, is the processor's own.
