@@ -127,7 +127,7 @@ impl DynasmApi for Emitter {
         self.bytes.push(byte);
     }
     fn align(&mut self, alignment: usize, with: u8) {
-        while !self.bytes.len().is_multiple_of(alignment) {
+        while !self.here().is_multiple_of(alignment as u64) {
             self.bytes.push(with);
         }
     }
