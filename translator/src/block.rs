@@ -1,8 +1,9 @@
 //! A guest block: a run of instructions from one entry to the first that does not fall through, conditional branches included.
 
 use crate::route::{Route, Routes};
-use bivisor_emulator::isa::{DecodeError, Insn, MAX_INSN_LEN, decode};
+use bivisor_emulator::isa::MAX_INSN_LEN;
 use bivisor_emulator::mem::{GuestMemory, PAGE_SIZE};
+use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
 
 /// Most instructions in a block.
 pub const MAX_INSNS: usize = 64;
@@ -12,10 +13,12 @@ pub const MAX_BRANCHES: usize = 4;
 /// One instruction of a block.
 #[derive(Clone, Copy, Debug)]
 pub struct Item {
-    /// The instruction.
-    pub insn: Insn,
+    /// The instruction, decoded at its address.
+    pub iced: Instruction,
     /// Where its bytes start in [`GuestBlock::bytes`]; also its distance from the start of the block.
     pub at: u16,
+    /// Its length.
+    pub len: u8,
     /// How it is lowered.
     pub route: Route,
 }
@@ -39,12 +42,12 @@ impl GuestBlock {
 
     /// Address after an instruction.
     pub fn next_rip(&self, item: &Item) -> u64 {
-        self.rip(item).wrapping_add(u64::from(item.insn.len))
+        self.rip(item).wrapping_add(u64::from(item.len))
     }
 
     /// An instruction's bytes.
     pub fn code(&self, item: &Item) -> &[u8] {
-        &self.bytes[usize::from(item.at)..][..usize::from(item.insn.len)]
+        &self.bytes[usize::from(item.at)..][..usize::from(item.len)]
     }
 
     /// Address after the last instruction.
@@ -85,36 +88,38 @@ impl Window<'_> {
         }
         self.bytes.len() > old
     }
-
-    /// The instruction at offset `at`.
-    fn decode(&mut self, at: usize) -> Option<Insn> {
-        loop {
-            match decode(&self.bytes[at..], 64) {
-                Ok(insn) => return Some(insn),
-                Err(DecodeError::Invalid | DecodeError::TooLong) => return None,
-                Err(DecodeError::Truncated) if self.more() => {}
-                Err(DecodeError::Truncated) => return None,
-            }
-        }
-    }
 }
 
 /// Decodes the block at `start` in 64-bit code. `None` if the first instruction cannot be fetched or decoded: the interpreter then
 /// finds out why.
 pub fn decode_block(mem: &GuestMemory, start: u64, routes: &Routes) -> Option<GuestBlock> {
     let mut window = Window { mem, start, bytes: Vec::with_capacity(PIECE as usize) };
-    let mut items = Vec::with_capacity(16);
+    let mut items: Vec<Item> = Vec::with_capacity(24);
     let mut at = 0;
     let mut branches = 0;
-    while items.len() < MAX_INSNS && branches < MAX_BRANCHES && at < PAGE_SIZE as usize - MAX_INSN_LEN {
-        let Some(insn) = window.decode(at) else { break };
-        let route = routes.of(&insn);
-        items.push(Item { insn, at: at as u16, route });
-        at += usize::from(insn.len);
-        if route.ends_block() {
-            break;
+    'fetch: while window.more() {
+        // As `isa::decode` does it; what it would refuse is left to the interpreter, which raises the fault.
+        let ip = start.wrapping_add(at as u64);
+        let mut decoder = Decoder::with_ip(64, &window.bytes[at..], ip, DecoderOptions::NONE);
+        while items.len() < MAX_INSNS && branches < MAX_BRANCHES && at < PAGE_SIZE as usize - MAX_INSN_LEN {
+            let mut iced = Instruction::default();
+            decoder.decode_out(&mut iced);
+            if iced.is_invalid() {
+                match decoder.last_error() {
+                    DecoderError::NoMoreBytes if window.bytes.len() - at < MAX_INSN_LEN => continue 'fetch,
+                    _ => break 'fetch,
+                }
+            }
+            let len = iced.len();
+            let route = routes.of(&iced);
+            items.push(Item { iced, at: at as u16, len: len as u8, route });
+            at += len;
+            if route.ends_block() {
+                break 'fetch;
+            }
+            branches += usize::from(route == Route::Conditional);
         }
-        branches += usize::from(route == Route::Conditional);
+        break;
     }
     window.bytes.truncate(at);
     (!items.is_empty()).then_some(GuestBlock { start, items, bytes: window.bytes })

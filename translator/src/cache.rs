@@ -175,7 +175,7 @@ impl Cache {
         Ok(Arc::new(Cache {
             inner: Mutex::new(inner),
             exits: Exits::default(),
-            routes: Routes::new(&model, policy),
+            routes: Routes::new(model.clone(), policy),
             policy,
             range,
             id: AtomicU64::new(NEXT_ID.fetch_add(1, Ordering::Relaxed)),
@@ -218,6 +218,11 @@ impl Cache {
     /// Changes when an entry found earlier may be stale.
     pub fn version(&self) -> u64 {
         self.version.load(Ordering::Acquire)
+    }
+
+    /// Distinguishes caches, also a forked child's from its parent's.
+    pub fn id(&self) -> u64 {
+        self.id.load(Ordering::Relaxed)
     }
 
     /// How often everything was thrown away.
@@ -263,7 +268,9 @@ impl Cache {
     pub fn listen(self: &Arc<Cache>, mem: &GuestMemory) {
         let Some(flat) = mem.flat() else { return };
         let address = std::ptr::from_ref(flat) as usize;
-        if self.listening.swap(address, Ordering::Relaxed) != address {
+        if self.listening.load(Ordering::Relaxed) != address
+            && self.listening.swap(address, Ordering::Relaxed) != address
+        {
             let weak = Arc::downgrade(self);
             flat.listen(Box::new(move |page| match weak.upgrade() {
                 Some(cache) => {

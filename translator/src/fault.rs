@@ -118,9 +118,3 @@ pub fn kick(tid: i32) {
     // SAFETY: plain system call; the handler of the signal is installed in every thread that runs translated code.
     unsafe { libc::syscall(libc::SYS_tkill, tid, Kicker::SIGNAL) };
 }
-
-/// The calling thread's id.
-pub fn thread_id() -> i32 {
-    // SAFETY: no arguments, cannot fail.
-    unsafe { libc::gettid() }
-}

@@ -1,9 +1,11 @@
 //! Which way each instruction is lowered, by the facts table and the offered CPU.
 
 use bivisor_emulator::cpu::cpuid::CpuModel;
-use bivisor_emulator::isa::{Class, Insn, Sensitivity, facts};
+use bivisor_emulator::isa::{Class, Sensitivity, facts};
 use bivisor_emulator::vcpu::How;
-use iced_x86::{Code, Mnemonic, OpKind, Register};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 /// A way of lowering.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -33,6 +35,20 @@ pub enum Route {
 }
 
 impl Route {
+    const ALL: [Route; 11] = [
+        Route::Copy,
+        Route::CopyAndEnd,
+        Route::Conditional,
+        Route::Counted,
+        Route::Jump,
+        Route::Call,
+        Route::JumpIndirect,
+        Route::CallIndirect,
+        Route::Return,
+        Route::Syscall,
+        Route::Step,
+    ];
+
     /// Does control not fall through to the next instruction inside the block?
     pub fn ends_block(self) -> bool {
         !matches!(self, Route::Copy | Route::Conditional)
@@ -54,29 +70,42 @@ impl Default for Policy {
     }
 }
 
-/// The routes of all instructions in 64-bit user code.
-#[derive(Clone)]
+/// The routes of all instructions in 64-bit user code, each found when it is first met.
 pub struct Routes {
-    table: Box<[Route]>,
+    model: Arc<CpuModel>,
+    policy: Policy,
+    /// By [`Code`]: 0 is unknown, else one more than the route's number.
+    table: Box<[AtomicU8]>,
 }
 
 impl Routes {
     /// For a CPU model.
-    pub fn new(model: &CpuModel, policy: Policy) -> Routes {
-        Routes {
-            table: Code::values().map(|c| if model.supports(c) { route(c, policy) } else { Route::Step }).collect(),
+    pub fn new(model: Arc<CpuModel>, policy: Policy) -> Routes {
+        Routes { model, policy, table: (0..Code::values().len()).map(|_| AtomicU8::new(0)).collect() }
+    }
+
+    fn by_code(&self, code: Code) -> Route {
+        let cell = &self.table[code as usize];
+        match cell.load(Ordering::Relaxed) {
+            0 => {
+                let found = if self.model.supports(code) { route(code, self.policy) } else { Route::Step };
+                cell.store(1 + found as u8, Ordering::Relaxed);
+                found
+            }
+            n => Route::ALL[usize::from(n) - 1],
         }
     }
 
     /// The route of an instruction.
-    pub fn of(&self, insn: &Insn) -> Route {
-        let route = self.table[insn.iced.code() as usize];
+    pub fn of(&self, iced: &Instruction) -> Route {
+        let route = self.by_code(iced.code());
         match route {
             // GS is ours while guest code runs.
-            _ if insn.iced.segment_prefix() == Register::GS => Route::Step,
-            Route::JumpIndirect | Route::CallIndirect if operand_is_narrow(insn) => Route::Step,
+            _ if iced.segment_prefix() == Register::GS => Route::Step,
+            // Operand size 16, which differs between vendors.
+            Route::JumpIndirect | Route::CallIndirect if !is_wide(iced) => Route::Step,
             Route::Jump | Route::Call | Route::Conditional | Route::Counted
-                if insn.iced.op0_kind() != OpKind::NearBranch64 =>
+                if iced.op0_kind() != OpKind::NearBranch64 =>
             {
                 Route::Step
             }
@@ -85,8 +114,8 @@ impl Routes {
     }
 }
 
-fn operand_is_narrow(insn: &Insn) -> bool {
-    insn.op_width(0) != Some(bivisor_emulator::isa::Width::Q)
+fn is_wide(iced: &Instruction) -> bool {
+    matches!(iced.code(), Code::Jmp_rm64 | Code::Call_rm64)
 }
 
 fn route(code: Code, policy: Policy) -> Route {

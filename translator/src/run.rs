@@ -37,6 +37,8 @@ pub struct Translator {
     flushes: u64,
     /// The thread whose block was prepared.
     block: usize,
+    /// [`Cache::id`] at that time.
+    cache_id: u64,
     stats: Stats,
 }
 
@@ -64,6 +66,7 @@ impl Translator {
             kicker: Kicker::default(),
             lookaside: vec![(u64::MAX, 0); LOOKASIDE].into(),
             block: 0,
+            cache_id: 0,
             stats: Stats::default(),
         }
     }
@@ -120,23 +123,25 @@ impl Translator {
 
     /// Fills the slots of the calling thread's block.
     fn prepare(&mut self, board: Board<'_>) -> &'static ThreadBlock {
+        let block = ThreadBlock::current();
         let current = self.cache.current();
-        if !Arc::ptr_eq(&current, &self.cache) {
-            current.join(&self.member);
-            self.cache = current;
+        // Not where it was: another thread, or the first run in a forked child.
+        if self.block != block.this as usize || current.id() != self.cache_id {
+            signal::attach();
+            block.note_tid();
+            self.block = block.this as usize;
+            if !Arc::ptr_eq(&current, &self.cache) {
+                current.join(&self.member);
+                self.cache = current;
+            }
+            self.cache_id = self.cache.id();
             self.version = 0;
         }
-        let block = ThreadBlock::current();
-        if self.block != block.this as usize {
-            signal::attach();
-            self.block = block.this as usize;
-        }
-        enter::prepare(block);
         self.cache.listen(board.mem);
+        enter::prepare(block);
         self.cache.map_table(block, slot::AREA_OWNER);
-        // After fork the thread has another number than the one noted.
-        let tid = fault::thread_id();
-        self.member.tid.store(tid, Ordering::SeqCst);
+        let tid = block.tid.get();
+        self.member.tid.store(tid, Ordering::Relaxed);
         self.kicker.entered(tid);
         block.scratch[slot::CPU].set(&raw mut *self.cpu as u64);
         block.scratch[slot::KICK].set(self.kicker.flag_address() as u64);
@@ -348,7 +353,7 @@ impl Vcpu for Translator {
             self.cache.part(&self.member);
             cache.join(&self.member);
             self.cache = cache;
-            self.version = 0;
+            self.cache_id = 0;
         }
     }
 

@@ -434,11 +434,13 @@ pub fn compacted_size(xcr0: u64) -> u32 {
 /// A code is there if each feature that iced names for it is.
 fn codes(features: &[F]) -> Box<[u64]> {
     let mut bits = vec![0u64; Code::values().len().div_ceil(64)];
+    // Asked thousands of times at every start.
+    let mut there = [false; 256];
+    features.iter().for_each(|f| there[*f as usize & 255] = true);
     for code in Code::values() {
         let hint = matches!(code, Code::Rdsspd_r32 | Code::Rdsspq_r64);
-        let has = |f: &F| features.contains(f) || (*f == F::BMI1 && is_tzcnt(code)) || *f == F::LZCNT;
-        let there = code != Code::INVALID && (hint || code.cpuid_features().iter().all(has));
-        if there {
+        let has = |f: &F| there[*f as usize & 255] || (*f == F::BMI1 && is_tzcnt(code)) || *f == F::LZCNT;
+        if code != Code::INVALID && (hint || code.cpuid_features().iter().all(has)) {
             bits[code as usize / 64] |= 1 << (code as usize % 64);
         }
     }

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use crate::host::syscall::raw;
+use crate::host::thread::ThreadBlock;
 use std::arch::naked_asm;
 use std::ffi::c_void;
 
@@ -69,6 +70,7 @@ pub fn vfork(flags: u64, parent_tid: u64, child_tid: u64, child: &mut dyn FnMut(
     unsafe extern "sysv64" fn start(arg: *mut c_void) -> ! {
         // SAFETY: `arg` is the fat reference below, alive because its owner sleeps.
         let child = unsafe { &mut *arg.cast::<&mut dyn FnMut()>() };
+        ThreadBlock::current().note_tid();
         let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(child));
         exit_group(127)
     }
@@ -85,6 +87,7 @@ pub fn vfork(flags: u64, parent_tid: u64, child_tid: u64, child: &mut dyn FnMut(
             flags & !(libc::CLONE_SETTLS | libc::CLONE_THREAD) as u64 | (libc::CLONE_VM | libc::CLONE_VFORK) as u64;
         let top = stack as u64 + STACK_SIZE as u64;
         let pid = clone_on_stack(flags, top, parent_tid, child_tid, start, (&raw mut child).cast());
+        ThreadBlock::current().note_tid();
         libc::munmap(stack, STACK_SIZE);
         pid
     }

@@ -30,6 +30,8 @@ pub struct ThreadBlock {
     pub fpe_code: [Cell<u64>; 2],
     /// For generated code (`gs:[64 + 8 * i]`).
     pub scratch: [Cell<u64>; 64],
+    /// The thread's id; another while a vfork child runs on the thread's block (see [`crate::host::fork::vfork`]), stale after fork.
+    pub tid: Cell<i32>,
 }
 
 /// Offset of [`ThreadBlock::scratch`].
@@ -75,6 +77,7 @@ impl Attached {
             process_data: Cell::new(std::ptr::null_mut()),
             fpe_code: [Cell::new(0), Cell::new(0)],
             scratch: std::array::from_fn(|_| Cell::new(0)),
+            tid: Cell::new(0),
         };
         // SAFETY: a fresh anonymous mapping; sigaltstack gets exactly it.
         let stack = unsafe {
@@ -122,6 +125,12 @@ fn arch_prctl_get(code: u64) -> u64 {
 }
 
 impl ThreadBlock {
+    /// Asks the kernel for the thread's id and keeps it in [`ThreadBlock::tid`].
+    pub fn note_tid(&self) {
+        // SAFETY: no arguments, cannot fail.
+        self.tid.set(unsafe { libc::syscall(libc::SYS_gettid) } as i32);
+    }
+
     /// The calling thread's block; made, with its alternate signal stack, at the first call.
     pub fn current() -> &'static ThreadBlock {
         // SAFETY: the block does not move and lives until the thread ends; the reference is used on this thread only (Cell: !Sync).

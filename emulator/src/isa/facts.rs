@@ -4,7 +4,7 @@
 //! 2000 (the 18 sensitive, unprivileged instructions of the Pentium). No row and no feature in [`UNDEFINED`]: innocuous, anyone, and
 //! [`Class::Native`] if it works on x87, MMX, SSE or AVX registers, else [`Class::Integer`].
 
-use iced_x86::{Code, CpuidFeature, EncodingKind, MemorySize, Mnemonic as M, OpCodeOperandKind as K};
+use iced_x86::{Code, CpuidFeature, EncodingKind, Mnemonic as M};
 use std::sync::OnceLock;
 
 /// How an instruction is carried out; decides the handler family and the lowering.
@@ -365,10 +365,11 @@ pub fn is_undefined(code: Code) -> bool {
     code.cpuid_features().iter().any(|f| UNDEFINED.contains(f))
 }
 
-/// The facts of one instruction.
+/// The facts of one instruction; derived when first asked for, because starting a short program must not cost 5,000 lookups.
 pub fn facts(code: Code) -> &'static Facts {
-    static TABLE: OnceLock<Box<[Facts]>> = OnceLock::new();
-    &TABLE.get_or_init(|| Code::values().map(derive).collect())[code as usize]
+    static TABLE: OnceLock<Box<[OnceLock<Facts>]>> = OnceLock::new();
+    let table = TABLE.get_or_init(|| Code::values().map(|_| OnceLock::new()).collect());
+    table[code as usize].get_or_init(|| derive(code))
 }
 
 fn derive(code: Code) -> Facts {
@@ -388,31 +389,63 @@ fn derive(code: Code) -> Facts {
 fn is_native(code: Code) -> bool {
     use CpuidFeature::{BMI1, BMI2};
     let features = code.cpuid_features();
-    match code.op_code().encoding() {
+    match code.encoding() {
         EncodingKind::Legacy => features.iter().any(|f| NATIVE.contains(f)),
         _ => !features.iter().any(|f| matches!(f, &BMI1 | &BMI2)),
     }
 }
 
+/// Without iced's `op_code`, whose first use builds the texts of all instructions.
+#[rustfmt::skip]
 fn has_form(code: Code, form: Form) -> bool {
-    let op = code.op_code();
-    let any = |kinds: &[K]| op.op_kinds().iter().any(|k| kinds.contains(k));
+    use Code as C;
     match form {
         Any => true,
-        Sreg => any(&[K::seg_reg, K::es, K::cs, K::ss, K::ds, K::fs, K::gs]),
-        Cr => any(&[K::cr_reg]),
-        Dr => any(&[K::dr_reg]),
-        Far => {
-            any(&[K::farbr2_2, K::farbr4_2])
-                || matches!(op.memory_size(), MemorySize::SegPtr16 | MemorySize::SegPtr32 | MemorySize::SegPtr64)
-        }
-        Str => any(&[K::es_rDI, K::seg_rSI]),
+        Sreg => matches!(
+            code,
+            C::Mov_rm16_Sreg | C::Mov_r32m16_Sreg | C::Mov_r64m16_Sreg | C::Mov_Sreg_rm16 | C::Mov_Sreg_r32m16 | C::Mov_Sreg_r64m16
+            | C::Pushw_ES | C::Pushw_CS | C::Pushw_SS | C::Pushw_DS | C::Pushw_FS | C::Pushw_GS
+            | C::Pushd_ES | C::Pushd_CS | C::Pushd_SS | C::Pushd_DS | C::Pushd_FS | C::Pushd_GS | C::Pushq_FS | C::Pushq_GS
+            | C::Popw_ES | C::Popw_CS | C::Popw_SS | C::Popw_DS | C::Popw_FS | C::Popw_GS
+            | C::Popd_ES | C::Popd_SS | C::Popd_DS | C::Popd_FS | C::Popd_GS | C::Popq_FS | C::Popq_GS
+        ),
+        Cr => matches!(code, C::Mov_r32_cr | C::Mov_r64_cr | C::Mov_cr_r32 | C::Mov_cr_r64),
+        Dr => matches!(code, C::Mov_r32_dr | C::Mov_r64_dr | C::Mov_dr_r32 | C::Mov_dr_r64),
+        Far => code.is_jmp_far() || code.is_jmp_far_indirect() || code.is_call_far() || code.is_call_far_indirect(),
+        Str => matches!(code, C::Movsd_m32_m32 | C::Cmpsd_m32_m32),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use iced_x86::{MemorySize, OpCodeOperandKind as K};
+
+    /// What the operands say.
+    fn form_by_operands(code: Code, form: Form) -> bool {
+        let op = code.op_code();
+        let any = |kinds: &[K]| op.op_kinds().iter().any(|k| kinds.contains(k));
+        match form {
+            Any => true,
+            Sreg => any(&[K::seg_reg, K::es, K::cs, K::ss, K::ds, K::fs, K::gs]),
+            Cr => any(&[K::cr_reg]),
+            Dr => any(&[K::dr_reg]),
+            Far => {
+                any(&[K::farbr2_2, K::farbr4_2])
+                    || matches!(op.memory_size(), MemorySize::SegPtr16 | MemorySize::SegPtr32 | MemorySize::SegPtr64)
+            }
+            Str => any(&[K::es_rDI, K::seg_rSI]),
+        }
+    }
+
+    #[test]
+    fn the_lists_of_forms_are_complete() {
+        for row in ROWS {
+            for code in Code::values().filter(|c| c.mnemonic() == row.mnemonic) {
+                assert_eq!(has_form(code, row.form), form_by_operands(code, row.form), "{code:?} {:?}", row.form);
+            }
+        }
+    }
 
     #[test]
     fn forms_are_told_apart() {

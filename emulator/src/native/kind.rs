@@ -49,7 +49,6 @@ bitflags::bitflags! {
 /// Classifies an instruction that is to run in a thunk.
 pub fn needs(i: &Instruction) -> Needs {
     let code = i.code();
-    let op = code.op_code();
     let features = code.cpuid_features();
     let mut n = Needs::empty();
     let x87 = features.iter().any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387)) || code == Code::Wait;
@@ -57,24 +56,22 @@ pub fn needs(i: &Instruction) -> Needs {
     let mmx = features.contains(&F::MMX) || (0..i.op_count()).any(|k| i.op_register(k).is_mm());
     n.set(Needs::X87, x87 || mmx);
     n.set(Needs::MMX, mmx);
-    n.set(Needs::WAITING, mmx || (x87 && !op.is_fpu_no_wait()));
+    n.set(Needs::WAITING, mmx || (x87 && !code.op_code().is_fpu_no_wait()));
     if x87 {
         n.set(Needs::FCW, changes_fcw(i.mnemonic()));
         n.set(Needs::POINTERS, !is_x87_control(i.mnemonic()));
         n.set(Needs::ENVIRONMENT, matches!(i.mnemonic(), M::Fnstenv | M::Fnsave));
         return n | memory(i);
     }
-    match op.encoding() {
+    match code.encoding() {
         EncodingKind::Legacy => {
-            let xmm = op.op_kinds().iter().any(|k| matches!(k, K::xmm_or_mem | K::xmm_reg | K::xmm_rm));
-            n.set(Needs::SSE, xmm || !mmx);
+            let xmm = || code.op_code().op_kinds().iter().any(|k| matches!(k, K::xmm_or_mem | K::xmm_reg | K::xmm_rm));
+            n.set(Needs::SSE, !mmx || xmm());
         }
         EncodingKind::EVEX => n |= Needs::AVX | Needs::AVX512,
         _ => {
             n |= Needs::AVX;
-            let k =
-                op.op_kinds().iter().any(|k| matches!(k, K::k_reg | K::k_rm | K::k_vvvv | K::k_or_mem | K::kp1_reg));
-            n.set(Needs::AVX512, k);
+            n.set(Needs::AVX512, (0..i.op_count()).any(|k| i.op_register(k).is_k()));
         }
     }
     n.set(Needs::MXCSR, n.intersects(Needs::SSE | Needs::AVX) && uses_mxcsr(i));
@@ -98,7 +95,7 @@ fn memory(i: &Instruction) -> Needs {
         n.set(Needs::WHOLE, !suppresses_faults(i));
         n.set(Needs::PACKED, is_packed(i.mnemonic()));
     }
-    match i.code().op_code().encoding() {
+    match i.code().encoding() {
         EncodingKind::Legacy if i.memory_size().size() == 16 => match i.mnemonic() {
             M::Movups | M::Movupd | M::Movdqu | M::Lddqu => {}
             M::Pcmpestri | M::Pcmpestrm | M::Pcmpistri | M::Pcmpistrm => {}
@@ -192,7 +189,7 @@ fn uses_mxcsr(i: &Instruction) -> bool {
         "sm3", "sm4", "testp", "unpck", "xor", "zero",
     ];
     let name = format!("{:?}", i.mnemonic()).to_lowercase();
-    if i.code().op_code().encoding() == EncodingKind::Legacy {
+    if i.code().encoding() == EncodingKind::Legacy {
         return !FREE.iter().any(|f| name.starts_with(f));
     }
     let name = name.strip_prefix('v').unwrap_or(&name);

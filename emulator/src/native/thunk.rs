@@ -50,7 +50,7 @@ pub struct Built {
 pub fn build(iced: &Instruction, needs: Needs) -> Option<Built> {
     let plan = plan(iced)?;
     let mut e = Emit { encoder: Encoder::new(64), len: 0 };
-    let wide = match iced.code().op_code().encoding() {
+    let wide = match iced.code().encoding() {
         EncodingKind::Legacy => Wide::Xmm,
         EncodingKind::EVEX => Wide::Zmm,
         _ => Wide::Ymm,

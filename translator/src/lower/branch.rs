@@ -11,7 +11,6 @@ use crate::enter::MISS;
 use crate::lower::memory::load_target;
 use crate::lower::{Leave, Lowering};
 use crate::marks::{Mark, Saved, What};
-use bivisor_emulator::isa::Operand;
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::ConditionCode;
 
@@ -24,13 +23,9 @@ pub struct Landing {
     pub next: u32,
 }
 
-fn target(l: &Lowering<'_>, item: &Item) -> u64 {
-    l.block.next_rip(item).wrapping_add(item.insn.branch_displacement().unwrap_or(0))
-}
-
 /// JMP rel. Never falls through.
 pub(crate) fn jump(l: &mut Lowering<'_>, item: &Item) -> bool {
-    let to = target(l, item);
+    let to = item.iced.near_branch_target();
     l.mark(What::At(item.at));
     l.link(&[0xe9], to);
     false
@@ -38,9 +33,9 @@ pub(crate) fn jump(l: &mut Lowering<'_>, item: &Item) -> bool {
 
 /// Jcc.
 pub(crate) fn conditional(l: &mut Lowering<'_>, item: &Item) {
-    let to = target(l, item);
+    let to = item.iced.near_branch_target();
     l.mark(What::At(item.at));
-    l.link(&[0x0f, 0x80 | condition(item.insn.iced.condition_code())], to);
+    l.link(&[0x0f, 0x80 | condition(item.iced.condition_code())], to);
 }
 
 /// The low four bits of the opcode (SDM 1 appendix B).
@@ -67,7 +62,7 @@ fn condition(cc: ConditionCode) -> u8 {
 
 /// LOOP, LOOPE, LOOPNE, JECXZ, JRCXZ: they have only an 8-bit displacement, so they jump over a jump.
 pub(crate) fn counted(l: &mut Lowering<'_>, item: &Item) {
-    let to = target(l, item);
+    let to = item.iced.near_branch_target();
     let block = l.block;
     let bytes = block.code(item);
     // Opcode and displacement are the last two bytes; a 67 prefix counts, others mean nothing here.
@@ -79,7 +74,7 @@ pub(crate) fn counted(l: &mut Lowering<'_>, item: &Item) {
         l.e.push(0x67);
     }
     l.e.bytes.extend_from_slice(&[opcode, 2]);
-    l.mark(What::At(item.at + u16::from(item.insn.len)));
+    l.mark(What::At(item.at + u16::from(item.len)));
     l.e.bytes.extend_from_slice(&[0xeb, 5]);
     let id = l.around.first_exit + l.exits.len() as u32;
     l.mark(What::Exit(id));
@@ -100,7 +95,7 @@ fn push_constant(l: &mut Lowering<'_>, v: u64) {
 
 /// CALL rel. The target comes after the push.
 pub(crate) fn call(l: &mut Lowering<'_>, item: &Item) -> bool {
-    let to = target(l, item);
+    let to = item.iced.near_branch_target();
     let back = l.block.next_rip(item);
     l.mark(What::At(item.at));
     push_constant(l, back);
@@ -153,9 +148,9 @@ pub(crate) fn indirect(l: &mut Lowering<'_>, item: &Item) -> bool {
 /// RET, RET n.
 pub(crate) fn ret(l: &mut Lowering<'_>, item: &Item) -> bool {
     begin(l, item);
-    match item.insn.ops[0] {
-        Operand::Imm(n) => {
-            let n = n as i32 + 8;
+    match item.iced.op_count() {
+        1 => {
+            let n = i32::from(item.iced.immediate16()) + 8;
             dynasm!(l.e; .arch x64; mov rcx, [rsp]);
             l.mark(What::Undo(item.at, Saved::Rcx));
             dynasm!(l.e; .arch x64; lea rsp, [rsp + n]);

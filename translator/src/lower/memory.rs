@@ -11,9 +11,9 @@ use crate::block::Item;
 use crate::emit::{gs, slot};
 use crate::lower::Lowering;
 use crate::marks::{Saved, What};
-use bivisor_emulator::isa::{Base, Gpr, Operand, Width};
+use bivisor_emulator::isa::{Gpr, Width};
 use dynasmrt::{DynasmApi, dynasm};
-use iced_x86::{Code, Decoder, DecoderOptions, Encoder, InstructionInfoFactory, Mnemonic, Register};
+use iced_x86::{Code, Decoder, DecoderOptions, Encoder, InstructionInfoFactory, Mnemonic, OpKind, Register};
 
 /// How guest addresses become host addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
@@ -25,19 +25,16 @@ pub enum MemoryModel {
 
 /// May the instruction's bytes be copied as they are?
 pub(crate) fn can_stay(_l: &Lowering<'_>, item: &Item) -> bool {
-    !item.insn.iced.is_ip_rel_memory_operand()
+    !item.iced.is_ip_rel_memory_operand()
 }
 
 /// Emits an instruction whose operand is RIP-relative. False if there is no way.
 pub(crate) fn rewrite(l: &mut Lowering<'_>, item: &Item) -> bool {
-    // EIP-relative: the sum is cut to 32 bits.
-    let address = if item.insn.iced.memory_base() == Register::EIP { Width::D } else { Width::Q };
-    let disp = item.insn.iced.memory_displacement64().wrapping_sub(u64::from(item.insn.len));
-    let target = address.cut(l.block.next_rip(item).wrapping_add(disp));
-    if item.insn.iced.mnemonic() == Mnemonic::Lea {
+    let target = item.iced.ip_rel_memory_address();
+    if item.iced.mnemonic() == Mnemonic::Lea {
         return lea(l, item, target);
     }
-    if address == Width::Q && (near(l, item, target) || low(l, item, target)) {
+    if item.iced.memory_base() == Register::RIP && (near(l, item, target) || low(l, item, target)) {
         return true;
     }
     borrow(l, item, target)
@@ -45,20 +42,15 @@ pub(crate) fn rewrite(l: &mut Lowering<'_>, item: &Item) -> bool {
 
 /// LEA of a constant is a load of a constant.
 fn lea(l: &mut Lowering<'_>, item: &Item, target: u64) -> bool {
-    let Operand::Reg(r) = item.insn.ops[0] else { return false };
-    match item.insn.width {
-        Width::Q => {
-            l.mark(What::At(item.at));
-            load_constant(l, r, target);
-            true
-        }
-        Width::D => {
-            l.mark(What::At(item.at));
-            load_constant(l, r, Width::D.cut(target));
-            true
-        }
-        _ => false,
-    }
+    let target = match item.iced.code() {
+        Code::Lea_r64_m => target,
+        Code::Lea_r32_m => Width::D.cut(target),
+        _ => return false,
+    };
+    let Some(r) = Gpr::from_iced(item.iced.op0_register()) else { return false };
+    l.mark(What::At(item.at));
+    load_constant(l, r, target);
+    true
 }
 
 /// `mov r, imm` in its shortest form; flags stay.
@@ -83,7 +75,7 @@ fn displacement_at(bytes: &[u8]) -> Option<usize> {
 
 /// The same bytes with another displacement, if the target is within 2 GiB of the code.
 fn near(l: &mut Lowering<'_>, item: &Item, target: u64) -> bool {
-    let after = l.e.here().wrapping_add(u64::from(item.insn.len));
+    let after = l.e.here().wrapping_add(u64::from(item.len));
     let Ok(disp) = i32::try_from(target.wrapping_sub(after) as i64) else { return false };
     let block = l.block;
     let bytes = block.code(item);
@@ -102,7 +94,7 @@ fn low(l: &mut Lowering<'_>, item: &Item, target: u64) -> bool {
     let bytes = block.code(item);
     let Some(at) = displacement_at(bytes) else { return false };
     // An X bit in REX, VEX or EVEX, meaningless before, would now name an index register: compilers never set it.
-    if at == 0 || has_index_bit(bytes) || item.insn.len >= 15 {
+    if at == 0 || has_index_bit(bytes) || item.len >= 15 {
         return false;
     }
     l.mark(What::At(item.at));
@@ -137,7 +129,7 @@ fn borrow(l: &mut Lowering<'_>, item: &Item, target: u64) -> bool {
     dynasm!(l.e; .arch x64; gs mov [save], Rq(reg));
     l.mark(What::Undo(item.at, Saved::Tmp(r)));
     load_constant(l, r, target);
-    let mut iced = item.insn.iced;
+    let mut iced = item.iced;
     iced.set_memory_base(r.to_iced());
     iced.set_memory_displacement64(0);
     iced.set_memory_displ_size(0);
@@ -145,14 +137,14 @@ fn borrow(l: &mut Lowering<'_>, item: &Item, target: u64) -> bool {
         return false;
     }
     // A load into the borrowed register itself needs no restoring.
-    l.mark(What::Undo(item.at + u16::from(item.insn.len), Saved::Tmp(r)));
+    l.mark(What::Undo(item.at + u16::from(item.len), Saved::Tmp(r)));
     dynasm!(l.e; .arch x64; gs mov Rq(reg), [save]);
     true
 }
 
 fn free_register(item: &Item) -> Option<Gpr> {
     let mut factory = InstructionInfoFactory::new();
-    let info = factory.info(&item.insn.iced);
+    let info = factory.info(&item.iced);
     // RSP has no place in a base-only operand without SIB trouble and is the guest's stack. A register numbered 8 and up would need
     // a REX prefix, which AH to BH do not stand.
     [Gpr::Rax, Gpr::Rcx, Gpr::Rdx, Gpr::Rbx, Gpr::Rsi, Gpr::Rdi]
@@ -173,16 +165,16 @@ fn encode(l: &mut Lowering<'_>, iced: &iced_x86::Instruction) -> bool {
 /// Loads the 64-bit operand of an indirect branch into RCX, whose guest value is in its slot. Until the last instruction RCX may hold
 /// an address.
 pub(crate) fn load_target(l: &mut Lowering<'_>, item: &Item) -> bool {
-    let mut load = item.insn.iced;
+    let mut load = item.iced;
     // The operand moves from first to second place.
-    match item.insn.ops[0] {
-        Operand::Reg(r) => {
-            let r = r as u8;
+    match item.iced.op0_kind() {
+        OpKind::Register => {
+            let r = item.iced.op0_register().number() as u8;
             dynasm!(l.e; .arch x64; mov rcx, Rq(r));
             return true;
         }
-        Operand::Mem(m) if m.base == Base::Rip => {
-            let target = m.address.cut(l.block.next_rip(item).wrapping_add(m.disp));
+        OpKind::Memory if item.iced.is_ip_rel_memory_operand() => {
+            let target = item.iced.ip_rel_memory_address();
             // The load in its RIP-relative form is 7 bytes long.
             let after = l.e.here() + 7;
             if let Ok(d) = i32::try_from(target.wrapping_sub(after) as i64) {
@@ -197,13 +189,13 @@ pub(crate) fn load_target(l: &mut Lowering<'_>, item: &Item) -> bool {
             }
             return true;
         }
-        Operand::Mem(_) => {}
+        OpKind::Memory => {}
         _ => return false,
     }
     load.set_code(Code::Mov_r64_rm64);
-    load.set_op0_kind(iced_x86::OpKind::Register);
+    load.set_op0_kind(OpKind::Register);
     load.set_op0_register(Register::RCX);
-    load.set_op1_kind(iced_x86::OpKind::Memory);
+    load.set_op1_kind(OpKind::Memory);
     load.set_has_repne_prefix(false);
     load.set_has_repe_prefix(false);
     if load.segment_prefix() == Register::DS {

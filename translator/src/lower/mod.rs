@@ -187,7 +187,7 @@ pub fn lower(block: &GuestBlock, around: &Surroundings<'_>, landing: bool) -> Un
             break;
         }
         insns += 1;
-        end = usize::from(item.at) + usize::from(item.insn.len);
+        end = usize::from(item.at) + usize::from(item.len);
         open = match item.route {
             Route::Copy | Route::CopyAndEnd => {
                 let copied = copy::copy(&mut l, item);
@@ -209,7 +209,7 @@ pub fn lower(block: &GuestBlock, around: &Surroundings<'_>, landing: bool) -> Un
             Route::JumpIndirect | Route::CallIndirect => branch::indirect(&mut l, item),
             Route::Return => branch::ret(&mut l, item),
             Route::Syscall => {
-                l.leave(Leave::Syscall(block.rip(item), item.insn.len));
+                l.leave(Leave::Syscall(block.rip(item), item.len));
                 false
             }
             Route::Step => {

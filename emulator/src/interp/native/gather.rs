@@ -41,7 +41,7 @@ fn address(x: &Exec<'_>, i: &Insn, m: &MemRef, base: u64, s: &Shape, n: usize) -
 
 /// VPGATHERDD and its kin, with the mask in a vector register (VEX) or in an opmask register (EVEX).
 pub fn gather(x: &mut Exec<'_>, i: &Insn) -> Step {
-    let evex = i.iced.code().op_code().encoding() == EncodingKind::EVEX;
+    let evex = i.iced.code().encoding() == EncodingKind::EVEX;
     check(x.cpu, if evex { Needs::AVX | Needs::AVX512 } else { Needs::AVX })?;
     let Some(m) = i.mem().copied() else { return Err(Fault::Ud.into()) };
     let to = i.iced.op0_register();

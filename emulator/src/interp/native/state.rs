@@ -41,7 +41,7 @@ fn memory(x: &Exec<'_>, i: &Insn) -> Result<(MemRef, u64), Stop> {
 }
 
 fn mxcsr_needs(i: &Insn) -> Needs {
-    if i.iced.code().op_code().encoding() == EncodingKind::Legacy { Needs::SSE } else { Needs::AVX }
+    if i.iced.code().encoding() == EncodingKind::Legacy { Needs::SSE } else { Needs::AVX }
 }
 
 /// LDMXCSR, VLDMXCSR: reserved bits give #GP(0).
