@@ -159,6 +159,10 @@ fn route(code: Code, policy: Policy) -> Route {
 }
 
 fn branch(code: Code, mnemonic: Mnemonic) -> Route {
+    // A 66 prefix on AMD: the target is cut to 16 bits.
+    if code.op_code().operand_size() == 16 {
+        return Route::Step;
+    }
     if code.is_jcc_short_or_near() {
         return Route::Conditional;
     }

@@ -2,9 +2,21 @@
 
 use crate::isa::Insn;
 use iced_x86::{Code, CodeSize, Decoder, DecoderOptions, Instruction, Register};
+use std::sync::OnceLock;
 
 /// SDM 2A 2.3.11: longer instructions give #GP(0).
 pub const MAX_INSN_LEN: usize = 15;
+
+/// AMD and Hygon differ from the others in a few encodings of 64-bit code: a 66 prefix makes near branches 16 bits wide, far pointers
+/// have no 64-bit offset, UD0 has no ModRM byte. All engines follow the host, because two of them run guest code on it.
+fn options() -> u32 {
+    static HOST: OnceLock<u32> = OnceLock::new();
+    *HOST.get_or_init(|| {
+        // "Auth" of AuthenticAMD, "Hygo" of HygonGenuine in EBX.
+        let amd = matches!(std::arch::x86_64::__cpuid(0).ebx, 0x6874_7541 | 0x6f67_7948);
+        if amd { DecoderOptions::AMD } else { DecoderOptions::NONE }
+    })
+}
 
 /// Why bytes are no instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,7 +36,7 @@ pub enum DecodeError {
 pub fn decode(bytes: &[u8], bitness: u32) -> Result<Insn, DecodeError> {
     let window = &bytes[..bytes.len().min(MAX_INSN_LEN)];
     // NO_INVALID_CHECK is not given: reserved encodings must be #UD. UDBG, MPX, CL1INVMB ... are other vendors' or dropped.
-    let mut decoder = Decoder::with_ip(bitness, window, 0, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(bitness, window, 0, options());
     let mut iced = Instruction::default();
     decoder.decode_out(&mut iced);
     if !iced.is_invalid() {
@@ -75,13 +87,21 @@ fn no_opcode_in_64_bit_code(window: &[u8]) -> bool {
 /// Of fifteen bytes that are no instruction: because it goes on behind them? iced does not tell. Without the first byte, which is a
 /// prefix then, there is room to see.
 fn needs_more(window: &[u8], bitness: u32) -> bool {
-    let mut decoder = Decoder::with_ip(bitness, &window[1..], 0, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(bitness, &window[1..], 0, options());
     decoder.decode().is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// JMP with a 66 prefix: 16-bit displacement and target on AMD (measured on Zen 4), prefix ignored on Intel (SDM 2A JMP).
+    #[test]
+    fn branches_with_an_operand_size_prefix_follow_the_host() {
+        let i = decode(&[0x66, 0xe9, 0x10, 0, 0, 0], 64).expect("JMP");
+        let amd = options() == DecoderOptions::AMD;
+        assert_eq!((i.len, i.width), if amd { (4, crate::isa::Width::W) } else { (6, crate::isa::Width::Q) });
+    }
 
     #[test]
     fn errors() {

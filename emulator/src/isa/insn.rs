@@ -234,3 +234,28 @@ fn address_width(iced: &Instruction) -> Width {
         _ => Width::D,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::isa::decode;
+
+    /// #SS or #GP for a non-canonical address in 64-bit code, as measured on Zen 4.
+    #[test]
+    fn segments_of_memory_operands() {
+        let rows: [(&[u8], Seg); 8] = [
+            (&[0x36, 0x8b, 0x00], Seg::Ds),       // ss:[rax]
+            (&[0x3e, 0x8b, 0x45, 0x00], Seg::Ss), // ds:[rbp]
+            (&[0x26, 0x8b, 0x04, 0x24], Seg::Ss), // es:[rsp]
+            (&[0x8b, 0x44, 0x05, 0x00], Seg::Ss), // [rbp + rax]
+            (&[0x8b, 0x04, 0x28], Seg::Ds),       // [rax + rbp]
+            (&[0x64, 0x8b, 0x45, 0x00], Seg::Fs), // fs:[rbp]
+            (&[0x8b, 0x05, 0, 0, 0, 0], Seg::Ds), // [rip]
+            (&[0x41, 0x8b, 0x45, 0x00], Seg::Ds), // [r13]
+        ];
+        for (bytes, seg) in rows {
+            assert_eq!(decode(bytes, 64).expect("MOV").mem().expect("memory").seg, seg, "{bytes:02x?}");
+        }
+        assert_eq!(decode(&[0x3e, 0x8b, 0x45, 0x00], 32).expect("MOV").mem().expect("memory").seg, Seg::Ds);
+    }
+}

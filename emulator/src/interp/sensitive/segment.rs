@@ -397,18 +397,18 @@ mod tests {
         assert_eq!((m.cpu().segment(Seg::Gs).base, m.cpu().msr.kernel_gs_base), (2, 1));
     }
 
-    /// LSS RSP, [DATA] with a good and with a privileged selector.
+    /// LSS ESP, [DATA] with a good and with a privileged selector. (A 64-bit offset exists on Intel only.)
     #[test]
     fn lss() {
-        let code = [0x48, 0x0f, 0xb2, 0x24, 0x25, 0, 0, 1, 0];
+        let code = [0x0f, 0xb2, 0x24, 0x25, 0, 0, 1, 0];
         let mut m = machine(0, &code);
-        m.mem.store(DATA, Width::Q, 0x1_8000).expect("RAM");
-        m.mem.store(DATA + 8, Width::W, u64::from(KERNEL_DATA)).expect("RAM");
+        m.mem.store(DATA, Width::D, 0x1_8000).expect("RAM");
+        m.mem.store(DATA + 4, Width::W, u64::from(KERNEL_DATA)).expect("RAM");
         assert_eq!(m.run(1), Exit::Budget);
         assert_eq!(m.cpu().gpr[Gpr::Rsp as usize], 0x1_8000);
         assert!(m.cpu().segment(Seg::Ss).attr.contains(Attr::WRITABLE));
         let mut m = machine(3, &code);
-        m.mem.store(DATA + 8, Width::W, u64::from(KERNEL_DATA)).expect("RAM");
+        m.mem.store(DATA + 4, Width::W, u64::from(KERNEL_DATA)).expect("RAM");
         assert_eq!(m.run(1), gp(KERNEL_DATA));
         assert_eq!((m.cpu().gpr[Gpr::Rsp as usize], m.cpu().rip), (STACK, CODE));
     }
