@@ -5,5 +5,6 @@ pub mod engines;
 pub mod generate;
 pub mod guest;
 pub mod host;
+pub mod moo;
 pub mod random;
 pub mod world;
