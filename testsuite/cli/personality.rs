@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-const PROGRAMS: &[&str] = &["signals", "restart", "threads", "processes", "stacks"];
+const PROGRAMS: &[&str] = &["signals", "restart", "threads", "processes", "stacks", "storm"];
 
 /// Compiles a program; `None` without a compiler.
 fn compile(name: &str, dir: &Path) -> Option<PathBuf> {

@@ -169,3 +169,55 @@ unsafe fn hook(block: &ThreadBlock, sig: i32, info: *mut libc::siginfo_t, uc: *m
         true
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::signal::{attach, mask, route, send_to_thread, set_mask};
+    use crate::host::syscall::{Aborted, interruptible};
+
+    fn send(sig: i32) {
+        // SAFETY: plain system call.
+        send_to_thread(unsafe { libc::gettid() }, sig);
+    }
+
+    fn getpid(flag: &AtomicU32) -> Result<i64, Aborted> {
+        // SAFETY: no arguments.
+        unsafe { interruptible(flag, libc::SYS_getpid as u64, [0; 6]) }
+    }
+
+    /// One signal at a time comes in; the kernel keeps the others until the mask lets them through.
+    #[test]
+    fn one_at_a_time() {
+        let block = attach();
+        let inbox = Inbox::new(Kicker::default());
+        inbox.attach(block);
+        set_mask(0);
+        for sig in [libc::SIGUSR1, libc::SIGUSR2, libc::SIGSEGV] {
+            route(sig, 0);
+        }
+        assert_eq!(getpid(inbox.flag()), Ok(i64::from(std::process::id())));
+        send(libc::SIGUSR2);
+        assert!(inbox.any());
+        assert_eq!(mask() & bit(libc::SIGUSR1), bit(libc::SIGUSR1), "everything is blocked");
+        send(libc::SIGUSR1);
+        assert_eq!(getpid(inbox.flag()), Err(Aborted));
+        let (sig, info) = inbox.take().expect("the first");
+        assert_eq!((sig, info[0]), (libc::SIGUSR2, libc::SIGUSR2 as u8));
+        assert_eq!(inbox.take(), None);
+        assert!(getpid(inbox.flag()).is_ok());
+        set_mask(0);
+        assert_eq!(inbox.take().map(|(sig, _)| sig), Some(libc::SIGUSR1));
+        set_mask(0);
+
+        // A fault that is sent while the guest blocks it is kept here.
+        inbox.set_blocked(bit(libc::SIGSEGV));
+        send(libc::SIGSEGV);
+        assert!(!inbox.any() && inbox.held() == bit(libc::SIGSEGV) && inbox.take_disturbed());
+        inbox.set_blocked(0);
+        assert!(inbox.any() && inbox.held() == 0);
+        assert_eq!(inbox.take().map(|(sig, _)| sig), Some(libc::SIGSEGV));
+        inbox.detach(block);
+        set_mask(0);
+    }
+}

@@ -129,3 +129,60 @@ fn page_fault(addr: u64, pf: u16, space: Option<&FlatSpace>) -> Raised {
         last: LastFault { trapno: 14, error: u64::from(error), cr2: addr },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mem::Vma;
+
+    fn signal_of(fault: Fault, cpu: &CpuState) -> (i32, i32, u64, LastFault) {
+        let space = FlatSpace::new();
+        for (start, prot) in [(0x1000, Prot::READ), (0x2000, Prot::empty()), (0x3000, Prot::READ | Prot::WRITE)] {
+            space.insert(Vma { start, end: start + 0x1000, prot, shared: false, name: "".into(), offset: 0 });
+        }
+        let r = raised(fault, cpu, Some(&space), LastFault { cr2: 7, ..LastFault::default() });
+        let word = |at: usize| i32::from_le_bytes(r.info[at..at + 4].try_into().expect("4 bytes"));
+        assert_eq!(word(0), r.sig);
+        (r.sig, word(8), u64::from_le_bytes(r.info[16..24].try_into().expect("8 bytes")), r.last)
+    }
+
+    /// Signal, code, address, error code, CR2: seen on the real kernel.
+    #[test]
+    fn exceptions() {
+        let mut cpu = CpuState::long64(3);
+        cpu.rip = 0x99;
+        let pf = |addr: u64, code: u16| Fault::Pf { addr, code };
+        for (fault, sig, code, addr, error, cr2) in [
+            (Fault::De, libc::SIGFPE, 1, 0x99, 0, 7),
+            (Fault::Ud, libc::SIGILL, 2, 0x99, 0, 7),
+            (Fault::Bp, libc::SIGTRAP, 0x80, 0, 0, 7),
+            (Fault::Db(1 << 14), libc::SIGTRAP, 2, 0x99, 0, 7),
+            (Fault::Db(0), libc::SIGTRAP, 1, 0x99, 0, 7),
+            (Fault::Gp(0x40a), libc::SIGSEGV, 0x80, 0, 0x40a, 7),
+            (Fault::Ss(0), libc::SIGBUS, 0x80, 0, 0, 7),
+            (Fault::Ac, libc::SIGBUS, 1, 0, 0, 7),
+            (pf(0x10, 4), libc::SIGSEGV, 1, 0x10, 4, 0x10),
+            (pf(0x1010, 7), libc::SIGSEGV, 2, 0x1010, 7, 0x1010),
+            (pf(0x1020, 0x15), libc::SIGSEGV, 2, 0x1020, 0x15, 0x1020),
+            (pf(0x2000, 5), libc::SIGSEGV, 2, 0x2000, 4, 0x2000),
+            (pf(0x3000, 5), libc::SIGBUS, 2, 0x3000, 4, 0x3000),
+            (pf(0x7fff_ffff_f000, 4), libc::SIGSEGV, 1, 0x7fff_ffff_f000, 5, 0x7fff_ffff_f000),
+        ] {
+            let last = LastFault { trapno: u64::from(fault.vector()), error, cr2 };
+            assert_eq!(signal_of(fault, &cpu), (sig, code, addr, last), "{fault:?}");
+        }
+    }
+
+    /// The code of a floating-point signal is that of the first unmasked exception.
+    #[test]
+    fn floating_point_codes() {
+        let mut cpu = CpuState::long64(3);
+        for (flags, code) in [(1, 7), (4, 3), (8, 4), (0x10, 5), (2, 5), (0x20, 6), (0x25, 7)] {
+            cpu.xsave.set_mxcsr(flags);
+            assert_eq!(signal_of(Fault::Xm, &cpu).1, code);
+            cpu.xsave.set_fcw(0x340);
+            cpu.xsave.set_fsw(flags as u16);
+            assert_eq!(signal_of(Fault::Mf, &cpu).1, code);
+        }
+    }
+}

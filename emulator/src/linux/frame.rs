@@ -332,3 +332,7 @@ impl GuestMemory {
         Some(u32::from_le_bytes(v))
     }
 }
+
+#[cfg(test)]
+#[path = "frame_tests.rs"]
+mod tests;
