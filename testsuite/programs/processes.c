@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -114,6 +115,43 @@ static void forks(void) {
 
 static volatile int caught;
 static void on_signal(int sig) { caught++; }
+struct clone3 {
+    unsigned long long flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls;
+};
+static void clones(void) {
+    int pidfd = -1, parent_tid = 0, child_tid = 0;
+    struct clone3 a = {.flags = CLONE_PIDFD | CLONE_PARENT_SETTID | CLONE_CHILD_SETTID | 1ull << 32, .pidfd = (long)&pidfd,
+                       .parent_tid = (long)&parent_tid, .child_tid = (long)&child_tid, .exit_signal = SIGCHLD};
+    signal(SIGUSR1, on_signal);
+    signal(SIGUSR2, SIG_IGN);
+    pid_t p = syscall(SYS_clone3, &a, sizeof a);
+    if (!p) {
+        struct sigaction x, y;
+        sigaction(SIGUSR1, 0, &x);
+        sigaction(SIGUSR2, 0, &y);
+        _exit((x.sa_handler == SIG_DFL) + 2 * (y.sa_handler == SIG_IGN) + 4 * (child_tid == getpid()) + 8 * (parent_tid == 0));
+    }
+    struct pollfd f = {pidfd, POLLIN, 0};
+    int ready = poll(&f, 1, 5000), flags = fcntl(pidfd, F_GETFD);
+    int r = reap(p);
+    printf("clone3: %d pidfd ready %d flags %d tid %d\n", r, ready, flags, parent_tid == p);
+    close(pidfd);
+    signal(SIGUSR1, SIG_DFL);
+    signal(SIGUSR2, SIG_DFL);
+    tell("too small", syscall(SYS_clone3, &a, 32) < 0 ? -errno : 0);
+    a.flags = CLONE_THREAD;
+    tell("thread alone", syscall(SYS_clone3, &a, sizeof a) < 0 ? -errno : 0);
+    // An exit signal that is not SIGCHLD.
+    caught = 0;
+    signal(SIGUSR1, on_signal);
+    p = syscall(SYS_clone, SIGUSR1, 0, 0, 0, 0);
+    if (!p) _exit(5);
+    int s;
+    while (waitpid(p, &s, __WALL) < 0);
+    printf("other exit signal: %d caught %d\n", WEXITSTATUS(s), caught);
+    signal(SIGUSR1, SIG_DFL);
+    caught = 0;
+}
 static int sharing(void *p) {
     *(int *)p += 40;
     return 5;
@@ -285,6 +323,7 @@ int main(int argc, char **argv) {
     if (n < 0 || !mkdtemp(dir)) return 1;
     setenv("PASSED", "1", 1);
     forks();
+    clones();
     vforks();
     execs();
     inherited();

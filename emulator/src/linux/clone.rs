@@ -35,8 +35,8 @@ const CLONE_NEWUSER: u64 = libc::CLONE_NEWUSER as u64;
 const CLONE_NEWPID: u64 = libc::CLONE_NEWPID as u64;
 const CLONE_PIDFD: u64 = libc::CLONE_PIDFD as u64;
 const CLONE_DETACHED: u64 = 0x0040_0000;
-/// Flags of clone3 alone: CLONE_CLEAR_SIGHAND, CLONE_INTO_CGROUP.
-const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
+/// A flag of clone3 alone: what is handled is default in the child.
+pub const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
 const CSIGNAL: u64 = 0xff;
 
 impl Request {

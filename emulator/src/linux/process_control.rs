@@ -2,7 +2,7 @@
 
 use crate::host::thread::ThreadBlock;
 use crate::host::{fds, fork as host_fork, signal as host_signal};
-use crate::linux::clone::{Request, store_tid};
+use crate::linux::clone::{CLONE_CLEAR_SIGHAND, Request, store_tid};
 use crate::linux::host::{self, err};
 use crate::linux::signal::{self, RESTART};
 use crate::linux::{INTERCEPTS, Process, Task, exec, run};
@@ -43,7 +43,13 @@ fn by_library(request: &Request) -> bool {
         | libc::CLONE_SYSVSEM
         // Memory is copied even so: a process that shares it and runs on is not offered.
         | libc::CLONE_VM;
-    request.exit_signal == libc::SIGCHLD as u64 && request.flags & !(known as u32 as u64) == 0
+    request.exit_signal == libc::SIGCHLD as u64 && request.flags & !(known as u32 as u64 | CLONE_CLEAR_SIGHAND) == 0
+}
+
+fn clear_handlers(task: &Task, request: &Request) {
+    if request.flags & CLONE_CLEAR_SIGHAND != 0 {
+        task.process.signals.clear_handlers();
+    }
 }
 
 /// Forks while this thread holds every lock that another one may hold.
@@ -85,6 +91,7 @@ fn become_child(task: &mut Task, request: &Request) {
         task.vcpu = vcpu;
         task.signals.inbox.attach(ThreadBlock::current());
     }
+    clear_handlers(task, request);
     request.apply(task);
     if by_library(request) && request.has(libc::CLONE_CHILD_SETTID) {
         store_tid(task.process.mem(), request.child_tid, task.tid);
@@ -109,6 +116,7 @@ pub fn vfork(task: &mut Task, request: Request) -> i64 {
         task.process = Arc::new(process.sharing_memory());
         task.tid = host::gettid();
         task.clear_child_tid = 0;
+        clear_handlers(task, &request);
         request.apply(task);
         // The first task of a process does not come back: exit(2) ends it.
         run::run_task(task);

@@ -11,7 +11,7 @@ use crate::host::thread::ThreadBlock;
 use crate::isa::Gpr;
 use crate::linux::fault::{self, Raised};
 use crate::linux::frame::{self, AltStack, Delivery, LastFault};
-use crate::linux::{Flow, Task, crash, host};
+use crate::linux::{Flow, Task, crash, host, strace};
 use crate::vcpu::Kicker;
 use std::sync::{Mutex, MutexGuard};
 
@@ -86,6 +86,15 @@ impl Dispositions {
             tell_host(sig, slot);
         }
         action
+    }
+
+    /// Everything that is handled becomes default (CLONE_CLEAR_SIGHAND).
+    pub fn clear_handlers(&self) {
+        let mut actions = self.lock();
+        for (i, action) in actions.iter_mut().enumerate().filter(|(_, a)| a.handler > IGNORE) {
+            *action = KernelAction::default();
+            tell_host(i as i32 + 1, action);
+        }
     }
 
     /// The host's dispositions and the thread's mask as execve(2) shall find them: what the guest ignores is ignored, what it blocks is
@@ -248,8 +257,7 @@ fn start_handler(task: &mut Task, sig: i32, info: &Info, action: &KernelAction, 
     let delivery = Delivery { sig, info, action, mask: restored, alt: signals.alt, last: signals.last };
     if frame::push(task.vcpu.state(), task.process.mem(), delivery).is_err() {
         if sig == libc::SIGSEGV {
-            crash::report(task, sig, "its handler has no stack to run on");
-            host::die_of(sig);
+            die(task, sig, "its handler has no stack to run on");
         }
         task.signals.mask = restored;
         force(task, libc::SIGSEGV, &fault::forced(libc::SIGSEGV), "a signal handler has no stack to run on");
@@ -257,6 +265,9 @@ fn start_handler(task: &mut Task, sig: i32, info: &Info, action: &KernelAction, 
     }
     if task.signals.alt.flags & frame::SS_AUTODISARM != 0 {
         task.signals.alt = AltStack::DISABLED;
+    }
+    if task.process.options.strace {
+        strace::line(task, &format!("--- {} ---", strace::signal_name(sig)));
     }
     task.signals.mask |= action.mask;
     if action.flags & libc::SA_NODEFER as u64 == 0 {
@@ -270,11 +281,17 @@ fn start_handler(task: &mut Task, sig: i32, info: &Info, action: &KernelAction, 
 fn force(task: &mut Task, sig: i32, info: &Info, why: &str) {
     let action = task.process.signals.take(sig);
     if action.handler <= IGNORE || task.signals.mask & bit(sig) != 0 {
-        crash::report(task, sig, why);
-        host::die_of(sig);
+        die(task, sig, why);
     }
     let restored = task.signals.mask;
     start_handler(task, sig, info, &action, restored);
+}
+
+/// Death of something the guest did, with a line about it. Everything is blocked: a closed standard error shall not send SIGPIPE.
+fn die(task: &mut Task, sig: i32, why: &str) -> ! {
+    host_signal::set_mask(u64::MAX);
+    crash::report(task, sig, why);
+    host::die_of(sig)
 }
 
 /// As [`force`], at an instruction of the guest.

@@ -4,7 +4,7 @@ use crate::linux::file::guest_string;
 use crate::linux::host::host_call;
 use crate::linux::syscall::Args;
 use crate::linux::table::Row;
-use crate::linux::{Process, Task};
+use crate::linux::{Process, Task, signal};
 use std::fmt::Write;
 
 /// Bytes shown of a string or buffer, as strace's default.
@@ -177,6 +177,7 @@ pub fn call(task: &Task, row: &Row, args: &Args, result: Option<i64>) -> String 
 pub fn returned(task: &Task, row: &Row, args: &Args, result: i64) {
     let text = call(task, row, args, Some(result));
     let outcome = match result {
+        signal::RESTART => "? (a signal comes first, then once more)".into(),
         -4095..=-1 => {
             let name = ERRORS.get(-result as usize).map_or_else(|| (-result).to_string(), |n| (*n).to_string());
             let meaning = std::io::Error::from_raw_os_error(-result as i32).to_string();
