@@ -218,7 +218,7 @@ impl Case {
             bitness: self.bitness,
             code: self.code.clone(),
             gpr: Gpr::ALL.map(|r| Setup::default_register(self.bitness, r)),
-            rflags: status | Rflags::FIXED.bits(),
+            rflags: status | Setup::default_flags(self.bitness),
             image: Default::default(),
         };
         for (target, value) in &self.before {

@@ -3,11 +3,15 @@
 use crate::host::{Host, Regs};
 use crate::world::{self, Outcome, Setup};
 use bivisor_emulator::bus::EmptyBus;
+use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::cpu::{CpuState, Fault};
 use bivisor_emulator::interp::Interpreter;
 use bivisor_emulator::mem::GuestMemory;
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Vcpu};
+use bivisor_kvm_backend::{HostKvm, KvmVm};
+use bivisor_translator::Translator;
 use iced_x86::{Decoder, DecoderOptions, FlowControl, OpKind};
+use std::sync::Arc;
 
 /// Runs one instruction; `Err` says why it cannot run this one.
 type Run = Box<dyn FnMut(&Setup) -> Result<Outcome, String>>;
@@ -18,6 +22,8 @@ pub struct Engine {
     pub name: &'static str,
     /// Is it the host CPU itself, whose undefined results the others must share?
     pub is_host: bool,
+    /// Why it cannot agree with the host CPU in corners, if so: a KVM that is software has bugs of its own.
+    pub inexact: Option<String>,
     /// Runs one instruction.
     pub run: Run,
 }
@@ -26,44 +32,79 @@ pub struct Engine {
 pub fn engines() -> (Vec<Engine>, Vec<(&'static str, String)>) {
     let mut have = Vec::new();
     let mut missing = Vec::new();
-    let mut add = |name, is_host, run: Result<Run, String>| match run {
-        Ok(run) => have.push(Engine { name, is_host, run }),
+    let mut add = |name: &'static str, is_host, run: Result<Run, String>| match run {
+        Ok(run) => {
+            let kvm = bivisor_kvm_backend::host();
+            let software = name.starts_with("kvm") && !kvm.usable_for_machine;
+            have.push(Engine { name, is_host, inexact: software.then(|| kvm.reason.clone()), run });
+        }
         Err(why) => missing.push((name, why)),
     };
     let flat = || world::flat().ok_or("the host has no room at the addresses of the test world".to_string());
     add("host", true, flat().map(host));
-    add("interp", false, Ok(vcpu(Box::<Interpreter>::default(), world::ram(), Compare::Everything)));
-    add("interp-flat", false, flat().map(|m| vcpu(Box::<Interpreter>::default(), m, Compare::Everything)));
+    let interpreter = || Box::<Interpreter>::default();
+    add("interp", false, Ok(vcpu(interpreter(), world::ram(), Way::Once)));
+    add("interp-flat", false, flat().map(|m| vcpu(interpreter(), m, Way::Once)));
+    let model = Arc::new(CpuModel::host());
+    let translator = Translator::new(model.clone()).map_err(|e| format!("no executable memory: {e}"));
+    add("bt-flat", false, translator.and_then(|t| Ok(vcpu(Box::new(t), flat()?, Way::ToInt3))));
+    let kvm = || KvmVm::new(model.clone()).map(|vm| Box::new(vm.vcpu()));
+    let process = kvm().and_then(|k| Ok(vcpu(k, flat()?, Way::ToInt3)));
+    add("kvm-flat", false, process.and_then(|p| usable(p, |h| h.usable_for_process)));
+    let machine = kvm().map(|k| vcpu(k, world::ram(), Way::Once));
+    add("kvm", false, machine.and_then(|m| usable(m, |h| h.usable_for_machine)));
     (have, missing)
 }
 
-/// How much of the state an engine promises to keep bit by bit.
+/// Keeps an engine on KVM only where the host can have it.
+fn usable(run: Run, is: fn(&HostKvm) -> bool) -> Result<Run, String> {
+    let host = bivisor_kvm_backend::host();
+    if is(host) { Ok(run) } else { Err(host.reason.clone()) }
+}
+
+/// Of a page fault's error code: it was an instruction fetch.
+const FETCH: u16 = 16;
+
+/// How an engine is told to do one instruction.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Compare {
-    Everything,
+enum Way {
+    /// With a budget of one.
+    Once,
+    /// Without a budget, into the INT3 that is everywhere else on the page: what an engine does at full speed.
+    ToInt3,
 }
 
 /// Runs the instruction through the contract of the engines.
-fn vcpu(mut engine: Box<dyn Vcpu>, mem: GuestMemory, compare: Compare) -> Run {
+fn vcpu(mut engine: Box<dyn Vcpu>, mem: GuestMemory, way: Way) -> Run {
     engine.set_intercepts(Intercepts::EXCEPTIONS);
     Box::new(move |setup| {
         if setup.bitness == 16 && mem.flat().is_some() {
             return Err("no real mode in a process".into());
         }
+        if way == Way::ToInt3 && !reaches_int3(setup) {
+            return Err("does not come to an INT3".into());
+        }
         world::fill(&mem, setup);
         let before = setup.state();
         *engine.state() = before.clone();
         let board = Board { mem: &mem, bus: &EmptyBus };
-        let mut exit = engine.run(board, 1);
-        // A repeated string instruction may take one budget for each element.
-        for _ in 0..64 {
-            if exit != Exit::Budget || engine.state().rip != before.rip {
-                break;
-            }
-            exit = engine.run(board, 1);
+        let exit = match way {
+            Way::Once => once(&mut *engine, board, before.rip),
+            Way::ToInt3 => engine.run(board, u64::MAX),
+        };
+        let int3 = way == Way::ToInt3 && exit == Exit::Exception(Fault::Bp);
+        if int3 {
+            // A trap: RIP is behind it.
+            let state = engine.state();
+            state.rip = state.rip.wrapping_sub(1);
         }
         let fault = match exit {
+            // Without a budget it jumps first, and fails to fetch then.
+            Exit::Exception(Fault::Pf { code, .. }) if way == Way::ToInt3 && code & FETCH != 0 => {
+                return Err("leaves the page of the code".into());
+            }
             Exit::Budget => None,
+            Exit::Exception(_) if int3 => None,
             Exit::Exception(fault) => Some(fault),
             other => return Err(format!("left with {other:?}")),
         };
@@ -74,19 +115,43 @@ fn vcpu(mut engine: Box<dyn Vcpu>, mem: GuestMemory, compare: Compare) -> Run {
             rflags: after.rflags.bits(),
             advance: Some(after.rip.wrapping_sub(before.rip)),
             image: world::image(&mem),
-            other: others(&before, after, compare),
+            other: others(&before, after),
         })
     })
 }
 
+/// One instruction; a repeated string instruction may take one budget for each element.
+fn once(engine: &mut dyn Vcpu, board: Board<'_>, rip: u64) -> Exit {
+    let mut exit = engine.run(board, 1);
+    for _ in 0..64 {
+        if exit != Exit::Budget || engine.state().rip != rip {
+            break;
+        }
+        exit = engine.run(board, 1);
+    }
+    exit
+}
+
+/// Does the instruction go on to an INT3, wherever it goes? Not if it jumps to itself or leaves the page.
+fn reaches_int3(setup: &Setup) -> bool {
+    let insn = Decoder::with_ip(setup.bitness, &setup.code, world::CODE, DecoderOptions::NONE).decode();
+    match insn.flow_control() {
+        FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch | FlowControl::Call => {
+            (world::CODE + 1..world::CODE + 0x1000).contains(&insn.near_branch_target())
+        }
+        FlowControl::Interrupt => false,
+        _ => true,
+    }
+}
+
 /// What changed besides registers, flags and RIP.
-fn others(before: &CpuState, after: &CpuState, compare: Compare) -> String {
+fn others(before: &CpuState, after: &CpuState) -> String {
     let mut expected = before.clone();
     expected.gpr = after.gpr;
     expected.rip = after.rip;
     expected.rflags = after.rflags;
     expected.cr2 = after.cr2;
-    if compare == Compare::Everything && expected == *after {
+    if expected == *after {
         return String::new();
     }
     if expected.seg != after.seg {
@@ -112,7 +177,7 @@ fn host(mem: GuestMemory) -> Run {
         };
         world::fill(&mem, setup);
         host.load(&setup.code);
-        let (fault, regs) = host.run(&Regs { gpr: setup.gpr, rflags: setup.rflags | 0x200 });
+        let (fault, regs) = host.run(&Regs { gpr: setup.gpr, rflags: setup.rflags });
         let mut gpr = regs.gpr;
         if setup.bitness == 32 {
             // Neither stored by 32-bit code nor reachable from it.
@@ -124,7 +189,7 @@ fn host(mem: GuestMemory) -> Run {
             Fault::Gp(_) => Fault::Gp(0),
             f => f,
         });
-        let rflags = (regs.rflags & !0x1_0200) | (setup.rflags & 0x1_0200);
+        let rflags = (regs.rflags & !0x1_0000) | (setup.rflags & 0x1_0000);
         Ok(Outcome { fault, gpr, rflags, advance: None, image: world::image(&mem), other: String::new() })
     })
 }

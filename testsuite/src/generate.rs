@@ -20,7 +20,7 @@ pub fn setup(r: &mut Random, bitness: u32, model: &CpuModel) -> Option<Setup> {
         bitness,
         code: bytes.to_vec(),
         gpr: std::array::from_fn(|_| r.edgy()),
-        rflags: r.next() & (Rflags::STATUS | Rflags::DF).bits() | Rflags::FIXED.bits(),
+        rflags: r.next() & (Rflags::STATUS | Rflags::DF).bits() | Setup::default_flags(bitness),
         image: Default::default(),
     };
     setup.gpr[Gpr::Rsp as usize] = STACK + 0x1000 + r.below(0x100);

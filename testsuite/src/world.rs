@@ -131,6 +131,12 @@ impl Setup {
         s
     }
 
+    /// The flags besides those of a case: a process has interrupts enabled and cannot do otherwise.
+    pub fn default_flags(bitness: u32) -> u64 {
+        use bivisor_emulator::cpu::Rflags;
+        (if bitness == 16 { Rflags::FIXED } else { Rflags::FIXED | Rflags::IF }).bits()
+    }
+
     /// The start value of a register that the case does not name: every byte is different from the other registers'.
     pub fn default_register(bitness: u32, r: Gpr) -> u64 {
         if r == Gpr::Rsp {
@@ -211,7 +217,7 @@ pub fn fill(mem: &GuestMemory, setup: &Setup) {
         }
     }
     protect(CODE, 0x1000, libc::PROT_READ | libc::PROT_WRITE);
-    let mut code = [0xcc; 32];
+    let mut code = [0xcc; 0x1000];
     code[..setup.code.len()].copy_from_slice(&setup.code);
     mem.write(CODE, &code).expect("mapped");
     if let Some(space) = mem.flat() {
