@@ -147,7 +147,8 @@ impl NativeUnit {
                 entry
             }
         };
-        let element = match i.code().op_code().broadcast_memory_size().size() {
+        let evex = i.code().encoding() == iced_x86::EncodingKind::EVEX;
+        let element = match if evex { i.code().op_code().broadcast_memory_size().size() } else { 0 } {
             0 => i.memory_size().element_size(),
             n => n,
         };
