@@ -188,8 +188,11 @@ impl AddressSpace {
     /// mprotect(2): works up to the first gap, then ENOMEM.
     pub fn protect(&self, addr: u64, len: u64, prot: u64) -> i64 {
         let _lock = self.lock();
-        let grows = prot as i32 & (libc::PROT_GROWSDOWN | libc::PROT_GROWSUP);
-        if !addr.is_multiple_of(PAGE_SIZE) || grows == libc::PROT_GROWSDOWN | libc::PROT_GROWSUP {
+        const GROWS: i32 = libc::PROT_GROWSDOWN | libc::PROT_GROWSUP;
+        // Besides read, write and execute there is PROT_SEM, which means nothing on x86.
+        const KNOWN: u64 = (GROWS | 0xf) as u32 as u64;
+        let grows = prot as i32 & GROWS;
+        if prot & !KNOWN != 0 || !addr.is_multiple_of(PAGE_SIZE) || grows == GROWS {
             return EINVAL;
         }
         if len == 0 {
