@@ -12,6 +12,8 @@ pub mod halt;
 pub mod interrupt;
 pub mod io;
 pub mod iret;
+#[cfg(test)]
+mod legacy_tests;
 pub mod msr;
 pub mod segment;
 pub mod selector;
