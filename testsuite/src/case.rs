@@ -217,6 +217,7 @@ impl Case {
         let mut setup = Setup {
             bitness: self.bitness,
             code: self.code.clone(),
+            count: 1,
             gpr: Gpr::ALL.map(|r| Setup::default_register(self.bitness, r)),
             rflags: status | Setup::default_flags(self.bitness),
             image: Default::default(),

@@ -89,6 +89,7 @@ fn vcpu(mut engine: Box<dyn Vcpu>, mem: GuestMemory, way: Way) -> Run {
         *engine.state() = before.clone();
         let board = Board { mem: &mem, bus: &EmptyBus };
         let exit = match way {
+            Way::Once if setup.count > 1 => engine.run(board, setup.count),
             Way::Once => once(&mut *engine, board, before.rip),
             Way::ToInt3 => engine.run(board, u64::MAX),
         };
@@ -190,6 +191,8 @@ fn host(mem: GuestMemory) -> Run {
             f => f,
         });
         let rflags = (regs.rflags & !0x1_0000) | (setup.rflags & 0x1_0000);
-        Ok(Outcome { fault, gpr, rflags, advance: None, image: world::image(&mem), other: String::new() })
+        // Where the fault was; without one it may have been anywhere.
+        let advance = fault.and(host.fault_offset());
+        Ok(Outcome { fault, gpr, rflags, advance, image: world::image(&mem), other: String::new() })
     })
 }

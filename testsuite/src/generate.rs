@@ -6,7 +6,10 @@ use crate::world::{CODE, DATA, HOLE, ROM, STACK, Setup};
 use bivisor_emulator::cpu::Rflags;
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::isa::{Base, Class, Gpr, Insn, MemRef, Operand, Seg, Sensitivity, Width, decode, facts};
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic as M, OpKind, Register};
+use iced_x86::{
+    Decoder, DecoderOptions, Encoder, FlowControl, Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess,
+    OpKind, Register,
+};
 
 /// What a byte stream must not run into: INT3.
 const FILLER: u8 = 0xcc;
@@ -19,6 +22,7 @@ pub fn setup(r: &mut Random, bitness: u32, model: &CpuModel) -> Option<Setup> {
     let mut setup = Setup {
         bitness,
         code: bytes.to_vec(),
+        count: 1,
         gpr: std::array::from_fn(|_| r.edgy()),
         rflags: r.next() & (Rflags::STATUS | Rflags::DF).bits() | Setup::default_flags(bitness),
         image: Default::default(),
@@ -46,6 +50,78 @@ pub fn setup(r: &mut Random, bitness: u32, model: &CpuModel) -> Option<Setup> {
     let insn = decode(&setup.code, bitness).ok()?;
     operands(r, &insn, &mut setup)?;
     Some(finish(setup))
+}
+
+/// Registers that point to data all through a block.
+const POINTERS: [Register; 4] = [Register::R12, Register::R13, Register::R14, Register::R15];
+
+/// Several random 64-bit instructions in a row: registers, memory through [`POINTERS`], now and then a fault in the middle.
+pub fn block(r: &mut Random, model: &CpuModel) -> Setup {
+    let mut setup = Setup {
+        bitness: 64,
+        code: Vec::new(),
+        count: 0,
+        gpr: std::array::from_fn(|_| r.edgy()),
+        rflags: r.next() & (Rflags::STATUS | Rflags::DF).bits() | Setup::default_flags(64),
+        image: Default::default(),
+    };
+    setup.gpr[Gpr::Rsp as usize] = STACK + 0x1000;
+    for p in POINTERS {
+        let at = if r.once_in(20) { HOLE } else { DATA + 0x80 + r.below(0x1e00) };
+        setup.gpr[p.number()] = at;
+        let v = r.edgy();
+        setup.image.put(at, 8, v);
+    }
+    let wanted = 2 + r.below(7);
+    while setup.count < wanted {
+        if let Some(code) = member(r, model) {
+            setup.code.extend(code);
+            setup.count += 1;
+        }
+    }
+    setup
+}
+
+/// An instruction that can stand in a block.
+fn member(r: &mut Random, model: &CpuModel) -> Option<Vec<u8>> {
+    let mut bytes = [FILLER; 15];
+    head(r, 64, &mut bytes);
+    let mut iced = Decoder::with_ip(64, &bytes, CODE, DecoderOptions::NONE).decode();
+    if iced.is_invalid() || !testable(&iced, model) || facts(iced.code()).class == Class::String {
+        return None;
+    }
+    bytes = constants(r, 64, &bytes);
+    iced = Decoder::with_ip(64, &bytes, CODE, DecoderOptions::NONE).decode();
+    let memory = (0..iced.op_count()).any(|k| iced.op_kind(k) == OpKind::Memory);
+    let far_bit = matches!(iced.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc) && iced.op1_kind() == OpKind::Register;
+    if memory && (far_bit || matches!(iced.mnemonic(), M::Xlatb)) {
+        return None;
+    }
+    let stack = matches!(iced.mnemonic(), M::Push | M::Pop);
+    if matches!(iced.mnemonic(), M::Enter | M::Leave) {
+        return None;
+    }
+    if memory {
+        iced.set_memory_base(r.one_of(&POINTERS));
+        iced.set_memory_index(Register::None);
+        iced.set_memory_displacement64((r.below(0x80)).wrapping_sub(0x40));
+        iced.set_memory_displ_size(8);
+    }
+    let mut factory = InstructionInfoFactory::new();
+    let written = factory.info(&iced).used_registers().iter().any(|u| {
+        let full = u.register().full_register();
+        let kept = POINTERS.contains(&full) || (full == Register::RSP && !stack);
+        kept && !matches!(u.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess)
+    });
+    if written || (stack && iced.op0_register().full_register() == Register::RSP) {
+        return None;
+    }
+    if !memory {
+        return Some(bytes[..iced.len()].to_vec());
+    }
+    let mut encoder = Encoder::new(64);
+    encoder.encode(&iced, CODE).ok()?;
+    Some(encoder.take_buffer())
 }
 
 /// Outside 64-bit code there are no other registers and no other halves.

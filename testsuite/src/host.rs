@@ -53,6 +53,8 @@ const DATA: u32 = 0x2b;
 thread_local! {
     /// The instruction that runs on this thread: its range, and the address of the epilogue.
     static RUNNING: Cell<(u64, u64, u64)> = const { Cell::new((0, 0, 0)) };
+    /// Where the last fault was.
+    static FAULT_RIP: Cell<u64> = const { Cell::new(0) };
     /// What the handler saw.
     static CAUGHT: Cell<Option<(Fault, Regs)>> = const { Cell::new(None) };
 }
@@ -111,6 +113,11 @@ impl Host {
     /// Where the loaded instruction lies.
     pub fn address(&self) -> u64 {
         self.insn.0
+    }
+
+    /// How far behind the start of the code the last fault was.
+    pub fn fault_offset(&self) -> Option<u64> {
+        FAULT_RIP.get().checked_sub(self.insn.0)
     }
 
     /// Runs the loaded instruction once: the registers after it, or at its fault.
@@ -273,6 +280,7 @@ unsafe fn hook(_: &ThreadBlock, _: i32, _: *mut libc::siginfo_t, context: *mut l
         _ => Fault::Gp(code),
     };
     CAUGHT.set(Some((fault, regs)));
+    FAULT_RIP.set(reg(libc::REG_RIP));
     gregs[libc::REG_RIP as usize] = out as i64;
     gregs[libc::REG_CSGSFS as usize] = (gregs[libc::REG_CSGSFS as usize] & !0xffff) | i64::from(CODE64);
     gregs[libc::REG_EFL as usize] &= !0x4_0500; // TF, DF, AC

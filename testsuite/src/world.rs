@@ -76,8 +76,10 @@ impl Image {
 pub struct Setup {
     /// 16, 32 or 64.
     pub bitness: u32,
-    /// The instruction's bytes.
+    /// The instruction's bytes, or those of several.
     pub code: Vec<u8>,
+    /// How many instructions.
+    pub count: u64,
     /// Registers in encoding order.
     pub gpr: [u64; 16],
     /// Flags.

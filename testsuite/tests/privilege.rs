@@ -63,7 +63,8 @@ impl Bench {
         engine.set_intercepts(Intercepts::EXCEPTIONS);
         // Every register holds an address that exists; DX is port 0 then.
         let gpr = [world::DATA; 16];
-        let setup = world::Setup { bitness: 64, code: vec![], gpr, rflags: 2, image: world::Image::default() };
+        let setup =
+            world::Setup { bitness: 64, code: vec![], count: 1, gpr, rflags: 2, image: world::Image::default() };
         Bench { engine, mem: world::ram(), setup }
     }
 

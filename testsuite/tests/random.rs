@@ -8,7 +8,7 @@ use bivisor_testsuite::generate;
 use bivisor_testsuite::random::Random;
 use bivisor_testsuite::world::{Outcome, Setup};
 use iced_x86::{Decoder, DecoderOptions};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 const REPORTED: usize = 30;
 
@@ -48,14 +48,30 @@ fn difference(host: &Outcome, out: &Outcome, mask: u64) -> Option<String> {
     if (out.rflags ^ host.rflags) & mask != 0 {
         return Some(format!("flags {:#x}, CPU {:#x}", out.rflags, host.rflags));
     }
+    if let (Some(is), Some(should)) = (out.advance, host.advance)
+        && is != should
+    {
+        return Some(format!("RIP moved by {is}, CPU by {should}"));
+    }
     if let Some((addr, is, should)) = out.image.difference(&host.image) {
         return Some(format!("byte at {addr:#x} is {is:#x}, CPU {should:#x}"));
     }
     (!out.other.is_empty()).then(|| format!("changed besides: {}", out.other))
 }
 
-#[test]
-fn random_instructions() {
+fn text(setup: &Setup) -> String {
+    let mut decoder = Decoder::with_ip(setup.bitness, &setup.code, 0, DecoderOptions::NONE);
+    let mut out = Vec::new();
+    while decoder.can_decode() && (out.len() as u64) < setup.count {
+        let at = decoder.position();
+        let insn = decoder.decode();
+        out.push(disassembly(setup.bitness, &setup.code[at..at + insn.len()]));
+    }
+    out.join("; ")
+}
+
+/// Runs what `next` makes on the host CPU and on all engines that can be exact.
+fn compare(name: &str, n: u64, mut next: impl FnMut(&mut Random) -> Option<Setup>) {
     let (mut engines, missing) = engines();
     for (name, why) in missing {
         println!("SKIPPED engine {name}: {why}");
@@ -68,20 +84,16 @@ fn random_instructions() {
         println!("SKIPPED: without the host CPU there is nothing to compare with");
         return;
     }
-    let model = CpuModel::host();
     let mut random = Random::new(number("SEED", 0));
     let mut wrong: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let mut counts: BTreeMap<&str, u64> = BTreeMap::new();
-    let mut mnemonics = BTreeMap::new();
-    let n = number("RANDOM", 10_000);
+    let mut mnemonics = BTreeSet::new();
     let mut done = 0;
     while done < n {
-        let bitness = random.one_of(&[64, 64, 64, 32]);
-        let Some(setup) = generate::setup(&mut random, bitness, &model) else { continue };
+        let Some(setup) = next(&mut random) else { continue };
         done += 1;
-        let text = disassembly(bitness, &setup.code);
-        let mnemonic = Decoder::new(bitness, &setup.code, DecoderOptions::NONE).decode().mnemonic();
-        *mnemonics.entry(format!("{mnemonic:?}")).or_insert(0u64) += 1;
+        let mnemonic = Decoder::new(setup.bitness, &setup.code, DecoderOptions::NONE).decode().mnemonic();
+        mnemonics.insert(format!("{mnemonic:?}"));
         let mut host = None;
         for engine in &mut engines {
             let Ok(out) = (engine.run)(&setup) else { continue };
@@ -89,23 +101,39 @@ fn random_instructions() {
             if engine.is_host {
                 host = Some(out);
             } else if let Some(d) = host.as_ref().and_then(|h| difference(h, &out, compared(&setup))) {
-                let place = format!("{} on {}", format!("{mnemonic:?}").to_lowercase(), engine.name);
+                let key = if setup.count > 1 { String::new() } else { format!("{mnemonic:?} ").to_lowercase() };
                 let gpr: Vec<String> = setup.gpr.iter().map(|g| format!("{g:x}")).collect();
-                let says = format!(
-                    "{bitness} {:02x?} {text}: {d}\n    gpr {} flags {:x}",
-                    setup.code,
-                    gpr.join(" "),
-                    setup.rflags
-                );
-                wrong.entry(place).or_default().push(says);
+                let (bits, code, text) = (setup.bitness, &setup.code, text(&setup));
+                let state = format!("gpr {} flags {:x}", gpr.join(" "), setup.rflags);
+                wrong
+                    .entry(format!("{key}on {}", engine.name))
+                    .or_default()
+                    .push(format!("{bits} {code:02x?} {text}: {d}\n    {state}"));
             }
         }
     }
-    println!("{} mnemonics", mnemonics.len());
+    println!("{name}: {} first mnemonics", mnemonics.len());
     for (engine, n) in counts {
-        println!("{n:6} instructions on {engine}");
+        println!("{n:6} on {engine}");
     }
     let total: usize = wrong.values().map(Vec::len).sum();
-    let shown = wrong.iter().map(|(k, v)| format!("{k}, {} times: {}", v.len(), v[0])).take(REPORTED);
+    // The shortest of each kind says most.
+    let shortest = |v: &[String]| v.iter().min_by_key(|s| s.len()).cloned().unwrap_or_default();
+    let shown = wrong.iter().map(|(k, v)| format!("{k}, {} times: {}", v.len(), shortest(v))).take(REPORTED);
     assert!(wrong.is_empty(), "{total} wrong\n{}", shown.collect::<Vec<_>>().join("\n"));
+}
+
+#[test]
+fn random_instructions() {
+    let model = CpuModel::host();
+    compare("instructions", number("RANDOM", 10_000), |random| {
+        let bitness = random.one_of(&[64, 64, 64, 32]);
+        generate::setup(random, bitness, &model)
+    });
+}
+
+#[test]
+fn random_blocks() {
+    let model = CpuModel::host();
+    compare("blocks", number("RANDOM", 10_000) / 2, |random| Some(generate::block(random, &model)));
 }

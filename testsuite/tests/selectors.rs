@@ -26,6 +26,7 @@ fn all_selectors() {
         let mut setup = world::Setup {
             bitness: 64,
             code: code.to_vec(),
+            count: 1,
             gpr: [0x1111_2222_3333_4444; 16],
             rflags: 0x202,
             image: world::Image::default(),
