@@ -10,8 +10,10 @@ use bivisor_testsuite::guest;
 use bivisor_translator::Translator;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
-const LIMIT: u64 = 5_000_000;
+/// A thousand times what the guest needs on the interpreter.
+const LIMIT: Duration = Duration::from_secs(60);
 
 fn expected_file() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("guests/ring0.txt")
@@ -68,15 +70,11 @@ fn translator() {
     check("translator", &mut Translator::new(model()).expect("executable memory"));
 }
 
-/// Only where the hardware virtualizes every mode: on a host whose KVM runs CPL 0 code at CPL 3 the guest would see the host's
-/// hypervisor and not the architecture.
+/// Only where the hardware virtualizes every mode. On a host whose KVM runs kernel code by other means the guest may see that host's
+/// limits: then each line that is not the architecture's is shown, and nothing is demanded.
 #[test]
 fn kvm() {
     let host = host();
-    if !host.usable_for_machine {
-        println!("SKIPPED on KVM: {}", host.reason);
-        return;
-    }
     let vm = match KvmVm::new(Arc::new(CpuModel::host())) {
         Ok(vm) => vm,
         Err(why) => {
@@ -84,5 +82,18 @@ fn kvm() {
             return;
         }
     };
-    check("kvm", &mut vm.vcpu());
+    if host.usable_for_machine {
+        return check("kvm", &mut vm.vcpu());
+    }
+    println!("SKIPPED on KVM: {}", host.reason);
+    let Some(elf) = guest_file() else { return };
+    let seen = match guest::run(&mut vm.vcpu(), elf, Duration::from_secs(10)) {
+        Ok(report) => report.output,
+        Err(why) => why,
+    };
+    let want = std::fs::read_to_string(expected_file()).expect("guests/ring0.txt is in the tree");
+    let want: Vec<&str> = want.lines().collect();
+    for line in seen.lines().filter(|line| !want.contains(line)) {
+        println!("    limit of this host: {line}");
+    }
 }
