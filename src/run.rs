@@ -104,12 +104,7 @@ fn again(args: &RunArgs, backend: Backend) -> Vec<OsString> {
 
 fn environment(changes: &[OsString]) -> Vec<OsString> {
     let name = |s: &OsStr| s.as_bytes().split(|&c| c == b'=').next().unwrap_or_default().to_vec();
-    let mut all = linux::exec::guest_environment(std::env::vars_os().map(|(k, v)| {
-        let mut both = k;
-        both.push("=");
-        both.push(v);
-        both
-    }));
+    let mut all = linux::exec::guest_environment(host::environment().into_iter());
     for change in changes {
         all.retain(|old| name(old) != name(change));
         if change.as_bytes().contains(&b'=') {

@@ -59,8 +59,8 @@ fn named(task: &Task, dir: i32, at: u64, flags: i32) -> Result<PathBuf, i64> {
         None if task.process.mem().read(at, &mut [0]).is_none() => return Err(EFAULT),
         None => return Err(err(libc::ENAMETOOLONG)),
     };
-    if let Some(Special::Exe) = proc::special(&task.process, dir, &path) {
-        return Ok(task.process.exe.clone());
+    if let Some(Special::Exe(exe)) = proc::special(&task.process, dir, &path) {
+        return Ok(exe);
     }
     let path = PathBuf::from(OsString::from_vec(path));
     if flags & libc::AT_SYMLINK_NOFOLLOW != 0 && path.is_symlink() {

@@ -6,7 +6,7 @@ use crate::linux::host::{err, host_call};
 use crate::linux::proc::{self, Special};
 use crate::linux::syscall::{Args, Outcome, number, pass};
 use std::ffi::CString;
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 const AT_FDCWD: u64 = libc::AT_FDCWD as u64;
 const EBADF: i64 = err(libc::EBADF);
@@ -42,7 +42,7 @@ fn special(task: &Task, dir: u64, path: u64) -> Option<Special> {
 /// A call whose argument `n` is a path, relative to `dir`.
 fn with_path(task: &mut Task, dir: u64, n: usize, mut a: Args) -> Outcome {
     let exe = match special(task, dir, a[n]) {
-        Some(Special::Exe) => CString::new(task.process.exe.as_os_str().as_bytes()).ok(),
+        Some(Special::Exe(exe)) => CString::new(exe.into_os_string().into_vec()).ok(),
         _ => None,
     };
     if let Some(exe) = &exe {
@@ -76,8 +76,8 @@ fn open_at(task: &mut Task, dir: u64, n: usize, flags: u64, mut a: Args) -> Outc
     let found = if flags & libc::O_NOFOLLOW as u64 != 0 { None } else { special(task, dir, a[n]) };
     match found {
         Some(Special::Content(content)) => proc::open(&content, flags).into(),
-        Some(Special::Exe) => {
-            let Ok(exe) = CString::new(task.process.exe.as_os_str().as_bytes()) else {
+        Some(Special::Exe(exe)) => {
+            let Ok(exe) = CString::new(exe.into_os_string().into_vec()) else {
                 return err(libc::ENOENT).into();
             };
             a[n] = exe.as_ptr() as u64;
@@ -108,14 +108,12 @@ pub fn openat2(task: &mut Task, a: Args) -> Outcome {
 
 fn read_link(task: &mut Task, dir: u64, n: usize, a: Args) -> Outcome {
     let number = number(task);
-    if !matches!(special(task, dir, a[n]), Some(Special::Exe)) {
-        return pass(task, number, a).into();
-    }
+    let Some(Special::Exe(exe)) = special(task, dir, a[n]) else { return pass(task, number, a).into() };
     let size = a[n + 2] as i32;
     if size <= 0 {
         return err(libc::EINVAL).into();
     }
-    let exe = task.process.exe.as_os_str().as_bytes();
+    let exe = exe.as_os_str().as_bytes();
     let text = &exe[..exe.len().min(size as usize)];
     match task.process.mem().write(a[n + 1], text) {
         Some(()) => (text.len() as i64).into(),

@@ -2,8 +2,8 @@
 #![allow(unsafe_code)]
 
 use crate::host::syscall::Aborted;
-use std::ffi::{CString, c_long};
-use std::os::unix::ffi::OsStrExt;
+use std::ffi::{CStr, CString, OsString, c_long};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 use std::sync::atomic::AtomicU32;
 
@@ -90,4 +90,18 @@ pub fn may_execute(path: &Path) -> bool {
 pub fn own_brk() -> u64 {
     // SAFETY: asks and changes nothing.
     unsafe { libc::sbrk(0) as u64 }
+}
+
+/// The environment as it is, with strings that are no variables; nobody in this program changes it.
+pub fn environment() -> Vec<OsString> {
+    let mut all = Vec::new();
+    // SAFETY: the C library's list of strings ends with a null pointer.
+    unsafe {
+        let mut at = libc::environ;
+        while !at.is_null() && !(*at).is_null() {
+            all.push(OsString::from_vec(CStr::from_ptr(*at).to_bytes().to_vec()));
+            at = at.add(1);
+        }
+    }
+    all
 }

@@ -5,17 +5,18 @@
 
 use crate::linux::Process;
 use crate::linux::host::{self, err, host_call};
-use crate::linux::stack::Placed;
+use crate::linux::stack::{Placed, at};
 use crate::mem::{Prot, Vma};
 use std::ffi::OsStr;
 use std::fmt::Write;
 use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 
 /// What a path into /proc means for the guest.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Special {
-    /// The link to the program.
-    Exe,
+    /// The link to the program: where it goes.
+    Exe(PathBuf),
     /// A file with this content.
     Content(Vec<u8>),
 }
@@ -37,6 +38,7 @@ pub fn special(process: &Process, dir: i32, path: &[u8]) -> Option<Special> {
     full.extend_from_slice(path);
     let parts: Vec<&[u8]> = full.split(|&c| c == b'/').filter(|p| !p.is_empty() && *p != b".").collect();
     let own = match parts.as_slice() {
+        [b"proc", who, _] if name == b"exe" && !is_own(who) => return exe_of(who).map(Special::Exe),
         [b"proc", who, _] => is_own(who),
         [b"proc", who, b"task", tid, _] => is_own(who) && is_own(tid),
         _ => false,
@@ -45,7 +47,7 @@ pub fn special(process: &Process, dir: i32, path: &[u8]) -> Option<Special> {
         return None;
     }
     match name {
-        b"exe" => Some(Special::Exe),
+        b"exe" => Some(Special::Exe(process.exe.clone())),
         b"maps" => Some(Special::Content(maps(process).into_bytes())),
         b"smaps" => Some(Special::Content(smaps(process).into_bytes())),
         _ if process.shown_by_kernel => None,
@@ -53,6 +55,19 @@ pub fn special(process: &Process, dir: i32, path: &[u8]) -> Option<Special> {
         b"environ" => Some(Special::Content(joined(&process.env))),
         _ => None,
     }
+}
+
+/// The program of another process, if that is run by this bivisor: the file from which its program headers are mapped.
+fn exe_of(pid: &[u8]) -> Option<PathBuf> {
+    let pid: u32 = std::str::from_utf8(pid).ok()?.parse().ok()?;
+    let link = |who: &str| std::fs::read_link(format!("/proc/{who}/exe")).ok();
+    link(&pid.to_string()).filter(|theirs| link("self").as_ref() == Some(theirs))?;
+    let aux = std::fs::read(format!("/proc/{pid}/auxv")).ok()?;
+    let word = |b: &[u8]| u64::from_le_bytes(b.try_into().unwrap_or_default());
+    let phdr = aux.chunks_exact(16).find(|e| word(&e[..8]) == at::PHDR).map(|e| word(&e[8..]))?;
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).ok()?;
+    let line = maps.lines().filter_map(parse).find(|l| (l.start..l.end).contains(&phdr))?;
+    line.name.starts_with('/').then(|| PathBuf::from(line.name))
 }
 
 /// `self`, `thread-self`, or the number of one of our tasks.
