@@ -171,7 +171,7 @@ pub fn ram() -> GuestMemory {
 }
 
 /// The same pages at the same addresses of this process; `None` if the host has something there or refuses. They are mapped at the
-/// first call and stay.
+/// first call and stay, the same for all: one test of a program at a time.
 pub fn flat() -> Option<GuestMemory> {
     static MAPPED: OnceLock<bool> = OnceLock::new();
     let mapped = *MAPPED.get_or_init(|| pages().all(|(start, len)| map(start, len)));

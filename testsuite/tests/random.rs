@@ -9,6 +9,7 @@ use bivisor_testsuite::random::Random;
 use bivisor_testsuite::world::{Outcome, Setup};
 use iced_x86::{Decoder, DecoderOptions};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Mutex;
 
 const REPORTED: usize = 30;
 
@@ -72,6 +73,9 @@ fn text(setup: &Setup) -> String {
 
 /// Runs what `next` makes on the host CPU and on all engines that can be exact.
 fn compare(name: &str, n: u64, mut next: impl FnMut(&mut Random) -> Option<Setup>) {
+    // The engines of all threads share the pages of the world.
+    static WORLD: Mutex<()> = Mutex::new(());
+    let _alone = WORLD.lock().unwrap_or_else(|e| e.into_inner());
     let (mut engines, missing) = engines();
     for (name, why) in missing {
         println!("SKIPPED engine {name}: {why}");
