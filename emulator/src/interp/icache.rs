@@ -14,6 +14,10 @@ const PAGE: usize = PAGE_SIZE as usize;
 const FRONT: usize = 1024;
 /// Decoded instructions before everything is forgotten: about 128 bytes each.
 const MOST: usize = 1 << 20;
+/// After so many the page is not watched any more.
+const MOST_REFRESHES: u32 = 32;
+/// After so many instructions it is watched again.
+const COMPARE_AGAIN: u32 = 1 << 20;
 /// The part of a context that says how bytes are decoded; the rest says who fetches.
 const SIZE_BITS: u64 = 3;
 
@@ -90,6 +94,10 @@ pub struct Page {
     entries: Vec<Entry>,
     crossing: Option<Box<Crossing>>,
     bytes: Box<[u8; PAGE]>,
+    /// How often memory had to be asked again.
+    refreshes: u32,
+    /// Instructions compared one by one since the page was last watched.
+    compared: u32,
 }
 
 impl Page {
@@ -103,17 +111,41 @@ impl Page {
             entries: Vec::new(),
             crossing: None,
             bytes: Box::new([0; PAGE]),
+            refreshes: 0,
+            compared: 0,
         };
         page.refresh(mem)?;
         Some(page)
     }
 
-    /// Makes the page agree with memory.
-    fn refresh(&mut self, mem: &GuestMemory) -> Option<()> {
+    /// Is the page written so often that to watch it costs more than to compare each instruction? In a flat space the watch is a write
+    /// protection, and each round of it a signal and two system calls.
+    #[inline(always)]
+    pub fn is_unwatched(&self) -> bool {
+        self.refreshes > MOST_REFRESHES
+    }
+
+    /// Are the bytes of an instruction still those that it was decoded from? Asked for unwatched pages.
+    pub fn is_same(&mut self, mem: &GuestMemory, offset: usize, len: usize) -> bool {
+        self.compared += 1;
+        if self.compared > COMPARE_AGAIN {
+            (self.refreshes, self.compared) = (0, 0);
+            return self.refresh(mem).is_some() && self.entry(self.find(offset)).is_some();
+        }
+        let mut now = [0; MAX_INSN_LEN];
+        let (Some(now), Some(then)) = (now.get_mut(..len), self.bytes.get(offset..offset + len)) else { return false };
+        mem.read(self.gpa + offset as u64, now).is_some() && now == then
+    }
+
+    /// Makes the page agree with memory. `None` if there is none any more.
+    pub fn refresh(&mut self, mem: &GuestMemory) -> Option<()> {
         let mut now = [0; PAGE];
         // In this order: what is written after the watch is seen by the generation or in the bytes.
         let epoch = mem.code_epoch();
-        mem.watch_code(self.gpa);
+        self.refreshes += u32::from(mem.flat().is_some());
+        if !self.is_unwatched() {
+            mem.watch_code(self.gpa);
+        }
         let generation = mem.code_generation(self.gpa);
         mem.read(self.gpa, &mut now)?;
         if now != *self.bytes {

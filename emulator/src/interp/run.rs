@@ -109,7 +109,7 @@ fn delivered(r: Result<(), Stop>) -> Result<(), Exit> {
 fn some(x: &mut Exec<'_>, cache: &mut ICache, most: u64, left: &mut u64) -> Result<(), Exit> {
     let context = Context::of(x.cpu);
     if needs_care(x.cpu) {
-        return careful(x, context, left);
+        return careful(x, cache, context, left);
     }
     let done = match fetch::window(x, cache, context) {
         Ok(Some(window)) => run_window(x, window, context, most, left),
@@ -130,7 +130,11 @@ fn needs_care(cpu: &CpuState) -> bool {
 #[inline(always)]
 fn run_window(x: &mut Exec<'_>, window: Window<'_>, context: Context, most: u64, left: &mut u64) -> Result<(), Stop> {
     let mut todo = most;
-    let done = run_entries(x, window, context, &mut todo);
+    let done = if window.page.is_unwatched() {
+        run_unwatched(x, window, context, &mut todo)
+    } else {
+        run_entries(x, window, context, &mut todo)
+    };
     *left -= most - todo;
     done
 }
@@ -173,6 +177,41 @@ fn run_entries(x: &mut Exec<'_>, window: Window<'_>, context: Context, todo: &mu
     Ok(())
 }
 
+/// As [`run_entries`] for a page that is written all the time: each instruction is compared with memory before it is executed.
+#[cold]
+fn run_unwatched(x: &mut Exec<'_>, window: Window<'_>, context: Context, todo: &mut u64) -> Result<(), Stop> {
+    let Window { page, base } = window;
+    let epoch = page.epoch();
+    while *todo > 0 {
+        let offset = x.cpu.rip.wrapping_sub(base) as usize;
+        if offset >= PAGE_SIZE as usize || x.attention || x.mem.code_epoch() != epoch {
+            break;
+        }
+        let same = match page.entry(page.find(offset)) {
+            Some(entry) => {
+                let len = usize::from(entry.insn.len);
+                page.is_same(x.mem, offset, len)
+            }
+            None => false,
+        };
+        if !same && page.refresh(x.mem).is_none() {
+            break;
+        }
+        let entry = match page.entry(page.find(offset)) {
+            Some(entry) => entry.clone(),
+            None => match fetch::decode_in(x, page, offset, context)? {
+                None => continue,
+                Some(_) => return alone(x, context, todo),
+            },
+        };
+        one(x, &entry, context, todo)?;
+        if !entry.marks.is_empty() {
+            break;
+        }
+    }
+    Ok(())
+}
+
 /// One instruction that no window holds.
 #[cold]
 fn alone(x: &mut Exec<'_>, context: Context, left: &mut u64) -> Result<(), Stop> {
@@ -206,12 +245,28 @@ fn execute(x: &mut Exec<'_>, entry: &Entry, context: Context, left: &mut u64) ->
 
 /// One instruction with all that may happen round it: breakpoint before, single-step trap after.
 #[cold]
-fn careful(x: &mut Exec<'_>, context: Context, left: &mut u64) -> Result<(), Exit> {
+fn careful(x: &mut Exec<'_>, cache: &mut ICache, context: Context, left: &mut u64) -> Result<(), Exit> {
     let done = match breakpoints(x.cpu) {
-        0 => fetch::fetch(x, context).map(|i| Entry::new(i, x)).and_then(|entry| carefully(x, &entry, context, left)),
+        0 => next_entry(x, cache, context).and_then(|entry| carefully(x, &entry, context, left)),
         hit => Err(Fault::Db(hit).into()),
     };
     done.or_else(|stop| stopped(x, stop, left))
+}
+
+/// The instruction at RIP, from the cache if it is there.
+fn next_entry(x: &mut Exec<'_>, cache: &mut ICache, context: Context) -> Result<Entry, Stop> {
+    if let Some(Window { page, base }) = fetch::window(x, cache, context)? {
+        let offset = x.cpu.rip.wrapping_sub(base) as usize;
+        if page.entry(page.find(offset)).is_none()
+            && let Some(entry) = fetch::decode_in(x, page, offset, context)?
+        {
+            return Ok(entry);
+        }
+        if let Some(entry) = page.entry(page.find(offset)) {
+            return Ok(entry.clone());
+        }
+    }
+    Ok(Entry::new(fetch::fetch(x, context)?, x))
 }
 
 fn carefully(x: &mut Exec<'_>, entry: &Entry, context: Context, left: &mut u64) -> Result<(), Stop> {
