@@ -313,6 +313,8 @@ fn xcr(x: &Exec<'_>) -> Result<u64, Fault> {
 /// XGETBV: XCR0, and with ECX = 1 XCR0 AND XINUSE where CPUID offers that.
 pub fn xgetbv(x: &mut Exec<'_>, _: &Insn) -> Step {
     const XGETBV_ECX1: u32 = 1 << 2;
+    // The x87 part of XINUSE may still be in the host's registers.
+    x.env.native.leave_x87(&mut x.cpu.xsave);
     let v = match xcr(x)? {
         0 => x.cpu.xcr0,
         1 if x.env.cpu_model.cpuid(x.cpu, 0xd, 1)[0] & XGETBV_ECX1 != 0 => x.cpu.xcr0 & native::state::in_use(x),
