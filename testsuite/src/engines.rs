@@ -48,6 +48,8 @@ pub fn engines() -> (Vec<Engine>, Vec<(&'static str, String)>) {
     let model = Arc::new(CpuModel::host());
     let translator = Translator::new(model.clone()).map_err(|e| format!("no executable memory: {e}"));
     add("bt-flat", false, translator.and_then(|t| Ok(vcpu(Box::new(t), flat()?, Way::ToInt3))));
+    let translator = Translator::new(model.clone()).map_err(|e| format!("no executable memory: {e}"));
+    add("bt-step", false, translator.and_then(|t| Ok(vcpu(Box::new(t), flat()?, Way::Once))));
     let kvm = || KvmVm::new(model.clone()).map(|vm| Box::new(vm.vcpu()));
     let process = kvm().and_then(|k| Ok(vcpu(k, flat()?, Way::ToInt3)));
     add("kvm-flat", false, process.and_then(|p| usable(p, |h| h.usable_for_process)));

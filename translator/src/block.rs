@@ -90,9 +90,9 @@ impl Window<'_> {
     }
 }
 
-/// Decodes the block at `start` in 64-bit code. `None` if the first instruction cannot be fetched or decoded: the interpreter then
+/// Decodes the block of at most `most` instructions at `start` in 64-bit code. `None` if the first instruction cannot be fetched or decoded: the interpreter then
 /// finds out why.
-pub fn decode_block(mem: &GuestMemory, start: u64, routes: &Routes) -> Option<GuestBlock> {
+pub fn decode_block(mem: &GuestMemory, start: u64, routes: &Routes, most: usize) -> Option<GuestBlock> {
     let mut window = Window { mem, start, bytes: Vec::with_capacity(PIECE as usize) };
     let mut items: Vec<Item> = Vec::with_capacity(24);
     let mut at = 0;
@@ -101,7 +101,7 @@ pub fn decode_block(mem: &GuestMemory, start: u64, routes: &Routes) -> Option<Gu
         // As `isa::decode` does it; what it would refuse is left to the interpreter, which raises the fault.
         let ip = start.wrapping_add(at as u64);
         let mut decoder = Decoder::with_ip(64, &window.bytes[at..], ip, DecoderOptions::NONE);
-        while items.len() < MAX_INSNS && branches < MAX_BRANCHES && at < PAGE_SIZE as usize - MAX_INSN_LEN {
+        while items.len() < most && branches < MAX_BRANCHES && at < PAGE_SIZE as usize - MAX_INSN_LEN {
             let mut iced = Instruction::default();
             decoder.decode_out(&mut iced);
             if iced.is_invalid() {

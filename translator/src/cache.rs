@@ -6,19 +6,20 @@
 //! Order of locks: the watched pages of `FlatSpace`, then the one here. So pages are watched before the lock is taken, and the epoch
 //! tells whether something became stale in between.
 
-use crate::block::{GuestBlock, decode_block};
+use crate::block::{GuestBlock, MAX_INSNS, decode_block};
 use crate::code_buffer::{CodeBuffer, ForkMark, TABLE_ENTRIES};
 use crate::emit::Emitter;
 use crate::exits::{Exits, MAX_EXITS};
 use crate::fault::kick;
 use crate::lower::memory::MemoryModel;
-use crate::lower::{Landing, Leave, Surroundings, Unit, emit_landing, emit_trampolines, lower};
+use crate::lower::{Exit, Landing, Leave, Surroundings, Unit, emit_landing, emit_trampolines, lower};
 use crate::marks::{self, Mark, Registers};
 use crate::route::{Policy, Routes};
 use crate::stats::CacheStats;
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::host::thread::ThreadBlock;
 use bivisor_emulator::mem::GuestMemory;
+use iced_x86::Mnemonic;
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
@@ -215,6 +216,11 @@ impl Cache {
         self.exits.leave(exit)
     }
 
+    /// See [`Exits::rip`].
+    pub fn rip(&self, exit: u32) -> u64 {
+        self.exits.rip(exit)
+    }
+
     /// Changes when an entry found earlier may be stale.
     pub fn version(&self) -> u64 {
         self.version.load(Ordering::Acquire)
@@ -291,12 +297,12 @@ impl Cache {
             }
             drop(inner);
             let epoch = mem.code_epoch();
-            let block = decode_block(mem, rip, &self.routes)?;
+            let block = decode_block(mem, rip, &self.routes, MAX_INSNS)?;
             let mut inner = self.lock();
             if mem.code_epoch() != epoch || inner.by_guest.contains_key(&rip) {
                 continue;
             }
-            if !inner.buffer.fits(MAX_BLOCK) || inner.exits_used + 256 > MAX_EXITS {
+            if self.is_full(&inner) {
                 let seen = self.flushes();
                 drop(inner);
                 self.flush(seen);
@@ -304,6 +310,50 @@ impl Cache {
             }
             let b = self.insert(&mut inner, &block, via == Via::Indirect);
             return Some(self.connect(&mut inner, b, via));
+        }
+    }
+
+    fn is_full(&self, inner: &Inner) -> bool {
+        !inner.buffer.fits(MAX_BLOCK) || inner.exits_used + 256 > MAX_EXITS
+    }
+
+    /// Code for the one instruction at `rip`, linked to nothing and found by nobody else; `None` if it cannot be translated, or
+    /// pushes flags and must not.
+    pub fn single(&self, mem: &GuestMemory, rip: u64, may_push_flags: bool) -> Option<Entry> {
+        let block = decode_block(mem, rip, &self.routes, 1)?;
+        if !may_push_flags && matches!(block.items[0].iced.mnemonic(), Mnemonic::Pushf | Mnemonic::Pushfq) {
+            return None;
+        }
+        loop {
+            let mut inner = self.lock();
+            let flushes = self.flushes();
+            if self.is_full(&inner) {
+                drop(inner);
+                self.flush(flushes);
+                continue;
+            }
+            let mut unit = lower(&block, &self.surroundings(&inner, false, &|_| None), false);
+            let (exits, body) = (std::mem::take(&mut unit.exits), unit.body);
+            let at = self.append(&mut inner, rip, [u64::MAX; 2], unit, &exits, false).1;
+            return Some(Entry { host: self.range.0 + u64::from(at + body), flushes });
+        }
+    }
+
+    fn surroundings<'a>(
+        &self,
+        inner: &'a Inner,
+        linked: bool,
+        known: &'a dyn Fn(u64) -> Option<u64>,
+    ) -> Surroundings<'a> {
+        let base = self.range.0;
+        Surroundings {
+            at: base + inner.buffer.next() as u64,
+            first_exit: inner.exits_used,
+            exit: base,
+            miss: base + u64::from(inner.miss),
+            known,
+            model: MemoryModel::Flat,
+            linked,
         }
     }
 
@@ -330,41 +380,20 @@ impl Cache {
 
     fn insert(&self, inner: &mut Inner, block: &GuestBlock, landing: bool) -> u32 {
         let base = self.range.0;
-        let around = Surroundings {
-            at: base + inner.buffer.next() as u64,
-            first_exit: inner.exits_used,
-            exit: base,
-            miss: base + u64::from(inner.miss),
-            known: &|g| inner.by_guest.get(&g).map(|b| base + u64::from(inner.blocks[*b as usize].body)),
-            model: MemoryModel::Flat,
-        };
-        let unit = lower(block, &around, landing);
-        let at = inner.buffer.append(&unit.code) as u32;
-        let b = inner.blocks.len() as u32;
+        let known = |g| inner.by_guest.get(&g).map(|b| base + u64::from(inner.blocks[*b as usize].body));
+        let mut unit = lower(block, &self.surroundings(inner, true, &known), landing);
         let end = block.start.wrapping_add(u64::from(unit.guest_len));
         let page = |a: u64| a & !(bivisor_emulator::mem::PAGE_SIZE - 1);
         let pages = [page(block.start), page(end.wrapping_sub(1))];
-        count(&mut inner.stats, &unit);
-        let Unit { exits, marks, landing, body, code, .. } = unit;
-        inner.blocks.push(Block {
-            start: block.start,
-            pages,
-            at,
-            end: at + code.len() as u32,
-            body: at + body,
-            landing: None,
-            marks: marks.into(),
-            incoming: Vec::new(),
-            live: true,
-        });
+        let first_exit = inner.exits_used;
+        let (exits, landing) = (std::mem::take(&mut unit.exits), unit.landing);
+        let (b, at) = self.append(inner, block.start, pages, unit, &exits, true);
         inner.by_guest.insert(block.start, b);
         inner.by_page.entry(pages[0]).or_default().push(b);
         if pages[1] != pages[0] {
             inner.by_page.entry(pages[1]).or_default().push(b);
         }
-        for (i, exit) in exits.iter().enumerate() {
-            let id = inner.exits_used + i as u32;
-            self.exits.set(id, exit.leave, at.wrapping_add(exit.site), at + exit.stub);
+        for (id, exit) in (first_exit..).zip(&exits) {
             if let (Leave::To(target), Some(_)) = (exit.leave, exit.linked)
                 && let Some(&to) = inner.by_guest.get(&target)
             {
@@ -372,11 +401,40 @@ impl Cache {
                 self.exits.set_linked(id, Some(to));
             }
         }
-        inner.exits_used += exits.len() as u32;
         if let Some(l) = landing {
             register(inner, b, Landing { at: at + l.at, next: at + l.next });
         }
         b
+    }
+
+    /// Puts code into the buffer and its exits into the table; gives the block's number and code offset.
+    fn append(
+        &self,
+        inner: &mut Inner,
+        start: u64,
+        pages: [u64; 2],
+        unit: Unit,
+        exits: &[Exit],
+        live: bool,
+    ) -> (u32, u32) {
+        let at = inner.buffer.append(&unit.code) as u32;
+        count(&mut inner.stats, &unit);
+        for (id, exit) in (inner.exits_used..).zip(exits) {
+            self.exits.set(id, exit.leave, at.wrapping_add(exit.site), at + exit.stub);
+        }
+        inner.exits_used += exits.len() as u32;
+        inner.blocks.push(Block {
+            start,
+            pages,
+            at,
+            end: at + unit.code.len() as u32,
+            body: at + unit.body,
+            landing: None,
+            marks: unit.marks.into(),
+            incoming: Vec::new(),
+            live,
+        });
+        (inner.blocks.len() as u32 - 1, at)
     }
 
     /// A page was written, unmapped or changed its rights: what was made from it is no more.

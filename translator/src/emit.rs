@@ -47,6 +47,8 @@ pub mod slot {
     pub const MXCSR: usize = 19;
     /// Which cache's table is mapped in the engine area.
     pub const AREA_OWNER: usize = 20;
+    /// The exit number that stands for the indirect branch last begun.
+    pub const SITE: usize = 22;
     /// What [`EXIT`] held when a signal found the guest.
     pub const PENDING: usize = 21;
 }

@@ -15,7 +15,7 @@ use bivisor_emulator::host::signal;
 use bivisor_emulator::host::thread::ThreadBlock;
 use bivisor_emulator::interp::deliver::Event;
 use bivisor_emulator::interp::{Core, Env};
-use bivisor_emulator::isa::{Gpr, Seg};
+use bivisor_emulator::isa::{Gpr, MAX_INSN_LEN, Seg, Width, decode};
 use bivisor_emulator::mem::GuestMemory;
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Kicker, Vcpu};
 use std::sync::Arc;
@@ -88,13 +88,16 @@ impl Translator {
 
     /// May the guest, as it is, run translated? 64-bit mode at CPL 3 without single-stepping, where the host's flags and segments are
     /// the guest's.
-    fn translatable(&self) -> bool {
+    ///
+    /// IF is 1 on the host. A single instruction may run with the guest's at 0, if it is not PUSHF.
+    fn translatable(&self, single: bool) -> bool {
         let s = &*self.cpu;
         let fs = s.seg[Seg::Fs as usize].base;
-        s.rflags & (Rflags::TF | Rflags::IF | Rflags::IOPL | Rflags::VM) == Rflags::IF
+        (single || s.rflags.contains(Rflags::IF))
+            && !s.rflags.intersects(Rflags::TF | Rflags::IOPL | Rflags::VM)
             && s.mode() == Mode::Long64
             && s.cpl() == 3
-            && ((fs << 16) as i64 >> 16) as u64 == fs
+            && is_canonical(fs)
             && s.xsave.mxcsr() & !0xffff == 0
             && std::is_x86_feature_detected!("xsave")
             && s.dr7 & 0xff == 0
@@ -152,26 +155,32 @@ impl Translator {
         block
     }
 
-    fn run_flat(&mut self, board: Board<'_>) -> Exit {
+    fn run_flat(&mut self, board: Board<'_>, single: bool) -> Exit {
         let block = self.prepare(board);
-        let exit = self.dispatch(board, block);
+        let exit = self.dispatch(board, block, single);
         block.scratch[slot::CACHE_START].set(0);
         block.scratch[slot::CACHE_END].set(0);
         self.kicker.left();
         exit
     }
 
-    fn dispatch(&mut self, board: Board<'_>, block: &ThreadBlock) -> Exit {
+    /// Runs until there is a reason to return; if `single`, after one instruction.
+    fn dispatch(&mut self, board: Board<'_>, block: &ThreadBlock, single: bool) -> Exit {
         let mut via = Via::Start;
         loop {
             if self.kicker.requested() && self.kicker.take() {
                 return Exit::Kicked;
             }
-            let entry = if self.translatable() { self.find(board.mem, via) } else { None };
+            let interrupts = self.cpu.rflags & Rflags::IF;
+            let entry = match self.translatable(single) {
+                true if single => self.cache.single(board.mem, self.cpu.rip, !interrupts.is_empty()),
+                true => self.find(board.mem, via),
+                false => None,
+            };
             via = Via::Start;
             let Some(entry) = entry else {
                 match self.step(board) {
-                    Exit::Budget => continue,
+                    Exit::Budget if !single => continue,
                     exit => return exit,
                 }
             };
@@ -179,25 +188,38 @@ impl Translator {
                 std::thread::yield_now();
                 continue;
             }
+            let below = self.cpu.gpr[Gpr::Rsp as usize].wrapping_sub(8);
+            let pushed = if single { board.mem.load(below, Width::Q) } else { None };
             self.stats.entries += 1;
             let exit = enter::run(block, &mut self.cpu, entry.host);
-            let next = self.left(board, block, exit, &mut via);
+            let next = self.left(block, exit, &mut via);
             self.member.active.store(false, Ordering::Release);
+            self.cpu.rflags.replace(Rflags::IF, interrupts);
+            if let (Some(Act::Undo(_)), Some(old)) = (&next, pushed) {
+                board.mem.store(below, Width::Q, old);
+            }
+            let early = exit == ABORTED || matches!(next, Some(Act::Again));
             if let Some(exit) = next.and_then(|act| self.act(board, act)) {
                 return exit;
+            }
+            if single && !early {
+                return Exit::Budget;
             }
         }
     }
 
     /// What leaving the cache means; still as a member that counts as inside.
-    fn left(&mut self, board: Board<'_>, block: &ThreadBlock, exit: u32, via: &mut Via) -> Option<Act> {
+    fn left(&mut self, block: &ThreadBlock, exit: u32, via: &mut Via) -> Option<Act> {
         self.fix_x87_pointer();
-        let _ = board;
         match exit {
             ABORTED => None,
             MISS => {
                 self.stats.misses += 1;
-                self.cpu.rip = block.scratch[slot::TARGET].get();
+                let target = block.scratch[slot::TARGET].get();
+                if !is_canonical(target) {
+                    return Some(Act::Undo(self.cache.rip(block.scratch[slot::SITE].get() as u32)));
+                }
+                self.cpu.rip = target;
                 *via = Via::Indirect;
                 None
             }
@@ -209,7 +231,7 @@ impl Translator {
                 let trap = block.scratch[slot::TRAP].get();
                 if trap == NO_TRAP {
                     self.stats.signals += 1;
-                    return None;
+                    return Some(Act::Again);
                 }
                 Some(Act::Trap {
                     vector: trap as u8,
@@ -239,12 +261,17 @@ impl Translator {
     /// `Some`: `run` returns.
     fn act(&mut self, board: Board<'_>, act: Act) -> Option<Exit> {
         let exit = match act {
+            Act::Again => Exit::Budget,
             Act::Syscall(len) if self.core.intercepts.contains(Intercepts::SYSCALL) => {
                 self.stats.syscalls += 1;
                 let next_rip = self.cpu.rip.wrapping_add(u64::from(len));
                 return Some(Exit::Intercept { what: Intercepts::SYSCALL, next_rip, vector: 0 });
             }
             Act::Syscall(_) | Act::Step => self.step(board),
+            Act::Undo(rip) => {
+                self.undo_branch(board.mem, rip);
+                self.step(board)
+            }
             Act::Trap { vector, error, address } => self.trap(board, vector, error, address),
         };
         (exit != Exit::Budget).then_some(exit)
@@ -288,6 +315,19 @@ impl Translator {
         }
     }
 
+    /// Takes an indirect branch back whose target is no canonical address: the fault is the branch's own. What a CALL has pushed stays
+    /// in memory below RSP.
+    fn undo_branch(&mut self, mem: &GuestMemory, rip: u64) {
+        self.cpu.rip = rip;
+        let mut bytes = [0; MAX_INSN_LEN];
+        // It was there when it was translated; its end may be the end of what is there.
+        (1..=MAX_INSN_LEN).rev().find(|n| mem.read(rip, &mut bytes[..*n]).is_some());
+        let Ok(insn) = decode(&bytes, 64) else { return };
+        let moved = i64::from(insn.iced.stack_pointer_increment());
+        let sp = &mut self.cpu.gpr[Gpr::Rsp as usize];
+        *sp = sp.wrapping_sub(moved as u64);
+    }
+
     /// FIP, where the host keeps it, names the last x87 instruction in the cache: the guest's is meant (SDM 1 8.1.8).
     fn fix_x87_pointer(&mut self) {
         let area = &mut self.cpu.xsave;
@@ -299,11 +339,23 @@ impl Translator {
     }
 }
 
+fn is_canonical(address: u64) -> bool {
+    ((address << 16) as i64 >> 16) as u64 == address
+}
+
 /// What to do when the thread counts as outside again.
 enum Act {
+    /// Look whether somebody wants us to stop.
+    Again,
     Syscall(u8),
     Step,
-    Trap { vector: u8, error: u16, address: u64 },
+    /// The branch at this address went nowhere.
+    Undo(u64),
+    Trap {
+        vector: u8,
+        error: u16,
+        address: u64,
+    },
 }
 
 struct Mend<'a> {
@@ -325,8 +377,8 @@ impl Registers for Mend<'_> {
 
 impl Vcpu for Translator {
     fn run(&mut self, board: Board<'_>, budget: u64) -> Exit {
-        if budget == u64::MAX && board.mem.flat().is_some() {
-            self.run_flat(board)
+        if matches!(budget, 1 | u64::MAX) && board.mem.flat().is_some() {
+            self.run_flat(board, budget == 1)
         } else {
             // Translated code does not count.
             self.core.run(&mut self.cpu, board, budget, Some(&self.kicker))

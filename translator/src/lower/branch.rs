@@ -105,12 +105,15 @@ pub(crate) fn call(l: &mut Lowering<'_>, item: &Item) -> bool {
     false
 }
 
-/// Saves the two registers and says that the instruction has not begun.
+/// Saves the two registers and says that the instruction has not begun. Which it is stays known, because a target that is no canonical
+/// address faults at the branch (SDM 2A JMP), and that is seen when it is not found.
 fn begin(l: &mut Lowering<'_>, item: &Item) {
-    let (s_rcx, s_r11) = (gs(slot::RCX), gs(slot::R11));
+    let (s_rcx, s_r11, site) = (gs(slot::RCX), gs(slot::R11), gs(slot::SITE));
     l.mark(What::At(item.at));
+    let id = l.exit(Leave::Step(l.block.rip(item)), usize::MAX, None);
     dynasm!(l.e
         ; .arch x64
+        ; gs mov DWORD [site], id as i32
         ; gs mov [s_rcx], rcx
         ; gs mov [s_r11], r11
     );

@@ -54,6 +54,8 @@ pub struct Surroundings<'a> {
     pub known: &'a dyn Fn(u64) -> Option<u64>,
     /// How memory operands are emitted.
     pub model: MemoryModel,
+    /// Jumps may lead straight to translated code; otherwise every one leaves.
+    pub linked: bool,
 }
 
 /// A lowered block.
@@ -113,7 +115,11 @@ impl Lowering<'_> {
         self.e.bytes.extend_from_slice(opcode);
         let site = self.e.len();
         self.e.push_u32(0);
-        let to = if target == self.block.start { Some(self.body) } else { (self.around.known)(target) };
+        let to = match self.around.linked {
+            true if target == self.block.start => Some(self.body),
+            true => (self.around.known)(target),
+            false => None,
+        };
         if let Some(to) = to {
             self.e.set_rel32(site, to);
         }
