@@ -162,6 +162,9 @@ fn start(task: &mut Task, request: Request) -> Outcome {
         thread::spawn(task, request)
     } else if request.has(libc::CLONE_VM) && request.has(libc::CLONE_VFORK) {
         process_control::vfork(task, request)
+    } else if request.has(libc::CLONE_VM) {
+        // Two processes at work in one memory: the host's C library in it serves one only.
+        err(libc::EINVAL)
     } else {
         process_control::fork(task, request)
     }

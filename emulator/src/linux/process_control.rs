@@ -40,9 +40,7 @@ fn by_library(request: &Request) -> bool {
         | libc::CLONE_CHILD_CLEARTID
         | libc::CLONE_PIDFD
         | libc::CLONE_SETTLS
-        | libc::CLONE_SYSVSEM
-        // Memory is copied even so: a process that shares it and runs on is not offered.
-        | libc::CLONE_VM;
+        | libc::CLONE_SYSVSEM;
     request.exit_signal == libc::SIGCHLD as u64 && request.flags & !(known as u32 as u64 | CLONE_CLEAR_SIGHAND) == 0
 }
 

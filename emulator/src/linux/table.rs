@@ -109,7 +109,8 @@ const PROC: &str = "/proc/self/exe, maps and their like show the guest";
 const FDS: &str = "descriptors of bivisor count as closed";
 const SIGNALS: &str = "kept here for what the guest handles; the rest is the host's";
 const MASK: &str = "the host swaps its mask; handlers are told";
-const TASKS: &str = "a host process or thread each, with an engine of its own";
+const TASKS: &str =
+    "a host process or thread each, with an engine of its own; CLONE_VM needs CLONE_VFORK or CLONE_THREAD";
 const EXEC: &str = "the host executes bivisor with the program";
 const GONE: &str = "not in this kernel either";
 
