@@ -62,9 +62,35 @@ impl GuestBlock {
     }
 }
 
+/// Where guest code is read from.
+pub trait CodeSource {
+    /// May code be fetched from the page of this linear address? If so, the page is watched from now on.
+    fn open(&mut self, at: u64) -> bool;
+    /// Reads bytes of a page that was opened.
+    fn read(&mut self, at: u64, to: &mut [u8]) -> bool;
+    /// Raised when anything watched was written.
+    fn epoch(&self) -> u64;
+}
+
+impl CodeSource for &GuestMemory {
+    fn open(&mut self, at: u64) -> bool {
+        let may = self.may_execute(at);
+        if may {
+            self.watch_code(at);
+        }
+        may
+    }
+    fn read(&mut self, at: u64, to: &mut [u8]) -> bool {
+        GuestMemory::read(self, at, to).is_some()
+    }
+    fn epoch(&self) -> u64 {
+        self.code_epoch()
+    }
+}
+
 /// Bytes of guest code, fetched piece by piece; each page is watched before it is read.
 struct Window<'a> {
-    mem: &'a GuestMemory,
+    source: &'a mut dyn CodeSource,
     start: u64,
     bytes: Vec<u8>,
 }
@@ -76,14 +102,11 @@ impl Window<'_> {
     fn more(&mut self) -> bool {
         let old = self.bytes.len();
         let at = self.start.wrapping_add(old as u64);
-        if old == 0 || at.is_multiple_of(PAGE_SIZE) {
-            if !self.mem.may_execute(at) {
-                return false;
-            }
-            self.mem.watch_code(at);
+        if (old == 0 || at.is_multiple_of(PAGE_SIZE)) && !self.source.open(at) {
+            return false;
         }
         self.bytes.resize(old + PIECE.min(PAGE_SIZE - at % PAGE_SIZE) as usize, 0);
-        if self.mem.read(at, &mut self.bytes[old..]).is_none() {
+        if !self.source.read(at, &mut self.bytes[old..]) {
             self.bytes.truncate(old);
         }
         self.bytes.len() > old
@@ -92,8 +115,8 @@ impl Window<'_> {
 
 /// Decodes the block of at most `most` instructions at `start` in 64-bit code. `None` if the first instruction cannot be fetched or decoded: the interpreter then
 /// finds out why.
-pub fn decode_block(mem: &GuestMemory, start: u64, routes: &Routes, most: usize) -> Option<GuestBlock> {
-    let mut window = Window { mem, start, bytes: Vec::with_capacity(PIECE as usize) };
+pub fn decode_block(source: &mut dyn CodeSource, start: u64, routes: &Routes, most: usize) -> Option<GuestBlock> {
+    let mut window = Window { source, start, bytes: Vec::with_capacity(PIECE as usize) };
     let mut items: Vec<Item> = Vec::with_capacity(24);
     let mut at = 0;
     let mut branches = 0;

@@ -6,7 +6,7 @@
 //! Order of locks: the watched pages of `FlatSpace`, then the one here. So pages are watched before the lock is taken, and the epoch
 //! tells whether something became stale in between.
 
-use crate::block::{GuestBlock, MAX_INSNS, decode_block};
+use crate::block::{CodeSource, GuestBlock, MAX_INSNS, decode_block};
 use crate::code_buffer::{CodeBuffer, ForkMark, TABLE_ENTRIES};
 use crate::emit::Emitter;
 use crate::exits::{Exits, MAX_EXITS};
@@ -14,7 +14,7 @@ use crate::fault::kick;
 use crate::lower::memory::MemoryModel;
 use crate::lower::{Exit, Landing, Leave, Surroundings, Unit, emit_landing, emit_trampolines, lower};
 use crate::marks::{self, Mark, Registers};
-use crate::route::{Policy, Routes};
+use crate::route::{Policy, Routes, Setting};
 use crate::stats::CacheStats;
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::host::thread::ThreadBlock;
@@ -118,6 +118,7 @@ pub struct Cache {
     exits: Exits,
     routes: Routes,
     policy: Policy,
+    setting: Setting,
     /// Host addresses of the code.
     range: (u64, u64),
     /// Distinguishes the tables that can be mapped behind a thread block.
@@ -144,6 +145,19 @@ impl Cache {
     /// # Errors
     /// The host's, if it gives no executable memory.
     pub fn new(model: Arc<CpuModel>, policy: Policy, size: usize) -> std::io::Result<Arc<Cache>> {
+        Cache::for_setting(model, policy, size, Setting::Flat)
+    }
+
+    /// An empty cache for another kind of guest.
+    ///
+    /// # Errors
+    /// As for [`Cache::new`].
+    pub fn for_setting(
+        model: Arc<CpuModel>,
+        policy: Policy,
+        size: usize,
+        setting: Setting,
+    ) -> std::io::Result<Arc<Cache>> {
         let mut buffer = CodeBuffer::new(size.max(4 * MAX_BLOCK))?;
         let mut e = Emitter::new(buffer.base());
         let mut marks = Vec::new();
@@ -176,8 +190,9 @@ impl Cache {
         Ok(Arc::new(Cache {
             inner: Mutex::new(inner),
             exits: Exits::default(),
-            routes: Routes::new(model.clone(), policy),
+            routes: Routes::new(model.clone(), policy, setting),
             policy,
+            setting,
             range,
             id: AtomicU64::new(NEXT_ID.fetch_add(1, Ordering::Relaxed)),
             version: AtomicU64::new(1),
@@ -192,6 +207,10 @@ impl Cache {
         }))
     }
 
+    fn one_at_a_time(&self) -> bool {
+        matches!(self.setting, Setting::Checked { single: true, .. })
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().expect("no panic under the lock")
     }
@@ -199,6 +218,11 @@ impl Cache {
     /// The CPU its code is for.
     pub fn model(&self) -> &Arc<CpuModel> {
         &self.model
+    }
+
+    /// Which way instructions are lowered.
+    pub fn routes(&self) -> &Routes {
+        &self.routes
     }
 
     /// What its code may take from the host.
@@ -289,17 +313,18 @@ impl Cache {
     }
 
     /// The block at `rip`, translated if it must be; `None` if its first instruction cannot be.
-    pub fn resolve(&self, mem: &GuestMemory, rip: u64, via: Via) -> Option<Entry> {
+    pub fn resolve(&self, source: &mut dyn CodeSource, rip: u64, via: Via) -> Option<Entry> {
+        let most = if self.one_at_a_time() { 1 } else { MAX_INSNS };
         loop {
             let mut inner = self.lock();
             if let Some(&b) = inner.by_guest.get(&rip) {
                 return Some(self.connect(&mut inner, b, via));
             }
             drop(inner);
-            let epoch = mem.code_epoch();
-            let block = decode_block(mem, rip, &self.routes, MAX_INSNS)?;
+            let epoch = source.epoch();
+            let block = decode_block(source, rip, &self.routes, most)?;
             let mut inner = self.lock();
-            if mem.code_epoch() != epoch || inner.by_guest.contains_key(&rip) {
+            if source.epoch() != epoch || inner.by_guest.contains_key(&rip) {
                 continue;
             }
             if self.is_full(&inner) {
@@ -308,7 +333,7 @@ impl Cache {
                 self.flush(seen);
                 continue;
             }
-            let b = self.insert(&mut inner, &block, via == Via::Indirect);
+            let b = self.insert(&mut inner, &block, via == Via::Indirect && !self.one_at_a_time());
             return Some(self.connect(&mut inner, b, via));
         }
     }
@@ -320,7 +345,7 @@ impl Cache {
     /// Code for the one instruction at `rip`, linked to nothing and found by nobody else; `None` if it cannot be translated, or
     /// pushes flags and must not.
     pub fn single(&self, mem: &GuestMemory, rip: u64, may_push_flags: bool) -> Option<Entry> {
-        let block = decode_block(mem, rip, &self.routes, 1)?;
+        let block = decode_block(&mut { mem }, rip, &self.routes, 1)?;
         if !may_push_flags && matches!(block.items[0].iced.mnemonic(), Mnemonic::Pushf | Mnemonic::Pushfq) {
             return None;
         }
@@ -352,7 +377,7 @@ impl Cache {
             exit: base,
             miss: base + u64::from(inner.miss),
             known,
-            model: MemoryModel::Flat,
+            model: if self.setting == Setting::Flat { MemoryModel::Flat } else { MemoryModel::Checked },
             linked,
         }
     }
@@ -361,7 +386,7 @@ impl Cache {
         let flushes = self.flushes();
         match via {
             Via::Start => {}
-            Via::Link(exit, then) if then == flushes => {
+            Via::Link(exit, then) if then == flushes && !self.one_at_a_time() => {
                 let (site, _) = self.exits.places(exit);
                 inner.buffer.patch(site, inner.blocks[b as usize].body as usize);
                 inner.blocks[b as usize].incoming.push(exit);
@@ -369,6 +394,7 @@ impl Cache {
                 inner.stats.links += 1;
             }
             Via::Link(..) => {}
+            Via::Indirect if self.one_at_a_time() => {}
             Via::Indirect => {
                 if inner.blocks[b as usize].landing.is_none() && inner.buffer.fits(MAX_BLOCK) {
                     add_landing(inner, b);
@@ -381,7 +407,7 @@ impl Cache {
     fn insert(&self, inner: &mut Inner, block: &GuestBlock, landing: bool) -> u32 {
         let base = self.range.0;
         let known = |g| inner.by_guest.get(&g).map(|b| base + u64::from(inner.blocks[*b as usize].body));
-        let mut unit = lower(block, &self.surroundings(inner, true, &known), landing);
+        let mut unit = lower(block, &self.surroundings(inner, !self.one_at_a_time(), &known), landing);
         let end = block.start.wrapping_add(u64::from(unit.guest_len));
         let page = |a: u64| a & !(bivisor_emulator::mem::PAGE_SIZE - 1);
         let pages = [page(block.start), page(end.wrapping_sub(1))];
@@ -438,7 +464,7 @@ impl Cache {
     }
 
     /// A page was written, unmapped or changed its rights: what was made from it is no more.
-    fn stale(&self, page: u64) {
+    pub fn stale(&self, page: u64) {
         let mut inner = self.lock();
         let Some(blocks) = inner.by_page.remove(&page) else { return };
         for b in blocks {
@@ -500,7 +526,9 @@ impl Cache {
 
     fn forget(&self, inner: &mut Inner) {
         inner.buffer.reset(inner.keep);
-        inner.buffer.fill_targets(inner.miss as usize);
+        if !inner.buckets.is_empty() {
+            inner.buffer.fill_targets(inner.miss as usize);
+        }
         inner.blocks.truncate(1);
         inner.by_guest.clear();
         inner.by_page.clear();
@@ -613,6 +641,7 @@ impl Registers for NoRegisters {
         0
     }
     fn set_gpr(&mut self, _r: bivisor_emulator::isa::Gpr, _v: u64) {}
+    fn set_status(&mut self, _v: u64) {}
     fn slot(&self, _i: usize) -> u64 {
         0
     }

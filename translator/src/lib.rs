@@ -12,6 +12,7 @@
 //! | [`exits`] | why translated code is left, by number |
 //! | [`code_buffer`] | executable memory (unsafe) |
 //! | [`enter`] | the way in and out (unsafe) |
+//! | [`tlb`] | the inline TLB of the checked memory model |
 //! | [`fault`] | signals that arrive in the cache (unsafe) |
 //!
 //! Only flat memory (a Linux process) in 64-bit mode at CPL 3 is translated; everything else, and every instruction that cannot be
@@ -19,6 +20,7 @@
 
 pub mod block;
 pub mod cache;
+mod checked;
 pub mod code_buffer;
 pub mod emit;
 pub mod enter;
@@ -29,8 +31,9 @@ pub mod marks;
 pub mod route;
 mod run;
 pub mod stats;
+pub mod tlb;
 
 pub use cache::Cache;
-pub use route::{Policy, how};
+pub use route::{Policy, Setting, how};
 pub use run::Translator;
 pub use stats::{CacheStats, Stats};

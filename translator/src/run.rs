@@ -1,6 +1,7 @@
 //! The translator as an engine: the dispatch loop.
 
 use crate::cache::{Cache, DEFAULT_SIZE, Entry, Member, Via};
+use crate::checked::Checked;
 use crate::emit::{NO_TRAP, slot};
 use crate::enter::{ABORTED, CAPTURED, MISS};
 use crate::lower::Leave;
@@ -25,21 +26,22 @@ const LOOKASIDE: usize = 1024;
 
 /// The engine.
 pub struct Translator {
-    cpu: Box<CpuState>,
+    pub(crate) cpu: Box<CpuState>,
     /// Does what is not translated.
-    core: Core,
-    cache: Arc<Cache>,
-    member: Arc<Member>,
-    kicker: Kicker,
+    pub(crate) core: Core,
+    pub(crate) cache: Arc<Cache>,
+    pub(crate) member: Arc<Member>,
+    pub(crate) kicker: Kicker,
     /// Entries found lately, by address; good as long as the cache has this version.
     lookaside: Box<[(u64, u64)]>,
-    version: u64,
+    pub(crate) version: u64,
     flushes: u64,
     /// The thread whose block was prepared.
     block: usize,
     /// [`Cache::id`] at that time.
     cache_id: u64,
-    stats: Stats,
+    pub(crate) stats: Stats,
+    pub(crate) checked: Checked,
 }
 
 impl Translator {
@@ -68,6 +70,7 @@ impl Translator {
             block: 0,
             cache_id: 0,
             stats: Stats::default(),
+            checked: Checked::default(),
         }
     }
 
@@ -117,7 +120,7 @@ impl Translator {
         if via == Via::Start && self.lookaside[i].0 == rip {
             return Some(Entry { host: self.lookaside[i].1, flushes: self.flushes });
         }
-        let entry = self.cache.resolve(mem, rip, via)?;
+        let entry = self.cache.resolve(&mut { mem }, rip, via)?;
         if entry.flushes == self.flushes {
             self.lookaside[i] = (rip, entry.host);
         }
@@ -125,7 +128,7 @@ impl Translator {
     }
 
     /// Fills the slots of the calling thread's block.
-    fn prepare(&mut self, board: Board<'_>) -> &'static ThreadBlock {
+    pub(crate) fn prepare(&mut self, board: Board<'_>) -> &'static ThreadBlock {
         let block = ThreadBlock::current();
         let current = self.cache.current();
         // Not where it was: another thread, or the first run in a forked child.
@@ -209,7 +212,7 @@ impl Translator {
     }
 
     /// What leaving the cache means; still as a member that counts as inside.
-    fn left(&mut self, block: &ThreadBlock, exit: u32, via: &mut Via) -> Option<Act> {
+    pub(crate) fn left(&mut self, block: &ThreadBlock, exit: u32, via: &mut Via) -> Option<Act> {
         self.fix_x87_pointer();
         match exit {
             ABORTED => None,
@@ -259,7 +262,7 @@ impl Translator {
     }
 
     /// `Some`: `run` returns.
-    fn act(&mut self, board: Board<'_>, act: Act) -> Option<Exit> {
+    pub(crate) fn act(&mut self, board: Board<'_>, act: Act) -> Option<Exit> {
         let exit = match act {
             Act::Again => Exit::Budget,
             Act::Syscall(len) if self.core.intercepts.contains(Intercepts::SYSCALL) => {
@@ -299,6 +302,8 @@ impl Translator {
                 self.stats.code_writes += 1;
                 return self.step(board);
             }
+            // Behind the inline TLB nothing faults.
+            14 if board.mem.flat().is_none() => return Exit::Unsupported,
             14 => Fault::Pf { addr: address, code: error },
             16 => Fault::Mf,
             17 => Fault::Ac,
@@ -344,7 +349,7 @@ fn is_canonical(address: u64) -> bool {
 }
 
 /// What to do when the thread counts as outside again.
-enum Act {
+pub(crate) enum Act {
     /// Look whether somebody wants us to stop.
     Again,
     Syscall(u8),
@@ -370,6 +375,9 @@ impl Registers for Mend<'_> {
     fn set_gpr(&mut self, r: Gpr, v: u64) {
         self.cpu.gpr[r as usize] = v;
     }
+    fn set_status(&mut self, v: u64) {
+        self.cpu.rflags.replace(Rflags::STATUS, Rflags::from_bits_retain(v));
+    }
     fn slot(&self, i: usize) -> u64 {
         self.block.scratch[i].get()
     }
@@ -377,7 +385,9 @@ impl Registers for Mend<'_> {
 
 impl Vcpu for Translator {
     fn run(&mut self, board: Board<'_>, budget: u64) -> Exit {
-        if matches!(budget, 1 | u64::MAX) && board.mem.flat().is_some() {
+        if let Some(ram) = board.mem.ram() {
+            self.run_checked(board, ram, budget)
+        } else if matches!(budget, 1 | u64::MAX) {
             self.run_flat(board, budget == 1)
         } else {
             // Translated code does not count.

@@ -38,6 +38,8 @@ pub struct Stats {
     pub faults: u64,
     /// Writes to watched pages.
     pub code_writes: u64,
+    /// Accesses that were not in the inline TLB.
+    pub tlb_misses: u64,
     /// Kicks and other signals.
     pub signals: u64,
 }

@@ -107,6 +107,11 @@ impl Ram {
         Some(())
     }
 
+    /// Must a store to the page of `gpa` go through [`Ram::store`], because somebody wants to know?
+    pub fn store_needs_care(&self, gpa: u64) -> bool {
+        self.pages.get((gpa / PAGE_SIZE) as usize).is_none_or(|p| p.load(Ordering::Relaxed) & (CODE | TRACK) != 0)
+    }
+
     /// Tells that the page of `gpa` was written: cached code of it is stale.
     #[inline(always)]
     pub fn wrote(&self, gpa: u64) {

@@ -8,8 +8,8 @@
 use crate::block::Item;
 use crate::emit::{Emitter, TABLE, gs, slot};
 use crate::enter::MISS;
-use crate::lower::memory::load_target;
-use crate::lower::{Leave, Lowering};
+use crate::lower::memory::{MemoryModel, load_target};
+use crate::lower::{Leave, Lowering, attempt, stack};
 use crate::marks::{Mark, Saved, What};
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::ConditionCode;
@@ -98,7 +98,15 @@ pub(crate) fn call(l: &mut Lowering<'_>, item: &Item) -> bool {
     let to = item.iced.near_branch_target();
     let back = l.block.next_rip(item);
     l.mark(What::At(item.at));
-    push_constant(l, back);
+    if l.around.model == MemoryModel::Checked {
+        if !attempt(l, item, |l| stack::push_return(l, item, back)) {
+            l.leave(Leave::Step(l.block.rip(item)));
+            return false;
+        }
+        dynasm!(l.e; .arch x64; lea rsp, [rsp - 8]);
+    } else {
+        push_constant(l, back);
+    }
     let id = l.around.first_exit + l.exits.len() as u32;
     l.mark(What::Exit(id));
     l.link(&[0xe9], to);
@@ -131,6 +139,9 @@ fn dispatch(l: &mut Lowering<'_>) {
 
 /// JMP or CALL through a register or memory.
 pub(crate) fn indirect(l: &mut Lowering<'_>, item: &Item) -> bool {
+    if l.around.model == MemoryModel::Checked {
+        return checked_indirect(l, item);
+    }
     let start = (l.e.len(), l.marks.len());
     begin(l, item);
     if !load_target(l, item) {
@@ -148,8 +159,41 @@ pub(crate) fn indirect(l: &mut Lowering<'_>, item: &Item) -> bool {
     false
 }
 
+/// JMP or CALL through a register, with a pushed return address that goes through the inline TLB.
+fn checked_indirect(l: &mut Lowering<'_>, item: &Item) -> bool {
+    let back = l.block.next_rip(item);
+    let call = item.route == crate::route::Route::CallIndirect;
+    let done = attempt(l, item, |l| {
+        if call && !stack::push_return(l, item, back) {
+            return false;
+        }
+        begin(l, item);
+        load_target(l, item)
+    });
+    if !done {
+        l.leave(Leave::Step(l.block.rip(item)));
+        return false;
+    }
+    if call {
+        l.mark(What::Undo(item.at, Saved::Rcx));
+        dynasm!(l.e; .arch x64; lea rsp, [rsp - 8]);
+    }
+    dispatch(l);
+    false
+}
+
 /// RET, RET n.
 pub(crate) fn ret(l: &mut Lowering<'_>, item: &Item) -> bool {
+    if l.around.model == MemoryModel::Checked {
+        if !attempt(l, item, |l| stack::pop_return(l, item)) {
+            l.leave(Leave::Step(l.block.rip(item)));
+            return false;
+        }
+        let n = if item.iced.op_count() == 0 { 8 } else { i32::from(item.iced.immediate16()) + 8 };
+        dynasm!(l.e; .arch x64; lea rsp, [rsp + n]);
+        dispatch(l);
+        return false;
+    }
     begin(l, item);
     match item.iced.op_count() {
         1 => {

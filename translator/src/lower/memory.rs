@@ -21,6 +21,8 @@ pub enum MemoryModel {
     /// Guest address = host address: a Linux process.
     #[default]
     Flat,
+    /// Guest RAM behind an inline TLB.
+    Checked,
 }
 
 /// May the instruction's bytes be copied as they are?

@@ -4,13 +4,16 @@
 //! optional *landing* (the way in for indirect branches), the body, the stubs of its exits, and constants.
 
 mod branch;
+pub(crate) mod checked;
 mod copy;
 pub mod memory;
+pub mod stack;
 
-use crate::block::GuestBlock;
+use crate::block::{GuestBlock, Item};
 use crate::emit::{Emitter, gs, slot};
 use crate::marks::{Mark, What};
 use crate::route::Route;
+use bivisor_emulator::isa::Gpr;
 use dynasmrt::{DynasmApi, dynasm};
 use memory::MemoryModel;
 
@@ -88,6 +91,10 @@ pub(crate) struct Lowering<'a> {
     pub around: &'a Surroundings<'a>,
     /// Host address of the body.
     pub body: u64,
+    /// Probes of the inline TLB.
+    pub misses: Vec<checked::Miss>,
+    /// POPFs that may need a step: where they jump, and their two borrowed registers.
+    pub declined: Vec<(usize, Item, Gpr, Gpr)>,
 }
 
 impl Lowering<'_> {
@@ -127,7 +134,7 @@ impl Lowering<'_> {
     }
 
     /// Leaves here.
-    fn leave(&mut self, leave: Leave) {
+    pub(crate) fn leave(&mut self, leave: Leave) {
         let id = self.exit(leave, usize::MAX, None);
         self.stub(id);
     }
@@ -169,6 +176,24 @@ impl Lowering<'_> {
     }
 }
 
+/// What `emit` could not emit to its end leaves no trace.
+pub(crate) fn attempt(l: &mut Lowering<'_>, _item: &Item, emit: impl FnOnce(&mut Lowering<'_>) -> bool) -> bool {
+    let before = (l.e.len(), l.marks.len(), l.misses.len(), l.declined.len(), l.constants.len());
+    let last = l.marks.last().copied();
+    if emit(l) {
+        return true;
+    }
+    l.e.bytes.truncate(before.0);
+    l.marks.truncate(before.1);
+    if let (Some(mark), Some(old)) = (l.marks.last_mut(), last) {
+        *mark = old;
+    }
+    l.misses.truncate(before.2);
+    l.declined.truncate(before.3);
+    l.constants.truncate(before.4);
+    false
+}
+
 /// Lowers `block`; with a landing if it is the target of an indirect branch.
 pub fn lower(block: &GuestBlock, around: &Surroundings<'_>, landing: bool) -> Unit {
     let mut l = Lowering {
@@ -179,6 +204,8 @@ pub fn lower(block: &GuestBlock, around: &Surroundings<'_>, landing: bool) -> Un
         block,
         around,
         body: around.at,
+        misses: Vec::new(),
+        declined: Vec::new(),
     };
     let landing = landing.then(|| emit_landing(&mut l.e, &mut l.marks, block.start, around.miss));
     let body = l.e.len() as u32;
@@ -201,6 +228,19 @@ pub fn lower(block: &GuestBlock, around: &Surroundings<'_>, landing: bool) -> Un
                     l.leave(Leave::Step(block.rip(item)));
                 }
                 copied
+            }
+            Route::Push | Route::Pop | Route::PushFlags | Route::PopFlags | Route::ClearInterrupts => {
+                let done = attempt(&mut l, item, |l| match item.route {
+                    Route::Push => stack::push(l, item),
+                    Route::Pop => stack::pop(l, item),
+                    Route::PushFlags => stack::push_flags(l, item),
+                    Route::PopFlags => stack::pop_flags(l, item),
+                    _ => stack::clear_interrupts(l, item),
+                });
+                if !done {
+                    l.leave(Leave::Step(block.rip(item)));
+                }
+                done
             }
             Route::Conditional => {
                 branch::conditional(&mut l, item);
@@ -232,6 +272,8 @@ pub fn lower(block: &GuestBlock, around: &Surroundings<'_>, landing: bool) -> Un
         l.mark(What::At(end as u16));
         l.link(&[0xe9], next);
     }
+    checked::emit_misses(&mut l);
+    stack::emit_declined(&mut l);
     l.finish();
     Unit { code: l.e.bytes, marks: l.marks, exits: l.exits, landing, body, guest_len: end as u16, insns: insns as u16 }
 }
