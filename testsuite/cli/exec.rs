@@ -31,8 +31,12 @@ fn exec_on(args: &[&str], requests: &[Value]) -> Vec<Value> {
     text.lines().map(|l| serde_json::from_str(l).expect("a JSON line")).collect()
 }
 
+/// On the interpreter, and the translator must say the same.
 fn exec(request: Value) -> Value {
-    exec_on(&[], &[request]).remove(0)
+    let interp = exec_on(&["--backend", "interp"], std::slice::from_ref(&request)).remove(0);
+    let bt = exec_on(&["--backend", "bt"], &[request]).remove(0);
+    assert_eq!(interp, bt);
+    interp
 }
 
 #[test]

@@ -46,10 +46,11 @@ pub fn engines() -> (Vec<Engine>, Vec<(&'static str, String)>) {
     add("interp", false, Ok(vcpu(interpreter(), world::ram(), Way::Once)));
     add("interp-flat", false, flat().map(|m| vcpu(interpreter(), m, Way::Once)));
     let model = Arc::new(CpuModel::host());
-    let translator = Translator::new(model.clone()).map_err(|e| format!("no executable memory: {e}"));
-    add("bt-flat", false, translator.and_then(|t| Ok(vcpu(Box::new(t), flat()?, Way::ToInt3))));
-    let translator = Translator::new(model.clone()).map_err(|e| format!("no executable memory: {e}"));
-    add("bt-step", false, translator.and_then(|t| Ok(vcpu(Box::new(t), flat()?, Way::Once))));
+    let translator = || Translator::new(model.clone()).map_err(|e| format!("no executable memory: {e}"));
+    add("bt", false, translator().map(|t| vcpu(Box::new(t), world::ram(), Way::ToInt3)));
+    add("bt-step", false, translator().map(|t| vcpu(Box::new(t), world::ram(), Way::Once)));
+    add("bt-flat", false, translator().and_then(|t| Ok(vcpu(Box::new(t), flat()?, Way::ToInt3))));
+    add("bt-flat-step", false, translator().and_then(|t| Ok(vcpu(Box::new(t), flat()?, Way::Once))));
     let kvm = || KvmVm::new(model.clone()).map(|vm| Box::new(vm.vcpu()));
     let process = kvm().and_then(|k| Ok(vcpu(k, flat()?, Way::ToInt3)));
     add("kvm-flat", false, process.and_then(|p| usable(p, |h| h.usable_for_process)));
@@ -106,6 +107,9 @@ fn vcpu(mut engine: Box<dyn Vcpu>, mem: GuestMemory, way: Way) -> Run {
             Exit::Exception(Fault::Pf { code, .. }) if way == Way::ToInt3 && code & FETCH != 0 => {
                 return Err("leaves the page of the code".into());
             }
+            Exit::Exception(_) if way == Way::ToInt3 && !on_code_page(engine.state().rip) => {
+                return Err("leaves the page of the code".into());
+            }
             Exit::Budget => None,
             Exit::Exception(_) if int3 => None,
             Exit::Exception(fault) => Some(fault),
@@ -135,12 +139,16 @@ fn once(engine: &mut dyn Vcpu, board: Board<'_>, rip: u64) -> Exit {
     exit
 }
 
+fn on_code_page(rip: u64) -> bool {
+    (world::CODE..world::CODE + 0x1000).contains(&rip)
+}
+
 /// Does the instruction go on to an INT3, wherever it goes? Not if it jumps to itself or leaves the page.
 fn reaches_int3(setup: &Setup) -> bool {
     let insn = Decoder::with_ip(setup.bitness, &setup.code, world::CODE, DecoderOptions::NONE).decode();
     match insn.flow_control() {
         FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch | FlowControl::Call => {
-            (world::CODE + 1..world::CODE + 0x1000).contains(&insn.near_branch_target())
+            insn.near_branch_target() != world::CODE && on_code_page(insn.near_branch_target())
         }
         FlowControl::Interrupt => false,
         _ => true,

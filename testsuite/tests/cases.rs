@@ -82,7 +82,7 @@ fn known(engine: &str, trial: &Trial) -> Option<&'static str> {
     let flow = trial.insn.flow_control();
     let indirect = matches!(flow, FlowControl::IndirectBranch | FlowControl::IndirectCall | FlowControl::Return);
     match (engine, trial.fault) {
-        ("bt-flat", Some(Fault::Gp(0))) if indirect => {
+        ("bt" | "bt-flat", Some(Fault::Gp(0))) if indirect => {
             Some("a branch to an address that is not canonical is reported at its target")
         }
         ("kvm-flat", Some(Fault::Gp(0))) if trial.setup.gpr[3] == 0x7fff_ffff_fffd => {

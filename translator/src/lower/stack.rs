@@ -99,13 +99,15 @@ pub(crate) fn push_return(l: &mut Lowering<'_>, item: &Item, back: u64) -> bool 
 pub(crate) fn pop_return(l: &mut Lowering<'_>, item: &Item) -> bool {
     let Some(s) = Scratch::choose(|r| matches!(r, Gpr::Rcx | Gpr::R11 | Gpr::Rsp | Gpr::Rax)) else { return false };
     let to = s.address as u8;
-    let (s0, s_rcx, s_r11) = (gs(slot::S0), gs(slot::RCX), gs(slot::R11));
+    let [s0, s_rcx, s_r11, site] = [slot::S0, slot::RCX, slot::R11, slot::SITE].map(gs);
     if !probe(l, item, &s, POP, stack_address(0)) {
         return false;
     }
     // RCX is saved only now: the probe's way out knows nothing of it.
+    let id = l.exit(Leave::Step(l.block.rip(item)), usize::MAX, None);
     dynasm!(l.e
         ; .arch x64
+        ; gs mov DWORD [site], id as i32
         ; gs mov [s_rcx], rcx
         ; gs mov [s_r11], r11
         ; mov Rq(to), [Rq(to)]
