@@ -1,4 +1,4 @@
-//! Signals, restarts, threads, processes and stacks: the C programs of testsuite/programs print the same natively and under every engine.
+//! Signals, restarts, threads, processes, stacks and mappings: the C programs of testsuite/programs print the same natively and under every engine.
 //!
 //! Native is the oracle. They are compiled when the tests run; without a C compiler they are skipped, loudly.
 
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-const PROGRAMS: &[&str] = &["signals", "restart", "threads", "processes", "stacks", "storm"];
+const PROGRAMS: &[&str] = &["signals", "restart", "threads", "processes", "stacks", "storm", "mappings", "self"];
 
 /// Compiles a program; `None` without a compiler.
 fn compile(name: &str, dir: &Path) -> Option<PathBuf> {

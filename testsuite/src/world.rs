@@ -186,7 +186,7 @@ pub fn flat() -> Option<GuestMemory> {
             _ => Prot::READ | Prot::WRITE,
         };
         let end = start + len as u64;
-        space.insert(Vma { start, end, prot, shared: false, name: "".into(), offset: 0 });
+        space.insert(Vma { start, end, prot, shared: false, name: "".into(), offset: 0, backing: None });
     }
     Some(GuestMemory::Flat(space))
 }

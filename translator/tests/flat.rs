@@ -50,7 +50,15 @@ impl Guest {
         let (code, data, stack) = (map(CODE, low), map(CODE, low), map(CODE, false));
         for (start, prot) in [(code, Prot::all()), (data, Prot::READ | Prot::WRITE), (stack, Prot::READ | Prot::WRITE)]
         {
-            space.insert(Vma { start, end: start + CODE, prot, shared: false, name: "".into(), offset: 0 });
+            space.insert(Vma {
+                start,
+                end: start + CODE,
+                prot,
+                shared: false,
+                name: "".into(),
+                offset: 0,
+                backing: None,
+            });
         }
         let mut t = Translator::new(Arc::new(CpuModel::host())).expect("executable memory");
         t.set_intercepts(Intercepts::SYSCALL | Intercepts::INT_N | Intercepts::EXCEPTIONS);
@@ -281,7 +289,15 @@ fn a_borrowed_register_is_given_back_at_a_fault() {
     assert_eq!(p as u64, at);
     let mut g = Guest::new();
     let flat = g.mem.flat().unwrap();
-    flat.insert(Vma { start: at, end: at + 4096, prot: Prot::all(), shared: false, name: "".into(), offset: 0 });
+    flat.insert(Vma {
+        start: at,
+        end: at + 4096,
+        prot: Prot::all(),
+        shared: false,
+        name: "".into(),
+        offset: 0,
+        backing: None,
+    });
     // SAFETY: the second page is made unreadable.
     unsafe { libc::mprotect((at + 4096) as *mut _, 4096, libc::PROT_NONE) };
     let mut code = Vec::new();

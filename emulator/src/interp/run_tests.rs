@@ -261,7 +261,7 @@ fn flat_pages_that_are_written_all_the_time() {
     let at = map.as_ptr() as u64;
     let flat = FlatSpace::new();
     let prot = Prot::READ | Prot::WRITE | Prot::EXEC;
-    flat.insert(Vma { start: at, end: at + 4096, prot, shared: false, name: "".into(), offset: 0 });
+    flat.insert(Vma { start: at, end: at + 4096, prot, shared: false, name: "".into(), offset: 0, backing: None });
     let mem = GuestMemory::Flat(flat);
     // again: inc dword [rip + 0x7fa]; inc byte [rip + 1]; push 0; jmp again: the immediate of PUSH counts.
     let code = [0xff, 0x05, 0xfa, 0x07, 0, 0, 0xfe, 0x05, 1, 0, 0, 0, 0x6a, 0, 0xeb, 0xf0];

@@ -138,7 +138,15 @@ mod tests {
     fn signal_of(fault: Fault, cpu: &CpuState) -> (i32, i32, u64, LastFault) {
         let space = FlatSpace::new();
         for (start, prot) in [(0x1000, Prot::READ), (0x2000, Prot::empty()), (0x3000, Prot::READ | Prot::WRITE)] {
-            space.insert(Vma { start, end: start + 0x1000, prot, shared: false, name: "".into(), offset: 0 });
+            space.insert(Vma {
+                start,
+                end: start + 0x1000,
+                prot,
+                shared: false,
+                name: "".into(),
+                offset: 0,
+                backing: None,
+            });
         }
         let r = raised(fault, cpu, Some(&space), LastFault { cr2: 7, ..LastFault::default() });
         let word = |at: usize| i32::from_le_bytes(r.info[at..at + 4].try_into().expect("4 bytes"));

@@ -7,6 +7,7 @@
 use crate::linux::host::{err, host_call};
 use crate::linux::syscall::{Args, Outcome, number, pass};
 use crate::linux::{AddressSpace, Brk, Task};
+use crate::mem::flat::Backing;
 use crate::mem::{FlatSpace, GuestMemory, PAGE_SIZE, Prot, Vma};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -73,7 +74,7 @@ impl AddressSpace {
             let mut address = line.split([' ', '-']).map(|s| u64::from_str_radix(s, 16));
             if let (Some(Ok(start)), Some(Ok(end))) = (address.next(), address.next()) {
                 let prot = if *name == "[vdso]" { Prot::READ | Prot::EXEC } else { Prot::READ };
-                space.insert(Vma { start, end, prot, shared: false, name: Arc::from(*name), offset: 0 });
+                space.insert(Vma { start, end, prot, shared: false, name: Arc::from(*name), offset: 0, backing: None });
             }
         }
         AddressSpace { mem: GuestMemory::Flat(space), brk: Mutex::default() }
@@ -131,7 +132,9 @@ impl AddressSpace {
         let kind = flags & libc::MAP_TYPE as u64;
         let shared = kind == libc::MAP_SHARED as u64 || kind == libc::MAP_SHARED_VALIDATE as u64;
         // A huge-page mapping is rounded up to its page size; the guest's munmap will name it.
-        self.flat().insert(Vma { start, end: start + len, prot, shared, name: Arc::from(m.name), offset: m.offset });
+        let backing = if shared { file(m.fd) } else { None };
+        let name = Arc::from(m.name);
+        self.flat().insert(Vma { start, end: start + len, prot, shared, name, offset: m.offset, backing });
         at
     }
 
@@ -294,6 +297,14 @@ impl AddressSpace {
     }
 }
 
+/// Which file a descriptor stands for.
+fn file(fd: i32) -> Option<Backing> {
+    // struct stat begins with device and inode.
+    let mut stat = [0u64; 18];
+    let r = host_call(libc::SYS_fstat as u64, [fd as u64, stat.as_mut_ptr() as u64, 0, 0, 0, 0]);
+    (r == 0).then_some((stat[0], stat[1]))
+}
+
 /// What of `range` is in none of the parts (which are in order).
 fn gaps(parts: &[Vma], range: Range<u64>) -> Vec<Range<u64>> {
     let mut at = range.start;
@@ -401,7 +412,9 @@ pub fn shmat(task: &mut Task, [id, addr, flags, ..]: Args) -> Outcome {
     prot.set(Prot::WRITE, flags & libc::SHM_RDONLY == 0);
     prot.set(Prot::EXEC, flags & libc::SHM_EXEC != 0);
     let (start, end) = (result as u64, result as u64 + size.next_multiple_of(PAGE_SIZE));
-    space.flat().insert(Vma { start, end, prot, shared: true, name: Arc::from(format!("/SYSV{id}")), offset: 0 });
+    let name = Arc::from(format!("/SYSV{id}"));
+    let backing = Some((u64::MAX, id));
+    space.flat().insert(Vma { start, end, prot, shared: true, name, offset: 0, backing });
     result.into()
 }
 

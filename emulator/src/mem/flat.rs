@@ -42,7 +42,12 @@ pub struct Vma {
     pub name: std::sync::Arc<str>,
     /// Offset in the file.
     pub offset: u64,
+    /// Of a shared mapping: what is shared. Another mapping of the same may write the code of this one.
+    pub backing: Option<Backing>,
 }
+
+/// A file, or a segment of shared memory: device and inode.
+pub type Backing = (u64, u64);
 
 impl Vma {
     /// The part inside `range`, which must overlap it.
@@ -66,11 +71,13 @@ pub struct FlatSpace {
 /// Told the address of each page whose cached code became stale; false: not interested any more.
 pub type Listener = Box<dyn Fn(u64) -> bool + Send + Sync>;
 
-#[derive(Clone, Copy, Default)]
+#[derive(Default)]
 struct Watch {
     generation: u64,
     /// Code was cached since the last write: the page is write-protected if the guest may write it.
     armed: bool,
+    /// Other pages with the same contents from which code was cached.
+    code: Vec<u64>,
 }
 
 fn page_of(addr: u64) -> u64 {
@@ -121,9 +128,10 @@ impl FlatSpace {
         let range = vma.start..vma.end;
         let mut vmas = self.vmas.write().expect("no panic under the lock");
         self.replaced(&cut(&mut vmas, range.clone()), vma.prot);
-        vmas.insert(vma.start, vma);
+        vmas.insert(vma.start, vma.clone());
         drop(vmas);
         self.invalidate(range);
+        self.new_view(&vma);
     }
 
     /// Records that a range is no longer mapped.
@@ -137,12 +145,12 @@ impl FlatSpace {
         let mut vmas = self.vmas.write().expect("no panic under the lock");
         let parts = cut(&mut vmas, range.clone());
         self.replaced(&parts, prot);
-        for mut v in parts {
-            v.prot = prot;
-            vmas.insert(v.start, v);
+        for v in &parts {
+            vmas.insert(v.start, Vma { prot, ..v.clone() });
         }
         drop(vmas);
         self.invalidate(range);
+        parts.into_iter().for_each(|v| self.new_view(&Vma { prot, ..v }));
     }
 
     fn replaced(&self, old: &[Vma], prot: Prot) {
@@ -180,11 +188,10 @@ impl FlatSpace {
         // Not armed: another thread was first, the page is writable already; or a change of rights met the watching of the page half
         // way, then the rights are set right here.
         if watch.armed {
-            watch.armed = false;
-            watch.generation += 1;
-            self.epoch.fetch_add(1, Ordering::SeqCst);
+            let mut pages = std::mem::take(&mut watch.code);
+            pages.push(page);
             // Before the page is writable: nobody may write it and then run what was cached.
-            self.tell(page);
+            self.stale(&mut watched, pages);
         }
         host_protect(page, FlatSpace::host_prot(vma.prot));
         true
@@ -202,16 +209,54 @@ impl FlatSpace {
 
     fn invalidate(&self, range: Range<u64>) {
         let mut watched = self.watched.lock().expect("no panic under the lock");
-        let mut pages = Vec::new();
-        for (p, w) in watched.iter_mut().filter(|(p, _)| range.contains(p)) {
-            w.generation += 1;
-            w.armed = false;
-            pages.push(*p);
+        let pages: Vec<u64> = if (range.end - range.start) / PAGE_SIZE < watched.len() as u64 {
+            range.step_by(PAGE_SIZE as usize).filter(|p| watched.contains_key(p)).collect()
+        } else {
+            watched.keys().filter(|p| range.contains(p)).copied().collect()
+        };
+        self.stale(&mut watched, pages);
+    }
+
+    /// What was cached from these pages is no longer valid.
+    fn stale(&self, watched: &mut HashMap<u64, Watch>, pages: Vec<u64>) {
+        if pages.is_empty() {
+            return;
         }
-        if !pages.is_empty() {
-            self.epoch.fetch_add(1, Ordering::SeqCst);
-            pages.into_iter().for_each(|p| self.tell(p));
+        for page in &pages {
+            if let Some(w) = watched.get_mut(page) {
+                w.generation += 1;
+                w.armed = false;
+            }
         }
+        self.epoch.fetch_add(1, Ordering::SeqCst);
+        pages.into_iter().for_each(|p| self.tell(p));
+    }
+
+    /// The pages of other mappings that share the contents of `page`, which is in `vma`, and may be written there.
+    fn writable_views(&self, page: u64, vma: &Vma) -> Vec<(u64, Prot)> {
+        if !vma.shared || vma.backing.is_none() {
+            return Vec::new();
+        }
+        let offset = vma.offset + (page - vma.start);
+        let vmas = self.vmas.read().expect("no panic under the lock");
+        let others = vmas.values().filter(|v| v.shared && v.backing == vma.backing && v.prot.contains(Prot::WRITE));
+        let holding = others.filter(|v| (v.offset..v.offset + (v.end - v.start)).contains(&offset));
+        holding.map(|v| (v.start + (offset - v.offset), v.prot)).filter(|&(p, _)| p != page).collect()
+    }
+
+    /// A shared mapping became writable: code cached from other views of it is given up, and watched again when it runs.
+    fn new_view(&self, vma: &Vma) {
+        if !vma.shared || vma.backing.is_none() || !vma.prot.contains(Prot::WRITE) {
+            return;
+        }
+        let mut watched = self.watched.lock().expect("no panic under the lock");
+        let offsets = vma.offset..vma.offset + (vma.end - vma.start);
+        let same = |&page: &u64| {
+            let view = self.find(page).filter(|v| v.shared && v.backing == vma.backing);
+            view.is_some_and(|v| offsets.contains(&(v.offset + (page - v.start))))
+        };
+        let pages: Vec<u64> = watched.iter().filter(|(_, w)| w.armed).map(|(p, _)| *p).filter(same).collect();
+        self.stale(&mut watched, pages);
     }
 
     /// From now on `listener` is told of each page that became stale, after the epoch was raised and before anybody can write the
@@ -231,11 +276,21 @@ impl FlatSpace {
         let page = page_of(addr);
         let mut watched = self.watched.lock().expect("no panic under the lock");
         let watch = watched.entry(page).or_default();
-        if !watch.armed {
+        if watch.armed {
+            return;
+        }
+        watch.armed = true;
+        let Some(vma) = self.find(page) else { return };
+        if vma.prot.contains(Prot::WRITE) {
+            host_protect(page, FlatSpace::host_prot(vma.prot - Prot::WRITE));
+        }
+        for (view, prot) in self.writable_views(page, &vma) {
+            let watch = watched.entry(view).or_default();
             watch.armed = true;
-            if let Some(vma) = self.find(page).filter(|v| v.prot.contains(Prot::WRITE)) {
-                host_protect(page, FlatSpace::host_prot(vma.prot - Prot::WRITE));
+            if !watch.code.contains(&page) {
+                watch.code.push(page);
             }
+            host_protect(view, FlatSpace::host_prot(prot - Prot::WRITE));
         }
     }
 

@@ -45,6 +45,7 @@ impl Pair {
             shared: false,
             name: "".into(),
             offset: 0,
+            backing: None,
         };
         flat.insert(vma(host.code_address(), 4096, Prot::READ | Prot::EXEC));
         flat.insert(vma(host.data_address(), raw::DATA_LEN as u64, Prot::READ | Prot::WRITE));

@@ -52,7 +52,15 @@ impl Flat {
         };
         assert_ne!(at, libc::MAP_FAILED);
         let start = at as u64;
-        self.flat().insert(Vma { start, end: start + len, prot, shared: false, name: "".into(), offset: 0 });
+        self.flat().insert(Vma {
+            start,
+            end: start + len,
+            prot,
+            shared: false,
+            name: "".into(),
+            offset: 0,
+            backing: None,
+        });
         start
     }
 
