@@ -25,6 +25,9 @@ use kvm_ioctls::VcpuFd;
 use std::io;
 use std::time::Duration;
 
+/// DR6: single step.
+const DR6_BS: u64 = 1 << 14;
+
 /// The hardware of one processor.
 pub(crate) struct Machine {
     vm: Vm,
@@ -90,7 +93,12 @@ impl Machine {
             let n = self.fd.get_msrs(&mut msrs).map_err(host_error)?;
             regs::take_msrs(cpu, &msrs, n);
             regs::take_xcrs(cpu, &self.fd.get_xcrs().map_err(host_error)?);
+            let dr6 = cpu.dr6;
             regs::take_debug_regs(cpu, &self.fd.get_debug_regs().map_err(host_error)?);
+            if self.stepping {
+                // BS is from our step.
+                cpu.dr6 = cpu.dr6 & !DR6_BS | dr6 & DR6_BS;
+            }
             self.held = Some(Box::new(cpu.clone()));
         }
         // Whoever looks may change RIP: an exception on its way is raised again, if the instruction still is to be executed.
@@ -139,7 +147,8 @@ impl Machine {
         }
         let run = self.fd.get_kvm_run();
         run.kvm_valid_regs = u64::from(KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS);
-        run.kvm_dirty_regs = u64::from(dirty);
+        // What an entry that did not come about left behind is still to be taken over.
+        run.kvm_dirty_regs |= u64::from(dirty);
         self.loaded = true;
         Ok(())
     }
@@ -177,15 +186,29 @@ impl Machine {
         Ok(())
     }
 
-    /// Single steps on or off.
-    fn set_stepping(&mut self, on: bool) -> io::Result<()> {
-        // Armed anew each time: some KVMs disarm it after a step, and it costs little beside the step.
-        if on || self.stepping {
-            let control = if on { KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP } else { 0 };
-            self.fd.set_guest_debug(&kvm_guest_debug { control, ..Default::default() }).map_err(host_error)?;
-            self.stepping = on;
+    /// Makes the next entry a single step. KVM remembers for which RIP it sets the trap flag, so the registers must be there before.
+    fn arm_step(&mut self) -> io::Result<()> {
+        let run = self.fd.get_kvm_run();
+        let dirty = std::mem::take(&mut run.kvm_dirty_regs) as u32;
+        let sync = self.fd.sync_regs_mut();
+        let (regs, sregs, events) = (sync.regs, sync.sregs, sync.events);
+        if dirty & KVM_SYNC_X86_SREGS != 0 {
+            self.fd.set_sregs(&sregs).map_err(host_error)?;
         }
-        Ok(())
+        self.fd.set_regs(&regs).map_err(host_error)?;
+        if dirty & KVM_SYNC_X86_EVENTS != 0 {
+            self.fd.set_vcpu_events(&events).map_err(host_error)?;
+        }
+        self.debug(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP)
+    }
+
+    /// Single steps are over.
+    fn disarm_step(&mut self) -> io::Result<()> {
+        if std::mem::take(&mut self.stepping) { self.debug(0) } else { Ok(()) }
+    }
+
+    fn debug(&mut self, control: u32) -> io::Result<()> {
+        self.fd.set_guest_debug(&kvm_guest_debug { control, ..Default::default() }).map_err(host_error)
     }
 }
 
@@ -291,6 +314,9 @@ impl KvmVcpu {
             return Err(io::Error::other("no virtual machine"));
         };
         m.load(cpu, told || m.stepping)?;
+        if m.stepping {
+            m.arm_step()?;
+        }
         m.fd.get_kvm_run().request_interrupt_window = u8::from(window);
         if kicker.requested() {
             return Ok(Left::Interrupted);
@@ -323,7 +349,7 @@ impl KvmVcpu {
 
     fn run_freely(&mut self, board: Board<'_>, kickable: &Kickable, budget: u64) -> io::Result<Exit> {
         let (m, _) = self.hw()?;
-        m.set_stepping(false)?;
+        m.disarm_step()?;
         let alarm = match budget {
             u64::MAX => None,
             _ => Alarm::after(Duration::from_nanos((budget / 4).max(1_000_000))),
@@ -450,7 +476,7 @@ impl KvmVcpu {
     fn step_hardware(&mut self, board: Board<'_>, kickable: &Kickable) -> io::Result<Exit> {
         let before = (self.cpu.gpr, self.cpu.rip, self.cpu.rflags);
         let (m, _) = self.hw()?;
-        m.set_stepping(true)?;
+        m.stepping = true;
         let left = self.go(board, kickable, false)?;
         match left {
             Left::Debug(_) => {}

@@ -10,7 +10,7 @@ use crate::intercept::{self, HOLE, HOLE_GPA, PORT};
 use crate::kick::{Alarm, Kickable};
 use crate::regs;
 use crate::run::{Extended, Hardware, KvmVcpu, Shared};
-use crate::space::{Filled, Wanted};
+use crate::space::{Filled, USER_END, Wanted};
 use crate::vm::{host_error, immediate_exit, set_tsc_offset};
 use bivisor_emulator::cpu::{Attr, CpuState, Cr0, Cr4, Efer, Fault, Mode, Rflags, Segment};
 use bivisor_emulator::host::fds;
@@ -41,6 +41,8 @@ pub(crate) struct Process {
     /// What KVM was given last, as far as we set it.
     loaded: Option<kvm_sregs>,
     extended: Extended,
+    /// IF and IOPL as the guest was entered.
+    interrupts: Rflags,
     /// Address and RIP of the last page fault that found its entry filled.
     again: Option<(u64, u64)>,
     exec_epoch: u64,
@@ -62,6 +64,7 @@ impl Process {
             root,
             loaded: None,
             extended: Extended::Unknown,
+            interrupts: Rflags::IF,
             again: None,
             exec_epoch: 0,
         };
@@ -116,6 +119,7 @@ impl Process {
     /// The state into the hardware.
     fn load(&mut self, cpu: &CpuState) -> io::Result<()> {
         self.extended.load(self.fd.as_ref().expect("taken only by drop"), cpu)?;
+        self.interrupts = cpu.rflags & (Rflags::IF | Rflags::IOPL);
         let mut dirty = KVM_SYNC_X86_REGS;
         let sregs = self.sregs(cpu);
         let keep = self.loaded.is_some_and(|old| same_segments(&old, &sregs));
@@ -278,11 +282,12 @@ impl KvmVcpu {
             Point::Left(Left::Refused | Left::CannotEmulate) => self.refused(board),
             Point::Left(other) => Err(io::Error::other(format!("the guest left in an unforeseen way: {other:?}"))),
             Point::Syscall => {
-                let (_, cpu) = self.hardware()?;
+                let (p, cpu) = self.hardware()?;
+                let interrupts = p.interrupts;
                 // The stub is behind SYSCALL: RCX is where it goes on, R11 the flags (SDM 2B SYSCALL). They are lost for the guest.
                 let next_rip = cpu.gpr[Gpr::Rcx as usize];
                 cpu.rip = next_rip.wrapping_sub(2);
-                cpu.rflags = guest_flags(cpu.gpr[Gpr::R11 as usize]);
+                cpu.rflags = guest_flags(cpu.gpr[Gpr::R11 as usize], interrupts);
                 if self.core.intercepts.contains(Intercepts::SYSCALL) {
                     return Ok(Some(Exit::Intercept { what: Intercepts::SYSCALL, next_rip, vector: 0 }));
                 }
@@ -325,7 +330,7 @@ impl KvmVcpu {
                 Ok(Point::Vector(vector, frame))
             }
             left => {
-                cpu.rflags = guest_flags(cpu.rflags.bits());
+                cpu.rflags = guest_flags(cpu.rflags.bits(), p.interrupts);
                 Ok(Point::Left(left))
             }
         }
@@ -419,11 +424,10 @@ impl KvmVcpu {
             Filled::Already if p.again != Some((frame.cr2, cpu.rip)) => p.again = Some((frame.cr2, cpu.rip)),
             Filled::Already => {
                 p.again = None;
-                return match self.by_interpreter(board)? {
-                    Some(Exit::Exception(fault)) => Ok(Some(fault)),
-                    _ => Ok(None),
-                };
+                return self.exact_fault(board);
             }
+            // The access may cross into addresses that do not exist: which fault comes first differs between page tables.
+            Filled::No if (USER_END - 64..USER_END).contains(&frame.cr2) => return self.exact_fault(board),
             Filled::No => {
                 // U, and W and I as they were; P as Linux would have it: is there a mapping?
                 let mapped = flat.find(frame.cr2).is_some();
@@ -432,6 +436,14 @@ impl KvmVcpu {
             }
         }
         Ok(None)
+    }
+
+    /// The interpreter's word on the instruction at RIP.
+    fn exact_fault(&mut self, board: Board<'_>) -> io::Result<Option<Fault>> {
+        Ok(match self.by_interpreter(board)? {
+            Some(Exit::Exception(fault)) => Some(fault),
+            _ => None,
+        })
     }
 
     /// The host refused an access that the page tables allow: rights taken away, a watched page, a file that ended. The interpreter
@@ -544,9 +556,13 @@ impl KvmVcpu {
 
 const BYTE: bivisor_emulator::isa::Width = bivisor_emulator::isa::Width::B;
 
-/// The flags of the guest: interrupts are on for every Linux program, RF is the processor's note for the return from a fault.
-fn guest_flags(bits: u64) -> Rflags {
-    (Rflags::from_bits_retain(bits) | Rflags::FIXED | Rflags::IF) - Rflags::RF
+/// The flags of the guest: IF and IOPL cannot change at CPL 3 (a software KVM shows its own), RF is the processor's note for the
+/// return from a fault.
+fn guest_flags(bits: u64, interrupts: Rflags) -> Rflags {
+    let kept = Rflags::IF | Rflags::IOPL;
+    let mut flags = (Rflags::from_bits_retain(bits) | Rflags::FIXED) - Rflags::RF;
+    flags.replace(kept, interrupts);
+    flags
 }
 
 impl Process {
@@ -558,7 +574,7 @@ impl Process {
         let words: [u64; 6] = space.read_kernel(rsp);
         let (error, rest) = if has_code { (words[0], &words[1..6]) } else { (0, &words[0..5]) };
         cpu.rip = rest[0];
-        cpu.rflags = guest_flags(rest[2]);
+        cpu.rflags = guest_flags(rest[2], self.interrupts);
         cpu.gpr[Gpr::Rsp as usize] = rest[3];
         cpu.seg[Seg::Cs as usize] = Segment::code64(rest[1] as u16, 3);
         cpu.seg[Seg::Ss as usize] = Segment::data32(rest[4] as u16, 3);

@@ -19,7 +19,7 @@ const CHUNK: u64 = 32 << 20;
 /// What one page table covers.
 const REGION: u64 = 2 << 20;
 /// Linux gives user programs the lower half.
-const USER_END: u64 = 1 << 47;
+pub const USER_END: u64 = 1 << 47;
 
 const P: u64 = 1;
 const W: u64 = 1 << 1;

@@ -54,8 +54,10 @@ pub fn engines() -> (Vec<Engine>, Vec<(&'static str, String)>) {
     let kvm = || KvmVm::new(model.clone()).map(|vm| Box::new(vm.vcpu()));
     let process = kvm().and_then(|k| Ok(vcpu(k, flat()?, Way::ToInt3)));
     add("kvm-flat", false, process.and_then(|p| usable(p, |h| h.usable_for_process)));
+    let process = kvm().and_then(|k| Ok(vcpu(k, flat()?, Way::Once)));
+    add("kvm-flat-step", false, process.and_then(|p| usable(p, |h| h.usable_for_process)));
     let machine = kvm().map(|k| vcpu(k, world::ram(), Way::Once));
-    add("kvm", false, machine.and_then(|m| usable(m, |h| h.usable_for_machine)));
+    add("kvm", false, machine.and_then(|m| usable(m, |h| h.usable_for_process)));
     (have, missing)
 }
 
