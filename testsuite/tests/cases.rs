@@ -85,9 +85,6 @@ fn known(engine: &str, trial: &Trial) -> Option<&'static str> {
         ("bt" | "bt-flat", Some(Fault::Gp(0))) if indirect => {
             Some("a branch to an address that is not canonical is reported at its target")
         }
-        ("kvm-flat", Some(Fault::Gp(0))) if trial.setup.gpr[3] == 0x7fff_ffff_fffd => {
-            Some("a load from the last canonical page into what is not canonical is a page fault under a software KVM")
-        }
         _ => None,
     }
 }
