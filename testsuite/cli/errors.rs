@@ -130,7 +130,12 @@ fn guests_that_crash() {
     let sources = [
         ("null", "int main(void){((void(*)(void))0)();return 0;}", libc_signal("SEGV"), &["SIGSEGV", "0x0"][..]),
         ("ud2", "int main(void){__builtin_trap();}", libc_signal("ILL"), &["SIGILL", "ud2"]),
-        ("divide", "int main(int c,char**v){volatile int z=c-1,n=7;return n/z;}", libc_signal("FPE"), &["SIGFPE", "idiv"]),
+        (
+            "divide",
+            "int main(int c,char**v){volatile int z=c-1,n=7;return n/z;}",
+            libc_signal("FPE"),
+            &["SIGFPE", "idiv"],
+        ),
         ("write", "int main(void){*(volatile int*)0x10=1;return 0;}", libc_signal("SEGV"), &["SIGSEGV", "mov"]),
         ("abort", "#include <stdlib.h>\nint main(void){abort();}", libc_signal("ABRT"), &[]),
         ("hlt", "int main(void){__asm__ volatile(\"hlt\");return 0;}", libc_signal("SEGV"), &["SIGSEGV", "hlt"]),

@@ -31,11 +31,14 @@ fn exec_on(args: &[&str], requests: &[Value]) -> Vec<Value> {
     text.lines().map(|l| serde_json::from_str(l).expect("a JSON line")).collect()
 }
 
-/// On the interpreter, and the translator must say the same.
+/// On the interpreter; the translator must say the same.
 fn exec(request: Value) -> Value {
-    let interp = exec_on(&["--backend", "interp"], std::slice::from_ref(&request)).remove(0);
-    let bt = exec_on(&["--backend", "bt"], &[request]).remove(0);
-    assert_eq!(interp, bt);
+    exec_all(&[request]).remove(0)
+}
+
+fn exec_all(requests: &[Value]) -> Vec<Value> {
+    let interp = exec_on(&["--backend", "interp"], requests);
+    assert_eq!(interp, exec_on(&["--backend", "bt"], requests), "interp and bt");
     interp
 }
 
@@ -67,7 +70,7 @@ fn nothing_of_a_case_is_left_for_the_next() {
         "mem": [{"addr": "0x1000", "hex": "8803f4"}, {"addr": "0x2000", "hex": "00"}], "want": ["memdelta"]});
     let load = json!({"regs": {"rax": "0xff", "rip": "0x1000", "rbx": "0x2000"},
         "mem": [{"addr": "0x1000", "hex": "8a03f4"}, {"addr": "0x2001", "hex": "00"}], "want": ["regs", "memdelta"]});
-    let r = exec_on(&[], &[store.clone(), load, store]);
+    let r = exec_all(&[store.clone(), load, store]);
     assert_eq!(r[0]["memdelta"], json!([{"addr": "0x2000", "hex": "77"}]));
     assert_eq!(r[1]["regs"]["rax"], "0x0");
     assert_eq!(r[1]["memdelta"], json!([]));
@@ -78,7 +81,7 @@ fn nothing_of_a_case_is_left_for_the_next() {
 fn faults_are_told_and_the_state_is_that_before() {
     // mov rax, [rbx] from an unmapped page; div by zero; ud2; a privileged instruction at CPL 3
     let at = |hex: &str, cpl: u8| json!({"cpl": cpl, "regs": {"rbx": "0xdead000", "rip": "0x1000"}, "mem": [{"addr": "0x1000", "hex": hex}], "want": ["regs"]});
-    let r = exec_on(&[], &[at("488b03", 0), at("f7f1", 0), at("0f0b", 3), at("f4", 3), at("8b03", 3)]);
+    let r = exec_all(&[at("488b03", 0), at("f7f1", 0), at("0f0b", 3), at("f4", 3), at("8b03", 3)]);
     let exception = |i: usize| r[i]["exception"].clone();
     assert_eq!(exception(0), json!({"vector": 14, "error": "0x0", "cr2": "0xdead000"}));
     assert_eq!(exception(1), json!({"vector": 0}));
