@@ -1,5 +1,8 @@
 //! Every system call: its number, name, arguments, and which way it goes: passed through, handled or refused (syscalls(2)).
 //!
+//! Whether an interrupted call is restarted is decided by the host's kernel: the host's disposition of a signal has the guest's
+//! SA_RESTART.
+//!
 //! The words of `args` are for [`crate::linux::strace`]: `fd`, `dir` (or AT_FDCWD), `path`, `str`, `buf` (its length is the next
 //! argument), `out` (filled up to the result), `int`, `uint`, `oflags`, `mode`, `prot`, `mflags`, `sig`, `argv`, `x` (hexadecimal,
 //! NULL for 0).
@@ -19,17 +22,6 @@ pub enum Status {
     Refused(i32),
 }
 
-/// What the kernel does with the call when a signal with a handler interrupts it (signal(7)).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Restart {
-    /// It never gives EINTR because of a signal, or EINTR is final for the guest to see.
-    Never,
-    /// Restarted if the handler has SA_RESTART, else EINTR (ERESTARTSYS).
-    IfAsked,
-    /// EINTR whenever a handler ran, restarted when none did (ERESTARTNOHAND, ERESTART_RESTARTBLOCK).
-    WithoutHandler,
-}
-
 /// One system call.
 pub struct Row {
     /// Number in RAX.
@@ -40,8 +32,6 @@ pub struct Row {
     pub args: &'static str,
     /// Which way it goes.
     pub status: Status,
-    /// When interrupted.
-    pub restart: Restart,
     /// Why, where it is not plain.
     pub note: &'static str,
 }
@@ -53,55 +43,24 @@ pub fn row(number: u32) -> Option<&'static Row> {
     ROWS.get(index as usize).filter(|r| r.number == number)
 }
 
-const fn new(
-    number: u32,
-    name: &'static str,
-    args: &'static str,
-    status: Status,
-    restart: Restart,
-    note: &'static str,
-) -> Row {
-    Row { number, name, args, status, restart, note }
-}
-
-/// Passed through; never waits long.
+/// Passed through.
 const fn pass(number: u32, name: &'static str, args: &'static str) -> Row {
-    new(number, name, args, Status::PassedThrough, Restart::Never, "")
-}
-
-/// Passed through; may wait and is restarted as SA_RESTART says.
-const fn wait(number: u32, name: &'static str, args: &'static str) -> Row {
-    new(number, name, args, Status::PassedThrough, Restart::IfAsked, "")
-}
-
-/// Passed through; may wait and is not restarted after a handler.
-const fn poll(number: u32, name: &'static str, args: &'static str) -> Row {
-    new(number, name, args, Status::PassedThrough, Restart::WithoutHandler, "")
+    note(number, name, args, "")
 }
 
 /// Passed through with something to say about it.
 const fn note(number: u32, name: &'static str, args: &'static str, note: &'static str) -> Row {
-    new(number, name, args, Status::PassedThrough, Restart::Never, note)
+    Row { number, name, args, status: Status::PassedThrough, note }
 }
 
 /// Handled.
 const fn own(number: u32, name: &'static str, args: &'static str, handler: Handler, note: &'static str) -> Row {
-    new(number, name, args, Status::Handled(handler), Restart::Never, note)
-}
-
-/// Handled, may wait.
-const fn own_wait(number: u32, name: &'static str, args: &'static str, handler: Handler, note: &'static str) -> Row {
-    new(number, name, args, Status::Handled(handler), Restart::IfAsked, note)
-}
-
-/// Handled; may wait and is not restarted after a handler.
-const fn own_poll(number: u32, name: &'static str, args: &'static str, handler: Handler, note: &'static str) -> Row {
-    new(number, name, args, Status::Handled(handler), Restart::WithoutHandler, note)
+    Row { number, name, args, status: Status::Handled(handler), note }
 }
 
 /// Refused.
 const fn no(number: u32, name: &'static str, args: &'static str, errno: i32, note: &'static str) -> Row {
-    new(number, name, args, Status::Refused(errno), Restart::Never, note)
+    Row { number, name, args, status: Status::Refused(errno), note }
 }
 
 const MAPS: &str = "recorded; never executable on the host; bivisor's own memory counts as not mapped";
@@ -117,14 +76,14 @@ const GONE: &str = "not in this kernel either";
 /// All of them in order of number.
 #[rustfmt::skip]
 pub static ROWS: &[Row] = &[
-    wait(0, "read", "fd out uint"),
-    wait(1, "write", "fd buf uint"),
-    own_wait(2, "open", "path oflags mode", file::open, PROC),
+    pass(0, "read", "fd out uint"),
+    pass(1, "write", "fd buf uint"),
+    own(2, "open", "path oflags mode", file::open, PROC),
     own(3, "close", "fd", file::close, FDS),
     own(4, "stat", "path x", file::path_first, PROC),
     pass(5, "fstat", "fd x"),
     pass(6, "lstat", "path x"),
-    poll(7, "poll", "x uint int"),
+    pass(7, "poll", "x uint int"),
     pass(8, "lseek", "fd int int"),
     own(9, "mmap", "x uint prot mflags fd x", mm::mmap, MAPS),
     own(10, "mprotect", "x uint prot", mm::mprotect, MAPS),
@@ -133,14 +92,14 @@ pub static ROWS: &[Row] = &[
     own(13, "rt_sigaction", "sig x x uint", sigcalls::rt_sigaction, SIGNALS),
     own(14, "rt_sigprocmask", "int x x uint", sigcalls::rt_sigprocmask, SIGNALS),
     own(15, "rt_sigreturn", "", sigcalls::rt_sigreturn, SIGNALS),
-    wait(16, "ioctl", "fd x x"),
-    wait(17, "pread64", "fd out uint int"),
-    wait(18, "pwrite64", "fd buf uint int"),
-    wait(19, "readv", "fd x uint"),
-    wait(20, "writev", "fd x uint"),
+    pass(16, "ioctl", "fd x x"),
+    pass(17, "pread64", "fd out uint int"),
+    pass(18, "pwrite64", "fd buf uint int"),
+    pass(19, "readv", "fd x uint"),
+    pass(20, "writev", "fd x uint"),
     own(21, "access", "path int", file::path_first, PROC),
     pass(22, "pipe", "x"),
-    poll(23, "select", "int x x x x"),
+    pass(23, "select", "int x x x x"),
     pass(24, "sched_yield", ""),
     own(25, "mremap", "x uint uint x x", mm::mremap, MAPS),
     own(26, "msync", "x uint x", mm::on_own_range, MAPS),
@@ -151,20 +110,20 @@ pub static ROWS: &[Row] = &[
     pass(31, "shmctl", "int int x"),
     pass(32, "dup", "fd"),
     own(33, "dup2", "fd fd", file::dup_onto, FDS),
-    poll(34, "pause", ""),
-    poll(35, "nanosleep", "x x"),
+    pass(34, "pause", ""),
+    pass(35, "nanosleep", "x x"),
     pass(36, "getitimer", "int x"),
     pass(37, "alarm", "uint"),
     pass(38, "setitimer", "int x x"),
     pass(39, "getpid", ""),
-    wait(40, "sendfile", "fd fd x uint"),
+    pass(40, "sendfile", "fd fd x uint"),
     pass(41, "socket", "int int int"),
-    wait(42, "connect", "fd x uint"),
-    wait(43, "accept", "fd x x"),
-    wait(44, "sendto", "fd buf uint x x uint"),
-    wait(45, "recvfrom", "fd out uint x x x"),
-    wait(46, "sendmsg", "fd x x"),
-    wait(47, "recvmsg", "fd x x"),
+    pass(42, "connect", "fd x uint"),
+    pass(43, "accept", "fd x x"),
+    pass(44, "sendto", "fd buf uint x x uint"),
+    pass(45, "recvfrom", "fd out uint x x x"),
+    pass(46, "sendmsg", "fd x x"),
+    pass(47, "recvmsg", "fd x x"),
     pass(48, "shutdown", "fd int"),
     pass(49, "bind", "fd x uint"),
     pass(50, "listen", "fd int"),
@@ -178,19 +137,19 @@ pub static ROWS: &[Row] = &[
     own(58, "vfork", "", clone::vfork, TASKS),
     own(59, "execve", "path argv x", exec::execve, EXEC),
     own(60, "exit", "int", thread::exit, ""),
-    wait(61, "wait4", "int x x x"),
+    pass(61, "wait4", "int x x x"),
     pass(62, "kill", "int sig"),
     pass(63, "uname", "x"),
     pass(64, "semget", "x int x"),
-    new(65, "semop", "int x uint", Status::PassedThrough, Restart::Never, "EINTR whatever SA_RESTART says"),
+    pass(65, "semop", "int x uint"),
     pass(66, "semctl", "int int int x"),
     own(67, "shmdt", "x", mm::shmdt, MAPS),
     pass(68, "msgget", "x x"),
-    poll(69, "msgsnd", "int x uint x"),
-    poll(70, "msgrcv", "int x uint int x"),
+    pass(69, "msgsnd", "int x uint x"),
+    pass(70, "msgrcv", "int x uint int x"),
     pass(71, "msgctl", "int int x"),
-    own_wait(72, "fcntl", "fd int x", file::on_fd, FDS),
-    wait(73, "flock", "fd int"),
+    own(72, "fcntl", "fd int x", file::on_fd, FDS),
+    pass(73, "flock", "fd int"),
     pass(74, "fsync", "fd"),
     pass(75, "fdatasync", "fd"),
     pass(76, "truncate", "path int"),
@@ -202,7 +161,7 @@ pub static ROWS: &[Row] = &[
     pass(82, "rename", "path path"),
     pass(83, "mkdir", "path mode"),
     pass(84, "rmdir", "path"),
-    wait(85, "creat", "path mode"),
+    pass(85, "creat", "path mode"),
     pass(86, "link", "path path"),
     pass(87, "unlink", "path"),
     pass(88, "symlink", "path path"),
@@ -220,7 +179,7 @@ pub static ROWS: &[Row] = &[
     pass(100, "times", "x"),
     no(101, "ptrace", "int int x x", EPERM, "the tracer would see the virtual machine, not the guest"),
     pass(102, "getuid", ""),
-    wait(103, "syslog", "int x int"),
+    pass(103, "syslog", "int x int"),
     pass(104, "getgid", ""),
     pass(105, "setuid", "int"),
     pass(106, "setgid", "int"),
@@ -247,7 +206,7 @@ pub static ROWS: &[Row] = &[
     own(127, "rt_sigpending", "x uint", sigcalls::rt_sigpending, SIGNALS),
     own(128, "rt_sigtimedwait", "x x x uint", sigcalls::rt_sigtimedwait, "EINTR whatever SA_RESTART says"),
     pass(129, "rt_sigqueueinfo", "int sig x"),
-    own_poll(130, "rt_sigsuspend", "x uint", sigcalls::rt_sigsuspend, MASK),
+    own(130, "rt_sigsuspend", "x uint", sigcalls::rt_sigsuspend, MASK),
     own(131, "sigaltstack", "x x", sigcalls::sigaltstack, "the host thread has one of its own"),
     pass(132, "utime", "path x"),
     pass(133, "mknod", "path mode x"),
@@ -319,13 +278,13 @@ pub static ROWS: &[Row] = &[
     pass(199, "fremovexattr", "fd str"),
     pass(200, "tkill", "int sig"),
     pass(201, "time", "x"),
-    wait(202, "futex", "x x int x x x"),
+    pass(202, "futex", "x x int x x x"),
     pass(203, "sched_setaffinity", "int uint x"),
     pass(204, "sched_getaffinity", "int uint x"),
     no(205, "set_thread_area", "x", ENOSYS, "for 32-bit programs only"),
     pass(206, "io_setup", "uint x"),
     pass(207, "io_destroy", "x"),
-    poll(208, "io_getevents", "x int int x x"),
+    pass(208, "io_getevents", "x int int x x"),
     pass(209, "io_submit", "x int x"),
     pass(210, "io_cancel", "x x x"),
     no(211, "get_thread_area", "x", ENOSYS, "for 32-bit programs only"),
@@ -337,7 +296,7 @@ pub static ROWS: &[Row] = &[
     pass(217, "getdents64", "fd x uint"),
     own(218, "set_tid_address", "x", thread::set_tid_address, "the host's address belongs to the C library"),
     no(219, "restart_syscall", "", libc::EINTR, "bivisor restarts interrupted calls itself"),
-    new(220, "semtimedop", "int x uint x", Status::PassedThrough, Restart::Never, "EINTR whatever SA_RESTART says"),
+    pass(220, "semtimedop", "int x uint x"),
     pass(221, "fadvise64", "fd int uint int"),
     pass(222, "timer_create", "int x x"),
     pass(223, "timer_settime", "int int x x"),
@@ -347,9 +306,9 @@ pub static ROWS: &[Row] = &[
     pass(227, "clock_settime", "int x"),
     pass(228, "clock_gettime", "int x"),
     pass(229, "clock_getres", "int x"),
-    poll(230, "clock_nanosleep", "int int x x"),
+    pass(230, "clock_nanosleep", "int int x x"),
     own(231, "exit_group", "int", misc::exit_group, ""),
-    new(232, "epoll_wait", "fd x int int", Status::PassedThrough, Restart::Never, "EINTR whatever SA_RESTART says"),
+    pass(232, "epoll_wait", "fd x int int"),
     pass(233, "epoll_ctl", "fd int fd x"),
     pass(234, "tgkill", "int int sig"),
     pass(235, "utimes", "path x"),
@@ -359,12 +318,12 @@ pub static ROWS: &[Row] = &[
     pass(239, "get_mempolicy", "x x uint x x"),
     pass(240, "mq_open", "str oflags mode x"),
     pass(241, "mq_unlink", "str"),
-    wait(242, "mq_timedsend", "fd buf uint uint x"),
-    wait(243, "mq_timedreceive", "fd out uint x x"),
+    pass(242, "mq_timedsend", "fd buf uint uint x"),
+    pass(243, "mq_timedreceive", "fd out uint x x"),
     pass(244, "mq_notify", "fd x"),
     pass(245, "mq_getsetattr", "fd x x"),
     pass(246, "kexec_load", "x x x x"),
-    wait(247, "waitid", "int int x x x"),
+    pass(247, "waitid", "int int x x x"),
     pass(248, "add_key", "str str x uint int"),
     pass(249, "request_key", "str str str int"),
     pass(250, "keyctl", "int x x x x"),
@@ -374,7 +333,7 @@ pub static ROWS: &[Row] = &[
     pass(254, "inotify_add_watch", "fd path x"),
     pass(255, "inotify_rm_watch", "fd int"),
     pass(256, "migrate_pages", "int uint x x"),
-    own_wait(257, "openat", "dir path oflags mode", file::openat, PROC),
+    own(257, "openat", "dir path oflags mode", file::openat, PROC),
     pass(258, "mkdirat", "dir path mode"),
     pass(259, "mknodat", "dir path mode x"),
     pass(260, "fchownat", "dir path int int x"),
@@ -387,44 +346,44 @@ pub static ROWS: &[Row] = &[
     own(267, "readlinkat", "dir path out uint", file::readlinkat, PROC),
     pass(268, "fchmodat", "dir path mode"),
     own(269, "faccessat", "dir path int", file::path_second, PROC),
-    own_poll(270, "pselect6", "int x x x x x", sigcalls::pselect6, MASK),
-    own_poll(271, "ppoll", "x uint x x uint", sigcalls::ppoll, MASK),
+    own(270, "pselect6", "int x x x x x", sigcalls::pselect6, MASK),
+    own(271, "ppoll", "x uint x x uint", sigcalls::ppoll, MASK),
     pass(272, "unshare", "x"),
     pass(273, "set_robust_list", "x uint"),
     pass(274, "get_robust_list", "int x x"),
-    wait(275, "splice", "fd x fd x uint x"),
-    wait(276, "tee", "fd fd uint x"),
+    pass(275, "splice", "fd x fd x uint x"),
+    pass(276, "tee", "fd fd uint x"),
     pass(277, "sync_file_range", "fd int int x"),
-    wait(278, "vmsplice", "fd x uint x"),
+    pass(278, "vmsplice", "fd x uint x"),
     pass(279, "move_pages", "int uint x x x x"),
     pass(280, "utimensat", "dir path x x"),
     own(281, "epoll_pwait", "fd x int int x uint", sigcalls::epoll_pwait, MASK),
     pass(282, "signalfd", "fd x uint"),
     pass(283, "timerfd_create", "int x"),
     pass(284, "eventfd", "uint"),
-    wait(285, "fallocate", "fd x int int"),
+    pass(285, "fallocate", "fd x int int"),
     pass(286, "timerfd_settime", "fd x x x"),
     pass(287, "timerfd_gettime", "fd x"),
-    wait(288, "accept4", "fd x x x"),
+    pass(288, "accept4", "fd x x x"),
     pass(289, "signalfd4", "fd x uint x"),
     pass(290, "eventfd2", "uint x"),
     pass(291, "epoll_create1", "x"),
     own(292, "dup3", "fd fd oflags", file::dup_onto, FDS),
     pass(293, "pipe2", "x oflags"),
     pass(294, "inotify_init1", "x"),
-    wait(295, "preadv", "fd x uint int int"),
-    wait(296, "pwritev", "fd x uint int int"),
+    pass(295, "preadv", "fd x uint int int"),
+    pass(296, "pwritev", "fd x uint int int"),
     pass(297, "rt_tgsigqueueinfo", "int int sig x"),
     pass(298, "perf_event_open", "x int int fd x"),
-    wait(299, "recvmmsg", "fd x uint x x"),
+    pass(299, "recvmmsg", "fd x uint x x"),
     pass(300, "fanotify_init", "x x"),
     pass(301, "fanotify_mark", "fd x x dir path"),
     pass(302, "prlimit64", "int int x x"),
     pass(303, "name_to_handle_at", "dir path x x x"),
-    wait(304, "open_by_handle_at", "fd x oflags"),
+    pass(304, "open_by_handle_at", "fd x oflags"),
     pass(305, "clock_adjtime", "int x"),
     pass(306, "syncfs", "fd"),
-    wait(307, "sendmmsg", "fd x uint x"),
+    pass(307, "sendmmsg", "fd x uint x"),
     pass(308, "setns", "fd x"),
     pass(309, "getcpu", "x x x"),
     pass(310, "process_vm_readv", "int x uint x uint x"),
@@ -435,7 +394,7 @@ pub static ROWS: &[Row] = &[
     pass(315, "sched_getattr", "int x uint x"),
     pass(316, "renameat2", "dir path dir path x"),
     no(317, "seccomp", "int x x", EINVAL, "a filter would hit bivisor's own calls"),
-    wait(318, "getrandom", "x uint x"),
+    pass(318, "getrandom", "x uint x"),
     pass(319, "memfd_create", "str x"),
     pass(320, "kexec_file_load", "fd fd uint str x"),
     pass(321, "bpf", "int x uint"),
@@ -443,14 +402,14 @@ pub static ROWS: &[Row] = &[
     no(323, "userfaultfd", "x", ENOSYS, "faults of bivisor itself would wait for the guest"),
     pass(324, "membarrier", "int x int"),
     own(325, "mlock2", "x uint x", mm::on_own_range, MAPS),
-    wait(326, "copy_file_range", "fd x fd x uint x"),
-    wait(327, "preadv2", "fd x uint int int x"),
-    wait(328, "pwritev2", "fd x uint int int x"),
+    pass(326, "copy_file_range", "fd x fd x uint x"),
+    pass(327, "preadv2", "fd x uint int int x"),
+    pass(328, "pwritev2", "fd x uint int int x"),
     own(329, "pkey_mprotect", "x uint prot int", mm::pkey_mprotect, "the offered CPU has no protection keys"),
     no(330, "pkey_alloc", "x x", libc::ENOSPC, "the offered CPU has no protection keys"),
     no(331, "pkey_free", "int", EINVAL, "the offered CPU has no protection keys"),
     own(332, "statx", "dir path x x x", file::path_second, PROC),
-    own_poll(333, "io_pgetevents", "x int int x x x", sigcalls::io_pgetevents, MASK),
+    own(333, "io_pgetevents", "x int int x x x", sigcalls::io_pgetevents, MASK),
     no(334, "rseq", "x uint x x", ENOSYS, "the host restarts host code, not guest code"),
     no(335, "uretprobe", "", ENOSYS, "the kernel's own trampoline"),
     no(336, "uprobe", "", ENOSYS, "the kernel's own trampoline"),
@@ -467,7 +426,7 @@ pub static ROWS: &[Row] = &[
     pass(434, "pidfd_open", "int x"),
     own(435, "clone3", "x uint", clone::clone3, TASKS),
     own(436, "close_range", "fd fd x", file::close_range, FDS),
-    own_wait(437, "openat2", "dir path x uint", file::openat2, PROC),
+    own(437, "openat2", "dir path x uint", file::openat2, PROC),
     pass(438, "pidfd_getfd", "fd fd x"),
     own(439, "faccessat2", "dir path int x", file::path_second, PROC),
     pass(440, "process_madvise", "fd x uint int x"),
@@ -479,13 +438,13 @@ pub static ROWS: &[Row] = &[
     note(446, "landlock_restrict_self", "fd x", "exec needs bivisor's own file too"),
     pass(447, "memfd_secret", "x"),
     pass(448, "process_mrelease", "fd x"),
-    wait(449, "futex_waitv", "x uint x x int"),
+    pass(449, "futex_waitv", "x uint x x int"),
     own(450, "set_mempolicy_home_node", "x uint uint x", mm::on_own_range, MAPS),
     pass(451, "cachestat", "fd x x x"),
     pass(452, "fchmodat2", "dir path mode x"),
     no(453, "map_shadow_stack", "x uint x", ENOSYS, "the offered CPU has no shadow stacks"),
     pass(454, "futex_wake", "x x int x"),
-    wait(455, "futex_wait", "x x x x x int"),
+    pass(455, "futex_wait", "x x x x x int"),
     pass(456, "futex_requeue", "x x int int"),
     pass(457, "statmount", "x x uint x"),
     pass(458, "listmount", "x x uint x"),
