@@ -4,7 +4,7 @@
 use crate::cpu::{Attr, CpuState, Cr0, Cr4, Efer, Fault, Rflags, Segment};
 use crate::interp::{Exec, Step, Stop};
 use crate::isa::{Seg, Width};
-use crate::mem::{Access, By, FlatSpace, PAGE_SIZE, Prot};
+use crate::mem::{Access, By, FlatSpace, GuestMemory, Mmu, PAGE_SIZE, Prot};
 
 /// Is the code 64-bit?
 #[inline(always)]
@@ -141,12 +141,66 @@ fn place_two(x: &mut Exec<'_>, laddr: u64, access: Access, by: By) -> Result<Pla
     Ok(Place { laddr, first, second: Some((PAGE_SIZE - (laddr & (PAGE_SIZE - 1)), second)), access })
 }
 
+/// What the hot loop knows of the state, until an instruction comes that may change it: integer accesses of 64-bit code without
+/// alignment checks, of which only the address is left to look at.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Lane {
+    open: bool,
+    /// Linear addresses go through the TLB, of which this is the context.
+    paged: Option<usize>,
+}
+
+impl Lane {
+    /// Of the state as it is; closed unless the code is 64-bit.
+    #[inline(always)]
+    pub fn of(cpu: &CpuState, mem: &GuestMemory) -> Lane {
+        let open = is_long64(cpu) && !cpu.rflags.contains(Rflags::AC) && !cpu.cr4.contains(Cr4::LA57);
+        let paged = (mem.flat().is_none() && cpu.cr0.contains(Cr0::PG)).then(|| Mmu::context(cpu, accessor(cpu)));
+        Lane { open, paged }
+    }
+
+    /// Is the code known to be 64-bit?
+    #[inline(always)]
+    pub fn is_open(self) -> bool {
+        self.open
+    }
+}
+
+/// Linear and guest-physical address if nothing is in the way: the lane is open, the address canonical, the bytes inside one page, the page
+/// known to the TLB.
+#[inline(always)]
+fn quick(x: &Exec<'_>, seg: Seg, offset: u64, w: Width, access: Access) -> Option<(u64, u64)> {
+    if !x.lane.open {
+        return None;
+    }
+    let laddr = match seg {
+        Seg::Fs | Seg::Gs => x.cpu.seg[seg as usize].base.wrapping_add(offset),
+        _ => offset,
+    };
+    if ((laddr << 16) as i64 >> 16) as u64 != laddr || crosses(laddr, w.bytes()) {
+        return None;
+    }
+    let gpa = match x.lane.paged {
+        None => laddr,
+        Some(context) => x.mmu.known(context, laddr, access)?,
+    };
+    Some((laddr, gpa))
+}
+
 /// All checks of an integer access, translated: for read-modify-write.
 ///
 /// # Errors
 /// Every fault the access can give in a machine.
 #[inline(always)]
 pub fn place_for(x: &mut Exec<'_>, seg: Seg, offset: u64, w: Width, access: Access) -> Result<Place, Stop> {
+    match quick(x, seg, offset, w, access) {
+        Some((laddr, first)) => Ok(Place { laddr, first, second: None, access }),
+        None => full_place(x, seg, offset, w, access),
+    }
+}
+
+#[inline(never)]
+fn full_place(x: &mut Exec<'_>, seg: Seg, offset: u64, w: Width, access: Access) -> Result<Place, Stop> {
     let laddr = linear(x, seg, offset, w.bytes(), access)?;
     check_alignment(x, laddr, w)?;
     let by = accessor(x.cpu);
@@ -327,7 +381,17 @@ pub(crate) fn flat_fetch_fault(x: &Exec<'_>, flat: &FlatSpace, laddr: u64) -> St
 /// #GP, #SS, #AC, #PF.
 #[inline(always)]
 pub fn load(x: &mut Exec<'_>, seg: Seg, offset: u64, w: Width) -> Result<u64, Stop> {
-    let p = place_for(x, seg, offset, w, Access::Read)?;
+    if let Some((_, gpa)) = quick(x, seg, offset, w, Access::Read)
+        && let Some(v) = x.mem.load(gpa, w)
+    {
+        return Ok(v);
+    }
+    full_load(x, seg, offset, w)
+}
+
+#[inline(never)]
+fn full_load(x: &mut Exec<'_>, seg: Seg, offset: u64, w: Width) -> Result<u64, Stop> {
+    let p = full_place(x, seg, offset, w, Access::Read)?;
     load_at(x, &p, w)
 }
 
@@ -337,7 +401,17 @@ pub fn load(x: &mut Exec<'_>, seg: Seg, offset: u64, w: Width) -> Result<u64, St
 /// #GP, #SS, #AC, #PF.
 #[inline(always)]
 pub fn store(x: &mut Exec<'_>, seg: Seg, offset: u64, w: Width, v: u64) -> Step {
-    let p = place_for(x, seg, offset, w, Access::Write)?;
+    if let Some((_, gpa)) = quick(x, seg, offset, w, Access::Write)
+        && x.mem.store(gpa, w, v).is_some()
+    {
+        return Ok(());
+    }
+    full_store(x, seg, offset, w, v)
+}
+
+#[inline(never)]
+fn full_store(x: &mut Exec<'_>, seg: Seg, offset: u64, w: Width, v: u64) -> Step {
+    let p = full_place(x, seg, offset, w, Access::Write)?;
     store_at(x, &p, w, v)
 }
 

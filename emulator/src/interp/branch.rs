@@ -15,14 +15,15 @@ use iced_x86::{Code, ConditionCode as Cc};
 /// #GP(0) if nothing can be fetched from there.
 #[inline(always)]
 pub fn jump_to(x: &mut Exec<'_>, w: Width, target: u64) -> Step {
-    x.next_rip = checked(x.cpu, w, target)?;
+    x.next_rip = checked(x, w, target)?;
     Ok(())
 }
 
 #[inline(always)]
-fn checked(cpu: &CpuState, w: Width, target: u64) -> Result<u64, Fault> {
+fn checked(x: &Exec<'_>, w: Width, target: u64) -> Result<u64, Fault> {
     let target = w.cut(target);
-    let ok = if is_long64(cpu) {
+    let cpu: &CpuState = x.cpu;
+    let ok = if x.lane.is_open() || is_long64(cpu) {
         is_canonical(cpu, target)
     } else {
         // SDM 2A JMP: tempEIP beyond the limit of CS: #GP(0).
@@ -67,7 +68,7 @@ pub fn jmp(x: &mut Exec<'_>, i: &Insn) -> Step {
 /// CALL near.
 pub fn call(x: &mut Exec<'_>, i: &Insn) -> Step {
     let to = target(x, i)?;
-    let to = checked(x.cpu, i.width, to)?;
+    let to = checked(x, i.width, to)?;
     stack::push(x, i.width, x.next_rip)?;
     x.next_rip = to;
     Ok(())

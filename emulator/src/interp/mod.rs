@@ -87,6 +87,8 @@ pub struct Exec<'a> {
     pub env: &'a mut Env,
     /// Set when the loop must look at events after this instruction: see [`Exec::attention`].
     pub attention: bool,
+    /// What the loop knows of the state.
+    pub(crate) lane: access::Lane,
 }
 
 impl Exec<'_> {

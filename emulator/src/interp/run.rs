@@ -4,6 +4,7 @@
 //! instruction say. Single step, breakpoints, RF and interrupt shadows go the careful way, one instruction at a time.
 
 use crate::cpu::{Activity, CpuState, Fault, Rflags};
+use crate::interp::access::Lane;
 use crate::interp::deliver::{Event, deliver};
 use crate::interp::fetch::{self, Context, Window};
 use crate::interp::icache::{Entry, ICache, Marks};
@@ -77,7 +78,17 @@ fn exec<'a>(
     intercepts: Intercepts,
 ) -> Exec<'a> {
     let next_rip = cpu.rip;
-    Exec { cpu, mmu, mem: board.mem, bus: board.bus, intercepts, next_rip, env, attention: false }
+    Exec {
+        cpu,
+        mmu,
+        mem: board.mem,
+        bus: board.bus,
+        intercepts,
+        next_rip,
+        env,
+        attention: false,
+        lane: Lane::default(),
+    }
 }
 
 /// Takes an external interrupt if there is one and it is not held.
@@ -133,8 +144,10 @@ fn run_window(x: &mut Exec<'_>, window: Window<'_>, context: Context, most: u64,
     let done = if window.page.is_unwatched() {
         run_unwatched(x, window, context, &mut todo)
     } else {
+        x.lane = Lane::of(x.cpu, x.mem);
         run_entries(x, window, context, &mut todo)
     };
+    x.lane = Lane::default();
     *left -= most - todo;
     done
 }
@@ -160,6 +173,7 @@ fn run_entries(x: &mut Exec<'_>, window: Window<'_>, context: Context, todo: &mu
         x.next_rip = following;
         if !entry.marks.is_empty() {
             // It may change what this loop relies on.
+            x.lane = Lane::default();
             let entry = entry.clone();
             return one(x, &entry, context, todo);
         }

@@ -17,6 +17,12 @@ pub fn address_width(cpu: &CpuState) -> Width {
     }
 }
 
+/// The same, by what the loop knows.
+#[inline(always)]
+fn current_width(x: &Exec<'_>) -> Width {
+    if x.lane.is_open() { Width::Q } else { address_width(x.cpu) }
+}
+
 /// The stack pointer, cut to the stack-address size.
 #[inline(always)]
 pub fn pointer(cpu: &CpuState) -> u64 {
@@ -34,8 +40,9 @@ pub fn set_pointer(cpu: &mut CpuState, v: u64) {
 /// Adds to RSP, ESP or SP.
 #[inline(always)]
 pub fn adjust(x: &mut Exec<'_>, delta: i64) {
-    let v = pointer(x.cpu).wrapping_add_signed(delta);
-    set_pointer(x.cpu, v);
+    let a = current_width(x);
+    let v = x.cpu.read(Gpr::Rsp, a).wrapping_add_signed(delta);
+    x.cpu.write(Gpr::Rsp, a, v);
 }
 
 /// Pushes one value; RSP moves when the store is done.
@@ -44,7 +51,7 @@ pub fn adjust(x: &mut Exec<'_>, delta: i64) {
 /// #SS, #PF, #AC.
 #[inline(always)]
 pub fn push(x: &mut Exec<'_>, w: Width, v: u64) -> Step {
-    let a = address_width(x.cpu);
+    let a = current_width(x);
     let to = a.cut(x.cpu.gpr[Gpr::Rsp as usize].wrapping_sub(w.bytes()));
     access::store(x, Seg::Ss, to, w, v)?;
     x.cpu.write(Gpr::Rsp, a, to);
@@ -57,7 +64,7 @@ pub fn push(x: &mut Exec<'_>, w: Width, v: u64) -> Step {
 /// #SS, #PF, #AC.
 #[inline(always)]
 pub fn pop(x: &mut Exec<'_>, w: Width) -> Result<u64, Stop> {
-    let a = address_width(x.cpu);
+    let a = current_width(x);
     let from = a.cut(x.cpu.gpr[Gpr::Rsp as usize]);
     let v = access::load(x, Seg::Ss, from, w)?;
     x.cpu.write(Gpr::Rsp, a, from.wrapping_add(w.bytes()));
@@ -69,7 +76,7 @@ pub fn pop(x: &mut Exec<'_>, w: Width) -> Result<u64, Stop> {
 /// # Errors
 /// #SS, #PF, #AC.
 pub fn peek(x: &mut Exec<'_>, depth_bytes: u64, w: Width) -> Result<u64, Stop> {
-    let a = address_width(x.cpu);
+    let a = current_width(x);
     let from = a.cut(x.cpu.gpr[Gpr::Rsp as usize].wrapping_add(depth_bytes));
     access::load(x, Seg::Ss, from, w)
 }

@@ -34,15 +34,27 @@ impl Mmu {
         if matches!(mem, GuestMemory::Flat(_)) || !cpu.cr0.contains(Cr0::PG) {
             return Ok(laddr);
         }
-        let context = match by {
-            By::User => 0,
-            By::Supervisor if cpu.rflags.contains(Rflags::AC) && cpu.cr4.contains(Cr4::SMAP) => 2,
-            By::Supervisor | By::Implicit => 1,
-        };
+        let context = Mmu::context(cpu, by);
         match self.tlb.get(context, laddr, access) {
             Some(gpa) => Ok(gpa),
             None => self.miss(cpu, mem, laddr, access, by, context),
         }
+    }
+
+    /// The part of the TLB that is asked for accesses by `by`.
+    #[inline(always)]
+    pub fn context(cpu: &CpuState, by: By) -> usize {
+        match by {
+            By::User => 0,
+            By::Supervisor if cpu.rflags.contains(Rflags::AC) && cpu.cr4.contains(Cr4::SMAP) => 2,
+            By::Supervisor | By::Implicit => 1,
+        }
+    }
+
+    /// The guest-physical address if the TLB knows that the access is allowed; the context is that of [`Mmu::context`] under paging.
+    #[inline(always)]
+    pub fn known(&self, context: usize, laddr: u64, access: Access) -> Option<u64> {
+        self.tlb.get(context, laddr, access)
     }
 
     #[cold]
