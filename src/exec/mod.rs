@@ -4,6 +4,7 @@ mod number;
 mod request;
 mod response;
 mod setup;
+mod single;
 mod world;
 
 use crate::engine::{self, Backend};
@@ -18,16 +19,18 @@ use number::Num;
 use request::{Range, Request, Unmapped, Want, WantItem};
 use response::{Exception, Response, Stop};
 use std::collections::HashMap;
-use std::io::{BufRead, Write};
+use std::io::{BufRead, BufReader, Write};
+use std::path::PathBuf;
 use std::sync::Arc;
 use world::World;
 
 /// Arguments of `bivisor exec`.
 #[derive(Args)]
-#[command(
-    after_help = "Example (two instructions, then HLT):\n  echo '{\"id\":1,\"regs\":{\"rax\":\"0x2\",\"rip\":\"0x1000\"},\"mem\":[{\"addr\":\"0x1000\",\"hex\":\"4801c0fff4\"}],\
-                  \"want\":[\"regs\"]}' | bivisor exec"
-)]
+#[command(after_help = "Examples:\n  \
+        bivisor exec --hex '4801c0 f4' --set rax=0x21\n  \
+        bivisor exec --example popf --cpl 3 --backend bt\n  \
+        echo '{\"regs\":{\"rax\":2,\"rip\":\"0x1000\"},\"mem\":[{\"addr\":\"0x1000\",\"hex\":\"4801c0f4\"}],\"want\":[\"regs\"]}' | bivisor exec\n\n\
+        Exit status: 0 if all cases were run, whatever became of them; 2 on malformed input.")]
 pub struct ExecArgs {
     /// The engine.
     #[arg(long, value_enum, default_value_t = Backend::Interp)]
@@ -41,6 +44,27 @@ pub struct ExecArgs {
     /// Print the JSON Schema of requests and responses.
     #[arg(long)]
     schema: bool,
+    /// Run these bytes instead of cases from standard input.
+    #[arg(long, value_name = "BYTES")]
+    hex: Option<String>,
+    /// Run the bytes of a file.
+    #[arg(long, value_name = "FILE")]
+    flat: Option<PathBuf>,
+    /// Run a built-in example: sum, popf, port, fault, sse.
+    #[arg(long, value_name = "NAME")]
+    example: Option<String>,
+    /// For --hex and --flat: real16, prot16, prot32, compat32 or long64.
+    #[arg(long, default_value = "long64", value_parser = ["real16", "prot16", "prot32", "compat32", "long64"])]
+    mode: String,
+    /// For --hex, --flat and --example: the privilege level.
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=3))]
+    cpl: u8,
+    /// For --hex, --flat and --example: set a register. May be repeated.
+    #[arg(long, value_name = "REGISTER=VALUE")]
+    set: Vec<String>,
+    /// For --hex, --flat and --example: stop after so many instructions; default: at HLT, INT3 or another exception.
+    #[arg(long, value_name = "N")]
+    insns: Option<u64>,
 }
 
 /// Lines taken at a time by each thread.
@@ -54,14 +78,33 @@ pub fn run(args: &ExecArgs) -> Result<i32> {
     }
     let (backend, _) = engine::choose(args.backend, engine::Purpose::Code).map_err(anyhow::Error::msg)?;
     let mut workers = (0..args.jobs).map(|_| Worker::new(args, backend)).collect::<Result<Vec<_>>>()?;
-    let mut lines = std::io::stdin().lock().lines();
     let mut out = std::io::stdout().lock();
+    if single::given(args) {
+        let outcome = serde_json::from_value(single::request(args)?).map_err(|e| e.to_string());
+        return match outcome.and_then(|request| workers[0].case(request)) {
+            Ok(response) => {
+                serde_json::to_writer_pretty(&mut out, &response)?;
+                out.write_all(b"\n")?;
+                Ok(0)
+            }
+            Err(why) => {
+                eprintln!("bivisor: {why}");
+                Ok(2)
+            }
+        };
+    }
+    let mut input = BufReader::with_capacity(1 << 20, std::io::stdin().lock());
     let mut number = 0;
     loop {
         let wanted = BATCH * workers.len();
         let mut batch = Vec::new();
-        for line in lines.by_ref().take(wanted) {
-            batch.push(line.context("standard input")?);
+        // What is there is answered before more is waited for: the other side may want to see it first.
+        while batch.is_empty() || batch.len() < wanted && input.buffer().contains(&b'\n') {
+            let mut line = String::new();
+            if input.read_line(&mut line).context("standard input")? == 0 {
+                break;
+            }
+            batch.push(line);
         }
         if batch.is_empty() {
             return Ok(0);

@@ -219,6 +219,56 @@ fn the_schema_is_json_and_names_every_field_of_a_response() {
 }
 
 #[test]
+fn one_case_from_the_command_line() {
+    let run = |args: &[&str]| -> Value {
+        let output = bivisor(&[&["exec"], args].concat(), "");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).expect("JSON")
+    };
+    for backend in ["interp", "bt"] {
+        let r = run(&["--backend", backend, "--hex", "48 01 c0 f4", "--set", "rax=0x21"]);
+        assert_eq!((&r["stop"], &r["regs"]["rax"]), (&json!("hlt"), &json!("0x42")));
+        let r = run(&["--backend", backend, "--example", "sum"]);
+        assert_eq!((&r["exception"]["vector"], &r["regs"]["rax"]), (&json!(3), &json!("0x13ba")));
+        let r = run(&["--backend", backend, "--example", "popf"]);
+        assert_eq!((&r["regs"]["rax"], &r["regs"]["rbx"]), (&json!("0x2"), &json!("0x202")), "CPL 0 changes IF");
+        let r = run(&["--backend", backend, "--example", "popf", "--cpl", "3"]);
+        assert_eq!((&r["regs"]["rax"], &r["regs"]["rbx"]), (&json!("0x2"), &json!("0x2")), "CPL 3 does not");
+        let r = run(&["--backend", backend, "--hex", "b80100b90200", "--mode", "real16", "--insns", "2"]);
+        assert_eq!((&r["insns"], &r["regs"]["rcx"], &r["regs"]["rip"]), (&json!(2), &json!("0x2"), &json!("0x6")));
+    }
+    for bad in
+        [&["--hex", "4"][..], &["--example", "none"], &["--flat", "/nonexistent"], &["--hex", "f4", "--set", "rax"]]
+    {
+        assert_eq!(bivisor(&[&["exec"], bad].concat(), "").status.code(), Some(1), "{bad:?}");
+    }
+    assert_eq!(bivisor(&["exec", "--hex", "f4", "--set", "rzx=1"], "").status.code(), Some(2));
+}
+
+/// A driver that sends a case and waits for its answer before it sends the next gets it.
+#[test]
+fn an_answer_does_not_wait_for_more_input() {
+    use std::io::{BufRead, BufReader};
+    let mut child = Command::new(env!("CARGO_BIN_EXE_bivisor"))
+        .args(["exec", "--jobs", "2"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("bivisor starts");
+    let mut stdin = child.stdin.take().expect("piped");
+    let mut answers = BufReader::new(child.stdout.take().expect("piped")).lines();
+    for i in 0..3 {
+        let request =
+            json!({"id": i, "regs": {"rip": "0x1000"}, "mem": [{"addr": "0x1000", "hex": "f4"}], "want": ["regs"]});
+        writeln!(stdin, "{request}").expect("written");
+        let answer: Value = serde_json::from_str(&answers.next().expect("an answer").expect("text")).expect("JSON");
+        assert_eq!(answer["id"], i);
+    }
+    drop(stdin);
+    assert!(child.wait().expect("ends").success());
+}
+
+#[test]
 fn decode_tells_length_and_validity() {
     let cases = [
         ("64", "0fa2", 2, true),
