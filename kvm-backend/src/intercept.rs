@@ -2,8 +2,9 @@
 //!
 //! - SYSCALL: LSTAR points to a stub that stores to [`HOLE`], a page without memory: KVM_EXIT_MMIO. In hardware the stub runs at
 //!   CPL 0; a software KVM leaves it at CPL 3, so the stub's page and the hole are user-accessible.
-//! - Exceptions and INT n: each gate of the IDT (DPL 3) leads to a stub at CPL 0 that writes to [`PORT`]: KVM_EXIT_IO. The vector is
-//!   in RIP, the guest's state in the frame on the vCPU's own stack (SDM 3A 6.14).
+//! - Exceptions: each gate of the IDT leads to a stub at CPL 0 that writes to [`PORT`]: KVM_EXIT_IO. The vector is in RIP, the guest's
+//!   state in the frame on the vCPU's own stack (SDM 3A 6.14). INT3 and INT 4 have gates of their own (DPL 3); any other INT n is
+//!   #GP with the vector in its error code, or #UD under a software KVM, and is decoded.
 //!
 //! Nothing of it runs except on the way out; the way back in is made by setting the registers.
 
@@ -57,8 +58,9 @@ pub fn tables() -> [TablePage; 4] {
     let mut stubs = Vec::new();
     for vector in 0..256u64 {
         let stub = STUBS + 16 * vector;
-        // A 64-bit interrupt gate, DPL 3, present, to selector 0x10 (SDM 3A figure 6-8).
-        let low = stub & 0xffff | 0x10 << 16 | 0xee00 << 32 | (stub >> 16 & 0xffff) << 48;
+        // A 64-bit interrupt gate, present, to selector 0x10 (SDM 3A figure 6-8).
+        let dpl = if matches!(vector, 3 | 4) { 3 } else { 0 };
+        let low = stub & 0xffff | 0x10 << 16 | (0x8e00 | dpl << 13) << 32 | (stub >> 16 & 0xffff) << 48;
         idt.extend(low.to_le_bytes());
         idt.extend((stub >> 32).to_le_bytes());
         // out PORT, al; hlt

@@ -354,11 +354,11 @@ impl KvmVcpu {
             10 => Fault::Ts(frame.error as u16),
             11 => Fault::Np(frame.error as u16),
             12 => Fault::Ss(frame.error as u16),
-            13 => Fault::Gp(frame.error as u16),
+            13 => return self.general_protection(board, flat, frame.error as u16),
             16 => Fault::Mf,
             17 => Fault::Ac,
             19 => Fault::Xm,
-            n => return Ok(Some(self.software(n, Fault::Gp(u16::from(n) * 8 + 2)))),
+            n => return Err(io::Error::other(format!("an event with vector {n}"))),
         };
         self.raise(board, fault)
     }
@@ -387,6 +387,16 @@ impl KvmVcpu {
             Some(i) if matches!(i.iced.mnemonic(), M::Int | M::Sysenter) => self.by_hand(board, &i),
             _ => self.raise(board, Fault::Ud),
         }
+    }
+
+    /// #GP: INT n through a gate that is not the guest's has the vector and the IDT bit in its error code.
+    fn general_protection(&mut self, board: Board<'_>, flat: &FlatSpace, error: u16) -> io::Result<Option<Exit>> {
+        if error & 2 != 0
+            && let Some(i) = self.instruction(flat).filter(|i| i.iced.mnemonic() == M::Int)
+        {
+            return self.by_hand(board, &i);
+        }
+        self.raise(board, Fault::Gp(error))
     }
 
     /// #DB: a single step of the guest's own, or INT1.

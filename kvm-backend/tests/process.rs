@@ -260,8 +260,16 @@ impl Flat {
 
 #[test]
 fn software_interrupts_leave_at_the_instruction() {
-    for (code, n) in [(&[0xcd, 0x80][..], 0x80), (&[0xcc], 3), (&[0xcd, 3], 3), (&[0xcd, 4], 4), (&[0xcd, 0x21], 0x21)]
-    {
+    for (code, n) in [
+        (&[0xcd, 0x80][..], 0x80),
+        (&[0xcc], 3),
+        (&[0xcd, 3], 3),
+        (&[0xcd, 4], 4),
+        (&[0xcd, 0x21], 0x21),
+        (&[0xcd, 13], 13),
+        (&[0xcd, 14], 14),
+        (&[0xf1], 1),
+    ] {
         let Some(mut g) = Guest::new(code) else { return };
         let next_rip = g.code + code.len() as u64;
         assert_eq!(g.run(), Exit::Intercept { what: Intercepts::INT_N, next_rip, vector: n }, "{code:x?}");
@@ -302,6 +310,18 @@ fn single_steps_are_exact() {
     g.vcpu.state().rip = g.code;
     assert_eq!(g.budget(3), Exit::Budget);
     assert_eq!(g.rip(), g.code + 8);
+}
+
+#[test]
+fn a_trap_flag_of_the_guest_s_own_traps_after_the_next_instruction() {
+    // pushfq; or dword [rsp], 0x100; popfq; nop; nop
+    let Some(mut g) = Guest::new(&[0x9c, 0x81, 0x0c, 0x24, 0, 1, 0, 0, 0x9d, 0x90, 0x90]) else { return };
+    for at in [10, 11] {
+        let exit = g.run();
+        assert!(matches!(exit, Exit::Exception(Fault::Db(causes)) if causes & 0x4000 != 0), "{exit:?}");
+        assert_eq!(g.rip(), g.code + at);
+        assert_eq!(g.vcpu.state().rflags.bits() & 0x100, 0x100, "the guest's trap flag stays");
+    }
 }
 
 #[test]
