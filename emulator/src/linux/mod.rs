@@ -19,6 +19,7 @@
 //! | [`table`] | every system call: passed through, handled or refused, with a note |
 //! | [`syscall`] | the way of a call through the table |
 //! | [`host`] | the call into the host's kernel |
+//! | [`vsyscall`] | the three functions of the vsyscall page |
 //! | [`signal`] | signals: what the guest does about them, delivery |
 //! | [`sigcalls`] | the system calls about signals |
 //! | [`clone`] | new tasks: what is asked for |
@@ -50,6 +51,7 @@ pub mod strace;
 pub mod syscall;
 pub mod table;
 pub mod thread;
+pub mod vsyscall;
 
 pub use load::{Image, LoadError, Why};
 

@@ -165,6 +165,8 @@ fn maps(process: &Process) -> String {
     for s in shown(process, &host) {
         print(&mut text, &s);
     }
+    // Of the kernel's half, last.
+    text.extend(host.lines().filter(|l| l.ends_with("[vsyscall]")).flat_map(|l| [l, "\n"]));
     text
 }
 

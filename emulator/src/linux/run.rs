@@ -2,7 +2,7 @@
 
 use crate::cpu::Fault;
 use crate::host::signal::attach;
-use crate::linux::{ExitStatus, Flow, Task, signal, syscall};
+use crate::linux::{ExitStatus, Flow, Task, signal, syscall, vsyscall};
 use crate::vcpu::{Exit, Intercepts};
 
 /// Runs a task until it ends. The calling thread is its host thread.
@@ -27,6 +27,7 @@ pub fn run_task(task: &mut Task) -> ExitStatus {
 fn act(task: &mut Task, exit: Exit) -> Flow {
     match exit {
         Exit::Intercept { what: Intercepts::SYSCALL, next_rip, .. } => syscall::dispatch(task, next_rip),
+        Exit::Exception(fault) if vsyscall::call(task, fault) => Flow::Continue,
         Exit::Exception(fault) => signal::raise_fault(task, fault),
         Exit::Intercept { what: Intercepts::INT_N, vector, next_rip } => software_interrupt(task, vector, next_rip),
         // The engine stops before HLT, a privileged instruction, if it looks at the intercept before the privilege; and SYSENTER enters
