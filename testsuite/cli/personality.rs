@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-const PROGRAMS: &[&str] = &["signals", "restart", "threads", "processes", "stacks", "storm", "mappings", "self"];
+const PROGRAMS: &[&str] =
+    &["signals", "restart", "threads", "processes", "stacks", "storm", "notify", "mappings", "self"];
 
 /// Compiles a program; `None` without a compiler.
 fn compile(name: &str, dir: &Path) -> Option<PathBuf> {
