@@ -1,10 +1,12 @@
 //! Differential fidelity tests: cases as text, the engines they run on, the host CPU as one of them.
 
 pub mod case;
+pub mod dispatch;
 pub mod engines;
 pub mod generate;
 pub mod guest;
 pub mod host;
 pub mod moo;
+pub mod pages;
 pub mod random;
 pub mod world;

@@ -3,14 +3,10 @@
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::isa::facts::{Form, is_undefined, row_of, rows};
 use bivisor_emulator::isa::{Class, Facts, Privilege, Sensitivity, facts};
+use bivisor_testsuite::dispatch::{self, module_of};
 use iced_x86::{Code, Mnemonic as M};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-
-fn source(path: &str) -> String {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path);
-    std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
-}
 
 fn report(wrong: Vec<String>) {
     assert!(wrong.is_empty(), "{} wrong\n{}", wrong.len(), wrong.join("\n"));
@@ -107,42 +103,6 @@ fn what_is_undefined_is_not_offered() {
     report(offered.map(|c| format!("{c:?}")).collect());
 }
 
-/// A row of `dispatch.rs`: `M::A | M::B if i.facts.class == Class::C => module::function,`.
-struct Dispatch {
-    mnemonics: Vec<String>,
-    class: Option<String>,
-    module: String,
-}
-
-fn dispatch() -> Vec<Dispatch> {
-    let text = source("emulator/src/interp/dispatch.rs");
-    let body = text.split("match i.iced.mnemonic() {").nth(1).expect("the match");
-    let body = body.split("\n    }").next().expect("its end");
-    let mut rows = Vec::new();
-    for line in body.lines().map(|l| l.split("//").next().unwrap_or("").trim()).filter(|l| !l.is_empty()) {
-        let (pattern, function) = line.split_once("=>").unwrap_or_else(|| panic!("`{line}` is no row"));
-        let (mnemonics, guard) = pattern.split_once(" if ").unwrap_or((pattern, ""));
-        let class = guard.trim().strip_prefix("i.facts.class == Class::").map(str::to_string);
-        assert!(guard.is_empty() || class.is_some(), "`{line}`: a guard by class, or none");
-        rows.push(Dispatch {
-            mnemonics: mnemonics.split('|').map(|m| m.trim().trim_start_matches("M::").to_string()).collect(),
-            class,
-            module: function.trim().trim_end_matches(',').split("::").next().expect("a path").to_string(),
-        });
-    }
-    rows
-}
-
-/// The module whose function `op` gives for a code: the first row that fits.
-fn module_of(rows: &[Dispatch], code: Code) -> &str {
-    let mnemonic = format!("{:?}", code.mnemonic());
-    let class = format!("{:?}", facts(code).class);
-    let fits = |r: &&Dispatch| {
-        r.mnemonics.iter().any(|m| *m == mnemonic || m == "_") && r.class.as_ref().is_none_or(|c| *c == class)
-    };
-    rows.iter().find(fits).map_or("undefined", |r| &r.module)
-}
-
 fn sensitive_modules() -> BTreeSet<String> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../emulator/src/interp/sensitive");
     let files = std::fs::read_dir(dir).expect("the directory").map(|e| e.expect("an entry").path());
@@ -151,7 +111,7 @@ fn sensitive_modules() -> BTreeSet<String> {
 
 #[test]
 fn sensitive_instructions_and_no_others_are_in_the_sensitive_modules() {
-    let rows = dispatch();
+    let rows = dispatch::rows();
     let sensitive = sensitive_modules();
     let mut wrong = BTreeSet::new();
     for code in Code::values().filter(|c| facts(*c).class != Class::Undefined) {
@@ -167,7 +127,7 @@ fn sensitive_instructions_and_no_others_are_in_the_sensitive_modules() {
 
 #[test]
 fn what_a_cpu_can_have_has_a_function() {
-    let rows = dispatch();
+    let rows = dispatch::rows();
     let native = rows.iter().any(|r| r.class.as_deref() == Some("Native"));
     if !native {
         println!("SKIPPED: there is no row for Class::Native yet");
