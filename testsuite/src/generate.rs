@@ -55,7 +55,7 @@ pub fn setup(r: &mut Random, bitness: u32, model: &CpuModel) -> Option<Setup> {
 /// Registers that point to data all through a block.
 const POINTERS: [Register; 4] = [Register::R12, Register::R13, Register::R14, Register::R15];
 
-/// Several random 64-bit instructions in a row: registers, memory through [`POINTERS`], now and then a fault in the middle.
+/// Several random 64-bit instructions in a row: registers, memory through `POINTERS`, now and then a fault in the middle.
 pub fn block(r: &mut Random, model: &CpuModel) -> Setup {
     let mut setup = Setup {
         bitness: 64,

@@ -1,7 +1,7 @@
 //! execve(2), execveat(2): the program is checked as the kernel would, then the host executes bivisor anew with it.
 //!
 //! Descriptors, process id, ignored and pending signals, the blocked mask, limits and credentials thus pass through exec by the host's
-//! own rules. The guest's variables that would act on bivisor's own start travel under other names ([`hidden`], [`guest_environment`]).
+//! own rules. The guest's variables that would act on bivisor's own start travel under other names (`hidden`, [`guest_environment`]).
 
 use crate::host::fds;
 use crate::linux::Task;

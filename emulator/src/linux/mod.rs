@@ -9,7 +9,7 @@
 //! | [`elf`] | ELF headers and segments |
 //! | [`stack`] | argv, envp and auxv on the initial stack |
 //! | [`mm`] | mmap and its kin |
-//! | [`file`] | calls that name files or descriptors of bivisor |
+//! | [`mod@file`] | calls that name files or descriptors of bivisor |
 //! | [`proc`] | the files of /proc that show the guest |
 //! | [`misc`] | exit, prctl, arch_prctl, personality |
 //! | [`start`] | making the process |

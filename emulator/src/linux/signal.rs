@@ -294,7 +294,7 @@ fn die(task: &mut Task, sig: i32, why: &str) -> ! {
     host::die_of(sig)
 }
 
-/// As [`force`], at an instruction of the guest.
+/// As `force`, at an instruction of the guest.
 pub fn force_now(task: &mut Task, sig: i32, info: &Info, why: &str) -> Flow {
     force(task, sig, info, why);
     let mask = task.signals.mask;

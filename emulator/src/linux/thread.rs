@@ -97,7 +97,7 @@ fn main(seed: Seed, report: Sender<i64>) {
     }
 }
 
-/// exit(2): the task alone. The host's first thread leaves its stack behind, others come back to [`main`].
+/// exit(2): the task alone. The host's first thread leaves its stack behind, others come back to `main`.
 pub fn exit(task: &mut Task, a: Args) -> Outcome {
     if task.signals.inbox.any() {
         // What the process was sent is handled by somebody.

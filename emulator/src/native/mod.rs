@@ -1,6 +1,6 @@
 //! Running one instruction on the host CPU: x87, MMX, SSE, AVX and AVX-512 have the same semantics here and there.
 //!
-//! [`thunk`] makes a host function of an instruction, [`code`] holds it, [`unit`] finds and calls it. Memory operands, control
+//! [`thunk`] makes a host function of an instruction, [`code`] holds it, [`mod@unit`] finds and calls it. Memory operands, control
 //! registers and faults are the interpreter's business ([`crate::interp`]).
 
 pub mod code;
