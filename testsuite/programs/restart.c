@@ -151,8 +151,8 @@ int main(void) {
     TRY("recv", receive(0));
     TRY("recv with timeout", receive(1));
     int word = 0;
-    struct timespec half = {0, 50000000};
-    TRY("futex with timeout", syscall(SYS_futex, &word, FUTEX_WAIT, 0, &half, 0, 0));
+    struct timespec five = {5, 0};
+    TRY("futex with timeout", syscall(SYS_futex, &word, FUTEX_WAIT, 0, &five, 0, 0));
     sem_t sem;
     sem_init(&sem, 0, 0);
     TRY("sem_wait", ({ struct timespec until; clock_gettime(CLOCK_REALTIME, &until); until.tv_sec += 5; sem_timedwait(&sem, &until); }));

@@ -56,6 +56,9 @@ pub fn spawn(task: &mut Task, request: Request) -> i64 {
 
 /// The life of a host thread.
 fn main(seed: Seed, report: Sender<i64>) {
+    // The C library starts a thread with its signal of cancellation (32) unblocked. The guest's may use it for timers, and send it as
+    // soon as it knows the thread's id, which is after the report.
+    host_signal::set_mask(u64::MAX);
     host_signal::attach();
     let Seed { process, state, mask, last, request } = seed;
     let mut task = match Task::new(process) {
