@@ -7,6 +7,26 @@
 use crate::isa::Width;
 use std::arch::global_asm;
 
+/// A host address that is a guest's to read and write: [`crate::mem`] makes it, thunks access it. An access may fault where the
+/// address is one of a flat space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reach(u64);
+
+impl Reach {
+    /// # Safety
+    /// As for [`store`], for as many bytes as will be accessed.
+    #[inline(always)]
+    pub unsafe fn new(addr: u64) -> Reach {
+        Reach(addr)
+    }
+
+    /// The address.
+    #[inline(always)]
+    pub fn address(self) -> u64 {
+        self.0
+    }
+}
+
 #[repr(C)]
 struct Probed {
     value: u64,

@@ -217,8 +217,10 @@ unsafe extern "sysv64" fn handle(
         let taken = if (*info).si_code > 0 && FAULTS.contains(&sig) {
             let pc = (*uc).uc_mcontext.gregs[REG_RIP] as u64;
             let fixup = match sig {
-                libc::SIGSEGV | libc::SIGBUS => probe::fixup(pc),
-                libc::SIGFPE => block.and_then(|b| expected_fpe(b, pc)),
+                libc::SIGSEGV | libc::SIGBUS => {
+                    probe::fixup(pc).or_else(|| Some(block.and_then(|b| thunk_at(b, pc))? + THUNK_FAULT))
+                }
+                libc::SIGFPE => block.and_then(|b| thunk_at(b, pc)),
                 _ => None,
             };
             match fixup {
@@ -242,27 +244,19 @@ unsafe extern "sysv64" fn handle(
     }
 }
 
-/// While it lives, a SIGFPE of the calling thread inside a range of code makes the thread go on at the start of the range.
-pub struct ExpectFpe(&'static ThreadBlock);
+/// Where in its range of code a thread goes on that had a SIGSEGV or SIGBUS in a thunk; after a SIGFPE it goes on at the start.
+pub const THUNK_FAULT: u64 = 64;
 
-/// See [`ExpectFpe`].
-pub fn expect_fpe(code: std::ops::Range<u64>) -> ExpectFpe {
+/// Makes faults of the calling thread inside a range of code go on at the start of the range; an empty range: no more.
+pub fn expect_faults(code: std::ops::Range<u64>) {
     let block = attach();
-    block.fpe_code[1].set(code.end - code.start);
-    block.fpe_code[0].set(code.start);
-    ExpectFpe(block)
+    block.thunks[1].set(code.end - code.start);
+    block.thunks[0].set(code.start);
 }
 
-impl Drop for ExpectFpe {
-    fn drop(&mut self) {
-        self.0.fpe_code[0].set(0);
-        self.0.fpe_code[1].set(0);
-    }
-}
-
-fn expected_fpe(block: &ThreadBlock, pc: u64) -> Option<u64> {
-    let start = block.fpe_code[0].get();
-    (start != 0 && pc.wrapping_sub(start) < block.fpe_code[1].get()).then_some(start)
+fn thunk_at(block: &ThreadBlock, pc: u64) -> Option<u64> {
+    let start = block.thunks[0].get();
+    (start != 0 && pc.wrapping_sub(start) < block.thunks[1].get()).then_some(start)
 }
 
 /// A signal that no instruction raised.

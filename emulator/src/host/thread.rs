@@ -26,8 +26,8 @@ pub struct ThreadBlock {
     pub process_hook: Cell<Option<SignalHook>>,
     /// For the personality's hook.
     pub process_data: Cell<*mut c_void>,
-    /// Code of a thunk that may raise SIGFPE: first address, where the thread then goes on, and length; 0 if none may.
-    pub fpe_code: [Cell<u64>; 2],
+    /// Code of thunks that may fault: first address and length, or zeros.
+    pub thunks: [Cell<u64>; 2],
     /// For generated code (`gs:[64 + 8 * i]`).
     pub scratch: [Cell<u64>; 64],
     /// The thread's id; another while a vfork child runs on the thread's block (see [`crate::host::fork::vfork`]), stale after fork.
@@ -75,7 +75,7 @@ impl Attached {
             engine_data: Cell::new(std::ptr::null_mut()),
             process_hook: Cell::new(None),
             process_data: Cell::new(std::ptr::null_mut()),
-            fpe_code: [Cell::new(0), Cell::new(0)],
+            thunks: [Cell::new(0), Cell::new(0)],
             scratch: std::array::from_fn(|_| Cell::new(0)),
             tid: Cell::new(0),
         };

@@ -54,9 +54,12 @@ const STALE: u16 = u16::MAX;
 
 impl Entry {
     /// Finds the function. What the offered CPU lacks is #UD.
-    pub fn new(insn: Insn, x: &Exec<'_>) -> Entry {
+    pub fn new(mut insn: Insn, x: &mut Exec<'_>) -> Entry {
         let known = x.env.cpu_model.supports(insn.iced.code());
         let op = if known { dispatch::op(&insn) } else { dispatch::undefined };
+        if insn.facts.class == Class::Native {
+            insn.hint = x.env.native.intern(&insn.iced);
+        }
         let mut marks = marks(&insn);
         // #UD comes before the question who may execute it.
         marks.set(Marks::CHECK, known && marks.contains(Marks::CHECK));

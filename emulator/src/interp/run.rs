@@ -53,8 +53,7 @@ impl Core {
                 break exit;
             }
         };
-        // The x87 state may have stayed in the host's registers.
-        x.env.native.leave_x87(&mut x.cpu.xsave);
+        x.env.native.leave(&mut x.cpu.xsave);
         self.instructions += budget - left;
         exit
     }

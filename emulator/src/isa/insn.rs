@@ -65,6 +65,8 @@ pub struct Insn {
     pub ops: [Operand; 3],
     /// Their widths, see [`Insn::op_width`].
     pub op_widths: [Option<Width>; 3],
+    /// For the engine that keeps it: 0, or the number by which its native unit finds the thunk.
+    pub hint: u16,
     /// Its row in the facts table.
     pub facts: &'static Facts,
 }
@@ -77,7 +79,7 @@ impl Insn {
             *op = operand(&iced, i as u32);
         }
         let op_widths = std::array::from_fn(|i| op_width(&iced, i as u32));
-        Insn { len: iced.len() as u8, width: width(&iced), ops, op_widths, facts: facts(iced.code()), iced }
+        Insn { len: iced.len() as u8, width: width(&iced), ops, op_widths, hint: 0, facts: facts(iced.code()), iced }
     }
 
     /// Width of operand `i`: it differs from [`Insn::width`] for MOVZX, MOVSX, shift counts and the like. `None` if it is no

@@ -5,7 +5,7 @@
 //! protection away and makes the cached code stale.
 #![allow(unsafe_code)]
 
-use crate::host::probe;
+use crate::host::probe::{self, Reach};
 use crate::isa::Width;
 use crate::mem::PAGE_SIZE;
 use crate::mem::guest::Id;
@@ -331,6 +331,13 @@ impl FlatSpace {
             // SAFETY: as above.
             self.write_fault(addr).then(|| unsafe { probe::store(addr, width, v) })?
         })
+    }
+
+    /// See [`crate::mem::GuestMemory::reach`].
+    #[inline(always)]
+    pub fn reach(&self, addr: u64) -> Reach {
+        // SAFETY: as for `store`; the fault of an access is caught by whoever makes it.
+        unsafe { Reach::new(addr) }
     }
 
     /// See [`crate::mem::GuestMemory::compare_exchange`].

@@ -1,5 +1,6 @@
 //! Guest-physical memory: either RAM of a machine, or the host process's own address space for a Linux process.
 
+use crate::host::probe::Reach;
 use crate::isa::Width;
 use crate::mem::{FlatSpace, Ram};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -73,6 +74,24 @@ impl GuestMemory {
     #[inline]
     pub fn store(&self, gpa: u64, width: Width, v: u64) -> Option<()> {
         each!(self, m => m.store(gpa, width, v))
+    }
+
+    /// The host address of `len` bytes inside one page, to access them while this memory is borrowed; whoever writes there calls
+    /// [`GuestMemory::wrote`] after it. `None`: nothing there. An access to a flat space may fault.
+    #[inline(always)]
+    pub fn reach(&self, gpa: u64, len: u64) -> Option<Reach> {
+        match self {
+            GuestMemory::Ram(r) => r.reach(gpa, len),
+            GuestMemory::Flat(f) => Some(f.reach(gpa)),
+        }
+    }
+
+    /// Tells that bytes of the page of `gpa` were written by way of [`GuestMemory::reach`]. A flat space sees it by itself.
+    #[inline(always)]
+    pub fn wrote(&self, gpa: u64) {
+        if let GuestMemory::Ram(r) = self {
+            r.wrote(gpa);
+        }
     }
 
     /// Atomic compare-and-exchange inside one page: gives what was found (equal to `old`: exchanged).

@@ -1,6 +1,7 @@
 //! RAM of a machine: one anonymous mapping from guest-physical address 0, and a generation for each page that holds cached code.
 #![allow(unsafe_code)]
 
+use crate::host::probe::Reach;
 use crate::isa::Width;
 use crate::mem::PAGE_SIZE;
 use crate::mem::guest::Id;
@@ -158,6 +159,13 @@ impl Ram {
             }
         }
         dirty
+    }
+
+    /// See [`crate::mem::GuestMemory::reach`].
+    #[inline(always)]
+    pub fn reach(&self, gpa: u64, len: u64) -> Option<Reach> {
+        // SAFETY: `at` checked the range; RAM is mapped as long as it lives, and it is the guest's.
+        self.at(gpa, len).map(|p| unsafe { Reach::new(p as u64) })
     }
 
     /// See [`crate::mem::GuestMemory::compare_exchange`]. Misaligned operands are done in two plain halves: on one vCPU that is

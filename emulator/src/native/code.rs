@@ -5,6 +5,7 @@
 #![allow(unsafe_code)]
 
 use crate::cpu::CpuState;
+use crate::host::{probe::Reach, signal};
 use std::ffi::c_void;
 use std::ptr::NonNull;
 
@@ -42,17 +43,34 @@ pub struct CodeBuffer {
 // SAFETY: the mapping belongs to the buffer alone and is not tied to a thread.
 unsafe impl Send for CodeBuffer {}
 
-/// At offset 0 of every buffer: where a thread goes on that had a SIGFPE inside a thunk. Thunks keep RSI and RSP, so this is
-/// `stmxcsr [rsi + data]` (the flags as the processor left them), `ldmxcsr [rsi + host_mxcsr]`, `mov eax, 1`, `ret`.
+/// At the start of every buffer: where a thread goes on that had a fault inside a thunk, at offset 0 after SIGFPE and at
+/// [`signal::THUNK_FAULT`] after SIGSEGV. Thunks keep RSI and RSP, so this is `stmxcsr [rsi + data]` (the flags as the processor left
+/// them), `ldmxcsr [rsi + host_mxcsr]`, `vzeroupper`, `mov eax, 1 or 2`, `ret`.
 fn recover() -> Vec<u8> {
-    let mut code = vec![0x0f, 0xae, 0x1e];
-    code.extend([0x0f, 0xae, 0x96]);
-    code.extend((std::mem::offset_of!(Bounce, host_mxcsr) as u32).to_le_bytes());
-    if std::is_x86_feature_detected!("avx") {
-        code.extend([0xc5, 0xf8, 0x77]);
+    let mut all = Vec::new();
+    for ran in [Ran::Exception, Ran::Fault] {
+        let mut code = vec![0x0f, 0xae, 0x1e];
+        code.extend([0x0f, 0xae, 0x96]);
+        code.extend((std::mem::offset_of!(Bounce, host_mxcsr) as u32).to_le_bytes());
+        if std::is_x86_feature_detected!("avx") {
+            code.extend([0xc5, 0xf8, 0x77]);
+        }
+        code.extend([0xb8, ran as u8, 0, 0, 0, 0xc3]);
+        code.resize(signal::THUNK_FAULT as usize, 0xcc);
+        all.extend(code);
     }
-    code.extend([0xb8, 1, 0, 0, 0, 0xc3]);
-    code
+    all
+}
+
+/// How a thunk ended; the values are what it returns in EAX.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ran {
+    /// By itself.
+    Done = 0,
+    /// An unmasked SIMD exception: MXCSR as the processor left it is in [`Bounce::data`], the registers are as before.
+    Exception = 1,
+    /// The memory operand faulted: the registers are as before.
+    Fault = 2,
 }
 
 impl CodeBuffer {
@@ -99,21 +117,27 @@ impl CodeBuffer {
         Some(Entry(start as u32))
     }
 
-    /// Calls a thunk. False if it was left by a SIGFPE (then MXCSR as the processor left it is in `bounce.data`); nothing is
-    /// written to `cpu` in that case.
+    /// Calls a thunk, its memory operand in the bounce buffer or at `operand`, which must reach as many bytes as it has. Where
+    /// anything may fault, the calling thread must have announced [`CodeBuffer::range`] by [`signal::expect_faults`].
     #[inline(always)]
-    pub fn call(&self, entry: Entry, cpu: &mut CpuState, bounce: &mut Bounce) -> bool {
-        // SAFETY: thunks are System V functions that the builder made: they access the state in RDI and the bounce buffer in RSI,
-        // change no callee-saved register, and leave MXCSR, the direction flag and the upper halves of YMM as they must be.
-        let failed = unsafe {
-            let f: extern "sysv64" fn(*mut CpuState, *mut Bounce) -> u32 =
+    pub fn call(&self, entry: Entry, cpu: &mut CpuState, bounce: &mut Bounce, operand: Option<Reach>) -> Ran {
+        let operand = operand.map_or(bounce.data.as_mut_ptr() as u64, Reach::address);
+        // SAFETY: thunks are System V functions that the builder made: they access the state in RDI, the bounce buffer in RSI and the
+        // operand in RDX, change no callee-saved register, and leave MXCSR, the direction flag and the upper halves of YMM as they
+        // must be.
+        let ran = unsafe {
+            let f: extern "sysv64" fn(*mut CpuState, *mut Bounce, u64) -> u32 =
                 std::mem::transmute(self.base.as_ptr().add(entry.0 as usize));
-            f(cpu, bounce)
+            f(cpu, bounce, operand)
         };
-        failed == 0
+        match ran {
+            0 => Ran::Done,
+            1 => Ran::Exception,
+            _ => Ran::Fault,
+        }
     }
 
-    /// The host addresses of all code: a SIGFPE in there goes on at the start.
+    /// The host addresses of all code.
     pub fn range(&self) -> std::ops::Range<u64> {
         let base = self.base.as_ptr() as u64;
         base..base + SIZE as u64

@@ -128,6 +128,18 @@ fn is_aligned_move(m: M) -> bool {
     )
 }
 
+/// The x87 opcode as FOP has it: the low three bits of the first byte, and ModRM but for an addressing form (SDM 1 8.1.9).
+pub fn x87_opcode(i: &Instruction) -> u16 {
+    let op = i.code().op_code();
+    let code = op.op_code() as u16;
+    if op.op_code_len() == 2 {
+        let st =
+            (0..i.op_count()).find(|&n| op.op_kind(n) == K::sti_opcode).map_or(0, |n| i.op_register(n).number() as u16);
+        return (code & 0x7ff) | st;
+    }
+    (code & 7) << 8 | (op.group_index().max(0) as u16) << 3
+}
+
 /// Control instructions leave the x87 instruction and data pointers alone (SDM 1 8.1.8).
 #[rustfmt::skip]
 fn is_x87_control(m: M) -> bool {

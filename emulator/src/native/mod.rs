@@ -9,6 +9,6 @@ pub mod thunk;
 pub mod unit;
 pub mod x87;
 
-pub use code::Bounce;
+pub use code::{Bounce, Ran};
 pub use kind::Needs;
 pub use unit::{NativeUnit, Pointers, Thunk};

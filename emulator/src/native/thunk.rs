@@ -1,8 +1,8 @@
 //! One guest instruction becomes a host function: load the registers it uses from the state, execute it with its memory operand
 //! replaced by a buffer, store what it wrote.
 //!
-//! Register convention inside: RDI the state, RSI the [`Bounce`] buffer (the memory operand is `[rsi]`); general-purpose operands
-//! live in RAX, RCX, RDX, R8 to R11. x87 and MMX registers are not loaded here: they are in the host's registers while the unit has
+//! Register convention inside: RDI the state, RSI the [`Bounce`] buffer, R11 the memory operand, which comes in RDX; general-purpose
+//! operands live in RAX, RCX, RDX, R8 to R10. x87 and MMX registers are not loaded here: they are in the host's registers while the unit has
 //! them (see [`crate::native::unit`]). Legacy SSE instructions load and store the low 128 bits only, and so keep the rest; VEX
 //! instructions clear bits 511:256 of what they write in the image too.
 
@@ -34,6 +34,8 @@ struct Plan {
     /// Number of a vector register, is it written?
     vectors: Vec<(usize, bool)>,
     masks: Vec<(usize, bool)>,
+    /// It has a memory operand.
+    memory: bool,
 }
 
 /// What a built thunk touches in the XSAVE image.
@@ -101,7 +103,7 @@ fn plan(iced: &Instruction) -> Option<Plan> {
             _ => return None,
         }
     }
-    let mut plan = Plan { insn, gprs: Vec::new(), vectors: Vec::new(), masks: Vec::new() };
+    let mut plan = Plan { insn, gprs: Vec::new(), vectors: Vec::new(), masks: Vec::new(), memory };
     let mut factory = InstructionInfoFactory::new();
     let info = factory.info(&insn);
     if info.used_memory().len() > usize::from(memory) {
@@ -124,7 +126,7 @@ fn plan(iced: &Instruction) -> Option<Plan> {
         }
     }
     if memory {
-        plan.insn.set_memory_base(Register::RSI);
+        plan.insn.set_memory_base(Register::R11);
     }
     assign(&mut plan)?;
     Some(plan)
@@ -139,8 +141,8 @@ fn add(list: &mut Vec<(usize, bool)>, n: usize, w: bool) {
 
 /// Gives each general-purpose register its place on the host: the same one if it may be used, so that implicit operands work.
 fn assign(plan: &mut Plan) -> Option<()> {
-    use Register::{R8, R9, R10, R11, RAX, RCX, RDX};
-    let free = [R8, R9, R10, R11, RAX, RCX, RDX];
+    use Register::{R8, R9, R10, RAX, RCX, RDX};
+    let free = [R8, R9, R10, RAX, RCX, RDX];
     let mut taken: Vec<Register> = Vec::new();
     for u in &mut plan.gprs {
         if free.contains(&u.guest.to_iced()) {
@@ -222,6 +224,9 @@ impl Emit {
 
     fn all(&mut self, iced: &Instruction, plan: &Plan, needs: Needs, wide: Wide) -> Emitted {
         let writes_flags = iced.rflags_modified() != 0;
+        if plan.memory {
+            self.put(Instruction::with2(Code::Mov_r64_rm64, Register::R11, Register::RDX))?;
+        }
         if iced.rflags_read() != 0 || (writes_flags && needs.contains(Needs::X87)) {
             self.load_flags()?;
         }

@@ -1,7 +1,10 @@
 //! The native unit of a virtual CPU: thunks by instruction, and who has the x87 state.
 
 use crate::cpu::{CpuModel, CpuState, XsaveArea};
-use crate::native::code::{CodeBuffer, Entry};
+use crate::host::probe::Reach;
+use crate::host::signal;
+use crate::isa::Insn;
+use crate::native::code::{CodeBuffer, Entry, Ran};
 use crate::native::kind::{self, Needs};
 use crate::native::{Bounce, thunk, x87};
 use iced_x86::{Instruction, OpKind, Register};
@@ -23,6 +26,8 @@ pub struct Thunk {
     pub len: u8,
     /// Bytes of one element of a masked memory operand.
     pub element: u8,
+    /// The x87 opcode as FOP has it; without the addressing form of a memory operand.
+    pub opcode: u16,
     /// State components it reads or changes partly.
     touched: u64,
     /// State components in use afterwards.
@@ -48,15 +53,25 @@ pub struct Pointers {
 /// Everything a thunk depends on: code, registers, immediates, mask and rounding, but not the address of the memory operand.
 type Key = [u64; 2];
 
-const FAST: usize = 1024;
+/// An instruction met, and its thunk once it was needed: `Some(None)` if it has none.
+struct Slot {
+    iced: Instruction,
+    thunk: Option<Option<Thunk>>,
+}
+
+/// Instructions kept without a number, when all numbers are given away.
+const LOOSE: usize = 4096;
 
 /// The native unit of one virtual CPU.
 #[derive(Default)]
 pub struct NativeUnit {
     buffer: Option<CodeBuffer>,
-    thunks: HashMap<Key, Option<Thunk>>,
-    /// In front of the map: direct-mapped.
-    fast: Vec<(Key, Option<Thunk>)>,
+    /// By number; the first one is number 1.
+    slots: Vec<Slot>,
+    numbers: HashMap<Key, u16>,
+    loose: HashMap<Key, Option<Thunk>>,
+    /// The calling thread knows where thunks are, so that they may fault.
+    announced: bool,
     bounce: Box<Bounce>,
     /// The host's x87 registers hold the guest's state.
     live: bool,
@@ -65,6 +80,13 @@ pub struct NativeUnit {
     pointers: Pointers,
     /// The processor's own pointers are those of thunks, and `pointers` stands for them: of the code, of the data.
     noted: (bool, bool),
+}
+
+/// Makes the bytes of components meaningful that are in their initial configuration.
+#[cold]
+fn prepare(image: &mut XsaveArea, missing: u64, written: u64) {
+    image.materialize(missing & !written);
+    image.activate(missing & written);
 }
 
 fn key(i: &Instruction) -> Key {
@@ -89,39 +111,58 @@ fn key(i: &Instruction) -> Key {
     [k, m]
 }
 
-fn slot(k: &Key) -> usize {
-    let h = (k[0] ^ k[1].rotate_left(29)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    (h >> 54) as usize % FAST
-}
-
 impl NativeUnit {
-    /// The thunk of an instruction, made at its first use. `None`: the host cannot run it so.
-    #[inline]
-    pub fn thunk(&mut self, i: &Instruction) -> Option<Thunk> {
+    /// The number of an instruction, for [`Insn::hint`]; 0 if there is none left.
+    pub fn intern(&mut self, i: &Instruction) -> u16 {
         let key = key(i);
-        if let Some((k, t)) = self.fast.get(slot(&key))
-            && *k == key
-        {
-            return *t;
+        if let Some(&n) = self.numbers.get(&key) {
+            return n;
         }
-        self.find(key, i)
+        let Ok(n) = u16::try_from(self.slots.len() + 1) else { return 0 };
+        self.slots.push(Slot { iced: *i, thunk: None });
+        self.numbers.insert(key, n);
+        n
+    }
+
+    /// The thunk of an instruction, made at its first use. `None`: the host cannot run it so.
+    #[inline(always)]
+    pub fn thunk(&mut self, i: &Insn) -> Option<Thunk> {
+        if let Some(slot) = self.slots.get(usize::from(i.hint).wrapping_sub(1))
+            && let Some(thunk) = slot.thunk
+        {
+            return thunk;
+        }
+        self.find(i)
     }
 
     #[cold]
-    fn find(&mut self, key: Key, i: &Instruction) -> Option<Thunk> {
-        if self.fast.is_empty() {
-            self.fast.resize(FAST, ([u64::MAX; 2], None));
-        }
-        let found = match self.thunks.get(&key) {
-            Some(t) => *t,
-            None => {
-                let made = self.make(i);
-                self.thunks.insert(key, made);
+    #[inline(never)]
+    fn find(&mut self, i: &Insn) -> Option<Thunk> {
+        let n = if i.hint == 0 { self.intern(&i.iced) } else { i.hint };
+        if let Some(slot) = self.slots.get(usize::from(n).wrapping_sub(1)) {
+            let (iced, known) = (slot.iced, slot.thunk);
+            return known.unwrap_or_else(|| {
+                let made = self.make(&iced);
+                self.slots[usize::from(n) - 1].thunk = Some(made);
                 made
-            }
-        };
-        self.fast[slot(&key)] = (key, found);
-        found
+            });
+        }
+        let key = key(&i.iced);
+        if let Some(thunk) = self.loose.get(&key) {
+            return *thunk;
+        }
+        if self.loose.len() >= LOOSE {
+            self.loose.clear();
+        }
+        let made = self.make(&i.iced);
+        self.loose.insert(key, made);
+        made
+    }
+
+    /// Forgets all thunks, to make room.
+    fn flush(&mut self) {
+        self.slots.iter_mut().for_each(|s| s.thunk = None);
+        self.loose.clear();
     }
 
     fn make(&mut self, i: &Instruction) -> Option<Thunk> {
@@ -140,10 +181,8 @@ impl NativeUnit {
             None => {
                 // Full: begin anew.
                 buffer.clear();
-                self.thunks.clear();
-                self.fast.clear();
                 let entry = buffer.add(&built.code)?;
-                self.fast.resize(FAST, ([u64::MAX; 2], None));
+                self.flush();
                 entry
             }
         };
@@ -156,6 +195,7 @@ impl NativeUnit {
             needs,
             len: i.memory_size().size().min(size_of::<Bounce>()) as u8,
             element: element as u8,
+            opcode: if needs.contains(Needs::POINTERS) { kind::x87_opcode(i) } else { 0 },
             touched: built.touched,
             written: built.written,
             entry,
@@ -168,29 +208,47 @@ impl NativeUnit {
         &mut self.bounce.data
     }
 
-    /// Runs it on the registers of `cpu`. False: an unmasked SIMD exception, of which MXCSR is set and nothing else changed; the
-    /// calling thread must then have the handler of [`crate::host::signal`], and [`NativeUnit::code`] published to it.
-    #[inline]
-    pub fn run(&mut self, t: &Thunk, cpu: &mut CpuState) -> bool {
+    /// Runs it on the registers of `cpu`, with its memory operand in the buffer or at `operand`. Where a fault can come of it, the
+    /// unit was told so by [`NativeUnit::announce`].
+    #[inline(always)]
+    pub fn run(&mut self, t: &Thunk, cpu: &mut CpuState, operand: Option<Reach>) -> Ran {
         let image = &mut cpu.xsave;
         let missing = (t.touched | t.written) & !image.xstate_bv();
         if missing != 0 {
-            image.materialize(missing & !t.written);
-            image.activate(missing & t.written);
+            prepare(image, missing, t.written);
         }
-        let Some(buffer) = &self.buffer else { return true };
-        let done = buffer.call(t.entry, cpu, &mut self.bounce);
-        if !done {
+        let Some(buffer) = &self.buffer else { return Ran::Fault };
+        let ran = buffer.call(t.entry, cpu, &mut self.bounce, operand);
+        if ran == Ran::Exception {
             let raw = u32::from_le_bytes(self.bounce.data[..4].try_into().expect("four bytes"));
             cpu.xsave.set_mxcsr(raw);
-        } else if t.needs.contains(Needs::FCW) {
+        } else if t.needs.contains(Needs::FCW) && ran == Ran::Done {
             self.unmasked = self.bounce.fcw & EXCEPTIONS != EXCEPTIONS;
             if t.len != 2 && !t.needs.contains(Needs::ENVIRONMENT) {
                 // FLDENV, FRSTOR: the pointers are those in memory. FNINIT: they are zero.
                 self.noted = (false, false);
             }
         }
-        done
+        ran
+    }
+
+    /// Tells the calling thread's signal handler that thunks may fault, until the end of the run.
+    #[inline(always)]
+    pub fn announce(&mut self) {
+        if !self.announced {
+            signal::expect_faults(self.code());
+            self.announced = true;
+        }
+    }
+
+    /// The end of a run: whatever is in host registers goes to the image.
+    #[inline(always)]
+    pub fn leave(&mut self, image: &mut XsaveArea) {
+        self.leave_x87(image);
+        if self.announced {
+            signal::expect_faults(0..0);
+            self.announced = false;
+        }
     }
 
     /// Host addresses of the thunks.
@@ -266,7 +324,7 @@ impl NativeUnit {
                 image.set_fop(self.pointers.fop);
             }
         }
-        if image.fdp() == self.operand().as_ptr() as u64 {
+        if self.noted.1 && image.fdp() != 0 {
             image.set_fdp(self.pointers.fdp);
         }
     }

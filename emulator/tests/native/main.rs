@@ -5,23 +5,62 @@
 mod generate;
 mod raw;
 
-use bivisor_emulator::bus::EmptyBus;
+use bivisor_emulator::bus::Bus;
 use bivisor_emulator::cpu::{CpuModel, CpuState, Fault, Rflags, XsaveArea, xsave};
 use bivisor_emulator::interp::Interpreter;
-use bivisor_emulator::isa::{Class, facts};
-use bivisor_emulator::mem::{FlatSpace, GuestMemory, Prot, Vma};
+use bivisor_emulator::isa::{Class, Width, facts};
+use bivisor_emulator::mem::{FlatSpace, GuestMemory, Prot, Ram, Vma};
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Vcpu};
 use generate::Rng;
 use iced_x86::{Code, Encoder, Instruction, OpKind};
 use raw::{End, Host};
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 /// Both sides.
 struct Pair {
     host: Host,
     interp: Interpreter,
     memory: GuestMemory,
+    bus: Window,
+    kind: Kind,
+}
+
+/// What the interpreter's memory is. Operands are accessed in place where they can be, else by way of a buffer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Kind {
+    /// The process's own: in place, the host's faults.
+    Flat,
+    /// RAM behind page tables: in place inside a page, masked forms in software.
+    Ram,
+    /// Behind page tables and on the bus: never in place.
+    Bus,
+}
+
+const KINDS: [Kind; 3] = [Kind::Flat, Kind::Ram, Kind::Bus];
+
+/// Guest-physical addresses of code and data under paging.
+const CODE_GPA: u64 = 0x1_0000;
+const DATA_GPA: u64 = 0x2_0000;
+const BUS_GPA: u64 = 0x4000_0000;
+
+/// The data window as a device.
+struct Window(Mutex<Vec<u8>>);
+
+impl Bus for Window {
+    fn read_port(&self, _: u16, _: &mut [u8]) {}
+    fn write_port(&self, _: u16, _: &[u8]) {}
+    fn read_mmio(&self, gpa: u64, data: &mut [u8]) {
+        let at = (gpa - BUS_GPA) as usize;
+        data.copy_from_slice(&self.0.lock().expect("no panic")[at..at + data.len()]);
+    }
+    fn write_mmio(&self, gpa: u64, data: &[u8]) {
+        let at = (gpa - BUS_GPA) as usize;
+        self.0.lock().expect("no panic")[at..at + data.len()].copy_from_slice(data);
+    }
+    fn take_interrupt(&self) -> Option<u8> {
+        None
+    }
 }
 
 /// What either side left.
@@ -34,25 +73,86 @@ struct Outcome {
     data: Vec<u8>,
 }
 
+/// Page tables at 0x1000 that map the code page and the data pages at their host addresses.
+fn paged(host: &Host, kind: Kind) -> GuestMemory {
+    let ram = GuestMemory::Ram(Ram::new(1 << 20).expect("1 MiB"));
+    let mut free = 0x2000;
+    let mut map = |linear: u64, gpa: u64| {
+        let mut table = 0x1000;
+        for shift in [39, 30, 21] {
+            let at = table + (linear >> shift & 511) * 8;
+            let mut entry = ram.load(at, Width::Q).expect("RAM");
+            if entry == 0 {
+                entry = free | 7;
+                free += 0x1000;
+                ram.store(at, Width::Q, entry).expect("RAM");
+            }
+            table = entry & !0xfff;
+        }
+        ram.store(table + (linear >> 12 & 511) * 8, Width::Q, gpa | 7).expect("RAM");
+    };
+    map(host.code_address() & !4095, CODE_GPA);
+    let data = if kind == Kind::Bus { BUS_GPA } else { DATA_GPA };
+    for n in 0..raw::DATA_LEN as u64 / 4096 {
+        map(host.data_address() + n * 4096, data + n * 4096);
+    }
+    ram
+}
+
+fn flat(host: &Host) -> GuestMemory {
+    let flat = FlatSpace::new();
+    let vma = |start: u64, len: u64, prot| Vma {
+        start: start & !4095,
+        end: (start & !4095) + len,
+        prot,
+        shared: false,
+        name: "".into(),
+        offset: 0,
+        backing: None,
+    };
+    flat.insert(vma(host.code_address(), 4096, Prot::READ | Prot::EXEC));
+    flat.insert(vma(host.data_address(), raw::DATA_LEN as u64, Prot::READ | Prot::WRITE));
+    flat.insert(vma(host.data_address() + raw::DATA_LEN as u64, 4096, Prot::empty()));
+    GuestMemory::Flat(flat)
+}
+
 impl Pair {
-    fn new() -> Pair {
+    fn new(kind: Kind) -> Pair {
         let host = Host::new();
-        let flat = FlatSpace::new();
-        let vma = |start: u64, len: u64, prot| Vma {
-            start: start & !4095,
-            end: (start & !4095) + len,
-            prot,
-            shared: false,
-            name: "".into(),
-            offset: 0,
-            backing: None,
-        };
-        flat.insert(vma(host.code_address(), 4096, Prot::READ | Prot::EXEC));
-        flat.insert(vma(host.data_address(), raw::DATA_LEN as u64, Prot::READ | Prot::WRITE));
-        flat.insert(vma(host.data_address() + raw::DATA_LEN as u64, 4096, Prot::empty()));
+        let memory = if kind == Kind::Flat { flat(&host) } else { paged(&host, kind) };
         let mut interp = Interpreter::new(Arc::new(CpuModel::host()));
         interp.set_intercepts(Intercepts::EXCEPTIONS);
-        Pair { host, interp, memory: GuestMemory::Flat(flat) }
+        Pair { host, interp, memory, bus: Window(Mutex::new(Vec::new())), kind }
+    }
+
+    /// Gives the interpreter its code and data.
+    fn put(&mut self, code: &[u8], data: &[u8]) {
+        let rip = self.host.code_address();
+        match self.kind {
+            Kind::Flat => {
+                self.host.data().copy_from_slice(data);
+                // The code was changed by other means than the guest's: what was decoded from it is stale.
+                let page = rip & !4095;
+                self.memory.flat().expect("it is flat").protect(page..page + 4096, Prot::READ | Prot::EXEC);
+                return;
+            }
+            Kind::Ram => self.memory.write(DATA_GPA, data).expect("RAM"),
+            Kind::Bus => *self.bus.0.lock().expect("no panic") = data.to_vec(),
+        }
+        self.memory.write(CODE_GPA + (rip & 4095), code).expect("RAM");
+    }
+
+    /// The interpreter's data.
+    fn take(&mut self) -> Vec<u8> {
+        match self.kind {
+            Kind::Flat => self.host.data().to_vec(),
+            Kind::Ram => {
+                let mut data = vec![0; raw::DATA_LEN];
+                self.memory.read(DATA_GPA, &mut data).expect("RAM");
+                data
+            }
+            Kind::Bus => self.bus.0.lock().expect("no panic").clone(),
+        }
     }
 
     /// Runs `count` instructions on both and gives what they left.
@@ -68,18 +168,15 @@ impl Pair {
         let (gpr, rflags, xsave) = (s.gpr, s.rflags, s.xsave.clone());
         let native = Outcome { end: name(end), gpr, rflags: clear(rflags), xsave, data: self.host.data().to_vec() };
 
-        self.host.data().copy_from_slice(&start.data);
-        let rip = self.host.code_address();
-        // The code was changed by other means than the guest's: what was decoded from it is stale.
-        let page = rip & !4095;
-        self.memory.flat().expect("it is flat").protect(page..page + 4096, Prot::READ | Prot::EXEC);
+        self.put(code, &start.data);
         let mut state = CpuState::long64(3);
-        state.rip = rip;
+        state.rip = self.host.code_address();
+        state.cr3 = 0x1000;
         state.gpr = start.gpr;
         state.rflags = Rflags::from_bits_retain(start.rflags);
         state.xsave = start.xsave.clone();
         *self.interp.state() = state;
-        let exit = self.interp.run(Board { mem: &self.memory, bus: &EmptyBus }, count);
+        let exit = self.interp.run(Board { mem: &self.memory, bus: &self.bus }, count);
         let end = match exit {
             Exit::Budget => "done".to_owned(),
             Exit::Exception(Fault::Ud) => "sigill".to_owned(),
@@ -88,9 +185,10 @@ impl Pair {
             Exit::Exception(Fault::Gp(0) | Fault::Ss(0)) => "sigsegv 0".to_owned(),
             other => format!("{other:?}"),
         };
+        let data = self.take();
         let s = self.interp.state();
         let (gpr, rflags, xsave) = (s.gpr, s.rflags.bits(), s.xsave.clone());
-        (native, Outcome { end, gpr, rflags: clear(rflags), xsave, data: self.host.data().to_vec() })
+        (native, Outcome { end, gpr, rflags: clear(rflags), xsave, data })
     }
 }
 
@@ -254,18 +352,27 @@ fn differences(a: &Outcome, b: &Outcome) -> String {
 }
 
 /// Runs `rounds` random instances of every code.
-fn compare_all(seed: u64, rounds: usize, mood: Mood) -> BTreeSet<Code> {
-    compare(seed, rounds, mood, &[], |_| true)
+fn compare_all(kind: Kind, seed: u64, rounds: usize, mood: Mood) -> BTreeSet<Code> {
+    compare(kind, seed, rounds, mood, &[], |_| true)
 }
 
 fn compare_x87(seed: u64, mood: Mood, follow: &[u8]) {
     use iced_x86::CpuidFeature as F;
     let x87 = |c: Code| c.cpuid_features().iter().any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387 | F::MMX));
-    compare(seed, 8, mood, follow, x87);
+    for kind in KINDS {
+        compare(kind, seed, 8, mood, follow, x87);
+    }
 }
 
-fn compare(seed: u64, rounds: usize, mood: Mood, follow: &[u8], want: impl Fn(Code) -> bool) -> BTreeSet<Code> {
-    let mut pair = Pair::new();
+fn compare(
+    kind: Kind,
+    seed: u64,
+    rounds: usize,
+    mood: Mood,
+    follow: &[u8],
+    want: impl Fn(Code) -> bool,
+) -> BTreeSet<Code> {
+    let mut pair = Pair::new(kind);
     let mut r = Rng(seed);
     let mut tested = BTreeSet::new();
     let mut failed: BTreeMap<String, (usize, String)> = BTreeMap::new();
@@ -302,7 +409,7 @@ fn compare(seed: u64, rounds: usize, mood: Mood, follow: &[u8], want: impl Fn(Co
             }
         }
     }
-    println!("{count} instructions of {} codes compared", tested.len());
+    println!("{count} instructions of {} codes compared, memory {kind:?}", tested.len());
     if !failed.is_empty() {
         for (code, (n, text)) in failed.iter().take(40) {
             println!("{code}: {n} times, first: {text}");
@@ -314,7 +421,9 @@ fn compare(seed: u64, rounds: usize, mood: Mood, follow: &[u8], want: impl Fn(Co
 
 #[test]
 fn every_code_with_exceptions_masked() {
-    let tested = compare_all(1, 6, Mood::Calm);
+    let tested = compare_all(Kind::Flat, 1, 6, Mood::Calm);
+    compare_all(Kind::Ram, 11, 6, Mood::Calm);
+    compare_all(Kind::Bus, 21, 6, Mood::Calm);
     let all = codes();
     let missing: Vec<_> = all.iter().filter(|c| is_regular(**c) && !tested.contains(c)).collect();
     println!("{} of {} codes of class Native on this host; not generated: {missing:?}", tested.len(), all.len());
@@ -323,12 +432,16 @@ fn every_code_with_exceptions_masked() {
 
 #[test]
 fn every_code_with_exceptions_unmasked() {
-    compare_all(2, 6, Mood::Unmasked);
+    for kind in KINDS {
+        compare_all(kind, 2 + kind as u64, 6, Mood::Unmasked);
+    }
 }
 
 #[test]
 fn every_memory_form_at_the_edge() {
-    compare_all(3, 12, Mood::Edge);
+    for kind in KINDS {
+        compare_all(kind, 3 + kind as u64, 12, Mood::Edge);
+    }
 }
 
 /// FNSTENV [RBX]: shows the instruction and operand pointers, and leaves all masked.
@@ -375,8 +488,12 @@ fn put_image(r: &mut Rng, data: &mut [u8]) {
 
 #[test]
 fn state_instructions() {
-    let mut pair = Pair::new();
-    let mut r = Rng(8);
+    KINDS.into_iter().for_each(compare_state);
+}
+
+fn compare_state(kind: Kind) {
+    let mut pair = Pair::new(kind);
+    let mut r = Rng(8 + kind as u64);
     let mut failed: BTreeMap<String, (usize, String)> = BTreeMap::new();
     let all = CpuModel::host().xcr0();
     let list: Vec<Code> = codes().into_iter().filter(|&c| !is_regular(c)).collect();
@@ -456,4 +573,16 @@ fn state_instructions() {
 #[test]
 fn layout_has_all_registers() {
     assert!(xsave::Layout::host().size <= xsave::XSAVE_SIZE);
+}
+
+/// More of what goes on in software, where seldom cases hide.
+#[test]
+fn gather_scatter_and_masked_moves() {
+    let want = |c: Code| {
+        let name = format!("{:?}", c.mnemonic()).to_lowercase();
+        ["gather", "scatter", "maskmov", "compress", "expand"].iter().any(|n| name.contains(n))
+    };
+    for kind in KINDS {
+        compare(kind, 31 + kind as u64, 100, Mood::Edge, &[], want);
+    }
 }

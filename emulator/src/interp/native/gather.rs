@@ -56,6 +56,7 @@ pub fn gather(x: &mut Exec<'_>, i: &Insn) -> Step {
     };
     let before = mask;
     let mut outcome = Ok(());
+    let mut reached = s.count;
     for n in 0..s.count {
         if mask >> n & 1 == 0 {
             continue;
@@ -65,29 +66,33 @@ pub fn gather(x: &mut Exec<'_>, i: &Insn) -> Step {
             Ok(v) => data[n * s.size..(n + 1) * s.size].copy_from_slice(&v.to_le_bytes()[..s.size]),
             Err(stop) => {
                 outcome = Err(stop);
+                reached = n;
                 break;
             }
         }
         mask &= !(1 << n);
     }
-    if outcome.is_err() && mask == before {
+    if evex && outcome.is_err() && mask == before {
         return outcome;
     }
     if outcome.is_ok() {
         mask = 0;
     }
-    data[s.count * s.size..].fill(0);
+    // What is past the data is cleared at the end; what is past the vector length (EVEX) already with the first element.
+    if outcome.is_ok() {
+        data[s.count * s.size..].fill(0);
+    } else if evex {
+        data[to.size().max(i.iced.memory_index().size())..].fill(0);
+    }
     set_vector(x, to, data);
     if evex {
         x.cpu.xsave.set_opmask(i.iced.op_mask().number(), mask);
     } else {
-        // Elements still to be done keep their mask.
+        // What is done is cleared; what was not reached keeps its mask.
         let r = i.iced.op2_register();
         let old = x.cpu.xsave.zmm(r.number());
-        let mut z = [0; 64];
-        for n in (0..s.count).filter(|n| mask >> n & 1 != 0) {
-            z[n * s.size..(n + 1) * s.size].copy_from_slice(&old[n * s.size..(n + 1) * s.size]);
-        }
+        let mut z = if outcome.is_ok() { [0; 64] } else { old };
+        z[..reached * s.size].fill(0);
         set_vector(x, r, z);
     }
     outcome

@@ -55,7 +55,7 @@ pub fn run(x: &mut Exec<'_>, i: &Insn, m: &MemRef, offset: u64, t: &Thunk) -> St
     if store && t.needs.contains(Needs::MXCSR) {
         active.runs(|start, len| access::check_write(x, m.seg, at(m, offset, start as u64), len as u64))?;
     }
-    execute(x, t)?;
+    execute(x, t, None)?;
     if store {
         let bytes = *x.env.native.operand();
         write(x, m, offset, &active, &bytes)?;
@@ -174,10 +174,10 @@ pub fn maskmovq(x: &mut Exec<'_>, i: &Insn) -> Step {
     let bits = (0..8).fold(0, |b, n| b | u64::from(mask[n] >> 7) << n);
     let m = destination(i);
     let offset = m.address.cut(x.cpu.gpr[Gpr::Rdi as usize]);
-    access::check_write(x, m.seg, offset, 8)?;
-    write(x, &m, offset, &Active { bits, element: 1 }, &source)?;
+    // The state is MMX's even if the store faults.
     enter_mmx(x);
-    Ok(())
+    access::check_write(x, m.seg, offset, 8)?;
+    write(x, &m, offset, &Active { bits, element: 1 }, &source)
 }
 
 /// The implicit operand DS:rDI, with its override.

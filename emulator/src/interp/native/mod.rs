@@ -7,14 +7,13 @@ pub mod gather;
 pub mod masked;
 pub mod state;
 
-use crate::cpu::{CpuState, Cr0, Cr4, Fault};
-use crate::host::signal;
+use crate::cpu::{CpuState, Cr0, Cr4, Fault, Rflags};
+use crate::host::probe::Reach;
 use crate::interp::operand::effective_address;
 use crate::interp::{Exec, Step, Stop, access};
 use crate::isa::{Base, Gpr, Insn, MemRef, Seg, Width};
 use crate::mem::{Access, PAGE_SIZE};
-use crate::native::{Needs, Thunk};
-use iced_x86::OpCodeOperandKind;
+use crate::native::{Needs, Ran, Thunk};
 
 /// MXCSR exception masks.
 const MASKS: u32 = 0x1f80;
@@ -57,27 +56,70 @@ fn enter_x87(x: &mut Exec<'_>, needs: Needs) -> Step {
 
 /// Any instruction of the class that has no function of its own.
 pub fn run(x: &mut Exec<'_>, i: &Insn) -> Step {
-    let Some(t) = x.env.native.thunk(&i.iced) else { return Err(Fault::Ud.into()) };
+    let Some(t) = x.env.native.thunk(i) else { return Err(Fault::Ud.into()) };
     check(x.cpu, t.needs)?;
     if t.needs.contains(Needs::X87) {
         enter_x87(x, t.needs)?;
     }
     let Some(m) = i.mem() else {
-        execute(x, &t)?;
+        execute(x, &t, None)?;
         if t.needs.contains(Needs::POINTERS) {
-            set_pointers(x, i, None);
+            set_pointers(x, i, &t, None);
         }
         return Ok(());
     };
     let offset = effective_address(x, i, m);
+    if let Some((reach, gpa)) = direct(x, &t, m, offset)
+        && execute(x, &t, Some(reach))? == Ran::Done
+    {
+        if t.needs.contains(Needs::STORE) {
+            x.mem.wrote(gpa);
+        }
+        if t.needs.contains(Needs::POINTERS) {
+            set_pointers(x, i, &t, Some((m, offset)));
+        }
+        return Ok(());
+    }
+    run_bounced(x, i, m, offset, &t)
+}
+
+/// The host address of the memory operand, and the guest-physical one, if the thunk may access it in place: nothing about it can
+/// fault, or the host's fault says that the long way must be gone.
+#[inline(always)]
+fn direct(x: &mut Exec<'_>, t: &Thunk, m: &MemRef, offset: u64) -> Option<(Reach, u64)> {
+    if t.needs.contains(Needs::ENVIRONMENT) || x.cpu.rflags.contains(Rflags::AC) {
+        return None;
+    }
+    let len = u64::from(t.len);
+    let access = if t.needs.contains(Needs::STORE) { Access::Write } else { Access::Read };
+    let laddr = access::linear(x, m.seg, offset, len, access).ok()?;
+    if t.needs.intersects(Needs::ALIGNED | Needs::ALIGNED_UNLESS_MM) && laddr & (len - 1) != 0 {
+        return None;
+    }
+    if x.mem.flat().is_some() {
+        x.env.native.announce();
+        return Some((x.mem.reach(laddr, len)?, laddr));
+    }
+    if t.needs.contains(Needs::MASKED) || (laddr & (PAGE_SIZE - 1)) + len > PAGE_SIZE {
+        return None;
+    }
+    let by = access::accessor(x.cpu);
+    let gpa = x.mmu.translate(x.cpu, x.mem, laddr, access, by).ok()?;
+    Some((x.mem.reach(gpa, len)?, gpa))
+}
+
+/// The memory operand by way of the buffer, with all the faults it can have.
+#[cold]
+#[inline(never)]
+fn run_bounced(x: &mut Exec<'_>, i: &Insn, m: &MemRef, offset: u64, t: &Thunk) -> Step {
     if t.needs.contains(Needs::MASKED) {
-        return masked::run(x, i, m, offset, &t);
+        return masked::run(x, i, m, offset, t);
     }
     if t.needs.intersects(Needs::ALIGNED | Needs::ALIGNED_UNLESS_MM) {
-        check_aligned(x, &t, m.seg, offset)?;
+        check_aligned(x, t, m.seg, offset)?;
     }
     if t.needs.contains(Needs::STORE | Needs::POINTERS) && x.env.native.x87_unmasked() {
-        return run_unmasked_store(x, i, m, offset, &t);
+        return run_unmasked_store(x, i, m, offset, t);
     }
     let len = usize::from(t.len);
     if t.needs.contains(Needs::LOAD) {
@@ -87,9 +129,9 @@ pub fn run(x: &mut Exec<'_>, i: &Insn) -> Step {
         // The instruction changes registers too: what the store can raise comes first.
         access::check_write(x, m.seg, offset, len as u64)?;
     }
-    execute(x, &t)?;
+    execute(x, t, None)?;
     if t.needs.contains(Needs::POINTERS) {
-        set_pointers(x, i, Some((m, offset)));
+        set_pointers(x, i, t, Some((m, offset)));
     } else if t.needs.contains(Needs::ENVIRONMENT) {
         x.env.native.patch_environment(len);
     }
@@ -106,34 +148,33 @@ fn run_unmasked_store(x: &mut Exec<'_>, i: &Insn, m: &MemRef, offset: u64, t: &T
     load(x, m.seg, offset, len)?;
     let old = *x.env.native.operand();
     access::check_write(x, m.seg, offset, len as u64)?;
-    execute(x, t)?;
-    set_pointers(x, i, Some((m, offset)));
+    execute(x, t, None)?;
+    set_pointers(x, i, t, Some((m, offset)));
     if x.env.native.operand()[..len] == old[..len] { Ok(()) } else { store(x, m.seg, offset, len) }
 }
 
-/// Runs the thunk; an unmasked SIMD exception is #XM, or #UD without CR4.OSXMMEXCPT.
+/// Runs the thunk: [`Ran::Done`], or [`Ran::Fault`] of an operand in place. An unmasked SIMD exception is #XM, or #UD without
+/// CR4.OSXMMEXCPT.
 #[inline(always)]
-fn execute(x: &mut Exec<'_>, t: &Thunk) -> Step {
+fn execute(x: &mut Exec<'_>, t: &Thunk, operand: Option<Reach>) -> Result<Ran, Stop> {
     if t.needs.contains(Needs::MXCSR) && x.cpu.xsave.mxcsr() & (MASKS | 0xffff_0000) != MASKS {
-        return execute_unmasked(x, t);
+        return execute_unmasked(x, t, operand);
     }
-    x.env.native.run(t, x.cpu);
-    Ok(())
+    Ok(x.env.native.run(t, x.cpu, operand))
 }
 
-/// With an exception unmasked the host CPU raises it too: the thread's signal handler must know.
+/// With an exception unmasked the host CPU raises it too.
 #[cold]
-fn execute_unmasked(x: &mut Exec<'_>, t: &Thunk) -> Step {
+fn execute_unmasked(x: &mut Exec<'_>, t: &Thunk, operand: Option<Reach>) -> Result<Ran, Stop> {
     // Reserved bits can only come from outside; loading them would fault.
     let mxcsr = x.cpu.xsave.mxcsr() & state::mxcsr_mask();
     x.cpu.xsave.set_mxcsr(mxcsr);
-    let guard = signal::expect_fpe(x.env.native.code());
-    let done = x.env.native.run(t, x.cpu);
-    drop(guard);
-    if done {
-        return Ok(());
+    x.env.native.announce();
+    match x.env.native.run(t, x.cpu, operand) {
+        Ran::Exception if x.cpu.cr4.contains(Cr4::OSXMMEXCPT) => Err(Fault::Xm.into()),
+        Ran::Exception => Err(Fault::Ud.into()),
+        ran => Ok(ran),
     }
-    Err(if x.cpu.cr4.contains(Cr4::OSXMMEXCPT) { Fault::Xm } else { Fault::Ud }.into())
 }
 
 /// SDM 2A table 2-21 and following: explicitly aligned operands give #GP(0) if they are not.
@@ -204,27 +245,19 @@ fn store(x: &mut Exec<'_>, seg: Seg, offset: u64, len: usize) -> Step {
 }
 
 /// SDM 1 8.1.8: the last non-control instruction, its opcode and its memory operand.
-fn set_pointers(x: &mut Exec<'_>, i: &Insn, memory: Option<(&MemRef, u64)>) {
-    let data = memory.map(|(m, offset)| (offset, x.cpu.segment(m.seg).selector));
+#[inline(always)]
+fn set_pointers(x: &mut Exec<'_>, i: &Insn, t: &Thunk, memory: Option<(&MemRef, u64)>) {
     let (rip, cs) = (x.cpu.rip, x.cpu.segment(Seg::Cs).selector);
-    x.env.native.set_pointers(rip, cs, opcode(i), data);
-}
-
-/// The x87 opcode as FOP has it: the low three bits of the first byte, and ModRM (SDM 1 8.1.9). The decoder does not keep ModRM: of
-/// several encodings of the same address the usual one is taken.
-fn opcode(i: &Insn) -> u16 {
-    let op = i.iced.code().op_code();
-    let code = op.op_code() as u16;
-    if op.op_code_len() == 2 {
-        let st = (0..i.iced.op_count())
-            .find(|&n| op.op_kind(n) == OpCodeOperandKind::sti_opcode)
-            .map_or(0, |n| i.iced.op_register(n).number() as u16);
-        return (code & 0x7ff) | st;
+    match memory {
+        Some((m, offset)) => {
+            let opcode = t.opcode | mod_rm(i, m);
+            x.env.native.set_pointers(rip, cs, opcode, Some((offset, x.cpu.segment(m.seg).selector)));
+        }
+        None => x.env.native.set_pointers(rip, cs, t.opcode, None),
     }
-    let reg = op.group_index().max(0) as u16;
-    (code & 7) << 8 | reg << 3 | i.mem().map_or(0, |m| mod_rm(i, m))
 }
 
+/// ModRM's addressing form. The decoder does not keep it: of several encodings of the same address the usual one is taken.
 fn mod_rm(i: &Insn, m: &MemRef) -> u16 {
     let size = match i.iced.memory_displ_size() {
         0 => 0,
