@@ -261,9 +261,26 @@ fn route(code: Code, policy: Policy) -> Route {
     }
 }
 
+/// Branches of 16-bit operand size: the target is cut to 16 bits.
+#[rustfmt::skip]
+fn is_16_bit(code: Code) -> bool {
+    use Code as C;
+    matches!(
+        code,
+        C::Jo_rel8_16 | C::Jno_rel8_16 | C::Jb_rel8_16 | C::Jae_rel8_16 | C::Je_rel8_16 | C::Jne_rel8_16 | C::Jbe_rel8_16 | C::Ja_rel8_16
+        | C::Js_rel8_16 | C::Jns_rel8_16 | C::Jp_rel8_16 | C::Jnp_rel8_16 | C::Jl_rel8_16 | C::Jge_rel8_16 | C::Jle_rel8_16 | C::Jg_rel8_16
+        | C::Jo_rel16 | C::Jno_rel16 | C::Jb_rel16 | C::Jae_rel16 | C::Je_rel16 | C::Jne_rel16 | C::Jbe_rel16 | C::Ja_rel16
+        | C::Js_rel16 | C::Jns_rel16 | C::Jp_rel16 | C::Jnp_rel16 | C::Jl_rel16 | C::Jge_rel16 | C::Jle_rel16 | C::Jg_rel16
+        | C::Loopne_rel8_16_CX | C::Loopne_rel8_16_ECX | C::Loopne_rel8_16_RCX | C::Loope_rel8_16_CX | C::Loope_rel8_16_ECX
+        | C::Loope_rel8_16_RCX | C::Loop_rel8_16_CX | C::Loop_rel8_16_ECX | C::Loop_rel8_16_RCX
+        | C::Jcxz_rel8_16 | C::Jecxz_rel8_16 | C::Jrcxz_rel8_16
+        | C::Jmp_rel8_16 | C::Jmp_rel16 | C::Call_rel16 | C::Jmp_rm16 | C::Call_rm16
+    )
+}
+
 fn branch(code: Code, mnemonic: Mnemonic) -> Route {
     // A 66 prefix on AMD: the target is cut to 16 bits.
-    if code.op_code().operand_size() == 16 {
+    if is_16_bit(code) {
         return Route::Step;
     }
     if code.is_jcc_short_or_near() {
@@ -301,5 +318,30 @@ pub fn how(code: Code) -> How {
         Route::Step if facts(code).class == Class::Undefined => How::Unsupported,
         Route::Step => How::ByInterpreter,
         _ => How::Rewritten,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The list agrees with iced's table, which takes too long to build to be asked at run time.
+    #[test]
+    fn branches_of_16_bits() {
+        let near = |c: &Code| {
+            c.is_jcc_short_or_near()
+                || c.is_jcx_short()
+                || c.is_loop()
+                || c.is_loopcc()
+                || c.is_jmp_short_or_near()
+                || c.is_call_near()
+                || c.is_jmp_near_indirect()
+                || c.is_call_near_indirect()
+        };
+        let all: Vec<Code> = Code::values().filter(near).collect();
+        assert!(all.len() > 100, "{}", all.len());
+        for code in all {
+            assert_eq!(is_16_bit(code), code.op_code().operand_size() == 16, "{code:?}");
+        }
     }
 }

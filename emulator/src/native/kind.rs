@@ -3,7 +3,7 @@
 //! SDM 2A 2.4 to 2.7 (exception types of SSE, VEX and EVEX instructions); whether masked-out elements may fault was read off a
 //! processor, instruction by instruction, and agrees with the classes E4NF, E5NF, E6NF there.
 
-use iced_x86::{Code, CpuidFeature as F, EncodingKind, Instruction, Mnemonic as M, OpCodeOperandKind as K, OpKind};
+use iced_x86::{Code, CpuidFeature as F, EncodingKind, Instruction, Mnemonic as M, OpKind};
 
 bitflags::bitflags! {
     /// What to check and to set up.
@@ -56,7 +56,7 @@ pub fn needs(i: &Instruction) -> Needs {
     let mmx = features.contains(&F::MMX) || (0..i.op_count()).any(|k| i.op_register(k).is_mm());
     n.set(Needs::X87, x87 || mmx);
     n.set(Needs::MMX, mmx);
-    n.set(Needs::WAITING, mmx || (x87 && !code.op_code().is_fpu_no_wait()));
+    n.set(Needs::WAITING, mmx || (x87 && !does_not_wait(i.mnemonic())));
     if x87 {
         n.set(Needs::FCW, changes_fcw(i.mnemonic()));
         n.set(Needs::POINTERS, !is_x87_control(i.mnemonic()));
@@ -65,8 +65,7 @@ pub fn needs(i: &Instruction) -> Needs {
     }
     match code.encoding() {
         EncodingKind::Legacy => {
-            let xmm = || code.op_code().op_kinds().iter().any(|k| matches!(k, K::xmm_or_mem | K::xmm_reg | K::xmm_rm));
-            n.set(Needs::SSE, !mmx || xmm());
+            n.set(Needs::SSE, !mmx || is_mixed(i.mnemonic()));
         }
         EncodingKind::EVEX => n |= Needs::AVX | Needs::AVX512,
         _ => {
@@ -117,6 +116,43 @@ pub fn is_amd() -> bool {
     *AMD.get_or_init(|| std::arch::x86_64::__cpuid(0).ecx == u32::from_le_bytes(*b"cAMD"))
 }
 
+/// Bytes of the element that an EVEX instruction can broadcast, 0 if it cannot: the granularity of its mask. This asks no
+/// [`iced_x86::OpCodeInfo`], whose tables take longer to build than a small program runs.
+pub fn broadcast_size(code: Code) -> usize {
+    if code.encoding() != EncodingKind::EVEX {
+        return 0;
+    }
+    let mut i = Instruction::default();
+    i.set_code(code);
+    i.set_is_broadcast(true);
+    i.memory_size().size()
+}
+
+/// Bytes of the whole memory operand, without broadcast.
+pub fn full_size(code: Code) -> usize {
+    let mut i = Instruction::default();
+    i.set_code(code);
+    i.memory_size().size()
+}
+
+/// x87 instructions that ignore pending exceptions (SDM 1 8.3.11).
+#[rustfmt::skip]
+fn does_not_wait(m: M) -> bool {
+    matches!(
+        m,
+        M::Fninit | M::Fnclex | M::Fnstcw | M::Fnstsw | M::Fnstenv | M::Fnsave | M::Fneni | M::Fndisi | M::Fnsetpm
+    )
+}
+
+/// MMX instructions with an XMM operand.
+#[rustfmt::skip]
+fn is_mixed(m: M) -> bool {
+    matches!(
+        m,
+        M::Cvtpi2ps | M::Cvtps2pi | M::Cvttps2pi | M::Cvtpi2pd | M::Cvtpd2pi | M::Cvttpd2pi | M::Movq2dq | M::Movdq2q
+    )
+}
+
 /// Moves that demand alignment by themselves.
 #[rustfmt::skip]
 fn is_aligned_move(m: M) -> bool {
@@ -130,14 +166,16 @@ fn is_aligned_move(m: M) -> bool {
 
 /// The x87 opcode as FOP has it: the low three bits of the first byte, and ModRM but for an addressing form (SDM 1 8.1.9).
 pub fn x87_opcode(i: &Instruction) -> u16 {
-    let op = i.code().op_code();
-    let code = op.op_code() as u16;
-    if op.op_code_len() == 2 {
-        let st =
-            (0..i.op_count()).find(|&n| op.op_kind(n) == K::sti_opcode).map_or(0, |n| i.op_register(n).number() as u16);
-        return (code & 0x7ff) | st;
+    let mut encoder = iced_x86::Encoder::new(64);
+    // The address does not matter: a RIP-relative operand is within reach of the instruction's own.
+    if encoder.encode(i, i.ip()).is_err() {
+        return 0;
     }
-    (code & 7) << 8 | (op.group_index().max(0) as u16) << 3
+    let bytes = encoder.take_buffer();
+    // No prefix has such a value.
+    let Some(at) = bytes.iter().position(|b| matches!(b, 0xd8..=0xdf)) else { return 0 };
+    let modrm = bytes.get(at + 1).copied().unwrap_or(0);
+    u16::from(bytes[at] & 7) << 8 | u16::from(if modrm >= 0xc0 { modrm } else { modrm & 0x38 })
 }
 
 /// Control instructions leave the x87 instruction and data pointers alone (SDM 1 8.1.8).
@@ -206,4 +244,37 @@ fn uses_mxcsr(i: &Instruction) -> bool {
     }
     let name = name.strip_prefix('v').unwrap_or(&name);
     !(name.starts_with('k') || FREE.iter().any(|f| name.starts_with(f)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iced_x86::OpCodeOperandKind as K;
+
+    /// What is said here without iced's big table agrees with it, for every instruction there is.
+    #[test]
+    fn agrees_with_the_opcode_table() {
+        let mut seen = [0; 4];
+        for code in Code::values() {
+            let op = code.op_code();
+            let features = code.cpuid_features();
+            if features.iter().any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387)) || code == Code::Wait {
+                assert_eq!(does_not_wait(code.mnemonic()), op.is_fpu_no_wait(), "{code:?}");
+                seen[0] += 1;
+            }
+            let mm = op.op_kinds().iter().any(|k| matches!(k, K::mm_or_mem | K::mm_reg | K::mm_rm));
+            if code.encoding() == EncodingKind::Legacy && mm {
+                let xmm = op.op_kinds().iter().any(|k| matches!(k, K::xmm_or_mem | K::xmm_reg | K::xmm_rm));
+                assert_eq!(is_mixed(code.mnemonic()), xmm, "{code:?}");
+                seen[1] += 1;
+            }
+            if code.encoding() == EncodingKind::EVEX {
+                assert_eq!(broadcast_size(code), op.broadcast_memory_size().size(), "{code:?}");
+                seen[2] += 1;
+            }
+            assert_eq!(full_size(code), op.memory_size().size(), "{code:?}");
+            seen[3] += 1;
+        }
+        assert!(seen.iter().all(|&n| n > 50), "{seen:?}");
+    }
 }

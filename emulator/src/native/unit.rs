@@ -186,8 +186,7 @@ impl NativeUnit {
                 entry
             }
         };
-        let evex = i.code().encoding() == iced_x86::EncodingKind::EVEX;
-        let element = match if evex { i.code().op_code().broadcast_memory_size().size() } else { 0 } {
+        let element = match kind::broadcast_size(i.code()) {
             0 => i.memory_size().element_size(),
             n => n,
         };

@@ -6,7 +6,7 @@ use crate::interp::native::{at, check, check_aligned, enter_x87, execute};
 use crate::interp::operand::effective_address;
 use crate::interp::{Exec, Step, access};
 use crate::isa::{Gpr, Insn, MemRef, Operand, Seg, Width};
-use crate::native::{Needs, Thunk};
+use crate::native::{Needs, Thunk, kind};
 use iced_x86::{Mnemonic, Register};
 
 /// The active elements in memory as a mask, and how many there can be.
@@ -67,7 +67,7 @@ pub fn run(x: &mut Exec<'_>, i: &Insn, m: &MemRef, offset: u64, t: &Thunk) -> St
 fn active(i: &Insn, mask: u64, t: &Thunk) -> Active {
     let element = usize::from(t.element).max(1);
     let count = (usize::from(t.len) / element).max(1);
-    let full = i.iced.code().op_code().memory_size().size();
+    let full = kind::full_size(i.iced.code());
     let name = i.iced.mnemonic();
     let lanes = if repeats(name) { i.iced.op0_register().size() / element } else { full / element };
     let mask = mask & low_bits(lanes);
