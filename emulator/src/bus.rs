@@ -20,6 +20,30 @@ pub trait Bus: Sync {
     }
     /// INTA: the vector, acknowledged.
     fn take_interrupt(&self) -> Option<u8>;
+    /// Is a non-maskable interrupt waiting? Asked where interrupts are, whatever RFLAGS.IF is.
+    fn nmi_pending(&self) -> bool {
+        false
+    }
+    /// Takes the non-maskable interrupt; false if there is none any more.
+    fn take_nmi(&self) -> bool {
+        false
+    }
+    /// RDMSR of a register that is the local APIC's: IA32_TSC_DEADLINE (0x6E0, in ticks of the host's counter) and, in x2APIC mode, 0x800
+    /// to 0x8FF. `None` is #GP(0): no such register.
+    fn read_msr(&self, _index: u32) -> Option<u64> {
+        None
+    }
+    /// WRMSR of a register that [`Bus::read_msr`] reads; `None` is #GP(0). IA32_APIC_BASE (0x1B), which the CPU keeps itself, is told
+    /// here too after the CPU has checked it; what is answered to that is ignored.
+    fn write_msr(&self, _index: u32, _value: u64) -> Option<()> {
+        None
+    }
+    /// The local APIC's task-priority class (bits 7:4 of its TPR), which is CR8; `None` without a local APIC.
+    fn task_priority(&self) -> Option<u8> {
+        None
+    }
+    /// MOV to CR8: 0 to 15.
+    fn set_task_priority(&self, _class: u8) {}
 }
 
 /// A bus with nothing on it: reads give all ones, writes are lost. What a Linux process has.

@@ -55,7 +55,9 @@ const ROWS: &[Row] = &[
     Row("cx8",             &[],                             1,          0, Edx,  8, By::Host, 1),
     Row("apic",            &[],                             1,          0, Edx,  9, By::Us, 1),
     Row("sep",             &[],                             1,          0, Edx, 11, By::Us, 1),
+    Row("mtrr",            &[],                             1,          0, Edx, 12, By::Us, 1),
     Row("pge",             &[],                             1,          0, Edx, 13, By::Us, 1),
+    Row("mca",             &[],                             1,          0, Edx, 14, By::Us, 1),
     Row("cmov",            &[],                             1,          0, Edx, 15, By::Host, 1),
     Row("pat",             &[],                             1,          0, Edx, 16, By::Us, 1),
     Row("pse36",           &[],                             1,          0, Edx, 17, By::Us, 1),
@@ -95,6 +97,7 @@ const ROWS: &[Row] = &[
     Row("invpcid",         &[F::INVPCID],                   7,          0, Ebx, 10, By::Us, 3),
     Row("smap",            &[F::SMAP],                      7,          0, Ebx, 20, By::Us, 3),
     Row("umip",            &[],                             7,          0, Ecx,  2, By::Us, 3),
+    Row("tsc_adjust",      &[],                             7,          0, Ebx,  1, By::Us, 3),
     Row("rdpid",           &[F::RDPID],                     7,          0, Ecx, 22, By::Us, 3),
     Row("pdpe1gb",         &[],                    0x8000_0001,         0, Edx, 26, By::Us, 3),
     Row("rdtscp",          &[F::RDTSCP],           0x8000_0001,         0, Edx, 27, By::Us, 2),
@@ -162,6 +165,8 @@ pub struct CpuModel {
     /// Leaf and subleaf to EAX, EBX, ECX, EDX; without what depends on the state.
     leaves: BTreeMap<(u32, u32), [u32; 4]>,
     features: Vec<F>,
+    /// Of the rows offered.
+    names: Vec<&'static str>,
     /// A bit for each [`Code`].
     codes: Box<[u64]>,
     xcr0: u64,
@@ -234,6 +239,7 @@ impl CpuModel {
             codes: codes(&features),
             xcr0: if features.contains(&F::XSAVE) { xcr0 } else { component::X87 | component::SSE },
             features,
+            names: rows.iter().map(|r| r.0).collect(),
             intel: host.vendor_is(b"GenuineIntel") || host.vendor_is(b"CentaurHauls"),
         };
         model.fill(&host);
@@ -326,6 +332,11 @@ impl CpuModel {
     /// Does it have the feature?
     pub fn has(&self, feature: F) -> bool {
         self.features.contains(&feature)
+    }
+
+    /// Is the feature offered that Linux calls so in /proc/cpuinfo?
+    pub fn offers(&self, name: &str) -> bool {
+        self.names.contains(&name)
     }
 
     /// Does the instruction exist? If not, it is #UD.

@@ -90,13 +90,21 @@ fn exec<'a>(
     }
 }
 
-/// Takes an external interrupt if there is one and it is not held.
+/// Takes a non-maskable or an external interrupt if there is one and it is not held (SDM 3A table 6-2: NMI first).
 #[inline(always)]
 fn interrupt(x: &mut Exec<'_>) -> Result<(), Exit> {
+    if x.bus.nmi_pending() && !x.cpu.nmi_blocked && !x.cpu.interrupt_shadow {
+        return take_nmi(x);
+    }
     if x.cpu.rflags.contains(Rflags::IF) && !x.cpu.interrupt_shadow && x.bus.interrupt_pending() {
         return take_interrupt(x);
     }
     Ok(())
+}
+
+#[cold]
+fn take_nmi(x: &mut Exec<'_>) -> Result<(), Exit> {
+    if x.bus.take_nmi() { delivered(deliver(x, Event::Nmi)) } else { Ok(()) }
 }
 
 #[cold]

@@ -56,7 +56,7 @@ pub fn mov(x: &mut Exec<'_>, i: &Insn) -> Step {
             write_cr(x, n, v)
         }
         (_, Some(Special::Cr(n))) => {
-            let v = read_cr(x.cpu, n)?;
+            let v = read_cr(x, n)?;
             operand::write(x, i, 0, v)
         }
         (Some(Special::Dr(n)), _) => {
@@ -77,13 +77,15 @@ pub fn mov(x: &mut Exec<'_>, i: &Insn) -> Step {
     }
 }
 
-fn read_cr(cpu: &CpuState, n: u32) -> Result<u64, Stop> {
+fn read_cr(x: &Exec<'_>, n: u32) -> Result<u64, Stop> {
+    let cpu = &*x.cpu;
     match n {
         0 => Ok(cpu.cr0.bits()),
         2 => Ok(cpu.cr2),
         3 => Ok(cpu.cr3),
         4 => Ok(cpu.cr4.bits()),
-        8 if is_long64(cpu) => Ok(cpu.cr8),
+        // SDM 3A 10.8.6: CR8 is the class in the local APIC's task priority.
+        8 if is_long64(cpu) => Ok(x.bus.task_priority().map_or(cpu.cr8, u64::from)),
         _ => Err(Fault::Ud.into()),
     }
 }
@@ -103,6 +105,7 @@ fn write_cr(x: &mut Exec<'_>, n: u32, v: u64) -> Step {
                 return Err(GP0);
             }
             x.cpu.cr8 = v;
+            x.bus.set_task_priority(v as u8);
             Ok(())
         }
         _ => Err(Fault::Ud.into()),

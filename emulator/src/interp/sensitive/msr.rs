@@ -1,6 +1,7 @@
 //! RDMSR WRMSR: the registers that exist, and what may be written to them (SDM 4; APM 2 appendix A). Any other number is #GP(0).
 
-use crate::cpu::msr::index;
+use crate::cpu::cpuid::PHYSICAL_BITS;
+use crate::cpu::msr::{K7_COUNTERS, MC_BANKS, MTRR_FIXED, MTRR_RANGES, Msrs, index};
 use crate::cpu::{Cr0, Efer, Fault};
 use crate::interp::access::is_canonical;
 use crate::interp::sensitive::time::{read_tsc, set_edx_eax};
@@ -9,8 +10,12 @@ use crate::isa::{Gpr, Insn, Seg, Width};
 
 const GP0: Stop = Stop::Fault(Fault::Gp(0));
 
-/// IA32_BIOS_SIGN_ID, AMD's patch level: no microcode was loaded.
-const BIOS_SIGN_ID: u32 = 0x8b;
+/// Of IA32_APIC_BASE: x2APIC mode, enabled.
+const X2APIC_MODE: u64 = 1 << 10;
+const APIC_ENABLED: u64 = 1 << 11;
+
+/// IA32_MISC_ENABLE: performance monitoring, no BTS, no PEBS cannot be written.
+const MISC_ENABLE_FIXED: u64 = 0x1880;
 
 /// The model-specific register that ECX names.
 fn number(x: &Exec<'_>) -> u32 {
@@ -35,16 +40,17 @@ pub fn wrmsr(x: &mut Exec<'_>, _: &Insn) -> Step {
 
 /// The value of an MSR; `None` if there is none of that number.
 fn read(x: &mut Exec<'_>, n: u32) -> Option<u64> {
-    let msr = &x.cpu.msr;
+    let msr = &mut x.cpu.msr;
     Some(match n {
         index::TSC => read_tsc(x),
+        index::TSC_ADJUST if x.env.cpu_model.offers("tsc_adjust") => msr.tsc_adjust,
         index::APIC_BASE => msr.apic_base,
-        BIOS_SIGN_ID => 0,
+        index::BIOS_SIGN_ID => 0,
         index::SYSENTER_CS => msr.sysenter_cs,
         index::SYSENTER_ESP => msr.sysenter_esp,
         index::SYSENTER_EIP => msr.sysenter_eip,
+        index::MCG_CAP => u64::from(MC_BANKS),
         index::MISC_ENABLE => msr.misc_enable,
-        index::PAT => msr.pat,
         index::EFER => x.cpu.efer.bits(),
         index::STAR => msr.star,
         index::LSTAR => msr.lstar,
@@ -54,25 +60,96 @@ fn read(x: &mut Exec<'_>, n: u32) -> Option<u64> {
         index::GS_BASE => x.cpu.segment(Seg::Gs).base,
         index::KERNEL_GS_BASE => msr.kernel_gs_base,
         index::TSC_AUX => msr.tsc_aux,
+        // Fixed ranges, write combining, and so many variable ranges.
+        index::MTRR_CAP => 0x500 | u64::from(MTRR_RANGES),
+        index::TSC_DEADLINE if x.env.cpu_model.offers("tsc_deadline_timer") => {
+            let at = x.bus.read_msr(n)?;
+            if at == 0 { 0 } else { at.wrapping_add(msr.tsc_offset) }
+        }
+        n if is_x2apic(n) && msr.apic_base & X2APIC_MODE != 0 => x.bus.read_msr(n)?,
+        n => match stored(msr, n) {
+            Some(slot) => *slot,
+            None => constant(n, x.env.cpu_model.is_intel())?,
+        },
+    })
+}
+
+/// What a CPU without power management, thermal sensors or firmware to configure says.
+fn constant(n: u32, intel: bool) -> Option<u64> {
+    Some(match n {
+        // IA32_PLATFORM_ID, EBL_CR_POWERON, MSR_SMI_COUNT, IA32_BIOS_UPDT_TRIG, MSR_PLATFORM_INFO, last branches (AMD too).
+        0x17 | 0x2a | 0x34 | 0xce if intel => 0,
+        // IA32_FEATURE_CONTROL: locked, without VMX.
+        0x3a if intel => 1,
+        // IA32_CLOCK_MODULATION, IA32_THERM_INTERRUPT, IA32_THERM_STATUS, MSR_THERM2_CTL; IA32_ENERGY_PERF_BIAS.
+        0x19a..=0x19d | 0x1b0 if intel => 0,
+        // MSR_TEMPERATURE_TARGET: 100 degrees.
+        0x1a2 if intel => 100 << 16,
+        0x1db..=0x1de => 0,
+        // VM_CR: SVM disabled and locked.
+        0xc001_0114 if !intel => 0x18,
         _ => return None,
     })
+}
+
+/// Registers of which nothing is known here but what was written, with few checks: memory types, machine checks, performance counters.
+fn stored(msr: &mut Msrs, n: u32) -> Option<&mut u64> {
+    let within = |first: u32, count: u32| n.checked_sub(first).filter(|i| *i < count).map(|i| i as usize);
+    match n {
+        index::PAT => Some(&mut msr.pat),
+        index::DEBUGCTL => Some(&mut msr.debugctl),
+        index::MTRR_DEF_TYPE => Some(&mut msr.mtrr_def_type),
+        index::MCG_STATUS => Some(&mut msr.mcg_status),
+        0xc001_0010 => Some(&mut msr.amd[0]),
+        0xc001_0015 => Some(&mut msr.amd[1]),
+        0xc001_1029 => Some(&mut msr.amd[2]),
+        _ => {
+            if let Some(i) = within(index::MTRR_VARIABLE, 2 * MTRR_RANGES) {
+                msr.mtrr_variable.get_mut(i)
+            } else if let Some(i) = within(index::MC_BANKS, 4 * MC_BANKS) {
+                msr.mc.get_mut(i)
+            } else if let Some(i) = within(0xc001_0000, 2 * K7_COUNTERS) {
+                msr.k7_counters.get_mut(i)
+            } else {
+                let i = MTRR_FIXED.iter().position(|f| *f == n)?;
+                msr.mtrr_fixed.get_mut(i)
+            }
+        }
+    }
+}
+
+/// SDM 3A 10.12.1: the registers of a local APIC in x2APIC mode.
+fn is_x2apic(n: u32) -> bool {
+    (index::X2APIC..index::X2APIC + 0x100).contains(&n)
 }
 
 fn write(x: &mut Exec<'_>, n: u32, v: u64) -> Step {
     match n {
         index::TSC => {
-            // The counter goes on from the written value.
-            let host = x.env.time.tsc();
-            x.cpu.msr.tsc_offset = v.wrapping_sub(host);
+            // The counter goes on from the written value. "IA32_TSC_ADJUST" moves by as much (SDM 3B 17.17.3).
+            let moved = v.wrapping_sub(read_tsc(x));
+            x.cpu.msr.tsc_offset = x.cpu.msr.tsc_offset.wrapping_add(moved);
+            x.cpu.msr.tsc_adjust = x.cpu.msr.tsc_adjust.wrapping_add(moved);
         }
-        index::APIC_BASE => x.cpu.msr.apic_base = apic_base(v)?,
-        // Software writes 0 before it reads the microcode's revision.
-        BIOS_SIGN_ID => {}
+        index::TSC_ADJUST if x.env.cpu_model.offers("tsc_adjust") => {
+            let moved = v.wrapping_sub(x.cpu.msr.tsc_adjust);
+            x.cpu.msr.tsc_offset = x.cpu.msr.tsc_offset.wrapping_add(moved);
+            x.cpu.msr.tsc_adjust = v;
+        }
+        index::APIC_BASE => {
+            x.cpu.msr.apic_base = apic_base(x, v)?;
+            // A board without a local APIC has nothing to do with it.
+            let _ = x.bus.write_msr(n, v);
+        }
+        // Software writes 0 before it reads the microcode's revision. IA32_BIOS_UPDT_TRIG and AMD's patch loader: no microcode is loaded.
+        index::BIOS_SIGN_ID | 0x79 => {}
+        0xc001_0020 if !x.env.cpu_model.is_intel() => {}
         index::SYSENTER_CS => x.cpu.msr.sysenter_cs = Width::D.cut(v),
         index::SYSENTER_ESP => x.cpu.msr.sysenter_esp = canonical(x, v)?,
         index::SYSENTER_EIP => x.cpu.msr.sysenter_eip = canonical(x, v)?,
-        index::MISC_ENABLE => x.cpu.msr.misc_enable = v,
-        index::PAT => x.cpu.msr.pat = pat(v)?,
+        index::MISC_ENABLE => {
+            x.cpu.msr.misc_enable = v & !MISC_ENABLE_FIXED | x.cpu.msr.misc_enable & MISC_ENABLE_FIXED;
+        }
         index::EFER => write_efer(x, v)?,
         index::STAR => x.cpu.msr.star = v,
         index::LSTAR => x.cpu.msr.lstar = canonical(x, v)?,
@@ -82,9 +159,46 @@ fn write(x: &mut Exec<'_>, n: u32, v: u64) -> Step {
         index::GS_BASE => x.cpu.seg[Seg::Gs as usize].base = canonical(x, v)?,
         index::KERNEL_GS_BASE => x.cpu.msr.kernel_gs_base = canonical(x, v)?,
         index::TSC_AUX => x.cpu.msr.tsc_aux = low_half(v)?,
-        _ => return Err(GP0),
+        index::TSC_DEADLINE if x.env.cpu_model.offers("tsc_deadline_timer") => {
+            // 0 disarms; no other deadline may become 0 on the way to the host's counter.
+            let at = if v == 0 { 0 } else { v.wrapping_sub(x.cpu.msr.tsc_offset).max(1) };
+            x.bus.write_msr(n, at).ok_or(GP0)?;
+        }
+        n if is_x2apic(n) && x.cpu.msr.apic_base & X2APIC_MODE != 0 => x.bus.write_msr(n, v).ok_or(GP0)?,
+        n => {
+            let slot = stored(&mut x.cpu.msr, n).ok_or(GP0)?;
+            *slot = storable(n, v)?;
+        }
     }
     Ok(())
+}
+
+/// What is kept of a value written to one of the [`stored`] registers: "If the value ... sets bits that are reserved": #GP(0).
+fn storable(n: u32, v: u64) -> Result<u64, Stop> {
+    let physical = (1u64 << PHYSICAL_BITS) - 1;
+    let types = |v: u64| v.to_le_bytes().iter().all(|t| matches!(t, 0 | 1 | 4 | 5 | 6));
+    let ok = match n {
+        index::PAT => return pat(v),
+        // LBR and BTF; the rest needs a performance monitor.
+        index::DEBUGCTL => v & !3 == 0,
+        // SDM 3A 11.11.2.1: type, FE, E.
+        index::MTRR_DEF_TYPE => v & !0xcff == 0 && types(v & 0xff),
+        index::MCG_STATUS => v & !7 == 0,
+        n if MTRR_FIXED.contains(&n) => types(v),
+        // SDM 3A 11.11.2.3: base and type; mask and valid.
+        n if n & !0xf == index::MTRR_VARIABLE => {
+            let allowed = physical & !0xfff | if n & 1 == 0 { 0xff } else { 0x800 };
+            v & !allowed == 0 && (n & 1 != 0 || types(v & 0xff))
+        }
+        n if (index::MC_BANKS..index::MC_BANKS + 4 * MC_BANKS).contains(&n) => match n & 3 {
+            // SDM 3B 15.3.2: all ones or all zeros; a status can only be cleared.
+            0 => v == 0 || v == u64::MAX,
+            1 => v == 0,
+            _ => true,
+        },
+        _ => true,
+    };
+    if ok { Ok(v) } else { Err(GP0) }
 }
 
 /// "If the value ... is non-canonical (and the MSR holds a linear address)": #GP(0).
@@ -102,10 +216,15 @@ fn pat(v: u64) -> Result<u64, Stop> {
     if v.to_le_bytes().iter().all(|t| matches!(t, 0 | 1 | 4..=7)) { Ok(v) } else { Err(GP0) }
 }
 
-/// SDM 3A 10.4.4: enable (11), boot processor (8), base; no x2APIC is offered, so bit 10 is reserved too: #GP(0).
-fn apic_base(v: u64) -> Result<u64, Stop> {
-    let base = (1u64 << crate::cpu::cpuid::PHYSICAL_BITS) - 0x1000;
-    if v & !(base | 1 << 11 | 1 << 8) == 0 { Ok(v) } else { Err(GP0) }
+/// SDM 3A 10.4.4, 10.12.5: base, enabled (11), x2APIC mode (10) if there is one, boot processor (8). From xAPIC mode there are ways to
+/// x2APIC mode and to disabled, from there only to disabled, and from disabled only to xAPIC mode: else #GP(0).
+fn apic_base(x: &Exec<'_>, v: u64) -> Result<u64, Stop> {
+    let base = (1u64 << PHYSICAL_BITS) - 0x1000;
+    let mode = X2APIC_MODE | APIC_ENABLED;
+    let both = if x.env.cpu_model.offers("x2apic") { mode } else { APIC_ENABLED };
+    let (from, to) = (x.cpu.msr.apic_base & mode, v & mode);
+    let allowed = to != X2APIC_MODE && !(from == mode && to == APIC_ENABLED) && !(from == 0 && to == mode);
+    if v & !(base | both | 1 << 8) == 0 && allowed { Ok(v) } else { Err(GP0) }
 }
 
 fn write_efer(x: &mut Exec<'_>, v: u64) -> Step {
@@ -178,6 +297,23 @@ mod tests {
         assert_eq!(write_read(index::APIC_BASE, 0xfee0_0900), Ok(0xfee0_0900));
         assert_eq!(write_read(index::APIC_BASE, 0xfee0_0c00), Err(GP));
         assert_eq!(write_read(0xdead_beef, 0), Err(GP));
+        // MTRRs: reserved types and bits; the capabilities cannot be written.
+        assert_eq!(write_read(0x250, 0x0606_0606_0606_0606), Ok(0x0606_0606_0606_0606));
+        assert_eq!(write_read(0x250, 0x0206_0606_0606_0606), Err(GP));
+        assert_eq!(write_read(index::MTRR_DEF_TYPE, 0xc06), Ok(0xc06));
+        assert_eq!(write_read(index::MTRR_DEF_TYPE, 0x1c06), Err(GP));
+        assert_eq!(write_read(index::MTRR_VARIABLE, 0xc000_0000), Ok(0xc000_0000));
+        assert_eq!(write_read(index::MTRR_VARIABLE + 1, 0xffff_c000_0800), Ok(0xffff_c000_0800));
+        assert_eq!(write_read(index::MTRR_VARIABLE + 1, 0xffff_c000_0801), Err(GP));
+        assert_eq!(write_read(index::MTRR_VARIABLE + 16, 0), Err(GP));
+        assert_eq!(write_read(index::MTRR_CAP, 0), Err(GP));
+        // Machine-check banks: all ones or zeros, a status is only cleared, and there are four.
+        assert_eq!(write_read(index::MC_BANKS, u64::MAX), Ok(u64::MAX));
+        assert_eq!(write_read(index::MC_BANKS, 1), Err(GP));
+        assert_eq!(write_read(index::MC_BANKS + 1, 1), Err(GP));
+        assert_eq!(write_read(index::MC_BANKS + 2, 1), Ok(1));
+        assert_eq!(write_read(index::MC_BANKS + 16, 0), Err(GP));
+        assert_eq!(write_read(index::MISC_ENABLE, 0x4_00c5_1889), Ok(0x4_00c5_0009));
         assert_eq!(write_read(0, 0), Err(GP));
     }
 
