@@ -70,6 +70,10 @@ pub trait CodeSource {
     fn read(&mut self, at: u64, to: &mut [u8]) -> bool;
     /// Raised when anything watched was written.
     fn epoch(&self) -> u64;
+    /// A page once opened stays so until the epoch changes; then what tells this source from others.
+    fn identity(&self) -> Option<usize> {
+        None
+    }
 }
 
 impl CodeSource for &GuestMemory {
@@ -86,64 +90,78 @@ impl CodeSource for &GuestMemory {
     fn epoch(&self) -> u64 {
         self.code_epoch()
     }
+    fn identity(&self) -> Option<usize> {
+        Some(std::ptr::from_ref::<GuestMemory>(self) as usize)
+    }
 }
 
-/// Bytes of guest code, fetched piece by piece; each page is watched before it is read.
-struct Window<'a> {
-    source: &'a mut dyn CodeSource,
-    start: u64,
-    bytes: Vec<u8>,
+/// What is decoded into, and what is known from last time; one for each virtual CPU.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    /// The block.
+    pub block: GuestBlock,
+    /// A page that was opened, the epoch then, and the source.
+    known: Option<(u64, u64, usize)>,
 }
 
 const PIECE: u64 = 128;
 
-impl Window<'_> {
-    /// Fetches some more bytes, not beyond the end of a page.
-    fn more(&mut self) -> bool {
-        let old = self.bytes.len();
-        let at = self.start.wrapping_add(old as u64);
-        if (old == 0 || at.is_multiple_of(PAGE_SIZE)) && !self.source.open(at) {
-            return false;
-        }
-        self.bytes.resize(old + PIECE.min(PAGE_SIZE - at % PAGE_SIZE) as usize, 0);
-        if !self.source.read(at, &mut self.bytes[old..]) {
-            self.bytes.truncate(old);
-        }
-        self.bytes.len() > old
-    }
-}
-
-/// Decodes the block of at most `most` instructions at `start` in 64-bit code. `None` if the first instruction cannot be fetched or decoded: the interpreter then
-/// finds out why.
-pub fn decode_block(source: &mut dyn CodeSource, start: u64, routes: &Routes, most: usize) -> Option<GuestBlock> {
-    let mut window = Window { source, start, bytes: Vec::with_capacity(PIECE as usize) };
-    let mut items: Vec<Item> = Vec::with_capacity(24);
-    let mut at = 0;
-    let mut branches = 0;
-    'fetch: while window.more() {
-        // As `isa::decode` does it; what it would refuse is left to the interpreter, which raises the fault.
-        let ip = start.wrapping_add(at as u64);
-        let mut decoder = Decoder::with_ip(64, &window.bytes[at..], ip, DecoderOptions::NONE);
-        while items.len() < most && branches < MAX_BRANCHES && at < PAGE_SIZE as usize - MAX_INSN_LEN {
-            let mut iced = Instruction::default();
-            decoder.decode_out(&mut iced);
-            if iced.is_invalid() {
-                match decoder.last_error() {
-                    DecoderError::NoMoreBytes if window.bytes.len() - at < MAX_INSN_LEN => continue 'fetch,
-                    _ => break 'fetch,
+impl Scratch {
+    /// Fetches some more bytes, not beyond the end of a page. Each page is watched before it is read.
+    fn more(&mut self, source: &mut dyn CodeSource) -> bool {
+        let bytes = &mut self.block.bytes;
+        let old = bytes.len();
+        let at = self.block.start.wrapping_add(old as u64);
+        if old == 0 || at.is_multiple_of(PAGE_SIZE) {
+            let now = source.identity().map(|id| (at & !(PAGE_SIZE - 1), source.epoch(), id));
+            if now.is_none() || now != self.known {
+                if !source.open(at) {
+                    return false;
                 }
+                self.known = now;
             }
-            let len = iced.len();
-            let route = routes.of(&iced);
-            items.push(Item { iced, at: at as u16, len: len as u8, route });
-            at += len;
-            if route.ends_block() {
-                break 'fetch;
-            }
-            branches += usize::from(route == Route::Conditional);
         }
-        break;
+        bytes.resize(old + PIECE.min(PAGE_SIZE - at % PAGE_SIZE) as usize, 0);
+        if !source.read(at, &mut bytes[old..]) {
+            bytes.truncate(old);
+        }
+        bytes.len() > old
     }
-    window.bytes.truncate(at);
-    (!items.is_empty()).then_some(GuestBlock { start, items, bytes: window.bytes })
+
+    /// Decodes the block of at most `most` instructions at `start` in 64-bit code. False if the first instruction cannot be fetched or
+    /// decoded: the interpreter then finds out why.
+    pub fn decode(&mut self, source: &mut dyn CodeSource, start: u64, routes: &Routes, most: usize) -> bool {
+        self.block.start = start;
+        self.block.bytes.clear();
+        self.block.items.clear();
+        let mut at = 0;
+        let mut branches = 0;
+        'fetch: while self.more(source) {
+            // As `isa::decode` does it; what it would refuse is left to the interpreter, which raises the fault.
+            let ip = start.wrapping_add(at as u64);
+            let mut decoder = Decoder::with_ip(64, &self.block.bytes[at..], ip, DecoderOptions::NONE);
+            let items = &mut self.block.items;
+            while items.len() < most && branches < MAX_BRANCHES && at < PAGE_SIZE as usize - MAX_INSN_LEN {
+                let mut iced = Instruction::default();
+                decoder.decode_out(&mut iced);
+                if iced.is_invalid() {
+                    match decoder.last_error() {
+                        DecoderError::NoMoreBytes if self.block.bytes.len() - at < MAX_INSN_LEN => continue 'fetch,
+                        _ => break 'fetch,
+                    }
+                }
+                let len = iced.len();
+                let route = routes.of(&iced);
+                items.push(Item { iced, at: at as u16, len: len as u8, route });
+                at += len;
+                if route.ends_block() {
+                    break 'fetch;
+                }
+                branches += usize::from(route == Route::Conditional);
+            }
+            break;
+        }
+        self.block.bytes.truncate(at);
+        !self.block.items.is_empty()
+    }
 }

@@ -4,7 +4,7 @@
 //! so user and kernel code have caches of their own. Interrupts are looked at whenever the code is left; whoever raises one from another
 //! thread kicks.
 
-use crate::block::{CodeSource, decode_block};
+use crate::block::CodeSource;
 use crate::cache::{Cache, DEFAULT_SIZE, Entry, Member, Via};
 use crate::emit::slot;
 use crate::enter::{self, MISS};
@@ -218,7 +218,7 @@ impl Translator {
             opened: (0, 0),
             any: false,
         };
-        let entry = self.cache.resolve(&mut source, rip, via);
+        let entry = self.cache.resolve(&mut source, rip, via, &mut self.scratch);
         if source.any {
             // Stores to that page need care from now on.
             self.checked.tlb.clear();
@@ -293,7 +293,7 @@ impl Translator {
         (inside && gpa < ram.size()).then_some(gpa)
     }
 
-    /// As [`Translator::undo_branch`], reading the branch through the page tables.
+    /// Takes an indirect branch back whose target is no canonical address: the fault is the branch's own.
     fn undo_checked(&mut self, board: Board<'_>, ram: &Ram, rip: u64) {
         let mut source = Paged {
             mmu: &mut self.core.mmu,
@@ -304,8 +304,10 @@ impl Translator {
             opened: (0, 0),
             any: false,
         };
-        let moved = decode_block(&mut source, rip, self.cache.routes(), 1)
-            .map_or(0, |b| i64::from(b.items[0].iced.stack_pointer_increment()));
+        let moved = match self.scratch.decode(&mut source, rip, self.cache.routes(), 1) {
+            true => i64::from(self.scratch.block.items[0].iced.stack_pointer_increment()),
+            false => 0,
+        };
         self.cpu.rip = rip;
         let sp = &mut self.cpu.gpr[Gpr::Rsp as usize];
         *sp = sp.wrapping_sub(moved as u64);

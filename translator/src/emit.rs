@@ -47,8 +47,12 @@ pub mod slot {
     pub const MXCSR: usize = 19;
     /// Which cache's table is mapped in the engine area.
     pub const AREA_OWNER: usize = 20;
-    /// The exit number that stands for the indirect branch last begun.
+    /// Checked memory model: the exit number that stands for the indirect branch last begun.
     pub const SITE: usize = 22;
+    /// Offset of K0 in the XSAVE image.
+    pub const OPMASK_AT: usize = 35;
+    /// Offset of ZMM16 in the XSAVE image.
+    pub const HI16_AT: usize = 34;
     /// What [`EXIT`] held when a signal found the guest.
     pub const PENDING: usize = 21;
     /// Checked memory model: the guest's values of borrowed registers.

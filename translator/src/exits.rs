@@ -18,6 +18,8 @@ struct Record {
     stub: AtomicU32,
     /// The number of the block it is linked to, plus one.
     linked: AtomicU32,
+    /// The next exit linked to the same block.
+    next: AtomicU32,
 }
 
 /// The table.
@@ -64,9 +66,16 @@ impl Exits {
         self.record(id).linked.load(Ordering::Relaxed).checked_sub(1)
     }
 
-    /// Notes a link.
-    pub fn set_linked(&self, id: u32, block: Option<u32>) {
-        self.record(id).linked.store(block.map_or(0, |b| b + 1), Ordering::Relaxed);
+    /// Notes a link, and which exit comes next in the list of that block.
+    pub fn set_linked(&self, id: u32, block: Option<u32>, next: u32) {
+        let r = self.record(id);
+        r.linked.store(block.map_or(0, |b| b + 1), Ordering::Relaxed);
+        r.next.store(next, Ordering::Relaxed);
+    }
+
+    /// The exit after this one in the list of its block.
+    pub fn next_linked(&self, id: u32) -> u32 {
+        self.record(id).next.load(Ordering::Relaxed)
     }
 
     /// Defines an exit.

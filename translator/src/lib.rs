@@ -8,7 +8,9 @@
 //! | [`lower`] | guest block to host code, one file a way |
 //! | [`marks`] | host PC back to guest state |
 //! | [`emit`] | the assembler's buffer; slots of the thread block |
-//! | [`cache`] | what is translated, links, invalidation, flushing, fork |
+//! | [`cache`] | the code cache as threads share it: locking, flushing, fork |
+//! | [`store`] | its content: blocks, links, landings, pages |
+//! | [`index`] | guest address to block |
 //! | [`exits`] | why translated code is left, by number |
 //! | [`code_buffer`] | executable memory (unsafe) |
 //! | [`enter`] | the way in and out (unsafe) |
@@ -26,11 +28,13 @@ pub mod emit;
 pub mod enter;
 pub mod exits;
 pub mod fault;
+pub mod index;
 pub mod lower;
 pub mod marks;
 pub mod route;
 mod run;
 pub mod stats;
+pub mod store;
 pub mod tlb;
 
 pub use cache::Cache;

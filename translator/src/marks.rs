@@ -15,6 +15,11 @@ pub enum What {
     At(u16),
     /// As [`What::At`], but this register's value is in a slot.
     Undo(u16, Saved),
+    /// As [`What::At`], but RCX, which holds the target of the branch, is in its slot; a fault here says that the target is no code that
+    /// can be read.
+    Probe(u16),
+    /// As [`What::At`], but RCX and R11 are in their slots.
+    UndoBoth(u16),
     /// RIP is in RCX; the guest's RCX and R11 are in their slots.
     Target,
     /// As [`What::Target`], but RCX holds RIP minus the block's start.
@@ -101,6 +106,12 @@ pub trait Registers {
     fn slot(&self, i: usize) -> u64;
 }
 
+/// Does the instruction `at` bytes into a piece of code only look whether the target of a branch can be read?
+pub fn probes(marks: &[Mark], at: usize) -> bool {
+    let i = marks.partition_point(|m| usize::from(m.at) <= at);
+    i.checked_sub(1).is_some_and(|i| matches!(marks[i].what, What::Probe(_)))
+}
+
 /// Mends the registers of a thread stopped `at` bytes into a piece of code translated from `start`; gives RIP.
 /// `exits` gives the RIP of an exit.
 pub fn recover(marks: &[Mark], start: u64, at: usize, regs: &mut dyn Registers, exits: &dyn Fn(u32) -> u64) -> u64 {
@@ -118,6 +129,14 @@ pub fn recover(marks: &[Mark], start: u64, at: usize, regs: &mut dyn Registers, 
         What::Undo(d, saved) => {
             let (r, slot) = saved.place();
             regs.set_gpr(r, regs.slot(slot));
+            start.wrapping_add(u64::from(d))
+        }
+        What::Probe(d) => {
+            regs.set_gpr(Gpr::Rcx, regs.slot(slot::RCX));
+            start.wrapping_add(u64::from(d))
+        }
+        What::UndoBoth(d) => {
+            both(regs);
             start.wrapping_add(u64::from(d))
         }
         What::Target => {

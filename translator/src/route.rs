@@ -61,6 +61,13 @@ pub enum Setting {
     },
 }
 
+impl Setting {
+    /// Is its code of one instruction each?
+    pub fn is_single(self) -> bool {
+        matches!(self, Setting::Checked { single: true, .. })
+    }
+}
+
 impl Route {
     const ALL: [Route; 16] = [
         Route::Copy,

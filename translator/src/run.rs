@@ -1,12 +1,13 @@
 //! The translator as an engine: the dispatch loop.
 
+use crate::block::Scratch;
 use crate::cache::{Cache, DEFAULT_SIZE, Entry, Member, Via};
 use crate::checked::Checked;
 use crate::emit::{NO_TRAP, slot};
 use crate::enter::{ABORTED, CAPTURED, MISS};
 use crate::lower::Leave;
 use crate::marks::Registers;
-use crate::route::Policy;
+use crate::route::{Policy, Setting};
 use crate::stats::Stats;
 use crate::{enter, fault};
 use bivisor_emulator::cpu::cpuid::CpuModel;
@@ -16,13 +17,14 @@ use bivisor_emulator::host::signal;
 use bivisor_emulator::host::thread::ThreadBlock;
 use bivisor_emulator::interp::deliver::Event;
 use bivisor_emulator::interp::{Core, Env};
-use bivisor_emulator::isa::{Gpr, MAX_INSN_LEN, Seg, Width, decode};
+use bivisor_emulator::isa::{Gpr, Seg};
 use bivisor_emulator::mem::GuestMemory;
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Kicker, Vcpu};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 const LOOKASIDE: usize = 1024;
+const PAGE_FAULT: u64 = 14;
 
 /// The engine.
 pub struct Translator {
@@ -40,6 +42,7 @@ pub struct Translator {
     block: usize,
     /// [`Cache::id`] at that time.
     cache_id: u64,
+    pub(crate) scratch: Scratch,
     pub(crate) stats: Stats,
     pub(crate) checked: Checked,
 }
@@ -69,6 +72,7 @@ impl Translator {
             lookaside: vec![(u64::MAX, 0); LOOKASIDE].into(),
             block: 0,
             cache_id: 0,
+            scratch: Scratch::default(),
             stats: Stats::default(),
             checked: Checked::default(),
         }
@@ -120,7 +124,7 @@ impl Translator {
         if via == Via::Start && self.lookaside[i].0 == rip {
             return Some(Entry { host: self.lookaside[i].1, flushes: self.flushes });
         }
-        let entry = self.cache.resolve(&mut { mem }, rip, via)?;
+        let entry = self.cache.resolve(&mut { mem }, rip, via, &mut self.scratch)?;
         if entry.flushes == self.flushes {
             self.lookaside[i] = (rip, entry.host);
         }
@@ -176,7 +180,7 @@ impl Translator {
             }
             let interrupts = self.cpu.rflags & Rflags::IF;
             let entry = match self.translatable(single) {
-                true if single => self.cache.single(board.mem, self.cpu.rip, !interrupts.is_empty()),
+                true if single => self.cache.single(board.mem, self.cpu.rip, !interrupts.is_empty(), &mut self.scratch),
                 true => self.find(board.mem, via),
                 false => None,
             };
@@ -191,16 +195,11 @@ impl Translator {
                 std::thread::yield_now();
                 continue;
             }
-            let below = self.cpu.gpr[Gpr::Rsp as usize].wrapping_sub(8);
-            let pushed = if single { board.mem.load(below, Width::Q) } else { None };
             self.stats.entries += 1;
             let exit = enter::run(block, &mut self.cpu, entry.host);
             let next = self.left(block, exit, &mut via);
             self.member.active.store(false, Ordering::Release);
             self.cpu.rflags.replace(Rflags::IF, interrupts);
-            if let (Some(Act::Undo(_)), Some(old)) = (&next, pushed) {
-                board.mem.store(below, Width::Q, old);
-            }
             let early = exit == ABORTED || matches!(next, Some(Act::Again));
             if let Some(exit) = next.and_then(|act| self.act(board, act)) {
                 return exit;
@@ -219,7 +218,7 @@ impl Translator {
             MISS => {
                 self.stats.misses += 1;
                 let target = block.scratch[slot::TARGET].get();
-                if !is_canonical(target) {
+                if self.cache.setting() != Setting::Flat && !is_canonical(target) {
                     return Some(Act::Undo(self.cache.rip(block.scratch[slot::SITE].get() as u32)));
                 }
                 self.cpu.rip = target;
@@ -229,12 +228,16 @@ impl Translator {
             CAPTURED => {
                 let pc = block.scratch[slot::PC].get();
                 let mut regs = Mend { cpu: &mut self.cpu, block };
-                let rip = self.cache.recover(pc, &mut regs);
+                let (rip, probe) = self.cache.recover(pc, &mut regs);
                 self.cpu.rip = rip;
                 let trap = block.scratch[slot::TRAP].get();
                 if trap == NO_TRAP {
                     self.stats.signals += 1;
                     return Some(Act::Again);
+                }
+                if probe && trap == PAGE_FAULT {
+                    // The branch is taken, and what it leads to cannot be fetched: the interpreter says how.
+                    return Some(Act::Step);
                 }
                 Some(Act::Trap {
                     vector: trap as u8,
@@ -270,11 +273,7 @@ impl Translator {
                 let next_rip = self.cpu.rip.wrapping_add(u64::from(len));
                 return Some(Exit::Intercept { what: Intercepts::SYSCALL, next_rip, vector: 0 });
             }
-            Act::Syscall(_) | Act::Step => self.step(board),
-            Act::Undo(rip) => {
-                self.undo_branch(board.mem, rip);
-                self.step(board)
-            }
+            Act::Syscall(_) | Act::Step | Act::Undo(_) => self.step(board),
             Act::Trap { vector, error, address } => self.trap(board, vector, error, address),
         };
         (exit != Exit::Budget).then_some(exit)
@@ -320,19 +319,6 @@ impl Translator {
         }
     }
 
-    /// Takes an indirect branch back whose target is no canonical address: the fault is the branch's own. What a CALL has pushed stays
-    /// in memory below RSP.
-    fn undo_branch(&mut self, mem: &GuestMemory, rip: u64) {
-        self.cpu.rip = rip;
-        let mut bytes = [0; MAX_INSN_LEN];
-        // It was there when it was translated; its end may be the end of what is there.
-        (1..=MAX_INSN_LEN).rev().find(|n| mem.read(rip, &mut bytes[..*n]).is_some());
-        let Ok(insn) = decode(&bytes, 64) else { return };
-        let moved = i64::from(insn.iced.stack_pointer_increment());
-        let sp = &mut self.cpu.gpr[Gpr::Rsp as usize];
-        *sp = sp.wrapping_sub(moved as u64);
-    }
-
     /// FIP, where the host keeps it, names the last x87 instruction in the cache: the guest's is meant (SDM 1 8.1.8).
     fn fix_x87_pointer(&mut self) {
         let area = &mut self.cpu.xsave;
@@ -354,7 +340,7 @@ pub(crate) enum Act {
     Again,
     Syscall(u8),
     Step,
-    /// The branch at this address went nowhere.
+    /// The branch at this address, of a guest in the checked memory model, went nowhere.
     Undo(u64),
     Trap {
         vector: u8,

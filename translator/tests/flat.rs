@@ -264,6 +264,37 @@ fn faults_are_exact() {
     assert_eq!(g.t.state().rip, 0x2000);
     assert_eq!(g.reg(Gpr::Rcx), 0x2000);
 
+    // A branch to an address that is not canonical has not happened (SDM 2A JMP, CALL; 2B RET).
+    const NOWHERE: u64 = 0x1234_5678_9abc_def0;
+    type Branch = fn(&mut CodeAssembler);
+    let branches: [(&str, Branch); 6] = [
+        ("jmp", |a| a.jmp(rcx).unwrap()),
+        ("jmp m", |a| a.jmp(qword_ptr(rdx)).unwrap()),
+        ("call", |a| a.call(rcx).unwrap()),
+        ("call m", |a| a.call(qword_ptr(rdx)).unwrap()),
+        ("ret", |a| a.ret().unwrap()),
+        ("ret n", |a| a.ret_1(16).unwrap()),
+    ];
+    for (name, branch) in branches {
+        let mut g = Guest::new();
+        g.asm(|a| {
+            a.nop().unwrap();
+            branch(a);
+        });
+        let (top, data, code) = (g.reg(Gpr::Rsp), g.data, g.code);
+        for (r, v) in [(Gpr::Rcx, NOWHERE), (Gpr::Rdx, data), (Gpr::R11, 0x11)] {
+            g.set(r, v);
+        }
+        put(data, &NOWHERE.to_le_bytes());
+        put(top, &NOWHERE.to_le_bytes());
+        put(top - 8, &0x77u64.to_le_bytes());
+        let before = g.t.state().gpr;
+        assert_eq!(g.run(), Exit::Exception(Fault::Gp(0)), "{name}");
+        assert_eq!(g.t.state().rip, code + 1, "{name}");
+        assert_eq!(g.t.state().gpr, before, "{name}");
+        assert_eq!(get(top - 8), 0x77, "{name}");
+    }
+
     // A call whose push faults has not happened.
     let mut g = Guest::new();
     g.asm(|a| {
@@ -458,4 +489,60 @@ fn a_small_cache_is_flushed() {
     assert_eq!(g.reg(Gpr::Rax), 6000);
     assert!(cache.stats().flushes > 0, "{:?}", cache.stats());
     assert!(g.reg(Gpr::Rsp) < stack + CODE);
+}
+
+#[test]
+fn all_vector_registers_survive_exits() {
+    if !std::is_x86_feature_detected!("avx512bw") {
+        println!("SKIPPED: no AVX-512 here");
+        return;
+    }
+    let mut g = Guest::new();
+    let data = g.data;
+    // Each register in turn is read, changed and written; every SYSCALL is a way out and in.
+    g.asm(|a| {
+        a.mov(rbx, data).unwrap();
+        a.vmovups(zmmword_ptr(rbx), zmm20).unwrap();
+        a.kmovq(qword_ptr(rbx + 64), k3).unwrap();
+        a.vmovups(ymmword_ptr(rbx + 128), ymm7).unwrap();
+        a.vpaddd(zmm20, zmm20, zmm20).unwrap();
+        a.syscall().unwrap();
+        a.kaddq(k3, k3, k3).unwrap();
+        a.syscall().unwrap();
+        a.vpaddd(ymm7, ymm7, ymm7).unwrap();
+        a.syscall().unwrap();
+        a.vpaddd(xmm7, xmm7, xmm7).unwrap();
+        a.syscall().unwrap();
+    });
+    let pattern: [u8; 64] = std::array::from_fn(|i| i as u8);
+    let double = |b: &[u8]| -> Vec<u8> {
+        b.chunks(4).flat_map(|c| (u32::from_le_bytes(c.try_into().unwrap()).wrapping_mul(2)).to_le_bytes()).collect()
+    };
+    let s = g.t.state();
+    s.xsave.set_zmm(20, pattern);
+    s.xsave.set_zmm(7, pattern);
+    s.xsave.set_opmask(3, 0x1234_5678_9abc_def0);
+    let mut seven: Vec<u8> = pattern.to_vec();
+    for step in 0..4 {
+        g.until_syscall();
+        let s = g.t.state();
+        assert_eq!(s.xsave.zmm(20)[..], double(&pattern)[..], "{step}");
+        assert_eq!(s.xsave.opmask(3), 0x1234_5678_9abc_def0 << u32::from(step > 0), "{step}");
+        match step {
+            2 => seven = [double(&seven[..32]), vec![0; 32]].concat(),
+            3 => seven = [double(&seven[..16]), vec![0; 48]].concat(),
+            _ => {}
+        }
+        assert_eq!(s.xsave.zmm(7)[..], seven[..], "{step}");
+        s.rip += 2;
+    }
+    assert_eq!(get(data), 0x0706_0504_0302_0100);
+    assert_eq!(get(data + 64), 0x1234_5678_9abc_def0);
+    assert_eq!(get(data + 152), 0x1f1e_1d1c_1b1a_1918);
+    // What the state says is initial is initial in the guest.
+    g.t.state().xsave = Default::default();
+    g.t.state().rip = g.code;
+    put(data, &[0xff; 192]);
+    g.until_syscall();
+    assert_eq!([get(data), get(data + 56), get(data + 64), get(data + 128), get(data + 152)], [0; 5]);
 }

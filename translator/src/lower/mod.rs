@@ -78,6 +78,7 @@ pub struct Unit {
     pub guest_len: u16,
     /// Guest instructions.
     pub insns: u16,
+    constants: Vec<(usize, u64)>,
 }
 
 /// The work in progress.
@@ -168,7 +169,7 @@ impl Lowering<'_> {
         if !self.constants.is_empty() {
             self.e.align(8, 0xcc);
         }
-        for (site, value) in std::mem::take(&mut self.constants) {
+        for (site, value) in self.constants.drain(..) {
             let here = self.e.here();
             self.e.set_rel32(site, here);
             self.e.push_u64(value);
@@ -194,13 +195,17 @@ pub(crate) fn attempt(l: &mut Lowering<'_>, _item: &Item, emit: impl FnOnce(&mut
     false
 }
 
-/// Lowers `block`; with a landing if it is the target of an indirect branch.
-pub fn lower(block: &GuestBlock, around: &Surroundings<'_>, landing: bool) -> Unit {
+/// Lowers `block`; with a landing if it is the target of an indirect branch. The vectors of `old` are used again.
+pub fn lower(block: &GuestBlock, around: &Surroundings<'_>, landing: bool, mut old: Unit) -> Unit {
+    old.code.clear();
+    old.marks.clear();
+    old.exits.clear();
+    old.constants.clear();
     let mut l = Lowering {
-        e: Emitter::new(around.at),
-        marks: Vec::with_capacity(8),
-        exits: Vec::with_capacity(4),
-        constants: Vec::new(),
+        e: Emitter { bytes: old.code, base: around.at },
+        marks: old.marks,
+        exits: old.exits,
+        constants: old.constants,
         block,
         around,
         body: around.at,
@@ -275,5 +280,14 @@ pub fn lower(block: &GuestBlock, around: &Surroundings<'_>, landing: bool) -> Un
     checked::emit_misses(&mut l);
     stack::emit_declined(&mut l);
     l.finish();
-    Unit { code: l.e.bytes, marks: l.marks, exits: l.exits, landing, body, guest_len: end as u16, insns: insns as u16 }
+    Unit {
+        code: l.e.bytes,
+        marks: l.marks,
+        exits: l.exits,
+        landing,
+        body,
+        guest_len: end as u16,
+        insns: insns as u16,
+        constants: l.constants,
+    }
 }

@@ -1,0 +1,131 @@
+//! From guest address to block: open addressing with linear probing, one cache line a lookup.
+
+const EMPTY: u32 = u32::MAX;
+const GONE: u32 = u32::MAX - 1;
+
+#[derive(Clone, Copy)]
+struct Slot {
+    rip: u64,
+    block: u32,
+    body: u32,
+}
+
+/// The table. Block numbers are below 2^32 - 2.
+pub struct Index {
+    slots: Vec<Slot>,
+    /// Slots not [`EMPTY`].
+    used: usize,
+    /// A bit for each of 2^20 hashes: most addresses asked for are not there, and this stays in the host's cache.
+    filter: Box<[u64]>,
+}
+
+impl Default for Index {
+    fn default() -> Index {
+        Index { slots: vec![Slot { rip: 0, block: EMPTY, body: 0 }; 4096], used: 0, filter: vec![0; 1 << 14].into() }
+    }
+}
+
+fn filter_bit(rip: u64) -> (usize, u64) {
+    let x = rip.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 44;
+    ((x >> 6) as usize, 1 << (x & 63))
+}
+
+impl Index {
+    fn start(&self, rip: u64) -> usize {
+        let x = rip.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        (x >> 32) as usize & (self.slots.len() - 1)
+    }
+
+    fn position(&self, rip: u64) -> Option<usize> {
+        let mut i = self.start(rip);
+        loop {
+            match self.slots[i] {
+                Slot { block: EMPTY, .. } => return None,
+                s if s.rip == rip && s.block != GONE => return Some(i),
+                _ => i = (i + 1) & (self.slots.len() - 1),
+            }
+        }
+    }
+
+    /// The number of the block at `rip` and the code offset of its body.
+    #[inline]
+    pub fn get(&self, rip: u64) -> Option<(u32, u32)> {
+        let (word, bit) = filter_bit(rip);
+        if self.filter[word] & bit == 0 {
+            return None;
+        }
+        self.position(rip).map(|i| (self.slots[i].block, self.slots[i].body))
+    }
+
+    /// Adds a block; there must be none at `rip`.
+    pub fn insert(&mut self, rip: u64, block: u32, body: u32) {
+        if self.used * 2 >= self.slots.len() {
+            self.grow();
+        }
+        let (word, bit) = filter_bit(rip);
+        self.filter[word] |= bit;
+        let mut i = self.start(rip);
+        while self.slots[i].block != EMPTY {
+            i = (i + 1) & (self.slots.len() - 1);
+        }
+        self.slots[i] = Slot { rip, block, body };
+        self.used += 1;
+    }
+
+    /// Takes the block at `rip` out if it is this one.
+    pub fn remove(&mut self, rip: u64, block: u32) {
+        if let Some(i) = self.position(rip)
+            && self.slots[i].block == block
+        {
+            self.slots[i].block = GONE;
+        }
+    }
+
+    /// Takes all out.
+    pub fn clear(&mut self) {
+        if self.slots.len() > 1 << 14 {
+            *self = Index::default();
+            return;
+        }
+        for s in self.slots.iter_mut().filter(|s| s.block != EMPTY) {
+            self.filter[filter_bit(s.rip).0] = 0;
+            s.block = EMPTY;
+        }
+        self.used = 0;
+    }
+
+    /// Twice the size, or the same if many were taken out.
+    fn grow(&mut self) {
+        let live: Vec<Slot> = self.slots.iter().filter(|s| s.block < GONE).copied().collect();
+        let size = if live.len() * 4 >= self.slots.len() { self.slots.len() * 2 } else { self.slots.len() };
+        self.slots = vec![Slot { rip: 0, block: EMPTY, body: 0 }; size];
+        self.used = 0;
+        live.into_iter().for_each(|s| self.insert(s.rip, s.block, s.body));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashMap;
+
+    #[test]
+    fn agrees_with_a_hash_map() {
+        let (mut index, mut map) = (Index::default(), HashMap::new());
+        let mut x = 1u64;
+        for n in 0..60_000u32 {
+            x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            let rip = 0x7f00_0000_0000 + (x >> 48);
+            if let Some(&b) = map.get(&rip) {
+                index.remove(rip, b);
+                map.remove(&rip);
+            } else {
+                index.insert(rip, n, n * 2);
+                map.insert(rip, n);
+            }
+        }
+        for rip in 0x7f00_0000_0000..0x7f00_0001_0000u64 {
+            assert_eq!(index.get(rip), map.get(&rip).map(|&n| (n, n * 2)));
+        }
+    }
+}

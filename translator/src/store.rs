@@ -1,0 +1,389 @@
+//! The content of a code cache, under its lock: blocks, the links between them, the landings, what was made from which page.
+
+use crate::block::GuestBlock;
+use crate::code_buffer::{CodeBuffer, TABLE_ENTRIES};
+use crate::emit::Emitter;
+use crate::exits::{Exits, MAX_EXITS};
+use crate::index::Index;
+use crate::lower::memory::MemoryModel;
+use crate::lower::{Landing, Leave, Surroundings, Unit, emit_landing, emit_trampolines, lower};
+use crate::marks::{self, Mark, Registers};
+use crate::route::Setting;
+use crate::stats::CacheStats;
+use bivisor_emulator::isa::Gpr;
+use bivisor_emulator::mem::PAGE_SIZE;
+use std::collections::HashMap;
+
+/// More than one block can need.
+pub const MAX_BLOCK: usize = 16 << 10;
+
+/// End of a list.
+const NONE: u32 = u32::MAX;
+
+struct Block {
+    start: u64,
+    /// Code offsets.
+    at: u32,
+    end: u32,
+    body: u32,
+    /// Where its marks start; they end where the next block's start.
+    marks: u32,
+    landing: Option<Landing>,
+    /// The next block whose landing has the same table entry.
+    next_landing: u32,
+    /// The first exit linked to it; the table of exits holds the rest of the list.
+    incoming: u32,
+    /// The next block made from its first and its last page.
+    next_in_page: [u32; 2],
+    /// Guest bytes it was made from.
+    len: u16,
+    live: bool,
+}
+
+impl Block {
+    fn pages(&self) -> [u64; 2] {
+        let page = |a: u64| a & !(PAGE_SIZE - 1);
+        [page(self.start), page(self.start.wrapping_add(u64::from(self.len.max(1)) - 1))]
+    }
+}
+
+/// The content.
+pub struct Store {
+    pub(crate) buffer: CodeBuffer,
+    /// In order of code offset; the first is the trampolines.
+    blocks: Vec<Block>,
+    marks: Vec<Mark>,
+    index: Index,
+    /// The first block of a page.
+    by_page: HashMap<u64, u32>,
+    /// For each table entry the first block whose landing is tried.
+    landings: Vec<u32>,
+    /// Is there any landing?
+    landed: bool,
+    exits_used: u32,
+    miss: u32,
+    keep: (usize, usize),
+    setting: Setting,
+    /// Reused.
+    unit: Unit,
+    pub(crate) stats: CacheStats,
+}
+
+impl Store {
+    /// With the trampolines alone.
+    pub fn new(mut buffer: CodeBuffer, setting: Setting) -> Store {
+        let mut e = Emitter::new(buffer.base());
+        let mut marks = Vec::new();
+        let miss = emit_trampolines(&mut e, &mut marks);
+        buffer.append(&e.bytes);
+        buffer.fill_targets(miss);
+        let keep = (buffer.used(), marks.len());
+        let mut store = Store {
+            buffer,
+            blocks: Vec::new(),
+            marks: Vec::new(),
+            index: Index::default(),
+            by_page: HashMap::new(),
+            landings: vec![NONE; TABLE_ENTRIES],
+            landed: false,
+            exits_used: 0,
+            miss: miss as u32,
+            keep,
+            setting,
+            unit: Unit::default(),
+            stats: CacheStats::default(),
+        };
+        store.push(0, 0, keep.0, 0, 0, &marks);
+        store.blocks[0].live = false;
+        store
+    }
+
+    fn push(&mut self, start: u64, at: usize, size: usize, body: u32, len: u16, marks: &[Mark]) -> u32 {
+        self.blocks.push(Block {
+            start,
+            at: at as u32,
+            end: (at + size) as u32,
+            body: at as u32 + body,
+            marks: self.marks.len() as u32,
+            landing: None,
+            next_landing: NONE,
+            incoming: NONE,
+            next_in_page: [NONE; 2],
+            len,
+            live: true,
+        });
+        self.marks.extend_from_slice(marks);
+        self.blocks.len() as u32 - 1
+    }
+
+    /// The block at `rip` and the code offset of its body.
+    pub fn get(&self, rip: u64) -> Option<(u32, u32)> {
+        self.index.get(rip)
+    }
+
+    /// Might the next block not fit?
+    pub fn is_full(&self) -> bool {
+        !self.buffer.fits(MAX_BLOCK) || self.exits_used + 256 > MAX_EXITS
+    }
+
+    /// Lowers a block and adds it; gives its number and the code offset of its body.
+    pub fn insert(&mut self, exits: &Exits, block: &GuestBlock, landing: bool) -> (u32, u32) {
+        let linked = !self.setting.is_single();
+        self.lower(block, landing && linked, linked);
+        let unit = std::mem::take(&mut self.unit);
+        let first_exit = self.exits_used;
+        let b = self.append(exits, block.start, &unit);
+        let body = self.blocks[b as usize].body;
+        self.index.insert(block.start, b, body);
+        for (i, page) in self.blocks[b as usize].pages().into_iter().enumerate() {
+            let head = self.by_page.entry(page).or_insert(NONE);
+            if *head != b {
+                self.blocks[b as usize].next_in_page[i] = std::mem::replace(head, b);
+            }
+        }
+        for (id, exit) in (first_exit..).zip(&unit.exits) {
+            if let (Leave::To(target), Some(_)) = (exit.leave, exit.linked)
+                && let Some((to, _)) = self.index.get(target)
+            {
+                self.note_link(exits, id, to);
+            }
+        }
+        if let Some(l) = unit.landing {
+            let at = self.blocks[b as usize].at;
+            self.register(b, Landing { at: at + l.at, next: at + l.next });
+        }
+        self.unit = unit;
+        (b, body)
+    }
+
+    /// Lowers a block that is linked to nothing and found by nobody; gives the code offset of its body.
+    pub fn insert_apart(&mut self, exits: &Exits, block: &GuestBlock) -> u32 {
+        self.lower(block, false, false);
+        let unit = std::mem::take(&mut self.unit);
+        let b = self.append(exits, block.start, &unit) as usize;
+        self.blocks[b].live = false;
+        self.unit = unit;
+        self.blocks[b].body
+    }
+
+    fn lower(&mut self, block: &GuestBlock, landing: bool, linked: bool) {
+        let base = self.buffer.base();
+        let unit = std::mem::take(&mut self.unit);
+        let known = |g| self.index.get(g).map(|(_, body)| base + u64::from(body));
+        let around = Surroundings {
+            at: base + self.buffer.next() as u64,
+            first_exit: self.exits_used,
+            exit: base,
+            miss: base + u64::from(self.miss),
+            known: &known,
+            model: if self.setting == Setting::Flat { MemoryModel::Flat } else { MemoryModel::Checked },
+            linked,
+        };
+        self.unit = lower(block, &around, landing, unit);
+    }
+
+    fn append(&mut self, exits: &Exits, start: u64, unit: &Unit) -> u32 {
+        let at = self.buffer.append(&unit.code);
+        for (id, exit) in (self.exits_used..).zip(&unit.exits) {
+            exits.set(id, exit.leave, (at as u32).wrapping_add(exit.site), at as u32 + exit.stub);
+        }
+        self.exits_used += unit.exits.len() as u32;
+        self.stats.blocks += 1;
+        self.stats.insns += u64::from(unit.insns);
+        self.stats.guest_bytes += u64::from(unit.guest_len);
+        self.stats.host_bytes += unit.code.len() as u64;
+        self.push(start, at, unit.code.len(), unit.body, unit.guest_len, &unit.marks)
+    }
+
+    fn note_link(&mut self, exits: &Exits, exit: u32, to: u32) {
+        let block = &mut self.blocks[to as usize];
+        exits.set_linked(exit, Some(to), std::mem::replace(&mut block.incoming, exit));
+    }
+
+    /// Makes the jump of an exit lead to a block.
+    pub fn link(&mut self, exits: &Exits, exit: u32, to: u32) {
+        if exits.linked(exit).is_none() {
+            let (site, _) = exits.places(exit);
+            self.buffer.patch(site, self.blocks[to as usize].body as usize);
+            self.note_link(exits, exit, to);
+            self.stats.links += 1;
+        }
+    }
+
+    /// Makes a landing for a block that has none, apart from its body.
+    pub fn add_landing(&mut self, b: u32) {
+        if self.blocks[b as usize].landing.is_some() || !self.buffer.fits(MAX_BLOCK) {
+            return;
+        }
+        let at = self.buffer.next();
+        let base = self.buffer.base();
+        let block = &self.blocks[b as usize];
+        let (start, body) = (block.start, base + u64::from(block.body));
+        let mut e = Emitter::new(base + at as u64);
+        let mut marks = Vec::new();
+        let l = emit_landing(&mut e, &mut marks, start, base + u64::from(self.miss));
+        e.bytes.extend_from_slice(&[0xe9, 0, 0, 0, 0]);
+        let site = e.len() - 4;
+        e.set_rel32(site, body);
+        self.buffer.append(&e.bytes);
+        self.stats.host_bytes += e.len() as u64;
+        // It has marks of its own, and is found by host address only.
+        let thunk = self.push(start, at, e.len(), 0, 0, &marks);
+        self.blocks[thunk as usize].live = false;
+        self.register(b, Landing { at: at as u32 + l.at, next: at as u32 + l.next });
+    }
+
+    /// Enters the landing of a block in the table, before the others of the same entry.
+    fn register(&mut self, b: u32, l: Landing) {
+        let block = &mut self.blocks[b as usize];
+        let entry = block.start as u16;
+        block.landing = Some(l);
+        block.next_landing = std::mem::replace(&mut self.landings[usize::from(entry)], b);
+        self.stats.landings += 1;
+        self.landed = true;
+        let next = self.landing_at(self.blocks[b as usize].next_landing);
+        self.buffer.patch(l.next as usize, next);
+        self.buffer.set_target(entry, l.at as usize);
+    }
+
+    fn landing_at(&self, b: u32) -> usize {
+        self.blocks.get(b as usize).and_then(|b| b.landing).map_or(self.miss, |l| l.at) as usize
+    }
+
+    fn unregister(&mut self, b: u32) {
+        let entry = self.blocks[b as usize].start as u16;
+        let next = self.blocks[b as usize].next_landing;
+        let head = self.landings[usize::from(entry)];
+        if head == b {
+            self.landings[usize::from(entry)] = next;
+            self.buffer.set_target(entry, self.landing_at(next));
+        } else {
+            let mut before = head;
+            while before != NONE && self.blocks[before as usize].next_landing != b {
+                before = self.blocks[before as usize].next_landing;
+            }
+            if let Some(Block { landing: Some(l), next_landing, .. }) = self.blocks.get_mut(before as usize) {
+                *next_landing = next;
+                let site = l.next as usize;
+                self.buffer.patch(site, self.landing_at(next));
+            }
+        }
+        self.blocks[b as usize].landing = None;
+    }
+
+    /// A page was written, unmapped or changed its rights: what was made from it is no more. False if nothing was.
+    pub fn stale(&mut self, exits: &Exits, page: u64) -> bool {
+        let Some(mut b) = self.by_page.remove(&page) else { return false };
+        while b != NONE {
+            let block = &self.blocks[b as usize];
+            let side = usize::from(block.pages()[0] != page);
+            let next = block.next_in_page[side];
+            self.kill(exits, b);
+            b = next;
+        }
+        true
+    }
+
+    fn kill(&mut self, exits: &Exits, b: u32) {
+        let block = &mut self.blocks[b as usize];
+        if !std::mem::replace(&mut block.live, false) {
+            return;
+        }
+        let start = block.start;
+        let mut exit = std::mem::replace(&mut block.incoming, NONE);
+        self.stats.stale += 1;
+        self.index.remove(start, b);
+        while exit != NONE {
+            let (site, stub) = exits.places(exit);
+            self.buffer.patch(site, stub);
+            let next = exits.next_linked(exit);
+            exits.set_linked(exit, None, NONE);
+            exit = next;
+        }
+        if self.blocks[b as usize].landing.is_some() {
+            self.unregister(b);
+        }
+    }
+
+    /// Empties it. No thread is in the code.
+    pub fn forget(&mut self) {
+        self.buffer.reset(self.keep.0);
+        // A guest that changes its page tables has this done often.
+        if std::mem::take(&mut self.landed) {
+            self.buffer.fill_targets(self.miss as usize);
+            self.landings.fill(NONE);
+        }
+        self.blocks.truncate(1);
+        self.marks.truncate(self.keep.1);
+        self.index.clear();
+        self.by_page.clear();
+        self.exits_used = 0;
+    }
+
+    /// Sets all jumps and the table as this store knows them, in memory that somebody else may have changed.
+    pub fn restore(&mut self, exits: &Exits) {
+        for id in 0..self.exits_used {
+            if let Leave::To(_) = exits.leave(id) {
+                let (site, stub) = exits.places(id);
+                let to = exits.linked(id).map_or(stub, |b| self.blocks[b as usize].body as usize);
+                self.buffer.patch(site, to);
+            }
+        }
+        self.buffer.fill_targets(self.miss as usize);
+        for entry in 0..=u16::MAX {
+            let mut b = self.landings[usize::from(entry)];
+            if b != NONE {
+                self.buffer.set_target(entry, self.landing_at(b));
+            }
+            while let Some(Block { landing: Some(l), next_landing, .. }) = self.blocks.get(b as usize) {
+                self.buffer.patch(l.next as usize, self.landing_at(*next_landing));
+                b = *next_landing;
+            }
+        }
+    }
+
+    /// The block whose code is at an offset, and its marks.
+    fn at(&self, offset: u32) -> Option<(&Block, &[Mark])> {
+        let i = self.blocks.partition_point(|b| b.at <= offset).checked_sub(1)?;
+        let block = self.blocks.get(i)?;
+        let end = self.blocks.get(i + 1).map_or(self.marks.len(), |next| next.marks as usize);
+        Some((block, &self.marks[block.marks as usize..end]))
+    }
+
+    /// See [`marks::probes`].
+    pub fn probes(&self, offset: u32) -> bool {
+        self.at(offset).is_some_and(|(block, marks)| marks::probes(marks, (offset - block.at) as usize))
+    }
+
+    /// Mends the registers of a thread stopped at a code offset; gives RIP.
+    pub fn recover(&self, offset: u32, regs: &mut dyn Registers, exits: &Exits) -> u64 {
+        let Some((block, marks)) = self.at(offset) else { return 0 };
+        marks::recover(marks, block.start, (offset - block.at) as usize, regs, &|id| exits.rip(id))
+    }
+
+    /// The guest instruction at a code offset.
+    pub fn guest_address(&self, offset: u32, exits: &Exits) -> Option<u64> {
+        let (block, _) = self.at(offset)?;
+        (offset < block.end).then(|| self.recover(offset, &mut NoRegisters, exits))
+    }
+
+    /// The code of the block at a guest address, with its code offset.
+    pub fn code(&self, rip: u64) -> Option<(u32, Vec<u8>)> {
+        let b = &self.blocks[self.index.get(rip)?.0 as usize];
+        Some((b.at, self.buffer.code(b.at as usize..b.end as usize)))
+    }
+}
+
+/// For places where no register is in a slot.
+struct NoRegisters;
+
+impl Registers for NoRegisters {
+    fn gpr(&self, _r: Gpr) -> u64 {
+        0
+    }
+    fn set_gpr(&mut self, _r: Gpr, _v: u64) {}
+    fn set_status(&mut self, _v: u64) {}
+    fn slot(&self, _i: usize) -> u64 {
+        0
+    }
+}
