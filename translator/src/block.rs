@@ -55,6 +55,14 @@ impl GuestBlock {
         self.start.wrapping_add(self.bytes.len() as u64)
     }
 
+    /// Does it jump to its own start?
+    pub fn is_loop(&self) -> bool {
+        self.items.iter().any(|i| {
+            matches!(i.route, Route::Conditional | Route::Counted | Route::Jump)
+                && i.iced.near_branch_target() == self.start
+        })
+    }
+
     /// The one or two pages it lies in.
     pub fn pages(&self) -> [u64; 2] {
         let page = |a: u64| a & !(PAGE_SIZE - 1);

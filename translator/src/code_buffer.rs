@@ -34,7 +34,7 @@ impl CodeBuffer {
     /// # Errors
     /// The host's, e.g. if it allows no executable mappings.
     pub fn new(size: usize) -> Result<CodeBuffer> {
-        let size = size.next_multiple_of(4096);
+        let size = size.next_multiple_of(4096).min(1 << 30);
         // The descriptor is closed at the end: the guest never sees it.
         let fd = memfd(TABLE_SIZE + size)?;
         // SAFETY: fresh mappings of our own file; failure of the second unmaps the first by `Drop`.
@@ -98,6 +98,15 @@ impl CodeBuffer {
             let field = self.rw.add(TABLE_SIZE + at);
             std::arch::asm!("mov dword ptr [{}], {:e}", in(reg) field, in(reg) displacement, options(nostack, preserves_flags));
         }
+    }
+
+    /// The same for an 8-bit displacement, which must reach.
+    pub fn patch_short(&self, at: usize, target: usize) {
+        assert!(at < self.used, "no patchable field");
+        let displacement =
+            i8::try_from(target as i64 - (at as i64 + 1)).expect("a short jump reaches its block and its stub");
+        // SAFETY: in range; a byte is written at once.
+        unsafe { self.rw.add(TABLE_SIZE + at).cast::<i8>().write_volatile(displacement) };
     }
 
     fn entry(&self, index: u16) -> &AtomicU64 {

@@ -136,14 +136,29 @@ impl Emitter {
     pub fn align_patch(&mut self, ahead: usize) {
         let pad = (4 - (self.here() + ahead as u64) % 64 % 4) % 4;
         if (self.here() + ahead as u64) % 64 > 60 {
-            self.nop(pad as usize);
+            self.nops(pad as usize);
         }
     }
 
-    /// One NOP of up to four bytes.
-    fn nop(&mut self, n: usize) {
-        const NOPS: [&[u8]; 5] = [&[], &[0x90], &[0x66, 0x90], &[0x0f, 0x1f, 0x00], &[0x0f, 0x1f, 0x40, 0x00]];
-        self.bytes.extend_from_slice(NOPS[n]);
+    /// NOPs of that many bytes together (SDM 2B NOP).
+    pub fn nops(&mut self, mut n: usize) {
+        const NOPS: [&[u8]; 10] = [
+            &[],
+            &[0x90],
+            &[0x66, 0x90],
+            &[0x0f, 0x1f, 0x00],
+            &[0x0f, 0x1f, 0x40, 0x00],
+            &[0x0f, 0x1f, 0x44, 0x00, 0x00],
+            &[0x66, 0x0f, 0x1f, 0x44, 0x00, 0x00],
+            &[0x0f, 0x1f, 0x80, 0x00, 0x00, 0x00, 0x00],
+            &[0x0f, 0x1f, 0x84, 0x00, 0x00, 0x00, 0x00, 0x00],
+            &[0x66, 0x0f, 0x1f, 0x84, 0x00, 0x00, 0x00, 0x00, 0x00],
+        ];
+        while n > 0 {
+            let now = n.min(9);
+            self.bytes.extend_from_slice(NOPS[now]);
+            n -= now;
+        }
     }
 }
 

@@ -9,11 +9,26 @@ const CHUNKS: usize = 4096;
 /// Exits there can be between two flushes.
 pub const MAX_EXITS: u32 = (CHUNK * CHUNKS) as u32;
 
+/// In the site: the displacement has 8 bits. Code offsets are smaller.
+const SHORT: u32 = 1 << 31;
+
+/// A jump that can be patched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Code offset of its displacement.
+    pub site: usize,
+    /// The displacement has 8 bits: it leads to the start of its own block or to its stub.
+    pub short: bool,
+    /// Code offset of its stub.
+    pub stub: usize,
+}
+
 #[derive(Default)]
 struct Record {
     rip: AtomicU64,
     /// 0: to a block; 1: step; else 2 + length of SYSCALL.
     kind: AtomicU32,
+    /// Its highest bit says that the displacement is short.
     site: AtomicU32,
     stub: AtomicU32,
     /// The number of the block it is linked to, plus one.
@@ -55,10 +70,15 @@ impl Exits {
         self.record(id).rip.load(Ordering::Relaxed)
     }
 
-    /// Code offsets of its patchable displacement and of its stub.
-    pub fn places(&self, id: u32) -> (usize, usize) {
+    /// Where its jump is patched.
+    pub fn place(&self, id: u32) -> Place {
         let r = self.record(id);
-        (r.site.load(Ordering::Relaxed) as usize, r.stub.load(Ordering::Relaxed) as usize)
+        let site = r.site.load(Ordering::Relaxed);
+        Place {
+            site: (site & !SHORT) as usize,
+            short: site & SHORT != 0,
+            stub: r.stub.load(Ordering::Relaxed) as usize,
+        }
     }
 
     /// The block it is linked to.
@@ -79,7 +99,7 @@ impl Exits {
     }
 
     /// Defines an exit.
-    pub fn set(&self, id: u32, leave: Leave, site: u32, stub: u32) {
+    pub fn set(&self, id: u32, leave: Leave, place: Place) {
         let r = self.record(id);
         let (rip, kind) = match leave {
             Leave::To(rip) => (rip, 0),
@@ -88,8 +108,8 @@ impl Exits {
         };
         r.rip.store(rip, Ordering::Relaxed);
         r.kind.store(kind, Ordering::Relaxed);
-        r.site.store(site, Ordering::Relaxed);
-        r.stub.store(stub, Ordering::Relaxed);
+        r.site.store(place.site as u32 | if place.short { SHORT } else { 0 }, Ordering::Relaxed);
+        r.stub.store(place.stub as u32, Ordering::Relaxed);
         r.linked.store(0, Ordering::Relaxed);
     }
 }

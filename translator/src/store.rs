@@ -3,7 +3,7 @@
 use crate::block::GuestBlock;
 use crate::code_buffer::{CodeBuffer, TABLE_ENTRIES};
 use crate::emit::Emitter;
-use crate::exits::{Exits, MAX_EXITS};
+use crate::exits::{Exits, MAX_EXITS, Place};
 use crate::index::Index;
 use crate::lower::memory::MemoryModel;
 use crate::lower::{Landing, Leave, Surroundings, Unit, emit_landing, emit_trampolines, lower};
@@ -185,7 +185,8 @@ impl Store {
     fn append(&mut self, exits: &Exits, start: u64, unit: &Unit) -> u32 {
         let at = self.buffer.append(&unit.code);
         for (id, exit) in (self.exits_used..).zip(&unit.exits) {
-            exits.set(id, exit.leave, (at as u32).wrapping_add(exit.site), at as u32 + exit.stub);
+            let site = if exit.site == u32::MAX { 0 } else { at + exit.site as usize };
+            exits.set(id, exit.leave, Place { site, short: exit.short, stub: at + exit.stub as usize });
         }
         self.exits_used += unit.exits.len() as u32;
         self.stats.blocks += 1;
@@ -200,11 +201,17 @@ impl Store {
         exits.set_linked(exit, Some(to), std::mem::replace(&mut block.incoming, exit));
     }
 
+    /// Patches a jump: to a block or to its stub.
+    fn lead(&self, place: Place, to: Option<u32>) {
+        let to = to.map_or(place.stub, |b| self.blocks[b as usize].body as usize);
+        if place.short { self.buffer.patch_short(place.site, to) } else { self.buffer.patch(place.site, to) }
+    }
+
     /// Makes the jump of an exit lead to a block.
     pub fn link(&mut self, exits: &Exits, exit: u32, to: u32) {
-        if exits.linked(exit).is_none() {
-            let (site, _) = exits.places(exit);
-            self.buffer.patch(site, self.blocks[to as usize].body as usize);
+        // A short jump is one of a block that is gone.
+        if exits.linked(exit).is_none() && !exits.place(exit).short {
+            self.lead(exits.place(exit), Some(to));
             self.note_link(exits, exit, to);
             self.stats.links += 1;
         }
@@ -294,8 +301,7 @@ impl Store {
         self.stats.stale += 1;
         self.index.remove(start, b);
         while exit != NONE {
-            let (site, stub) = exits.places(exit);
-            self.buffer.patch(site, stub);
+            self.lead(exits.place(exit), None);
             let next = exits.next_linked(exit);
             exits.set_linked(exit, None, NONE);
             exit = next;
@@ -324,9 +330,7 @@ impl Store {
     pub fn restore(&mut self, exits: &Exits) {
         for id in 0..self.exits_used {
             if let Leave::To(_) = exits.leave(id) {
-                let (site, stub) = exits.places(id);
-                let to = exits.linked(id).map_or(stub, |b| self.blocks[b as usize].body as usize);
-                self.buffer.patch(site, to);
+                self.lead(exits.place(id), exits.linked(id));
             }
         }
         self.buffer.fill_targets(self.miss as usize);

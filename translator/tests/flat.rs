@@ -372,6 +372,51 @@ fn self_modifying_code() {
 }
 
 #[test]
+fn another_thread_ends_a_tight_loop_by_changing_it() {
+    // Loops whose jump is short, long, and behind a conditional one.
+    type Fill = fn(&mut CodeAssembler);
+    let fills: [Fill; 3] = [
+        |_| {},
+        |a| (0..60).for_each(|_| a.lea(rdx, ptr(rdx + 0x1000)).unwrap()),
+        |a| {
+            let mut over = a.create_label();
+            a.test(rax, 1).unwrap();
+            a.jz(over).unwrap();
+            a.inc(rbx).unwrap();
+            a.set_label(&mut over).unwrap();
+        },
+    ];
+    for fill in fills {
+        let mut g = Guest::new();
+        g.asm(|a| {
+            let mut top = a.create_label();
+            a.set_label(&mut top).unwrap();
+            a.inc(rax).unwrap();
+            a.mov(ptr(rdi), rax).unwrap();
+            fill(a);
+            a.jmp(top).unwrap();
+            a.syscall().unwrap();
+        });
+        let (data, code) = (g.data, g.code);
+        g.set(Gpr::Rdi, data);
+        let flat = g.mem.flat().expect("flat") as *const FlatSpace as usize;
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                while get(data) < 100_000 {
+                    std::thread::yield_now();
+                }
+                // SAFETY: the guest outlives the scope.
+                let flat = unsafe { &*(flat as *const FlatSpace) };
+                // INC RAX becomes SYSCALL; NOP.
+                flat.write(code, &[0x0f, 0x05, 0x90]).expect("written");
+            });
+            g.until_syscall();
+        });
+        assert!(g.reg(Gpr::Rax) >= 100_000);
+    }
+}
+
+#[test]
 fn a_kick_ends_an_endless_loop() {
     let mut g = Guest::new();
     g.asm(|a| {

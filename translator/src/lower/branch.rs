@@ -71,17 +71,20 @@ pub(crate) fn counted(l: &mut Lowering<'_>, item: &Item) {
     // Opcode and displacement are the last two bytes; a 67 prefix counts, others mean nothing here.
     let opcode = bytes[bytes.len() - 2];
     let narrow = bytes[..bytes.len() - 2].contains(&0x67);
+    l.mark(What::At(item.at));
+    let prefix: &[u8] = if narrow { &[0x67] } else { &[] };
+    if l.close_loop(&[prefix, &[opcode]].concat(), to) {
+        return;
+    }
     l.e.align_patch(usize::from(narrow) + 5);
     l.mark(What::At(item.at));
-    if narrow {
-        l.e.push(0x67);
-    }
+    l.e.bytes.extend_from_slice(prefix);
     l.e.bytes.extend_from_slice(&[opcode, 2]);
     l.mark(What::At(item.at + u16::from(item.len)));
     l.e.bytes.extend_from_slice(&[0xeb, 5]);
     let id = l.around.first_exit + l.exits.len() as u32;
     l.mark(What::Exit(id));
-    l.link(&[0xe9], to);
+    l.link_long(&[0xe9], to);
 }
 
 /// Pushes a guest address.

@@ -35,8 +35,10 @@ pub enum Leave {
 pub struct Exit {
     /// Why.
     pub leave: Leave,
-    /// Offset of the 32-bit displacement of the jump, for [`Leave::To`].
+    /// Offset of the displacement of the jump, for [`Leave::To`].
     pub site: u32,
+    /// The displacement has 8 bits: a jump to the start of its own block.
+    pub short: bool,
     /// Offset of the stub.
     pub stub: u32,
     /// The code the jump leads to already, if not to the stub: a code address.
@@ -92,6 +94,8 @@ pub(crate) struct Lowering<'a> {
     pub around: &'a Surroundings<'a>,
     /// Host address of the body.
     pub body: u64,
+    /// May the jumps that close a loop be short ones?
+    pub short: bool,
     /// Probes of the inline TLB.
     pub misses: Vec<checked::Miss>,
     /// POPFs that may need a step: where they jump, and their two borrowed registers.
@@ -113,12 +117,23 @@ impl Lowering<'_> {
 
     /// Records an exit; gives its number.
     pub fn exit(&mut self, leave: Leave, site: usize, linked: Option<u64>) -> u32 {
-        self.exits.push(Exit { leave, site: site as u32, stub: 0, linked });
+        self.exits.push(Exit { leave, site: site as u32, short: false, stub: 0, linked });
         self.around.first_exit + self.exits.len() as u32 - 1
     }
 
     /// A jump with a 32-bit displacement (`opcode` before it) to the block at `target`: straight there if it is translated.
     pub fn link(&mut self, opcode: &[u8], target: u64) {
+        let short = match *opcode {
+            [0x0f, jcc] => jcc - 0x10,
+            _ => 0xeb,
+        };
+        if !self.close_loop(&[short], target) {
+            self.link_long(opcode, target);
+        }
+    }
+
+    /// As [`Lowering::link`], never short.
+    pub(crate) fn link_long(&mut self, opcode: &[u8], target: u64) {
         self.e.align_patch(opcode.len());
         self.e.bytes.extend_from_slice(opcode);
         let site = self.e.len();
@@ -132,6 +147,20 @@ impl Lowering<'_> {
             self.e.set_rel32(site, to);
         }
         self.exit(Leave::To(target), site, to);
+    }
+
+    /// A jump back to the start of this block with an 8-bit displacement, if it can be.
+    pub(crate) fn close_loop(&mut self, opcode: &[u8], target: u64) -> bool {
+        let back = self.body.wrapping_sub(self.e.here() + opcode.len() as u64 + 1) as i64;
+        let Ok(back) = i8::try_from(back) else { return false };
+        if !self.short || !self.around.linked || target != self.block.start {
+            return false;
+        }
+        self.e.bytes.extend_from_slice(opcode);
+        self.e.bytes.push(back as u8);
+        self.exit(Leave::To(target), self.e.len() - 1, Some(self.body));
+        self.exits.last_mut().expect("just pushed").short = true;
+        true
     }
 
     /// Leaves here.
@@ -156,10 +185,17 @@ impl Lowering<'_> {
         self.e.set_rel32(site, self.around.exit);
     }
 
-    /// Stubs of all exits that have none yet, and the constants.
-    fn finish(&mut self) {
+    /// Stubs of all exits that have none yet, and the constants. False if a short jump does not reach its stub.
+    fn finish(&mut self) -> bool {
         for i in 0..self.exits.len() {
-            let Exit { leave: Leave::To(_), site, linked, .. } = self.exits[i] else { continue };
+            let Exit { leave: Leave::To(_), site, short: true, .. } = self.exits[i] else { continue };
+            if self.e.len() - (site as usize + 1) > i8::MAX as usize {
+                return false;
+            }
+            self.stub(self.around.first_exit + i as u32);
+        }
+        for i in 0..self.exits.len() {
+            let Exit { leave: Leave::To(_), site, linked, short: false, .. } = self.exits[i] else { continue };
             self.stub(self.around.first_exit + i as u32);
             if linked.is_none() {
                 let stub = self.e.base + u64::from(self.exits[i].stub);
@@ -174,6 +210,7 @@ impl Lowering<'_> {
             self.e.set_rel32(site, here);
             self.e.push_u64(value);
         }
+        true
     }
 }
 
@@ -196,7 +233,20 @@ pub(crate) fn attempt(l: &mut Lowering<'_>, _item: &Item, emit: impl FnOnce(&mut
 }
 
 /// Lowers `block`; with a landing if it is the target of an indirect branch. The vectors of `old` are used again.
-pub fn lower(block: &GuestBlock, around: &Surroundings<'_>, landing: bool, mut old: Unit) -> Unit {
+pub fn lower(block: &GuestBlock, around: &Surroundings<'_>, landing: bool, old: Unit) -> Unit {
+    match attempt_lower(block, around, landing, true, old) {
+        Ok(unit) => unit,
+        Err(old) => attempt_lower(block, around, landing, false, old).expect("no short jumps"),
+    }
+}
+
+fn attempt_lower(
+    block: &GuestBlock,
+    around: &Surroundings<'_>,
+    landing: bool,
+    short: bool,
+    mut old: Unit,
+) -> Result<Unit, Unit> {
     old.code.clear();
     old.marks.clear();
     old.exits.clear();
@@ -209,10 +259,16 @@ pub fn lower(block: &GuestBlock, around: &Surroundings<'_>, landing: bool, mut o
         block,
         around,
         body: around.at,
+        short,
         misses: Vec::new(),
         declined: Vec::new(),
     };
     let landing = landing.then(|| emit_landing(&mut l.e, &mut l.marks, block.start, around.miss));
+    if around.linked && block.is_loop() {
+        // As the compiler has laid it out with regard to the lines of the host's caches.
+        let pad = block.start.wrapping_sub(l.e.here()) % 64;
+        l.e.nops(pad as usize);
+    }
     let body = l.e.len() as u32;
     l.body = l.e.here();
     let mut end = 0;
@@ -279,8 +335,8 @@ pub fn lower(block: &GuestBlock, around: &Surroundings<'_>, landing: bool, mut o
     }
     checked::emit_misses(&mut l);
     stack::emit_declined(&mut l);
-    l.finish();
-    Unit {
+    let done = l.finish();
+    let unit = Unit {
         code: l.e.bytes,
         marks: l.marks,
         exits: l.exits,
@@ -289,5 +345,6 @@ pub fn lower(block: &GuestBlock, around: &Surroundings<'_>, landing: bool, mut o
         guest_len: end as u16,
         insns: insns as u16,
         constants: l.constants,
-    }
+    };
+    if done { Ok(unit) } else { Err(unit) }
 }
