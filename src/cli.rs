@@ -16,6 +16,8 @@ pub struct Cli {
 pub enum Command {
     /// Run a Linux program.
     Run(crate::run::RunArgs),
+    /// Run a machine: a kernel or a boot image.
+    Boot(crate::boot::BootArgs),
     /// Tell where instructions end and whether they are valid.
     Decode(crate::decode::DecodeArgs),
     /// Run raw code from a given state: one JSON object a line in, one out.

@@ -2,6 +2,7 @@
 
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::interp::Interpreter;
+use bivisor_emulator::interp::sensitive::time::TimeSource;
 use bivisor_emulator::linux::VcpuFactory;
 use bivisor_emulator::vcpu::Vcpu;
 use bivisor_kvm_backend::{HostKvm, Kind, KvmVm};
@@ -43,6 +44,8 @@ pub enum Purpose {
     Process,
     /// Raw code in any mode.
     Code,
+    /// A whole machine.
+    Machine,
 }
 
 /// The best engine of software.
@@ -71,6 +74,7 @@ pub fn choose(asked: Backend, purpose: Purpose) -> Result<(Backend, String), Str
 fn usable(kvm: &HostKvm, purpose: Purpose) -> bool {
     match purpose {
         Purpose::Process => kvm.usable_for_process,
+        Purpose::Machine => kvm.usable_for_machine,
         // Raw code may do with less than a machine needs: a case that cannot run says so.
         Purpose::Code => !matches!(kvm.kind, Kind::Absent | Kind::Forbidden | Kind::Broken),
     }
@@ -107,6 +111,30 @@ pub fn for_code(backend: Backend, model: Arc<CpuModel>) -> Result<Box<dyn Vcpu +
         Backend::Auto | Backend::Interp => Box::new(Interpreter::new(model)),
         Backend::Bt => Box::new(Translator::new(model).map_err(no_code_memory)?),
         Backend::Kvm => Box::new(KvmVm::new(model)?.vcpu()),
+    })
+}
+
+/// An engine for a machine; `backend` has been [chosen](choose). If `repeatable`, its random numbers are the same in every run.
+///
+/// # Errors
+/// A sentence: the engine is not to be had here.
+pub fn for_machine(backend: Backend, model: Arc<CpuModel>, repeatable: bool) -> Result<Box<dyn Vcpu + Send>, String> {
+    if !repeatable {
+        return for_code(backend, model);
+    }
+    let source = TimeSource::deterministic(0);
+    Ok(match backend {
+        Backend::Auto | Backend::Interp => {
+            let mut engine = Interpreter::new(model);
+            engine.env().time = source;
+            Box::new(engine)
+        }
+        Backend::Bt => {
+            let mut engine = Translator::new(model).map_err(no_code_memory)?;
+            engine.env().time = source;
+            Box::new(engine)
+        }
+        Backend::Kvm => return Err("--deterministic needs a software engine: use --backend interp or bt".into()),
     })
 }
 

@@ -28,7 +28,7 @@ pub trait Bus: Sync {
     fn take_nmi(&self) -> bool {
         false
     }
-    /// RDMSR of a register that is the local APIC's: IA32_TSC_DEADLINE (0x6E0, in ticks of the host's counter) and, in x2APIC mode, 0x800
+    /// RDMSR of a register that is the local APIC's: IA32_TSC_DEADLINE (0x6E0, in ticks of the counter without the guest's offset) and, in x2APIC mode, 0x800
     /// to 0x8FF. `None` is #GP(0): no such register.
     fn read_msr(&self, _index: u32) -> Option<u64> {
         None
@@ -40,6 +40,10 @@ pub trait Bus: Sync {
     }
     /// The local APIC's task-priority class (bits 7:4 of its TPR), which is CR8; `None` without a local APIC.
     fn task_priority(&self) -> Option<u8> {
+        None
+    }
+    /// The time-stamp counter before the guest's offset, where the machine's time is not the host's.
+    fn time_stamp(&self) -> Option<u64> {
         None
     }
     /// MOV to CR8: 0 to 15.

@@ -12,14 +12,18 @@
 //! | [`vcpu`] | the contract of the three engines |
 //! | [`native`] | running one instruction on the host CPU |
 //! | [`interp`] | the interpreter, the reference of all engines |
+//! | [`devices`] | the chips of a PC |
+//! | [`machine`] | a PC: board, clock, run loop, loading of kernels |
 //! | [`linux`] | the Linux process personality |
 
 pub mod bus;
 pub mod cpu;
+pub mod devices;
 pub mod host;
 pub mod interp;
 pub mod isa;
 pub mod linux;
+pub mod machine;
 pub mod mem;
 pub mod native;
 pub mod vcpu;

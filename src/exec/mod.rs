@@ -2,7 +2,7 @@
 
 mod number;
 mod request;
-mod response;
+pub mod response;
 mod setup;
 mod single;
 mod world;

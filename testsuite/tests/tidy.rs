@@ -14,7 +14,7 @@ const MODULES: &[(&str, &[&str])] = &[
     ("native", &["isa", "cpu", "host"]),
     ("interp", &["isa", "cpu", "host", "mem", "bus", "vcpu", "native"]),
     ("devices", &["bus"]),
-    ("machine", &["mem", "bus", "vcpu", "devices"]),
+    ("machine", &["isa", "cpu", "host", "mem", "bus", "vcpu", "devices"]),
     ("linux", &["isa", "cpu", "host", "mem", "bus", "vcpu"]),
 ];
 

@@ -58,7 +58,8 @@ fn splitmix64(state: &mut u64) -> u64 {
 
 /// The time-stamp counter as the guest sees it.
 pub fn read_tsc(x: &mut Exec<'_>) -> u64 {
-    x.env.time.tsc().wrapping_add(x.cpu.msr.tsc_offset)
+    let counter = x.bus.time_stamp().unwrap_or_else(|| x.env.time.tsc());
+    counter.wrapping_add(x.cpu.msr.tsc_offset)
 }
 
 /// The pair EDX:EAX; both upper halves are cleared.

@@ -1,0 +1,87 @@
+//! Putting a guest into a machine: which kind of image it is, and what each kind wants to find.
+
+mod elf;
+mod multiboot;
+
+use crate::cpu::{Attr, CpuState, Cr0, Rflags, Segment, Table};
+use crate::isa::Seg;
+use crate::mem::GuestMemory;
+
+/// What is to be booted.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Payload<'a> {
+    /// The kernel's name, for kinds that tell it to the kernel.
+    pub name: &'a str,
+    /// The kernel image.
+    pub kernel: &'a [u8],
+    /// The initial RAM disk or first module, with its name.
+    pub initrd: Option<(&'a str, &'a [u8])>,
+    /// The command line.
+    pub command_line: &'a str,
+}
+
+/// The kinds of kernel image, as found out from their first bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Multiboot 1.
+    Multiboot,
+}
+
+/// What kind of kernel an image is.
+pub fn kind(image: &[u8]) -> Option<Kind> {
+    multiboot::header(image).map(|_| Kind::Multiboot)
+}
+
+/// Loads the payload and sets the registers to start it.
+///
+/// # Errors
+/// A sentence: what is wrong with the image, or that it does not fit.
+pub fn load(mem: &GuestMemory, cpu: &mut CpuState, payload: &Payload<'_>) -> Result<Kind, String> {
+    let Some(kind) = kind(payload.kernel) else {
+        return Err("not a kernel image: no multiboot header in the first 8 KiB".into());
+    };
+    match kind {
+        Kind::Multiboot => multiboot::load(mem, cpu, payload)?,
+    }
+    Ok(kind)
+}
+
+/// Writes bytes into RAM.
+fn put(mem: &GuestMemory, at: u64, bytes: &[u8], what: &str) -> Result<(), String> {
+    let end = at.checked_add(bytes.len() as u64).filter(|end| *end <= size(mem));
+    end.and_then(|_| mem.write(at, bytes)).ok_or_else(|| {
+        let need = (at.saturating_add(bytes.len() as u64)).div_ceil(1 << 20);
+        format!("{what} does not fit: it would end at {need} MiB and the machine has {} MiB", size(mem) >> 20)
+    })
+}
+
+fn size(mem: &GuestMemory) -> u64 {
+    mem.ram().map_or(0, |r| r.size())
+}
+
+/// 32-bit protected mode without paging, flat segments, interrupts off.
+fn enter_flat32(cpu: &mut CpuState, entry: u32) {
+    let mut s = CpuState::reset();
+    std::mem::swap(&mut s.xsave, &mut cpu.xsave);
+    s.cr0 = Cr0::PE | Cr0::ET;
+    s.seg = [Segment::data32(0x18, 0); 6];
+    s.seg[Seg::Cs as usize] = Segment::code32(0x10, 0);
+    s.tr = Segment { limit: 0x67, attr: Attr::from_bits_retain(0x8b), ..Segment::default() };
+    s.gdtr = Table::default();
+    s.idtr = Table::default();
+    s.rip = u64::from(entry);
+    s.rflags = Rflags::FIXED;
+    *cpu = s;
+}
+
+/// The memory map, as firmware tells it: start, end, 1 for RAM and 2 for reserved.
+fn memory_map(top: u64) -> Vec<(u64, u64, u32)> {
+    vec![
+        (0, 0x9_fc00, 1),
+        (0x9_fc00, 0xa_0000, 2),
+        (0xe_0000, 0x10_0000, 2),
+        (0x10_0000, top, 1),
+        (0xfec0_0000, 0xfec0_1000, 2),
+        (0xfee0_0000, 0xfee0_1000, 2),
+    ]
+}

@@ -1,0 +1,310 @@
+//! A PC: an engine, its RAM, its board, and the loop that runs them until the machine is off.
+
+pub mod boot;
+pub mod clock;
+mod pc;
+mod sink;
+
+use crate::bus::Ns;
+use crate::cpu::{CpuState, Rflags};
+use crate::devices::fw_cfg::key;
+use crate::devices::testdev::TestDevice;
+use crate::mem::{GuestMemory, Ram};
+use crate::vcpu::{Board, Exit, Vcpu};
+use clock::Clock;
+use pc::Chips;
+pub use pc::{Pc, RAM_END};
+pub use sink::Sink;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// The longest the timer thread sleeps: waiting output is passed on at least so often.
+const NAP: Duration = Duration::from_millis(50);
+/// The shortest sleep for a timer: a guest cannot keep the host busy with it.
+const SHORTEST: Ns = 20_000;
+/// Instructions between two looks at counted time, and what one of them takes.
+const QUANTUM: u64 = 20_000;
+const INSTRUCTION: Ns = 1;
+
+/// Why the machine stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The guest turned it off.
+    PowerOff,
+    /// The guest wrote to the debug-exit port: the exit status.
+    DebugExit(u8),
+    /// The guest asked for a reset.
+    Reset,
+    /// Triple fault.
+    Shutdown,
+    /// The time is up.
+    Timeout,
+    /// The user ended it.
+    Quit,
+    /// The engine cannot do the instruction at RIP.
+    Unsupported,
+}
+
+/// What a machine is made of.
+pub struct Config {
+    /// Bytes of RAM, at most [`RAM_END`].
+    pub memory: u64,
+    /// Seconds since 1970 that the clock shows at the start.
+    pub epoch: i64,
+    /// Time is counted from instructions and is the same in every run.
+    pub counted_time: bool,
+    /// Where the serial port's bytes go.
+    pub serial: Sink,
+    /// Ports that write raw bytes somewhere.
+    pub debugcon: Vec<(u16, Sink)>,
+    /// The port that ends the machine with an exit status.
+    pub debug_exit: Option<u16>,
+    /// QEMU's pc-testdev.
+    pub test_device: bool,
+    /// The BIOS image that ends at 4 GiB; empty: none.
+    pub rom: Vec<u8>,
+}
+
+/// The machine.
+pub struct Machine {
+    vcpu: Box<dyn Vcpu + Send>,
+    mem: GuestMemory,
+    pc: Arc<Pc>,
+    off: Arc<AtomicBool>,
+    instructions: u64,
+}
+
+/// The way to a running machine from other threads.
+#[derive(Clone)]
+pub struct Remote {
+    pc: Arc<Pc>,
+}
+
+impl Remote {
+    /// Bytes for the serial port's receiver.
+    pub fn type_serial(&self, bytes: &[u8]) {
+        let now = self.pc.clock.now();
+        let mut chips = self.pc.lock();
+        chips.typed.extend(bytes);
+        chips.advance(now);
+        self.pc.publish_from_outside(&mut chips);
+    }
+
+    /// Ends the machine.
+    pub fn end(&self, why: End) {
+        let mut chips = self.pc.lock();
+        chips.end.get_or_insert(why);
+        self.pc.publish(&mut chips);
+        self.pc.wake.notify_all();
+    }
+
+    /// Presses the power button.
+    pub fn press_power_button(&self) {
+        let now = self.pc.clock.now();
+        let mut chips = self.pc.lock();
+        chips.pm.press_power_button();
+        chips.advance(now);
+        self.pc.publish_from_outside(&mut chips);
+    }
+}
+
+impl Machine {
+    /// With an engine in the state after RESET.
+    ///
+    /// # Errors
+    /// A sentence: the host has no memory for it, or it is too much.
+    pub fn new(vcpu: Box<dyn Vcpu + Send>, config: Config) -> Result<Machine, String> {
+        if config.memory > RAM_END || config.memory < 1 << 20 {
+            return Err(format!("a machine has 1 to {} MiB of memory", RAM_END >> 20));
+        }
+        let ram = Ram::new(config.memory).map_err(|e| format!("no memory for the guest: {e}"))?;
+        let clock = if config.counted_time { Clock::counted() } else { Clock::host() };
+        let mut chips = Chips::new(config.epoch, config.serial);
+        chips.debugcon = config.debugcon;
+        chips.debug_exit = config.debug_exit;
+        chips.test = config.test_device.then(TestDevice::default);
+        chips.fw_cfg.set(key::RAM_SIZE, &config.memory.to_le_bytes());
+        chips.fw_cfg.set(key::NB_CPUS, &1u16.to_le_bytes());
+        chips.fw_cfg.set(key::MAX_CPUS, &1u16.to_le_bytes());
+        tell_memory(&mut chips, config.memory);
+        let mem = GuestMemory::Ram(ram);
+        put_rom(&mem, &config.rom);
+        chips.rom = config.rom;
+        let pc = Arc::new(Pc::new(chips, clock, vcpu.kicker()));
+        Ok(Machine { vcpu, mem, pc, off: Arc::default(), instructions: 0 })
+    }
+
+    /// The way to it from other threads.
+    pub fn remote(&self) -> Remote {
+        Remote { pc: self.pc.clone() }
+    }
+
+    /// The processor's registers.
+    pub fn state(&mut self) -> &mut CpuState {
+        self.vcpu.state()
+    }
+
+    /// The RAM.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.mem
+    }
+
+    /// RAM and registers, to put a guest into.
+    pub fn guest(&mut self) -> (&GuestMemory, &mut CpuState) {
+        (&self.mem, self.vcpu.state())
+    }
+
+    /// The engine.
+    pub fn vcpu(&mut self) -> &mut dyn Vcpu {
+        &mut *self.vcpu
+    }
+
+    /// Runs until the machine stops, at most `limit` of the machine's time.
+    pub fn run(&mut self, limit: Option<Duration>) -> End {
+        let limit = limit.map(|l| l.as_nanos() as Ns);
+        let counted = self.pc.clock.is_counted();
+        let timer = (!counted).then(|| {
+            let (pc, off) = (self.pc.clone(), self.off.clone());
+            std::thread::spawn(move || keep_time(&pc, &off, limit))
+        });
+        let end = if counted { self.run_counted(limit) } else { self.run_freely() };
+        self.off.store(true, Ordering::Relaxed);
+        self.pc.rearm.notify_all();
+        if let Some(timer) = timer {
+            let _ = timer.join();
+        }
+        let mut chips = self.pc.lock();
+        chips.serial.flush();
+        chips.debugcon.iter_mut().for_each(|(_, sink)| sink.flush());
+        end
+    }
+
+    fn run_freely(&mut self) -> End {
+        loop {
+            let exit = self.vcpu.run(Board { mem: &self.mem, bus: &*self.pc }, u64::MAX);
+            if let Some(end) = self.pc.lock().end.take() {
+                return end;
+            }
+            match exit {
+                Exit::Halt => self.sleep(),
+                exit => {
+                    if let Some(end) = ended(exit) {
+                        return end;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Sleeps until there is something for the processor to do.
+    fn sleep(&mut self) {
+        let interrupts_on = self.vcpu.integer_state().rflags.contains(Rflags::IF);
+        let mut chips = self.pc.lock();
+        chips.serial.flush();
+        chips.halted = true;
+        loop {
+            let now = self.pc.clock.now();
+            chips.advance(now);
+            self.pc.publish(&mut chips);
+            if self.pc.is_waiting(interrupts_on) || chips.end.is_some() {
+                break;
+            }
+            let nap = chips.next(now).map(|at| Duration::from_nanos(at.saturating_sub(now).max(SHORTEST)));
+            let nap = nap.unwrap_or(NAP).min(NAP);
+            chips = self.pc.wake.wait_timeout(chips, nap).unwrap_or_else(std::sync::PoisonError::into_inner).0;
+        }
+        chips.halted = false;
+        let now = self.pc.clock.now();
+        if chips.next(now).is_some_and(|at| at < chips.armed) {
+            self.pc.rearm.notify_one();
+        }
+    }
+
+    /// As [`Machine::run_freely`], with time that only instructions and looks at the clock move.
+    fn run_counted(&mut self, limit: Option<Ns>) -> End {
+        loop {
+            let now = self.pc.clock.now();
+            let mut chips = self.pc.lock();
+            chips.advance(now);
+            self.pc.publish(&mut chips);
+            let next = chips.next(now).unwrap_or(u64::MAX);
+            drop(chips);
+            let budget = (next.saturating_sub(now) / INSTRUCTION).clamp(1, QUANTUM);
+            let before = self.vcpu.instructions().unwrap_or(0);
+            let exit = self.vcpu.run(Board { mem: &self.mem, bus: &*self.pc }, budget);
+            // An engine that does not count has done what it was told.
+            let done = self.vcpu.instructions().map_or(budget, |n| n - before);
+            self.instructions += done;
+            self.pc.clock.add(done * INSTRUCTION);
+            if let Some(end) = self.pc.lock().end.take().or_else(|| ended(exit)) {
+                return end;
+            }
+            let interrupts_on = self.vcpu.integer_state().rflags.contains(Rflags::IF);
+            if exit == Exit::Halt && !self.pc.is_waiting(interrupts_on) {
+                let now = self.pc.clock.now();
+                let next = self.pc.lock().next(now).unwrap_or(now + NAP.as_nanos() as Ns);
+                self.pc.clock.add(next.saturating_sub(now));
+            }
+            if limit.is_some_and(|limit| now >= limit) {
+                return End::Timeout;
+            }
+        }
+    }
+}
+
+/// Does this exit end the machine?
+fn ended(exit: Exit) -> Option<End> {
+    match exit {
+        Exit::Shutdown => Some(End::Shutdown),
+        Exit::Unsupported | Exit::Exception(_) | Exit::Intercept { .. } => Some(End::Unsupported),
+        Exit::Halt | Exit::Budget | Exit::Kicked => None,
+    }
+}
+
+/// The timer thread: advances the chips when something is due, and ends the machine when its time is up.
+fn keep_time(pc: &Pc, off: &AtomicBool, limit: Option<Ns>) {
+    let mut chips = pc.lock();
+    while !off.load(Ordering::Relaxed) {
+        let now = pc.clock.now();
+        if limit.is_some_and(|limit| now >= limit) {
+            chips.end.get_or_insert(End::Timeout);
+            pc.publish(&mut chips);
+            pc.wake.notify_all();
+        }
+        let mut nap = NAP.as_nanos() as Ns;
+        if !chips.halted {
+            chips.advance(now);
+            pc.publish_from_outside(&mut chips);
+            if let Some(at) = chips.next(now) {
+                nap = nap.min(at.saturating_sub(now).max(SHORTEST));
+            }
+        }
+        chips.serial.flush();
+        if let Some(limit) = limit.filter(|l| *l > now) {
+            nap = nap.min(limit - now + 1);
+        }
+        chips.armed = now + nap;
+        let slept = pc.rearm.wait_timeout(chips, Duration::from_nanos(nap));
+        chips = slept.unwrap_or_else(std::sync::PoisonError::into_inner).0;
+    }
+}
+
+/// A BIOS is below 1 MiB too: at most its last 256 KiB.
+fn put_rom(mem: &GuestMemory, rom: &[u8]) {
+    let low = &rom[rom.len() - rom.len().min(0x4_0000)..];
+    let _ = mem.write(0x10_0000 - low.len() as u64, low);
+}
+
+/// Sizes of memory as BIOSes read them from the CMOS.
+fn tell_memory(chips: &mut Chips, memory: u64) {
+    let mut word = |at: u8, v: u64| {
+        chips.cmos.set(at, v as u8);
+        chips.cmos.set(at + 1, (v >> 8) as u8);
+    };
+    word(0x15, 640);
+    let extended = (memory >> 10).saturating_sub(1024).min(0xffff);
+    word(0x17, extended);
+    word(0x30, extended);
+    word(0x34, (memory.saturating_sub(16 << 20) >> 16).min(0xffff));
+}

@@ -1,0 +1,545 @@
+//! The board of a PC: which chip answers at which port, at which address, and on which interrupt line.
+
+use crate::bus::{Bus, Ns};
+use crate::devices::cmos::Cmos;
+use crate::devices::fw_cfg::FwCfg;
+use crate::devices::i8042::I8042;
+use crate::devices::ioapic::IoApic;
+use crate::devices::lapic::Lapic;
+use crate::devices::pic::Pic;
+use crate::devices::pit::Pit;
+use crate::devices::pm::{self, Pm};
+use crate::devices::testdev::TestDevice;
+use crate::devices::uart::Uart;
+use crate::machine::End;
+use crate::machine::clock::Clock;
+use crate::machine::sink::Sink;
+use crate::vcpu::Kicker;
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+/// Guest-physical address of the I/O APIC.
+pub const IOAPIC: u64 = 0xfec0_0000;
+/// Guest-physical address of the local APIC after RESET.
+pub const LAPIC: u64 = 0xfee0_0000;
+/// Where RAM must end: devices are above.
+pub const RAM_END: u64 = 0xc000_0000;
+/// First port of the ACPI registers.
+pub const PM_BASE: u16 = 0x600;
+/// The ACPI interrupt.
+pub const SCI: u8 = 9;
+
+/// Bits of [`Pc::lines`].
+const INTR: u8 = 1;
+const NMI: u8 = 2;
+
+/// The chips and what connects them.
+pub struct Chips {
+    pub(super) pic: Pic,
+    pub(super) pit: Pit,
+    pub(super) cmos: Cmos,
+    pub(super) com1: Uart,
+    pub(super) keyboard: I8042,
+    pub(super) lapic: Lapic,
+    pub(super) ioapic: IoApic,
+    pub(super) pm: Pm,
+    pub(super) fw_cfg: FwCfg,
+    pub(super) test: Option<TestDevice>,
+    /// Where the local APIC's page is.
+    lapic_base: u64,
+    /// Port 0x61: speaker data.
+    speaker: bool,
+    /// Levels of the interrupt lines, by ISA number, 16 to 23 on the I/O APIC only; and as the controllers were told.
+    levels: u32,
+    told: u32,
+    /// The 8259's output as LINT0 was told.
+    lint0: bool,
+    /// Up to here the timers were advanced.
+    seen: Ns,
+    /// Bytes on the way to the serial port's receiver.
+    pub(super) typed: VecDeque<u8>,
+    pub(super) serial: Sink,
+    /// Ports that write raw bytes somewhere.
+    pub(super) debugcon: Vec<(u16, Sink)>,
+    pub(super) debug_exit: Option<u16>,
+    pub(super) rom: Vec<u8>,
+    pub(super) end: Option<End>,
+    /// The processor waits by itself for the next event.
+    pub(super) halted: bool,
+    /// When the timer thread wakes up.
+    pub(super) armed: Ns,
+}
+
+/// The board: [`Bus`] for engines.
+pub struct Pc {
+    chips: Mutex<Chips>,
+    /// What is waiting for the processor: asked at every turn, so outside the lock.
+    lines: AtomicU8,
+    pub(super) clock: Clock,
+    /// Wakes a halted processor.
+    pub(super) wake: Condvar,
+    /// Wakes the timer thread.
+    pub(super) rearm: Condvar,
+    pub(super) kicker: Kicker,
+}
+
+/// The I/O APIC's input for an ISA interrupt (the MADT says the same).
+pub fn gsi(irq: u8) -> usize {
+    match irq {
+        0 => 2,
+        n => usize::from(n),
+    }
+}
+
+impl Chips {
+    pub(super) fn new(epoch: i64, serial: Sink) -> Chips {
+        let mut pm = Pm::default();
+        // There is no SMI command port, so the machine is in ACPI mode from the start.
+        pm.set_acpi(true);
+        Chips {
+            pic: Pic::default(),
+            pit: Pit::default(),
+            cmos: Cmos::new(epoch),
+            com1: Uart::default(),
+            keyboard: I8042::default(),
+            lapic: Lapic::default(),
+            ioapic: IoApic::default(),
+            pm,
+            fw_cfg: FwCfg::new(),
+            test: None,
+            lapic_base: LAPIC,
+            speaker: false,
+            levels: 0,
+            told: 0,
+            lint0: false,
+            seen: 0,
+            typed: VecDeque::new(),
+            serial,
+            debugcon: Vec::new(),
+            debug_exit: None,
+            rom: Vec::new(),
+            end: None,
+            halted: false,
+            armed: 0,
+        }
+    }
+
+    fn wire(&mut self, irq: u8, level: bool) {
+        let bit = 1u32 << (irq & 31);
+        self.levels = if level { self.levels | bit } else { self.levels & !bit };
+    }
+
+    /// The interrupt map: which chip is on which line.
+    fn wire_chips(&mut self, now: Ns) {
+        self.wire(0, self.pit.output(0, now));
+        self.wire(1, self.keyboard.irq());
+        self.wire(4, self.com1.irq());
+        self.wire(8, self.cmos.irq());
+        self.wire(SCI, self.pm.irq());
+        let test = self.test.as_ref().map_or(0, TestDevice::lines);
+        for irq in [3, 5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23] {
+            self.wire(irq, test >> irq & 1 != 0);
+        }
+        // The test device shares the lines of chips.
+        self.levels |= test;
+    }
+
+    /// Brings what changed to the interrupt controllers, and the controllers' messages to the processor.
+    fn settle(&mut self) {
+        let changed = self.levels ^ self.told;
+        if changed != 0 {
+            self.told = self.levels;
+            for irq in (0..24).filter(|irq| changed >> irq & 1 != 0) {
+                let level = self.levels >> irq & 1 != 0;
+                self.pic.set_line(irq, level);
+                self.ioapic.set_line(gsi(irq), level);
+            }
+        }
+        // A level that nobody takes to its end is sent again, but not for ever.
+        for _ in 0..64 {
+            if let Some(vector) = self.lapic.take_ended() {
+                self.ioapic.end_of_interrupt(vector);
+            }
+            match self.ioapic.take_message() {
+                Some(m) => _ = self.lapic.deliver(m),
+                None => break,
+            }
+        }
+        let output = self.pic.is_pending();
+        if output != self.lint0 {
+            self.lapic.lint0(output);
+            self.lint0 = output;
+        }
+    }
+
+    /// What is waiting for the processor.
+    fn waiting(&self) -> u8 {
+        let external = self.lint0 && self.lapic.passes_external();
+        let intr = external || self.lapic.pending().is_some();
+        (if intr { INTR } else { 0 }) | if self.lapic.nmi_pending() { NMI } else { 0 }
+    }
+
+    fn feed_serial(&mut self) {
+        while self.com1.room() > 0
+            && let Some(byte) = self.typed.pop_front()
+        {
+            self.com1.receive(byte);
+        }
+        self.wire(4, self.com1.irq());
+    }
+
+    /// Carries out what the timers have due up to `now`.
+    pub(super) fn advance(&mut self, now: Ns) {
+        let from = std::mem::replace(&mut self.seen, now);
+        self.lapic.advance(now);
+        self.cmos.advance(now);
+        self.pm.advance(now);
+        if self.pit.rose(from, now) {
+            // Also when it is low and high again in between.
+            self.wire(0, false);
+            self.settle();
+            self.wire(0, true);
+            self.settle();
+        }
+        self.feed_serial();
+        self.wire_chips(now);
+        self.settle();
+    }
+
+    /// When a timer is due next.
+    pub(super) fn next(&self, now: Ns) -> Option<Ns> {
+        [self.lapic.next(), self.pit.next(now), self.cmos.next(now), self.pm.next(now)].into_iter().flatten().min()
+    }
+
+    /// The port map, a byte at a time; wider accesses are bytes at the following ports unless [`Chips::read_wide`] knows better.
+    fn read_byte(&mut self, port: u16, now: Ns) -> u8 {
+        match port {
+            0x20 | 0x21 => self.pic.read(false, port & 1 != 0),
+            0x40..=0x43 => self.pit.read(port as u8 & 3, now),
+            0x60 => self.keyboard.data(),
+            // Refresh toggles with the time, as BIOSes wait for it.
+            0x61 => {
+                let out = self.pit.output(2, now);
+                let refresh = (now / 15_085) & 1 != 0;
+                u8::from(self.pit.gate()) | u8::from(self.speaker) << 1 | u8::from(refresh) << 4 | u8::from(out) << 5
+            }
+            0x64 => self.keyboard.status(),
+            0x71 => self.cmos.read(now),
+            0x92 => u8::from(self.keyboard.a20()) << 1,
+            0xa0 | 0xa1 => self.pic.read(true, port & 1 != 0),
+            0x3f8..=0x3ff => {
+                let v = self.com1.read(port as u8 & 7);
+                self.feed_serial();
+                v
+            }
+            0x4d0 | 0x4d1 => self.pic.elcr(port & 1 != 0),
+            0x511 => self.fw_cfg.read(),
+            PM_BASE..0x610 => self.pm.read((port - PM_BASE) as u8, now),
+            // A port with a console tells that it is there by its own number.
+            _ if self.debugcon.iter().any(|(p, _)| *p == port) => port as u8,
+            _ => 0xff,
+        }
+    }
+
+    fn write_byte(&mut self, port: u16, v: u8, now: Ns) {
+        match port {
+            0x20 | 0x21 => self.pic.write(false, port & 1 != 0, v),
+            0x40..=0x43 => self.pit.write(port as u8 & 3, v, now),
+            0x60 => self.keyboard.write_data(v),
+            0x61 => {
+                self.pit.set_gate(v & 1 != 0, now);
+                self.speaker = v & 2 != 0;
+            }
+            0x64 => self.keyboard.write_command(v),
+            0x70 => self.cmos.select(v),
+            0x71 => self.cmos.write(v, now),
+            0x92 => {
+                self.keyboard.set_a20(v & 2 != 0);
+                if v & 1 != 0 {
+                    self.end = Some(End::Reset);
+                }
+            }
+            0xa0 | 0xa1 => self.pic.write(true, port & 1 != 0, v),
+            0x3f8..=0x3ff => {
+                self.com1.write(port as u8 & 7, v);
+                self.feed_serial();
+                if self.com1.has_sent() {
+                    let sent = self.com1.take_sent();
+                    self.serial.write(&sent);
+                }
+            }
+            0x4d0 | 0x4d1 => self.pic.set_elcr(port & 1 != 0, v),
+            PM_BASE..0x610 => {
+                self.pm.write((port - PM_BASE) as u8, v);
+                if self.pm.take_sleep() == Some(pm::OFF) {
+                    self.end = Some(End::PowerOff);
+                }
+            }
+            0xcf9 if v & 4 != 0 => self.end = Some(End::Reset),
+            _ => {}
+        }
+        if self.keyboard.take_reset() {
+            self.end = Some(End::Reset);
+        }
+    }
+
+    /// Ports whose accesses are one whatever their width. False: none of them.
+    fn read_wide(&mut self, port: u16, data: &mut [u8]) -> bool {
+        self.test.as_mut().is_some_and(|t| t.read_port(port, data))
+    }
+
+    fn write_wide(&mut self, port: u16, data: &[u8]) -> bool {
+        if let Some((_, sink)) = self.debugcon.iter_mut().find(|(p, _)| *p == port) {
+            sink.write(data);
+            return true;
+        }
+        if self.debug_exit == Some(port) {
+            // `((v << 1) | 1) & 0xff`, as the program's exit status.
+            self.end = Some(End::DebugExit(data[0] << 1 | 1));
+            return true;
+        }
+        match port {
+            0x510 if data.len() == 2 => {
+                self.fw_cfg.select(u16::from_le_bytes([data[0], data[1]]));
+                true
+            }
+            _ => self.test.as_mut().is_some_and(|t| t.write_port(port, data)),
+        }
+    }
+
+    /// The memory map.
+    fn read_memory(&mut self, gpa: u64, data: &mut [u8], now: Ns) {
+        let word = match gpa {
+            _ if gpa & !0xfff == self.lapic_base && !self.lapic.is_x2apic() => self.lapic.read(gpa & 0xfff, now),
+            _ if gpa & !0xfff == IOAPIC => self.ioapic.read(gpa & 0xfff),
+            _ => {
+                if !self.test.as_mut().is_some_and(|t| t.read_memory(gpa, data)) {
+                    self.read_rom(gpa, data);
+                }
+                return;
+            }
+        };
+        // Registers are 32 bits wide; parts of them are their bytes.
+        let bytes = word.to_le_bytes();
+        for (i, b) in data.iter_mut().enumerate() {
+            *b = bytes.get((gpa & 3) as usize + i).copied().unwrap_or(0);
+        }
+    }
+
+    /// The BIOS image ends at 4 GiB.
+    fn read_rom(&self, gpa: u64, data: &mut [u8]) {
+        let start = (1u64 << 32) - self.rom.len() as u64;
+        for (i, b) in data.iter_mut().enumerate() {
+            let at = (gpa + i as u64).checked_sub(start);
+            *b = at.and_then(|at| self.rom.get(at as usize)).copied().unwrap_or(0xff);
+        }
+    }
+
+    fn write_memory(&mut self, gpa: u64, data: &[u8], now: Ns) {
+        let mut bytes = [0; 4];
+        let n = data.len().min(4);
+        bytes[..n].copy_from_slice(&data[..n]);
+        let word = u32::from_le_bytes(bytes);
+        match gpa {
+            _ if gpa & !0xfff == self.lapic_base && !self.lapic.is_x2apic() => {
+                // "All accesses to the registers ... must be 32-bit aligned": the rest has no effect.
+                if gpa & 3 == 0 && data.len() >= 4 {
+                    self.lapic.write(gpa & 0xfff, word, now);
+                }
+            }
+            _ if gpa & !0xfff == IOAPIC => self.ioapic.write(gpa & 0xfff, word),
+            _ => _ = self.test.as_mut().is_some_and(|t| t.write_memory(gpa, data)),
+        }
+    }
+}
+
+/// Chips of which a write may move the next timer event, or of which even a read changes an interrupt line.
+fn has_timer(port: u16) -> bool {
+    matches!(port, 0x40..=0x43 | 0x61 | 0x70 | 0x71 | PM_BASE..0x610)
+}
+
+impl Pc {
+    pub(super) fn new(chips: Chips, clock: Clock, kicker: Kicker) -> Pc {
+        Pc {
+            chips: Mutex::new(chips),
+            lines: AtomicU8::new(0),
+            clock,
+            wake: Condvar::new(),
+            rearm: Condvar::new(),
+            kicker,
+        }
+    }
+
+    /// The chips. A panic of another thread does not matter: chips are always whole.
+    pub(super) fn lock(&self) -> MutexGuard<'_, Chips> {
+        self.chips.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells the processor's side what is waiting, after a change of chips.
+    pub(super) fn publish(&self, chips: &mut Chips) {
+        self.lines.store(chips.waiting(), Ordering::Release);
+        if chips.end.is_some() {
+            self.kicker.kick();
+        }
+    }
+
+    /// Is anything waiting that the processor could take?
+    pub(super) fn is_waiting(&self, interrupts_on: bool) -> bool {
+        let lines = self.lines.load(Ordering::Acquire);
+        lines & NMI != 0 || interrupts_on && lines & INTR != 0
+    }
+
+    /// As a thread other than the processor's: after a change of chips.
+    pub(super) fn publish_from_outside(&self, chips: &mut Chips) {
+        self.publish(chips);
+        if self.lines.load(Ordering::Relaxed) != 0 {
+            self.kicker.kick();
+            self.wake.notify_all();
+        }
+    }
+
+    fn settle(&self, mut chips: MutexGuard<'_, Chips>, timers: bool, now: Ns) {
+        if timers {
+            chips.wire_chips(now);
+        }
+        chips.settle();
+        self.publish(&mut chips);
+        if timers && !self.clock.is_counted() && chips.next(now).is_some_and(|at| at < chips.armed) {
+            self.rearm.notify_one();
+        }
+    }
+
+    /// A line of the keyboard, the serial port or the test device may have changed.
+    fn wire_some(chips: &mut Chips, port: u16) {
+        match port {
+            0x3f8..=0x3ff => chips.wire(4, chips.com1.irq()),
+            0x60 | 0x64 => chips.wire(1, chips.keyboard.irq()),
+            _ => {}
+        }
+    }
+}
+
+impl Bus for Pc {
+    fn read_port(&self, port: u16, data: &mut [u8]) {
+        let now = self.clock.now();
+        let mut chips = self.lock();
+        if !chips.read_wide(port, data) {
+            for (i, b) in data.iter_mut().enumerate() {
+                let at = port.wrapping_add(i as u16);
+                *b = chips.read_byte(at, now);
+                Pc::wire_some(&mut chips, at);
+            }
+        }
+        self.settle(chips, matches!(port, 0x70 | 0x71), now);
+    }
+
+    fn write_port(&self, port: u16, data: &[u8]) {
+        let now = self.clock.now();
+        let mut chips = self.lock();
+        let wide = chips.write_wide(port, data);
+        if !wide {
+            for (i, b) in data.iter().enumerate() {
+                let at = port.wrapping_add(i as u16);
+                chips.write_byte(at, *b, now);
+                Pc::wire_some(&mut chips, at);
+            }
+        }
+        self.settle(chips, wide || has_timer(port), now);
+    }
+
+    fn read_mmio(&self, gpa: u64, data: &mut [u8]) {
+        let now = self.clock.now();
+        let mut chips = self.lock();
+        chips.read_memory(gpa, data, now);
+        self.settle(chips, false, now);
+    }
+
+    fn write_mmio(&self, gpa: u64, data: &[u8]) {
+        let now = self.clock.now();
+        let mut chips = self.lock();
+        chips.write_memory(gpa, data, now);
+        let timers = gpa & !0xfff == chips.lapic_base;
+        self.settle(chips, timers, now);
+    }
+
+    #[inline]
+    fn interrupt_pending(&self) -> bool {
+        self.lines.load(Ordering::Acquire) & INTR != 0
+    }
+
+    fn take_interrupt(&self) -> Option<u8> {
+        let mut chips = self.lock();
+        let vector = match chips.lapic.acknowledge() {
+            Some(v) => Some(v),
+            None if chips.lint0 && chips.lapic.passes_external() => Some(chips.pic.acknowledge()),
+            None => None,
+        };
+        chips.settle();
+        self.publish(&mut chips);
+        vector
+    }
+
+    fn nmi_pending(&self) -> bool {
+        self.lines.load(Ordering::Acquire) & NMI != 0
+    }
+
+    fn take_nmi(&self) -> bool {
+        let mut chips = self.lock();
+        let taken = chips.lapic.take_nmi();
+        self.publish(&mut chips);
+        taken
+    }
+
+    fn read_msr(&self, index: u32) -> Option<u64> {
+        let now = self.clock.now();
+        let mut chips = self.lock();
+        match index {
+            TSC_DEADLINE => {
+                chips.lapic.advance(now);
+                Some(chips.lapic.deadline())
+            }
+            0x800..=0x8ff => chips.lapic.read_msr(index, now),
+            _ => None,
+        }
+    }
+
+    fn write_msr(&self, index: u32, value: u64) -> Option<()> {
+        let now = self.clock.now();
+        let mut chips = self.lock();
+        let done = match index {
+            APIC_BASE => {
+                chips.lapic_base = value & 0xf_ffff_f000;
+                chips.lapic.set_base(value);
+                Some(())
+            }
+            TSC_DEADLINE => {
+                let at = self.clock.when(value);
+                chips.lapic.set_deadline(value, at);
+                chips.lapic.advance(now);
+                Some(())
+            }
+            0x800..=0x8ff => chips.lapic.write_msr(index, value, now),
+            _ => None,
+        };
+        self.settle(chips, true, now);
+        done
+    }
+
+    fn time_stamp(&self) -> Option<u64> {
+        self.clock.counter()
+    }
+
+    fn task_priority(&self) -> Option<u8> {
+        Some(self.lock().lapic.task_priority())
+    }
+
+    fn set_task_priority(&self, class: u8) {
+        let mut chips = self.lock();
+        chips.lapic.set_task_priority(class);
+        self.publish(&mut chips);
+    }
+}
+
+const APIC_BASE: u32 = 0x1b;
+const TSC_DEADLINE: u32 = 0x6e0;

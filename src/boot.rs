@@ -1,0 +1,240 @@
+//! `bivisor boot`: a whole machine under an engine, with its console on the terminal.
+
+use crate::engine::{self, Backend};
+use crate::exec::response;
+use crate::terminal::Terminal;
+use anyhow::{Context, Result, anyhow, bail};
+use bivisor_emulator::cpu::CpuState;
+use bivisor_emulator::cpu::cpuid::CpuModel;
+use bivisor_emulator::machine::boot::{self, Payload};
+use bivisor_emulator::machine::{Config, End, Machine, Sink};
+use clap::Args;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Exit statuses that no guest gives by the debug-exit port, whose statuses are odd, or that mean the same.
+const TRIPLE_FAULT: i32 = 122;
+const TIMEOUT: i32 = 124;
+const UNSUPPORTED: i32 = 125;
+
+/// Arguments of `bivisor boot`.
+#[derive(Args)]
+#[command(after_help = "Examples:\n  \
+        bivisor boot --kernel vmlinuz --initrd initrd.img --append 'console=ttyS0' --memory 512\n  \
+        bivisor boot --kernel tests/smap.flat --cpu max --testdev --debug-exit 0xf4 --timeout 60\n\n\
+        Exit status: 0 when the guest turns the machine off or the user quits; ((v << 1) | 1) & 0xff when it writes v to the\n\
+        --debug-exit port; 122 after a triple fault, 124 when the time is up, 125 when the engine cannot do an instruction;\n\
+        1 if the machine cannot be started.\n\n\
+        On a terminal, Ctrl-A x quits and Ctrl-A h shows the other keys.")]
+pub struct BootArgs {
+    /// The kernel; its kind is found out.
+    #[arg(long, value_name = "FILE")]
+    kernel: PathBuf,
+    /// The initial RAM disk, or the first multiboot module.
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    #[arg(long, value_name = "TEXT", default_value = "", allow_hyphen_values = true)]
+    append: String,
+    /// RAM in MiB, or with a unit: 512, 512M, 2G.
+    #[arg(short, long, value_name = "SIZE", default_value = "512", value_parser = memory)]
+    memory: u64,
+    /// Processors: 1.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    smp: u32,
+    /// The offered CPU: host, max, x86-64-v1 to x86-64-v4.
+    #[arg(long, value_name = "MODEL", default_value = "host")]
+    cpu: String,
+    /// The engine.
+    #[arg(long, value_enum, default_value = "auto")]
+    backend: Backend,
+    /// The first serial port: stdio, none, or file:PATH.
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    serial: String,
+    /// A port whose bytes go to a file: 0xe9=file:PATH, or 0xe9=stdio. May be repeated.
+    #[arg(long, value_name = "PORT=WHERE")]
+    debugcon: Vec<String>,
+    /// The port that ends the machine with an exit status.
+    #[arg(long, value_name = "PORT", value_parser = port)]
+    debug_exit: Option<u16>,
+    /// QEMU's test device: ports 0xe0 to 0xe4 and 0x2000 and following, memory at 0xff000000.
+    #[arg(long)]
+    testdev: bool,
+    /// End with status 0 instead of starting again when the guest resets the machine.
+    #[arg(long)]
+    no_reboot: bool,
+    /// End with status 124 after so many seconds.
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<f64>,
+    /// Time from the number of instructions: the same in every run.
+    #[arg(long)]
+    deterministic: bool,
+    /// Write the processor's state at the end, as JSON.
+    #[arg(long, value_name = "FILE")]
+    dump_state: Option<PathBuf>,
+    /// Say which engine runs and why.
+    #[arg(short, long)]
+    verbose: bool,
+}
+
+fn memory(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.as_bytes().last() {
+        Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
+        Some(b'M' | b'm') => (&text[..text.len() - 1], 20),
+        _ => (text, 20),
+    };
+    let n: u64 = digits.parse().map_err(|_| "a number of MiB, or with the unit M or G".to_owned())?;
+    n.checked_mul(1 << shift).ok_or_else(|| "too much".to_owned())
+}
+
+fn port(text: &str) -> Result<u16, String> {
+    let parsed = match text.strip_prefix("0x") {
+        Some(hex) => u16::from_str_radix(hex, 16),
+        None => text.parse(),
+    };
+    parsed.map_err(|_| "a port number, 0 to 0xffff".to_owned())
+}
+
+/// A file given on the command line.
+fn read(path: &Path, what: &str) -> Result<Vec<u8>> {
+    std::fs::read(path).with_context(|| format!("{what} {}", path.display()))
+}
+
+/// `stdio`, `none`, `file:PATH`.
+fn sink(option: &str, place: &str) -> Result<Sink> {
+    match place.split_once(':') {
+        None if place == "stdio" => Ok(Sink::new(Box::new(std::io::stdout()))),
+        None if place == "none" => Ok(Sink::none()),
+        Some(("file", path)) => {
+            let file = File::create(path).with_context(|| format!("{option}: {path}"))?;
+            Ok(Sink::new(Box::new(file)))
+        }
+        _ => bail!("{option}: `{place}` is none of stdio, none, file:PATH"),
+    }
+}
+
+/// Everything that was read from files, for one start after another.
+struct Inputs {
+    kernel: Vec<u8>,
+    initrd: Option<Vec<u8>>,
+    model: Arc<CpuModel>,
+    backend: Backend,
+}
+
+/// Runs the machine; gives the exit status.
+pub fn run(args: &BootArgs) -> Result<i32> {
+    if args.smp != 1 {
+        bail!("--smp {}: a machine has one processor", args.smp);
+    }
+    let model = Arc::new(CpuModel::from_name(&args.cpu).map_err(anyhow::Error::msg)?);
+    let (backend, why) = engine::choose(args.backend, engine::Purpose::Machine).map_err(anyhow::Error::msg)?;
+    if args.verbose {
+        eprintln!("bivisor: {why}");
+    }
+    let initrd = args.initrd.as_ref().map(|path| read(path, "--initrd")).transpose()?;
+    let inputs = Inputs { kernel: read(&args.kernel, "--kernel")?, initrd, model, backend };
+    let limit = args.timeout.map(Duration::try_from_secs_f64).transpose().context("--timeout")?;
+    let terminal = (args.serial == "stdio").then(Terminal::take);
+    loop {
+        let mut machine = build(args, &inputs)?;
+        if let Some(terminal) = &terminal {
+            terminal.attach(machine.remote());
+        }
+        let end = machine.run(limit);
+        if let Some(terminal) = &terminal {
+            terminal.detach();
+        }
+        if let Some(path) = &args.dump_state {
+            dump(path, machine.state())?;
+        }
+        let status = match end {
+            End::Reset if !args.no_reboot => continue,
+            End::PowerOff | End::Quit | End::Reset => 0,
+            End::DebugExit(status) => i32::from(status),
+            End::Shutdown => TRIPLE_FAULT,
+            End::Timeout => TIMEOUT,
+            End::Unsupported => UNSUPPORTED,
+        };
+        drop(terminal);
+        if let Some(words) = complaint(end) {
+            let s = machine.state();
+            eprintln!("bivisor: {words} {}", place(s));
+        }
+        return Ok(status);
+    }
+}
+
+fn complaint(end: End) -> Option<&'static str> {
+    match end {
+        End::Shutdown => Some("the guest died of a triple fault at"),
+        End::Timeout => Some("the time is up; the guest was at"),
+        End::Unsupported => Some("the engine cannot go on at"),
+        _ => None,
+    }
+}
+
+/// Where the processor is.
+fn place(s: &CpuState) -> String {
+    let cs = s.seg[1].selector;
+    format!(
+        "{cs:04x}:{:#x} ({:?}, CPL {}), CR0 {:#x}, CR2 {:#x}, CR3 {:#x}",
+        s.rip,
+        s.mode(),
+        s.cpl(),
+        s.cr0.bits(),
+        s.cr2,
+        s.cr3
+    )
+}
+
+fn build(args: &BootArgs, inputs: &Inputs) -> Result<Machine> {
+    let mut debugcon = Vec::new();
+    for text in &args.debugcon {
+        let (number, to) = text.split_once('=').ok_or_else(|| anyhow!("--debugcon {text}: PORT=WHERE"))?;
+        let number = port(number).map_err(|e| anyhow!("--debugcon {text}: {e}"))?;
+        debugcon.push((number, sink("--debugcon", to)?));
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
+    let config = Config {
+        memory: args.memory,
+        epoch: if args.deterministic { 0 } else { now },
+        counted_time: args.deterministic,
+        serial: sink("--serial", &args.serial)?,
+        debugcon,
+        debug_exit: args.debug_exit,
+        test_device: args.testdev,
+        rom: Vec::new(),
+    };
+    let vcpu =
+        engine::for_machine(inputs.backend, inputs.model.clone(), args.deterministic).map_err(anyhow::Error::msg)?;
+    let mut machine = Machine::new(vcpu, config).map_err(anyhow::Error::msg)?;
+    let name = args.kernel.to_string_lossy();
+    let initrd_name = args.initrd.as_ref().map(|p| p.to_string_lossy()).unwrap_or_default();
+    let payload = Payload {
+        name: &name,
+        kernel: &inputs.kernel,
+        initrd: inputs.initrd.as_deref().map(|bytes| (&*initrd_name, bytes)),
+        command_line: &args.append,
+    };
+    let (mem, cpu) = machine.guest();
+    boot::load(mem, cpu, &payload).map_err(|why| anyhow!("--kernel {name}: {why}"))?;
+    Ok(machine)
+}
+
+/// The state in the words of `bivisor exec`.
+fn dump(path: &Path, s: &CpuState) -> Result<()> {
+    let state = serde_json::json!({
+        "regs": response::regs(s),
+        "segs": response::segs(s),
+        "sys": response::sys(s),
+        "fpu": response::fpu(s),
+        "vec": response::vec(s),
+    });
+    let mut file = File::create(path).with_context(|| format!("--dump-state {}", path.display()))?;
+    serde_json::to_writer_pretty(&mut file, &state)?;
+    file.write_all(b"\n")?;
+    Ok(())
+}
