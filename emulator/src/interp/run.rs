@@ -61,7 +61,7 @@ impl Core {
     /// Delivers an event through the guest's IVT or IDT, for callers that intercept exceptions and then want them delivered.
     ///
     /// # Errors
-    /// [`Exit::Shutdown`] on a triple fault, [`Exit::Unsupported`] for a way of delivery that is not there.
+    /// [`Exit::Shutdown`] on a triple fault.
     pub fn deliver(&mut self, cpu: &mut CpuState, board: Board<'_>, event: Event) -> Result<(), Exit> {
         self.mmu.flush();
         let mut x = exec(cpu, &mut self.mmu, &mut self.env, board, Intercepts::empty());

@@ -1,21 +1,22 @@
 //! Protected and virtual-8086 mode: 16- and 32-bit interrupt and trap gates, stacks from the TSS (SDM 3A 6.12, 3B 20.3.1).
-//!
-//! Task gates are missing: [`Exit::Unsupported`].
 
 use crate::cpu::descriptor::{Descriptor, is_null, kind, rpl, selector_error};
 use crate::cpu::{Fault, Rflags, Segment};
 use crate::interp::deliver::{Event, NewStack, enter, push_frame, set_segment};
 use crate::interp::sensitive::selector::{self, Found};
+use crate::interp::sensitive::switch::{self, Cause};
 use crate::interp::{Exec, Step, Stop, access, stack};
 use crate::isa::{Gpr, Seg, Width};
 use crate::mem::By;
-use crate::vcpu::Exit;
 
 pub(super) fn deliver(x: &mut Exec<'_>, event: Event) -> Step {
     let ext = event.ext();
     let gate = gate(x, event)?;
     if gate.kind() == kind::TASK_GATE {
-        return Err(Stop::Exit(Exit::Unsupported));
+        // The old task goes on where the event would return to.
+        x.next_rip = event.return_rip(x);
+        let flags = Rflags::from_bits_retain(event.pushed_flags(x.cpu));
+        return switch::to_tss(x, gate.gate_selector(), Cause::Event { ext, error: event.error_code(), flags });
     }
     let wide = matches!(gate.kind(), kind::INTERRUPT_GATE | kind::TRAP_GATE);
     let w = if wide { Width::D } else { Width::W };

@@ -72,7 +72,7 @@ impl Event {
 /// `x.next_rip`.
 ///
 /// # Errors
-/// [`Exit::Shutdown`] on a triple fault, [`Exit::Unsupported`] for a task gate.
+/// [`Exit::Shutdown`] on a triple fault.
 pub fn deliver(x: &mut Exec<'_>, event: Event) -> Result<(), Stop> {
     let mut event = event;
     loop {

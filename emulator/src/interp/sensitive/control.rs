@@ -163,11 +163,20 @@ fn write_cr3(x: &mut Exec<'_>, v: u64) -> Step {
         return Err(GP0);
     }
     let same = x.cpu.cr3 == v;
-    x.cpu.cr3 = v;
     // The TLB has no PCID tags: only a reload of the same space may keep its entries.
-    if !(keep && same) {
-        x.mmu.flush_non_global();
+    if keep && same {
+        return Ok(());
     }
+    load_cr3(x, v)
+}
+
+/// Makes `v` the root of the page tables: MOV to CR3 and task switches.
+///
+/// # Errors
+/// #GP(0).
+pub fn load_cr3(x: &mut Exec<'_>, v: u64) -> Step {
+    x.cpu.cr3 = v;
+    x.mmu.flush_non_global();
     Ok(())
 }
 

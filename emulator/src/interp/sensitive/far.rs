@@ -4,10 +4,10 @@ use crate::cpu::descriptor::{Descriptor, is_null, kind, rpl, selector_error};
 use crate::cpu::{Attr, CpuState, Fault, Segment};
 use crate::interp::access::{self, is_canonical};
 use crate::interp::sensitive::selector::{self, Found, is_ia32e, is_protected, null_stack, segment_of};
+use crate::interp::sensitive::switch::{self, Cause};
 use crate::interp::sensitive::task;
 use crate::interp::{Exec, Step, Stop, operand, stack};
 use crate::isa::{Gpr, Insn, Seg, Width};
-use crate::vcpu::Exit;
 use iced_x86::{Code, MemorySize, OpKind};
 
 /// Width of the offset in a far pointer: the operand size.
@@ -102,12 +102,27 @@ fn transfer(x: &mut Exec<'_>, i: &Insn, is_call: bool) -> Step {
         kind::CALL_GATE if d.is_system() => gate(x, selector, is_call),
         kind::CALL_GATE16 if d.is_system() && !is_ia32e(x.cpu) => gate(x, selector, is_call),
         kind::TASK_GATE | kind::TSS_AVAILABLE | kind::TSS16_AVAILABLE if d.is_system() && !is_ia32e(x.cpu) => {
-            Err(Stop::Exit(Exit::Unsupported))
+            task(x, selector, d, is_call)
         }
         // "If the segment descriptor for the selector ... is not for a conforming or nonconforming code segment, call gate, task gate, or
         // task state segment"; in IA-32e mode task gates, TSSs and 16-bit call gates are none: #GP(selector).
         _ => Err(Fault::Gp(error).into()),
     }
+}
+
+/// TASK-GATE and TASK-STATE-SEGMENT.
+fn task(x: &mut Exec<'_>, selector: u16, d: Descriptor, is_call: bool) -> Step {
+    let error = selector_error(selector);
+    // "If the DPL for a task gate or TSS is less than the CPL or than the RPL": #GP(selector).
+    if d.dpl() < x.cpu.cpl() || d.dpl() < rpl(selector) {
+        return Err(Fault::Gp(error).into());
+    }
+    if !d.present() {
+        return Err(Fault::Np(error).into());
+    }
+    let by = if is_call { Cause::Call } else { Cause::Jmp };
+    let tss = if d.kind() == kind::TASK_GATE { d.gate_selector() } else { selector };
+    switch::to_tss(x, tss, by)
 }
 
 /// CONFORMING-CODE-SEGMENT and NONCONFORMING-CODE-SEGMENT.

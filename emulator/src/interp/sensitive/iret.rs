@@ -3,10 +3,9 @@
 use crate::cpu::{CpuState, Cr4, Efer, Fault, Mode, Rflags, Segment};
 use crate::interp::access::is_long64;
 use crate::interp::sensitive::far::{check_target, code_segment, return_code, return_stack, to_outer};
-use crate::interp::sensitive::selector;
+use crate::interp::sensitive::{selector, switch};
 use crate::interp::{Exec, Step, Stop, stack};
 use crate::isa::{Insn, Seg, Width};
-use crate::vcpu::Exit;
 use iced_x86::Code;
 
 /// CF PF AF ZF SF TF DF OF NT.
@@ -97,7 +96,7 @@ fn protected(x: &mut Exec<'_>, w: Width) -> Step {
     if x.cpu.rflags.contains(Rflags::NT) {
         // "If the NT flag is set in IA-32e mode": #GP(0); else a return to the previous task.
         let ia32e = x.cpu.efer.contains(Efer::LMA);
-        return Err(if ia32e { Fault::Gp(0).into() } else { Stop::Exit(Exit::Unsupported) });
+        return if ia32e { Err(Fault::Gp(0).into()) } else { switch::back(x) };
     }
     let f = pop_frame(x, w)?;
     let cpl = x.cpu.cpl();

@@ -17,6 +17,7 @@ mod legacy_tests;
 pub mod msr;
 pub mod segment;
 pub mod selector;
+pub mod switch;
 pub mod table;
 pub mod task;
 #[cfg(test)]

@@ -1,5 +1,5 @@
 //! The task-state segment: stacks of inner privilege levels, interrupt stacks, the I/O permission map (SDM 3A 7.2.1, 7.7; SDM 1 19.5.2).
-//! Hardware task switches are not done.
+//! The switch of tasks is in [`super::switch`].
 
 use crate::cpu::descriptor::{kind, selector_error};
 use crate::cpu::{CpuState, Fault};
