@@ -52,6 +52,9 @@ const UNSAFE: &[&str] = &[
     "translator/src/code_buffer.rs",
     "translator/src/enter.rs",
     "translator/src/fault.rs",
+    "translator/src/system/area.rs",
+    "translator/src/system/enter.rs",
+    "translator/src/system/handler.rs",
     "translator/tests/flat.rs",
 ];
 

@@ -12,7 +12,7 @@ use crate::exits::Exits;
 use crate::fault::kick;
 use crate::lower::Leave;
 use crate::marks::Registers;
-use crate::route::{Policy, Routes, Setting};
+use crate::route::{Policy, Routes};
 use crate::stats::CacheStats;
 use crate::store::{MAX_BLOCK, Store};
 use bivisor_emulator::cpu::cpuid::CpuModel;
@@ -59,7 +59,6 @@ pub struct Cache {
     exits: Exits,
     routes: Routes,
     policy: Policy,
-    setting: Setting,
     /// Host addresses of the code.
     range: (u64, u64),
     /// Distinguishes the tables that can be mapped behind a thread block.
@@ -86,27 +85,13 @@ impl Cache {
     /// # Errors
     /// The host's, if it gives no executable memory.
     pub fn new(model: Arc<CpuModel>, policy: Policy, size: usize) -> std::io::Result<Arc<Cache>> {
-        Cache::for_setting(model, policy, size, Setting::Flat)
-    }
-
-    /// An empty cache for another kind of guest.
-    ///
-    /// # Errors
-    /// As for [`Cache::new`].
-    pub fn for_setting(
-        model: Arc<CpuModel>,
-        policy: Policy,
-        size: usize,
-        setting: Setting,
-    ) -> std::io::Result<Arc<Cache>> {
         let buffer = CodeBuffer::new(size.max(4 * MAX_BLOCK))?;
         let range = (buffer.base(), buffer.base() + buffer.size() as u64);
         Ok(Arc::new(Cache {
-            store: Mutex::new(Store::new(buffer, setting)),
+            store: Mutex::new(Store::new(buffer)),
             exits: Exits::default(),
-            routes: Routes::new(model.clone(), policy, setting),
+            routes: Routes::new(model.clone(), policy),
             policy,
-            setting,
             range,
             id: AtomicU64::new(NEXT_ID.fetch_add(1, Ordering::Relaxed)),
             version: AtomicU64::new(1),
@@ -119,10 +104,6 @@ impl Cache {
             successor: OnceLock::new(),
             model,
         }))
-    }
-
-    fn one_at_a_time(&self) -> bool {
-        self.setting.is_single()
     }
 
     fn lock(&self) -> MutexGuard<'_, Store> {
@@ -152,11 +133,6 @@ impl Cache {
     /// See [`Exits::rip`].
     pub fn rip(&self, exit: u32) -> u64 {
         self.exits.rip(exit)
-    }
-
-    /// The kind of guest its code is for.
-    pub fn setting(&self) -> Setting {
-        self.setting
     }
 
     /// Which way instructions are lowered.
@@ -233,7 +209,7 @@ impl Cache {
 
     /// The block at `rip`, translated if it must be; `None` if its first instruction cannot be.
     pub fn resolve(&self, source: &mut dyn CodeSource, rip: u64, via: Via, scratch: &mut Scratch) -> Option<Entry> {
-        let most = if self.one_at_a_time() { 1 } else { MAX_INSNS };
+        let most = MAX_INSNS;
         let mut store = self.lock();
         loop {
             if let Some(found) = store.get(rip) {
@@ -285,7 +261,6 @@ impl Cache {
     fn connect(&self, store: &mut Store, (block, body): (u32, u32), via: Via) -> Entry {
         let flushes = self.flushes();
         match via {
-            _ if self.one_at_a_time() => {}
             Via::Link(exit, then) if then == flushes => store.link(&self.exits, exit, block),
             Via::Indirect => store.add_landing(block),
             Via::Start | Via::Link(..) => {}

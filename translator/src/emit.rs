@@ -47,36 +47,14 @@ pub mod slot {
     pub const MXCSR: usize = 19;
     /// Which cache's table is mapped in the engine area.
     pub const AREA_OWNER: usize = 20;
-    /// Checked memory model: the exit number that stands for the indirect branch last begun.
-    pub const SITE: usize = 22;
     /// Offset of K0 in the XSAVE image.
     pub const OPMASK_AT: usize = 35;
     /// Offset of ZMM16 in the XSAVE image.
     pub const HI16_AT: usize = 34;
     /// What [`EXIT`] held when a signal found the guest.
     pub const PENDING: usize = 21;
-    /// Checked memory model: the guest's values of borrowed registers.
-    pub const S0: usize = 23;
-    /// Another.
-    pub const S1: usize = 24;
-    /// Another.
-    pub const S2: usize = 25;
-    /// The guest's RAX while the flags go through it.
-    pub const S3: usize = 26;
-    /// The guest's status flags: AH as LAHF gives it, AL the overflow flag.
-    pub const STATUS: usize = 27;
-    /// Address of the inline TLB.
-    pub const TLB: usize = 28;
-    /// The linear address that was not in it.
-    pub const MISS_ADDRESS: usize = 29;
-    /// What the access was: see [`crate::tlb::kind`]; 0 if none missed.
-    pub const MISS_KIND: usize = 30;
-    /// The guest's flags that are not the host's: IF, IOPL and others.
-    pub const VIRTUAL_FLAGS: usize = 31;
-    /// The same without IF.
-    pub const VIRTUAL_FLAGS_CLEARED: usize = 32;
-    /// The guest's RSP while the host's stack is used.
-    pub const RSP: usize = 33;
+    /// System mode: not 0 if somebody wants the code to be left.
+    pub const LOOK: usize = 40;
 }
 
 /// In [`slot::TRAP`]: not an exception.

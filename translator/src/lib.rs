@@ -14,15 +14,15 @@
 //! | [`exits`] | why translated code is left, by number |
 //! | [`code_buffer`] | executable memory (unsafe) |
 //! | [`enter`] | the way in and out (unsafe) |
-//! | [`tlb`] | the inline TLB of the checked memory model |
+//! | [`system`] | guest RAM behind page tables, all privilege levels |
 //! | [`fault`] | signals that arrive in the cache (unsafe) |
 //!
-//! Only flat memory (a Linux process) in 64-bit mode at CPL 3 is translated; everything else, and every instruction that cannot be
-//! copied or rewritten, is done by the interpreter.
+//! Processes (flat memory, guest address = host address) and machines ([`system`]) have translators of their own: the former copies
+//! memory operands as they are and shares its cache among threads, the latter checks every access. Only 64-bit code is translated;
+//! everything else, and every instruction that cannot be copied or rewritten, is done by the interpreter.
 
 pub mod block;
 pub mod cache;
-mod checked;
 pub mod code_buffer;
 pub mod emit;
 pub mod enter;
@@ -35,9 +35,9 @@ pub mod route;
 mod run;
 pub mod stats;
 pub mod store;
-pub mod tlb;
+pub mod system;
 
 pub use cache::Cache;
-pub use route::{Policy, Setting, how};
+pub use route::{Policy, how};
 pub use run::Translator;
 pub use stats::{CacheStats, Stats};

@@ -30,37 +30,6 @@ pub enum What {
     Exit(u32),
     /// As [`What::Exit`], its number is in [`slot::PENDING`].
     Exiting,
-    /// As [`What::At`], but registers, perhaps the status flags too, are in slots.
-    Borrowed(Borrowed),
-    /// As [`What::Borrowed`], and RCX is in [`slot::RCX`].
-    BorrowedAndRcx(Borrowed),
-    /// As [`What::Borrowed`], and RSP is in [`slot::RSP`].
-    OnHostStack(Borrowed),
-}
-
-/// Registers in the slots [`slot::S0`] to [`slot::S3`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Borrowed {
-    /// Distance of the instruction from the block's start.
-    pub at: u16,
-    /// The registers, in the order of the slots.
-    pub regs: [Option<Gpr>; 4],
-    /// The status flags are in [`slot::STATUS`].
-    pub flags: bool,
-}
-
-impl Borrowed {
-    fn undo(&self, regs: &mut dyn Registers) {
-        for (i, r) in self.regs.iter().enumerate() {
-            if let Some(r) = r {
-                regs.set_gpr(*r, regs.slot(slot::S0 + i));
-            }
-        }
-        if self.flags {
-            let status = regs.slot(slot::STATUS);
-            regs.set_status(status >> 8 & 0xd5 | (status & 1) << 11);
-        }
-    }
 }
 
 /// Which register was saved to which slot.
@@ -100,8 +69,6 @@ pub trait Registers {
     fn gpr(&self, r: Gpr) -> u64;
     /// Sets one.
     fn set_gpr(&mut self, r: Gpr, v: u64);
-    /// Sets the status flags.
-    fn set_status(&mut self, v: u64);
     /// A slot of the thread block.
     fn slot(&self, i: usize) -> u64;
 }
@@ -155,20 +122,6 @@ pub fn recover(marks: &[Mark], start: u64, at: usize, regs: &mut dyn Registers, 
         }
         What::Exit(id) => exits(id),
         What::Exiting => exits(regs.slot(slot::PENDING) as u32),
-        What::Borrowed(b) => {
-            b.undo(regs);
-            start.wrapping_add(u64::from(b.at))
-        }
-        What::BorrowedAndRcx(b) => {
-            b.undo(regs);
-            regs.set_gpr(Gpr::Rcx, regs.slot(slot::RCX));
-            start.wrapping_add(u64::from(b.at))
-        }
-        What::OnHostStack(b) => {
-            b.undo(regs);
-            regs.set_gpr(Gpr::Rsp, regs.slot(slot::RSP));
-            start.wrapping_add(u64::from(b.at))
-        }
     }
 }
 
@@ -176,16 +129,13 @@ pub fn recover(marks: &[Mark], start: u64, at: usize, regs: &mut dyn Registers, 
 mod tests {
     use super::*;
 
-    struct Fake([u64; 16], u64);
+    struct Fake([u64; 16]);
     impl Registers for Fake {
         fn gpr(&self, r: Gpr) -> u64 {
             self.0[r as usize]
         }
         fn set_gpr(&mut self, r: Gpr, v: u64) {
             self.0[r as usize] = v;
-        }
-        fn set_status(&mut self, v: u64) {
-            self.1 = v;
         }
         fn slot(&self, i: usize) -> u64 {
             1000 + i as u64
@@ -201,7 +151,7 @@ mod tests {
             Mark { at: 30, what: What::TargetDifference },
             Mark { at: 40, what: What::Exit(5) },
         ];
-        let mut f = Fake([0; 16], 0);
+        let mut f = Fake([0; 16]);
         let exits = |id| 0x5000 + u64::from(id);
         let mut at = |n| recover(&marks, 0x400000, n, &mut f, &exits);
         assert_eq!(at(3), 0x400000);

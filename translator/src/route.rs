@@ -3,7 +3,7 @@
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::isa::{Class, Sensitivity, facts};
 use bivisor_emulator::vcpu::How;
-use iced_x86::{Code, CpuidFeature, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -32,44 +32,10 @@ pub enum Route {
     Syscall,
     /// A call-out to one step of the interpreter.
     Step,
-    /// Checked memory: PUSH of a register or constant.
-    Push,
-    /// Checked memory: POP of a register.
-    Pop,
-    /// Checked memory: PUSHFQ.
-    PushFlags,
-    /// Checked memory: POPFQ.
-    PopFlags,
-    /// Checked memory: CLI at CPL 0.
-    ClearInterrupts,
-}
-
-/// For which kind of guest code is translated.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Setting {
-    /// A Linux process: guest address = host address.
-    #[default]
-    Flat,
-    /// Guest RAM behind page tables.
-    Checked {
-        /// At CPL 0: the guest owns its flags.
-        kernel: bool,
-        /// x87 and SIMD are enabled with all components the host has.
-        native: bool,
-        /// One instruction at a time, for budgets.
-        single: bool,
-    },
-}
-
-impl Setting {
-    /// Is its code of one instruction each?
-    pub fn is_single(self) -> bool {
-        matches!(self, Setting::Checked { single: true, .. })
-    }
 }
 
 impl Route {
-    const ALL: [Route; 16] = [
+    const ALL: [Route; 11] = [
         Route::Copy,
         Route::CopyAndEnd,
         Route::Conditional,
@@ -81,25 +47,11 @@ impl Route {
         Route::Return,
         Route::Syscall,
         Route::Step,
-        Route::Push,
-        Route::Pop,
-        Route::PushFlags,
-        Route::PopFlags,
-        Route::ClearInterrupts,
     ];
 
     /// Does control not fall through to the next instruction inside the block?
     pub fn ends_block(self) -> bool {
-        !matches!(
-            self,
-            Route::Copy
-                | Route::Conditional
-                | Route::Push
-                | Route::Pop
-                | Route::PushFlags
-                | Route::PopFlags
-                | Route::ClearInterrupts
-        )
+        !matches!(self, Route::Copy | Route::Conditional)
     }
 }
 
@@ -122,15 +74,14 @@ impl Default for Policy {
 pub struct Routes {
     model: Arc<CpuModel>,
     policy: Policy,
-    setting: Setting,
     /// By [`Code`]: 0 is unknown, else one more than the route's number.
     table: Box<[AtomicU8]>,
 }
 
 impl Routes {
     /// For a CPU model.
-    pub fn new(model: Arc<CpuModel>, policy: Policy, setting: Setting) -> Routes {
-        Routes { model, policy, setting, table: (0..Code::values().len()).map(|_| AtomicU8::new(0)).collect() }
+    pub fn new(model: Arc<CpuModel>, policy: Policy) -> Routes {
+        Routes { model, policy, table: (0..Code::values().len()).map(|_| AtomicU8::new(0)).collect() }
     }
 
     fn by_code(&self, code: Code) -> Route {
@@ -145,15 +96,18 @@ impl Routes {
         }
     }
 
-    /// The route of an instruction.
-    pub fn of(&self, iced: &Instruction) -> Route {
-        match self.setting {
-            Setting::Flat => self.flat(iced),
-            Setting::Checked { kernel, native, .. } => checked(iced, self.flat(iced), kernel, native),
-        }
+    /// Does the offered CPU have it?
+    pub(crate) fn supports(&self, code: Code) -> bool {
+        self.model.supports(code)
     }
 
-    fn flat(&self, iced: &Instruction) -> Route {
+    /// The route of an instruction in user code, whatever its operands.
+    pub(crate) fn base(&self, code: Code) -> Route {
+        self.by_code(code)
+    }
+
+    /// The route of an instruction.
+    pub fn of(&self, iced: &Instruction) -> Route {
         let route = self.by_code(iced.code());
         match route {
             // GS is ours while guest code runs.
@@ -168,60 +122,6 @@ impl Routes {
             r => r,
         }
     }
-}
-
-/// What the checked memory model makes of a route: what it cannot do inside the cache is a step.
-fn checked(iced: &Instruction, route: Route, kernel: bool, native: bool) -> Route {
-    if facts(iced.code()).class == Class::Native && !native {
-        return Route::Step;
-    }
-    match route {
-        Route::Copy | Route::CopyAndEnd => checked_copy(iced),
-        Route::JumpIndirect | Route::CallIndirect
-            if iced.op0_kind() == OpKind::Register && iced.op0_register() != Register::RSP =>
-        {
-            route
-        }
-        Route::JumpIndirect | Route::CallIndirect => Route::Step,
-        Route::Step if kernel && iced.code() == Code::Cli => Route::ClearInterrupts,
-        r => r,
-    }
-}
-
-fn checked_copy(iced: &Instruction) -> Route {
-    use Mnemonic as M;
-    match iced.code() {
-        Code::Pushfq => return Route::PushFlags,
-        Code::Popfq => return Route::PopFlags,
-        Code::Push_r64 | Code::Pushq_imm8 | Code::Pushq_imm32 => return Route::Push,
-        Code::Pop_r64 => return Route::Pop,
-        _ => {}
-    }
-    match iced.mnemonic() {
-        M::Lea => return if iced.code() == Code::Lea_r16_m { Route::Step } else { Route::Copy },
-        // CR4 may forbid them, and time has an offset.
-        M::Rdfsbase | M::Wrfsbase | M::Rdtsc | M::Rdtscp => return Route::Step,
-        // A bit offset in a register reaches beyond the operand.
-        M::Bt | M::Bts | M::Btr | M::Btc
-            if iced.op1_kind() == OpKind::Register && iced.op0_kind() == OpKind::Memory =>
-        {
-            return Route::Step;
-        }
-        _ => {}
-    }
-    if facts(iced.code()).class == Class::String || iced.is_stack_instruction() {
-        return Route::Step;
-    }
-    let mut factory = InstructionInfoFactory::new();
-    if factory.info(iced).used_memory().is_empty() {
-        return Route::Copy;
-    }
-    // The host's data pointer would name a host address.
-    let x87 = iced
-        .cpuid_features()
-        .iter()
-        .any(|f| matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387));
-    if !x87 && crate::lower::checked::access(iced).is_some() { Route::Copy } else { Route::Step }
 }
 
 fn is_wide(iced: &Instruction) -> bool {

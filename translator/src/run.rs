@@ -2,13 +2,13 @@
 
 use crate::block::Scratch;
 use crate::cache::{Cache, DEFAULT_SIZE, Entry, Member, Via};
-use crate::checked::Checked;
 use crate::emit::{NO_TRAP, slot};
 use crate::enter::{ABORTED, CAPTURED, MISS};
 use crate::lower::Leave;
 use crate::marks::Registers;
-use crate::route::{Policy, Setting};
+use crate::route::Policy;
 use crate::stats::Stats;
+use crate::system::run::System;
 use crate::{enter, fault};
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::cpu::xsave::component;
@@ -44,7 +44,7 @@ pub struct Translator {
     cache_id: u64,
     pub(crate) scratch: Scratch,
     pub(crate) stats: Stats,
-    pub(crate) checked: Checked,
+    pub(crate) system: Option<Box<System>>,
 }
 
 impl Translator {
@@ -74,7 +74,7 @@ impl Translator {
             cache_id: 0,
             scratch: Scratch::default(),
             stats: Stats::default(),
-            checked: Checked::default(),
+            system: None,
         }
     }
 
@@ -217,11 +217,7 @@ impl Translator {
             ABORTED => None,
             MISS => {
                 self.stats.misses += 1;
-                let target = block.scratch[slot::TARGET].get();
-                if self.cache.setting() != Setting::Flat && !is_canonical(target) {
-                    return Some(Act::Undo(self.cache.rip(block.scratch[slot::SITE].get() as u32)));
-                }
-                self.cpu.rip = target;
+                self.cpu.rip = block.scratch[slot::TARGET].get();
                 *via = Via::Indirect;
                 None
             }
@@ -273,7 +269,7 @@ impl Translator {
                 let next_rip = self.cpu.rip.wrapping_add(u64::from(len));
                 return Some(Exit::Intercept { what: Intercepts::SYSCALL, next_rip, vector: 0 });
             }
-            Act::Syscall(_) | Act::Step | Act::Undo(_) => self.step(board),
+            Act::Syscall(_) | Act::Step => self.step(board),
             Act::Trap { vector, error, address } => self.trap(board, vector, error, address),
         };
         (exit != Exit::Budget).then_some(exit)
@@ -340,8 +336,6 @@ pub(crate) enum Act {
     Again,
     Syscall(u8),
     Step,
-    /// The branch at this address, of a guest in the checked memory model, went nowhere.
-    Undo(u64),
     Trap {
         vector: u8,
         error: u16,
@@ -361,9 +355,6 @@ impl Registers for Mend<'_> {
     fn set_gpr(&mut self, r: Gpr, v: u64) {
         self.cpu.gpr[r as usize] = v;
     }
-    fn set_status(&mut self, v: u64) {
-        self.cpu.rflags.replace(Rflags::STATUS, Rflags::from_bits_retain(v));
-    }
     fn slot(&self, i: usize) -> u64 {
         self.block.scratch[i].get()
     }
@@ -372,7 +363,7 @@ impl Registers for Mend<'_> {
 impl Vcpu for Translator {
     fn run(&mut self, board: Board<'_>, budget: u64) -> Exit {
         if let Some(ram) = board.mem.ram() {
-            self.run_checked(board, ram, budget)
+            self.run_system(board, ram, budget)
         } else if matches!(budget, 1 | u64::MAX) {
             self.run_flat(board, budget == 1)
         } else {

@@ -5,10 +5,8 @@ use crate::code_buffer::{CodeBuffer, TABLE_ENTRIES};
 use crate::emit::Emitter;
 use crate::exits::{Exits, MAX_EXITS, Place};
 use crate::index::Index;
-use crate::lower::memory::MemoryModel;
 use crate::lower::{Landing, Leave, Surroundings, Unit, emit_landing, emit_trampolines, lower};
 use crate::marks::{self, Mark, Registers};
-use crate::route::Setting;
 use crate::stats::CacheStats;
 use bivisor_emulator::isa::Gpr;
 use bivisor_emulator::mem::PAGE_SIZE;
@@ -63,7 +61,6 @@ pub struct Store {
     exits_used: u32,
     miss: u32,
     keep: (usize, usize),
-    setting: Setting,
     /// Reused.
     unit: Unit,
     pub(crate) stats: CacheStats,
@@ -71,7 +68,7 @@ pub struct Store {
 
 impl Store {
     /// With the trampolines alone.
-    pub fn new(mut buffer: CodeBuffer, setting: Setting) -> Store {
+    pub fn new(mut buffer: CodeBuffer) -> Store {
         let mut e = Emitter::new(buffer.base());
         let mut marks = Vec::new();
         let miss = emit_trampolines(&mut e, &mut marks);
@@ -89,7 +86,6 @@ impl Store {
             exits_used: 0,
             miss: miss as u32,
             keep,
-            setting,
             unit: Unit::default(),
             stats: CacheStats::default(),
         };
@@ -128,8 +124,7 @@ impl Store {
 
     /// Lowers a block and adds it; gives its number and the code offset of its body.
     pub fn insert(&mut self, exits: &Exits, block: &GuestBlock, landing: bool) -> (u32, u32) {
-        let linked = !self.setting.is_single();
-        self.lower(block, landing && linked, linked);
+        self.lower(block, landing, true);
         let unit = std::mem::take(&mut self.unit);
         let first_exit = self.exits_used;
         let b = self.append(exits, block.start, &unit);
@@ -176,7 +171,6 @@ impl Store {
             exit: base,
             miss: base + u64::from(self.miss),
             known: &known,
-            model: if self.setting == Setting::Flat { MemoryModel::Flat } else { MemoryModel::Checked },
             linked,
         };
         self.unit = lower(block, &around, landing, unit);
@@ -386,7 +380,6 @@ impl Registers for NoRegisters {
         0
     }
     fn set_gpr(&mut self, _r: Gpr, _v: u64) {}
-    fn set_status(&mut self, _v: u64) {}
     fn slot(&self, _i: usize) -> u64 {
         0
     }

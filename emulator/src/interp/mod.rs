@@ -148,6 +148,11 @@ impl Core {
         self.mmu.flush();
     }
 
+    /// Instructions completed so far.
+    pub fn instructions(&self) -> u64 {
+        self.instructions
+    }
+
     /// Exactly one instruction of `cpu`, its exception delivered if it has one: [`Exit::Budget`] if the guest goes on. Neither
     /// interrupts nor kicks are looked at.
     pub fn step(&mut self, cpu: &mut CpuState, board: Board<'_>) -> Exit {

@@ -27,6 +27,7 @@ pub struct Ram {
     epoch: AtomicU64,
     id: Id,
     watched: AtomicBool,
+    watches: AtomicU64,
 }
 
 impl Ram {
@@ -44,6 +45,7 @@ impl Ram {
             epoch: AtomicU64::new(0),
             id: Id::default(),
             watched: AtomicBool::new(false),
+            watches: AtomicU64::new(0),
         })
     }
 
@@ -230,10 +232,28 @@ impl Ram {
 
     /// See [`crate::mem::GuestMemory::watch_code`].
     pub fn watch_code(&self, gpa: u64) {
-        if let Some(page) = self.pages.get((gpa / PAGE_SIZE) as usize) {
+        if let Some(page) = self.pages.get((gpa / PAGE_SIZE) as usize)
+            && page.load(Ordering::Relaxed) & CODE == 0
+        {
             page.fetch_or(CODE, Ordering::Relaxed);
             self.watched.store(true, Ordering::Relaxed);
+            self.watches.fetch_add(1, Ordering::Release);
         }
+    }
+
+    /// Nobody wants to hear of writes to the page any more; whoever still has code of it finds it stale.
+    pub fn unwatch_code(&self, gpa: u64) {
+        if let Some(page) = self.pages.get((gpa / PAGE_SIZE) as usize)
+            && page.fetch_and(!CODE, Ordering::Relaxed) & CODE != 0
+        {
+            page.fetch_add(GENERATION, Ordering::Relaxed);
+            self.epoch.fetch_add(1, Ordering::Release);
+        }
+    }
+
+    /// Raised whenever stores to another page begin to need care because code was cached from it.
+    pub fn watches(&self) -> u64 {
+        self.watches.load(Ordering::Acquire)
     }
 
     /// See [`crate::mem::GuestMemory::epoch_cell`].
@@ -288,6 +308,20 @@ mod tests {
         ram.store(4, Width::B, 1);
         ram.store(4, Width::B, 1);
         assert_eq!((ram.code_epoch(), ram.code_generation(0), ram.code_generation(PAGE_SIZE)), (epoch + 2, 2, 0));
+    }
+
+    #[test]
+    fn a_page_can_be_watched_no_more() {
+        let ram = Ram::new(2 * PAGE_SIZE).expect("8 KiB");
+        ram.watch_code(PAGE_SIZE);
+        ram.watch_code(PAGE_SIZE + 8);
+        assert_eq!(ram.watches(), 1, "once for a page");
+        let (epoch, generation) = (ram.code_epoch(), ram.code_generation(PAGE_SIZE));
+        ram.unwatch_code(PAGE_SIZE);
+        assert!(ram.code_epoch() != epoch && ram.code_generation(PAGE_SIZE) != generation);
+        assert!(!ram.store_needs_care(PAGE_SIZE));
+        ram.watch_code(PAGE_SIZE);
+        assert_eq!(ram.watches(), 2);
     }
 
     #[test]

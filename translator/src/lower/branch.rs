@@ -11,8 +11,8 @@
 use crate::block::Item;
 use crate::emit::{Emitter, TABLE, gs, slot};
 use crate::enter::MISS;
-use crate::lower::memory::{MemoryModel, load_target};
-use crate::lower::{Leave, Lowering, attempt, stack};
+use crate::lower::memory::load_target;
+use crate::lower::{Leave, Lowering};
 use crate::marks::{Mark, Saved, What};
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::ConditionCode;
@@ -104,15 +104,7 @@ pub(crate) fn call(l: &mut Lowering<'_>, item: &Item) -> bool {
     let to = item.iced.near_branch_target();
     let back = l.block.next_rip(item);
     l.mark(What::At(item.at));
-    if l.around.model == MemoryModel::Checked {
-        if !attempt(l, item, |l| stack::push_return(l, item, back)) {
-            l.leave(Leave::Step(l.block.rip(item)));
-            return false;
-        }
-        dynasm!(l.e; .arch x64; lea rsp, [rsp - 8]);
-    } else {
-        push_constant(l, back);
-    }
+    push_constant(l, back);
     let id = l.around.first_exit + l.exits.len() as u32;
     l.mark(What::Exit(id));
     l.link(&[0xe9], to);
@@ -123,11 +115,6 @@ pub(crate) fn call(l: &mut Lowering<'_>, item: &Item) -> bool {
 fn begin(l: &mut Lowering<'_>, item: &Item) {
     let (s_rcx, s_r11) = (gs(slot::RCX), gs(slot::R11));
     l.mark(What::At(item.at));
-    if l.around.model == MemoryModel::Checked {
-        let site = gs(slot::SITE);
-        let id = l.exit(Leave::Step(l.block.rip(item)), usize::MAX, None);
-        dynasm!(l.e; .arch x64; gs mov DWORD [site], id as i32);
-    }
     dynasm!(l.e
         ; .arch x64
         ; gs mov [s_rcx], rcx
@@ -154,9 +141,6 @@ fn dispatch(l: &mut Lowering<'_>) {
 
 /// JMP or CALL through a register or memory.
 pub(crate) fn indirect(l: &mut Lowering<'_>, item: &Item) -> bool {
-    if l.around.model == MemoryModel::Checked {
-        return checked_indirect(l, item);
-    }
     let start = (l.e.len(), l.marks.len());
     begin(l, item);
     if !load_target(l, item) {
@@ -174,41 +158,8 @@ pub(crate) fn indirect(l: &mut Lowering<'_>, item: &Item) -> bool {
     false
 }
 
-/// JMP or CALL through a register, with a pushed return address that goes through the inline TLB.
-fn checked_indirect(l: &mut Lowering<'_>, item: &Item) -> bool {
-    let back = l.block.next_rip(item);
-    let call = item.route == crate::route::Route::CallIndirect;
-    let done = attempt(l, item, |l| {
-        if call && !stack::push_return(l, item, back) {
-            return false;
-        }
-        begin(l, item);
-        load_target(l, item)
-    });
-    if !done {
-        l.leave(Leave::Step(l.block.rip(item)));
-        return false;
-    }
-    if call {
-        l.mark(What::Undo(item.at, Saved::Rcx));
-        dynasm!(l.e; .arch x64; lea rsp, [rsp - 8]);
-    }
-    dispatch(l);
-    false
-}
-
 /// RET, RET n.
 pub(crate) fn ret(l: &mut Lowering<'_>, item: &Item) -> bool {
-    if l.around.model == MemoryModel::Checked {
-        if !attempt(l, item, |l| stack::pop_return(l, item)) {
-            l.leave(Leave::Step(l.block.rip(item)));
-            return false;
-        }
-        let n = if item.iced.op_count() == 0 { 8 } else { i32::from(item.iced.immediate16()) + 8 };
-        dynasm!(l.e; .arch x64; lea rsp, [rsp + n]);
-        dispatch(l);
-        return false;
-    }
     begin(l, item);
     let n = if item.iced.op_count() == 0 { 8 } else { i32::from(item.iced.immediate16()) + 8 };
     dynasm!(l.e; .arch x64; mov rcx, [rsp]);

@@ -15,16 +15,6 @@ use bivisor_emulator::isa::{Gpr, Width};
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Code, Decoder, DecoderOptions, Encoder, InstructionInfoFactory, Mnemonic, OpKind, Register};
 
-/// How guest addresses become host addresses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
-pub enum MemoryModel {
-    /// Guest address = host address: a Linux process.
-    #[default]
-    Flat,
-    /// Guest RAM behind an inline TLB.
-    Checked,
-}
-
 /// May the instruction's bytes be copied as they are?
 pub(crate) fn can_stay(_l: &Lowering<'_>, item: &Item) -> bool {
     !item.iced.is_ip_rel_memory_operand()

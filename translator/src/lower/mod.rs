@@ -4,18 +4,14 @@
 //! optional *landing* (the way in for indirect branches), the body, the stubs of its exits, and constants.
 
 mod branch;
-pub(crate) mod checked;
 mod copy;
 pub mod memory;
-pub mod stack;
 
-use crate::block::{GuestBlock, Item};
+use crate::block::GuestBlock;
 use crate::emit::{Emitter, gs, slot};
 use crate::marks::{Mark, What};
 use crate::route::Route;
-use bivisor_emulator::isa::Gpr;
 use dynasmrt::{DynasmApi, dynasm};
-use memory::MemoryModel;
 
 pub use branch::{Landing, emit_landing, emit_trampolines};
 
@@ -57,8 +53,6 @@ pub struct Surroundings<'a> {
     pub miss: u64,
     /// The body of the live block at a guest address.
     pub known: &'a dyn Fn(u64) -> Option<u64>,
-    /// How memory operands are emitted.
-    pub model: MemoryModel,
     /// Jumps may lead straight to translated code; otherwise every one leaves.
     pub linked: bool,
 }
@@ -96,10 +90,6 @@ pub(crate) struct Lowering<'a> {
     pub body: u64,
     /// May the jumps that close a loop be short ones?
     pub short: bool,
-    /// Probes of the inline TLB.
-    pub misses: Vec<checked::Miss>,
-    /// POPFs that may need a step: where they jump, and their two borrowed registers.
-    pub declined: Vec<(usize, Item, Gpr, Gpr)>,
 }
 
 impl Lowering<'_> {
@@ -214,24 +204,6 @@ impl Lowering<'_> {
     }
 }
 
-/// What `emit` could not emit to its end leaves no trace.
-pub(crate) fn attempt(l: &mut Lowering<'_>, _item: &Item, emit: impl FnOnce(&mut Lowering<'_>) -> bool) -> bool {
-    let before = (l.e.len(), l.marks.len(), l.misses.len(), l.declined.len(), l.constants.len());
-    let last = l.marks.last().copied();
-    if emit(l) {
-        return true;
-    }
-    l.e.bytes.truncate(before.0);
-    l.marks.truncate(before.1);
-    if let (Some(mark), Some(old)) = (l.marks.last_mut(), last) {
-        *mark = old;
-    }
-    l.misses.truncate(before.2);
-    l.declined.truncate(before.3);
-    l.constants.truncate(before.4);
-    false
-}
-
 /// Lowers `block`; with a landing if it is the target of an indirect branch. The vectors of `old` are used again.
 pub fn lower(block: &GuestBlock, around: &Surroundings<'_>, landing: bool, old: Unit) -> Unit {
     match attempt_lower(block, around, landing, true, old) {
@@ -260,8 +232,6 @@ fn attempt_lower(
         around,
         body: around.at,
         short,
-        misses: Vec::new(),
-        declined: Vec::new(),
     };
     let landing = landing.then(|| emit_landing(&mut l.e, &mut l.marks, block.start, around.miss));
     if around.linked && block.is_loop() {
@@ -289,19 +259,6 @@ fn attempt_lower(
                     l.leave(Leave::Step(block.rip(item)));
                 }
                 copied
-            }
-            Route::Push | Route::Pop | Route::PushFlags | Route::PopFlags | Route::ClearInterrupts => {
-                let done = attempt(&mut l, item, |l| match item.route {
-                    Route::Push => stack::push(l, item),
-                    Route::Pop => stack::pop(l, item),
-                    Route::PushFlags => stack::push_flags(l, item),
-                    Route::PopFlags => stack::pop_flags(l, item),
-                    _ => stack::clear_interrupts(l, item),
-                });
-                if !done {
-                    l.leave(Leave::Step(block.rip(item)));
-                }
-                done
             }
             Route::Conditional => {
                 branch::conditional(&mut l, item);
@@ -333,8 +290,6 @@ fn attempt_lower(
         l.mark(What::At(end as u16));
         l.link(&[0xe9], next);
     }
-    checked::emit_misses(&mut l);
-    stack::emit_declined(&mut l);
     let done = l.finish();
     let unit = Unit {
         code: l.e.bytes,

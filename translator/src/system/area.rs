@@ -1,0 +1,158 @@
+//! Memory that generated code of the system mode reaches through GS: slots, the inline TLB, the map of code pages, the cache of
+//! branch targets.
+//!
+//! It is mapped twice: once for Rust, once behind the thread block of the thread that runs the virtual CPU.
+#![allow(unsafe_code)]
+
+use bivisor_emulator::host::thread::{ENGINE_AREA_OFFSET, ENGINE_AREA_SIZE, ThreadBlock};
+use std::io::{Error, Result};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+/// Offsets in the area.
+pub mod at {
+    /// The inline TLBs: see [`super::super::tlb`].
+    pub const TLB: usize = 0;
+    /// The map of code pages: a 32-bit number each.
+    pub const CELLS: usize = 0x6000;
+    /// The slots.
+    pub const SLOTS: usize = 0x7000;
+    /// The guest's values of borrowed registers, by register.
+    pub const SPILL: usize = SLOTS;
+    /// The guest's status flags: AH as LAHF gives it, AL the overflow flag.
+    pub const STATUS: usize = SLOTS + 0x80;
+    /// Why the code was left: a number of an exit or a code of [`super::super::enter`].
+    pub const EXIT: usize = SLOTS + 0x88;
+    /// Where an indirect branch goes: host address.
+    pub const TARGET: usize = SLOTS + 0x90;
+    /// A value for one instruction.
+    pub const TEMP: usize = SLOTS + 0x98;
+    /// FS base.
+    pub const FS_BASE: usize = SLOTS + 0xa0;
+    /// GS base.
+    pub const GS_BASE: usize = SLOTS + 0xa8;
+    /// RFLAGS but for the status flags and IF.
+    pub const FLAGS: usize = SLOTS + 0xb0;
+    /// RFLAGS.IF in its place.
+    pub const INTERRUPTS: usize = SLOTS + 0x118;
+    /// RFLAGS.IF in its place if an interrupt waits for it, else 0.
+    pub const PENDING: usize = SLOTS + 0xb8;
+    /// The host's RSP.
+    pub const HOST_RSP: usize = SLOTS + 0xc0;
+    /// Address of the `CpuState`.
+    pub const CPU: usize = SLOTS + 0xc8;
+    /// The status flags on the way out.
+    pub const EXIT_STATUS: usize = SLOTS + 0xd0;
+    /// Where to go in.
+    pub const ENTRY: usize = SLOTS + 0xd8;
+    /// RBX on the way out.
+    pub const RBX: usize = SLOTS + 0xe0;
+    /// Where the vector registers are: 0 in the XSAVE image, 1 in [`VECTORS`] and the host's registers.
+    pub const VECTORS_AT: usize = SLOTS + 0xe8;
+    /// The guest's MXCSR, if not in the image.
+    pub const GUEST_MXCSR: usize = SLOTS + 0xf0;
+    /// MXCSR of Rust code.
+    pub const HOST_MXCSR: usize = SLOTS + 0xf8;
+    /// State components of the host.
+    pub const COMPONENTS: usize = SLOTS + 0x100;
+    /// What the host CPU has: see [`super::super::enter`].
+    pub const HOST_FLAGS: usize = SLOTS + 0x108;
+    /// TSC offset.
+    pub const TSC_OFFSET: usize = SLOTS + 0x110;
+    /// XMM0 to XMM15.
+    pub const VECTORS: usize = SLOTS + 0x200;
+    /// An XSAVE header that says: all initial.
+    pub const INITIAL: usize = SLOTS + 0x400;
+    /// Caches of branch targets, one for each mode.
+    pub const TARGETS: usize = 0x10000;
+}
+
+/// Entries of the map of code pages.
+pub const CELLS: usize = 1024;
+/// Caches of branch targets.
+pub const TABLES: usize = 16;
+/// Entries of each; 16 bytes: guest address, host address.
+pub const TARGETS: usize = 1024;
+/// Bytes of each.
+pub const TABLE_SIZE: usize = TARGETS * 16;
+const _: () = assert!(at::TARGETS + TABLES * TABLE_SIZE <= ENGINE_AREA_SIZE);
+const _: () = assert!(at::INITIAL + 1024 <= at::TARGETS);
+
+/// Offset from GS base of an offset in the area.
+pub const fn gs(offset: usize) -> i32 {
+    (ENGINE_AREA_OFFSET + offset) as i32
+}
+
+/// The area of one virtual CPU.
+pub struct Area {
+    base: *mut u8,
+}
+
+// SAFETY: plain memory owned by this value, accessed as atomics.
+unsafe impl Send for Area {}
+
+impl Area {
+    /// All zeros.
+    ///
+    /// # Errors
+    /// The host's, if it has no memory.
+    pub fn new() -> Result<Area> {
+        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a fresh mapping.
+        let p = unsafe { libc::mmap(std::ptr::null_mut(), ENGINE_AREA_SIZE, prot, flags, -1, 0) };
+        if p == libc::MAP_FAILED { Err(Error::last_os_error()) } else { Ok(Area { base: p.cast() }) }
+    }
+
+    /// Maps it behind the calling thread's block.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn map(&self, block: &ThreadBlock) -> Result<()> {
+        let to = (block.this as usize + ENGINE_AREA_OFFSET) as *mut libc::c_void;
+        // SAFETY: the area behind the block is reserved for this. An old size of 0 makes a second mapping of a shared one (mremap(2)).
+        let p = unsafe {
+            libc::mremap(self.base.cast(), 0, ENGINE_AREA_SIZE, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, to)
+        };
+        if p == libc::MAP_FAILED { Err(Error::last_os_error()) } else { Ok(()) }
+    }
+
+    fn word(&self, offset: usize) -> &AtomicU64 {
+        assert!(offset.is_multiple_of(8) && offset < ENGINE_AREA_SIZE, "no such word");
+        // SAFETY: in range and aligned; the memory is only accessed as atomics and by generated code of the same thread.
+        unsafe { &*self.base.add(offset).cast::<AtomicU64>() }
+    }
+
+    /// Reads eight bytes.
+    #[inline]
+    pub fn get(&self, offset: usize) -> u64 {
+        self.word(offset).load(Ordering::Relaxed)
+    }
+
+    /// Writes eight bytes.
+    #[inline]
+    pub fn set(&self, offset: usize, v: u64) {
+        self.word(offset).store(v, Ordering::Relaxed);
+    }
+
+    /// Writes four bytes.
+    #[inline]
+    pub fn set_u32(&self, offset: usize, v: u32) {
+        assert!(offset.is_multiple_of(4) && offset < ENGINE_AREA_SIZE, "no such word");
+        // SAFETY: as for `word`.
+        unsafe { &*self.base.add(offset).cast::<AtomicU32>() }.store(v, Ordering::Relaxed);
+    }
+
+    /// Fills a range of whole words with a byte.
+    pub fn fill(&self, range: std::ops::Range<usize>, byte: u8) {
+        assert!(range.start <= range.end && range.end <= ENGINE_AREA_SIZE, "outside of the area");
+        // SAFETY: in range; no reference to it exists, and the thread that runs generated code is this one.
+        unsafe { self.base.add(range.start).write_bytes(byte, range.len()) };
+    }
+}
+
+impl Drop for Area {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping; the other one is the thread block's.
+        unsafe { libc::munmap(self.base.cast(), ENGINE_AREA_SIZE) };
+    }
+}

@@ -1,0 +1,567 @@
+//! A guest block of the system mode: a run of instructions inside one page (its last may reach into the next one), and what lowering
+//! wants to know of each.
+
+use crate::route::{Route, Routes};
+use crate::system::Mode;
+use bivisor_emulator::isa::{Class, Gpr, MAX_INSN_LEN, Sensitivity, facts};
+use bivisor_emulator::mem::{PAGE_SIZE, Ram};
+use iced_x86::{
+    Code, CpuidFeature, Decoder, DecoderOptions, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
+    OpKind, Register, RflagsBits,
+};
+
+/// Most instructions in a block.
+pub const MAX_INSNS: usize = 48;
+/// Most conditional branches in a block.
+const MAX_BRANCHES: usize = 4;
+
+/// All status flags, as iced numbers them.
+pub const STATUS: u8 =
+    (RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF) as u8;
+
+/// How an instruction is lowered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Copied.
+    Plain,
+    /// Copied, its memory operand through the TLB.
+    Memory,
+    /// LEA of a constant.
+    Constant(u64),
+    /// PUSH of a register or a constant.
+    Push,
+    /// PUSH of memory.
+    PushMemory,
+    /// POP of a register.
+    Pop,
+    /// LEAVE.
+    Leave,
+    /// PUSHFQ.
+    PushFlags,
+    /// POPFQ.
+    PopFlags,
+    /// CLI at CPL 0.
+    Cli,
+    /// STI at CPL 0.
+    Sti,
+    /// Nothing to do.
+    Nop,
+    /// Jcc.
+    Conditional,
+    /// LOOP, LOOPcc, JrCXZ.
+    Counted,
+    /// JMP to a constant.
+    Jump,
+    /// CALL of a constant.
+    Call,
+    /// JMP through a register or memory.
+    JumpIndirect,
+    /// CALL through a register or memory.
+    CallIndirect,
+    /// RET; bytes it drops besides.
+    Return(u16),
+    /// One step of the interpreter.
+    Step,
+}
+
+impl Way {
+    /// Does nothing follow it in the block?
+    pub fn ends(self) -> bool {
+        matches!(
+            self,
+            Way::Jump | Way::Call | Way::JumpIndirect | Way::CallIndirect | Way::Return(_) | Way::Step | Way::Counted
+        )
+    }
+}
+
+/// What a memory operand is relative to besides registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Segment {
+    /// Base 0.
+    Flat,
+    /// FS.
+    Fs,
+    /// GS.
+    Gs,
+}
+
+/// A memory access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Access {
+    /// Base register.
+    pub base: Option<Gpr>,
+    /// Index register and scale.
+    pub index: Option<(Gpr, u8)>,
+    /// Displacement; the address if there are no registers.
+    pub disp: i64,
+    /// Segment.
+    pub segment: Segment,
+    /// Addresses have 32 bits.
+    pub narrow: bool,
+    /// Bytes.
+    pub len: u8,
+    /// A store, or a load and a store.
+    pub write: bool,
+}
+
+impl Access {
+    fn stack(disp: i64, write: bool) -> Access {
+        Access { base: Some(Gpr::Rsp), index: None, disp, segment: Segment::Flat, narrow: false, len: 8, write }
+    }
+
+    /// Is it a base register and a displacement, and nothing else?
+    pub fn based(&self) -> Option<Gpr> {
+        (self.index.is_none() && self.segment == Segment::Flat && !self.narrow).then_some(self.base).flatten()
+    }
+
+    /// Its address, if that is known.
+    pub fn constant(&self) -> Option<u64> {
+        let known = self.base.is_none() && self.index.is_none() && self.segment == Segment::Flat;
+        known.then_some(self.disp as u64)
+    }
+
+    /// The linear address of its first byte.
+    pub fn address(&self, gpr: impl Fn(Gpr) -> u64, fs: u64, gs: u64) -> u64 {
+        let base = self.base.map_or(0, &gpr);
+        let index = self.index.map_or(0, |(r, scale)| gpr(r).wrapping_mul(u64::from(scale)));
+        let mut at = base.wrapping_add(index).wrapping_add(self.disp as u64);
+        if self.narrow {
+            at &= 0xffff_ffff;
+        }
+        match self.segment {
+            Segment::Flat => at,
+            Segment::Fs => at.wrapping_add(fs),
+            Segment::Gs => at.wrapping_add(gs),
+        }
+    }
+}
+
+/// One instruction.
+#[derive(Clone, Copy, Debug)]
+pub struct Item {
+    /// As decoded at its address.
+    pub iced: Instruction,
+    /// Its distance from the start of the block.
+    pub at: u16,
+    /// Its length.
+    pub len: u8,
+    /// How it is lowered.
+    pub way: Way,
+    /// Its access, if it has exactly one that is done in the cache.
+    pub access: Option<Access>,
+    /// Registers it names, by number.
+    pub uses: u16,
+    /// Those whose value it needs.
+    pub reads: u16,
+    /// Those it changes.
+    pub writes: u16,
+    /// A register that only has a constant added.
+    pub adds: Option<(Gpr, i64)>,
+    /// Status flags it depends on.
+    pub flags_in: u8,
+    /// Status flags it sets.
+    pub flags_out: u8,
+    /// Status flags that matter after it.
+    pub live: u8,
+    /// Does its encoding exclude REX (AH to BH)?
+    pub high: bool,
+}
+
+/// Decoded guest code.
+#[derive(Clone, Debug)]
+pub struct GuestBlock {
+    /// Linear address of the first instruction.
+    pub start: u64,
+    /// Mode it is for.
+    pub mode: Mode,
+    /// The instructions.
+    pub items: Vec<Item>,
+    /// Their bytes.
+    pub bytes: Vec<u8>,
+    /// No status flag matters at its start.
+    pub flags_dead: bool,
+}
+
+impl GuestBlock {
+    /// Address of an instruction.
+    pub fn rip(&self, i: &Item) -> u64 {
+        self.start.wrapping_add(u64::from(i.at))
+    }
+
+    /// Address after an instruction.
+    pub fn next(&self, i: &Item) -> u64 {
+        self.rip(i).wrapping_add(u64::from(i.len))
+    }
+
+    /// An instruction's bytes.
+    pub fn code(&self, i: &Item) -> &[u8] {
+        &self.bytes[usize::from(i.at)..][..usize::from(i.len)]
+    }
+}
+
+/// Where code is.
+pub struct Source<'a> {
+    /// Memory.
+    pub ram: &'a Ram,
+    /// Guest-physical address of the first byte.
+    pub gpa: u64,
+    /// Guest-physical address of the page that follows in linear memory, if it is needed and there.
+    pub next: &'a mut dyn FnMut() -> Option<u64>,
+}
+
+/// Decodes the block at `start`; `None` if its first instruction cannot be. The second value: it reaches into the next page.
+pub fn decode(
+    source: &mut Source<'_>,
+    start: u64,
+    mode: Mode,
+    routes: &Routes,
+    most: usize,
+) -> Option<(GuestBlock, bool)> {
+    let rest = (PAGE_SIZE - start % PAGE_SIZE) as usize;
+    let mut bytes = vec![0; rest.min(256)];
+    source.ram.read(source.gpa, &mut bytes)?;
+    let mut items: Vec<Item> = Vec::with_capacity(16);
+    let mut factory = InstructionInfoFactory::new();
+    let (mut at, mut branches, mut crossing) = (0, 0, false);
+    while items.len() < most && branches < MAX_BRANCHES {
+        let mut decoder = Decoder::with_ip(64, &bytes[at..], start.wrapping_add(at as u64), DecoderOptions::NONE);
+        let mut iced = Instruction::default();
+        decoder.decode_out(&mut iced);
+        if iced.is_invalid() {
+            // Only a block's first instruction may cross the end of the page.
+            if !items.is_empty() || crossing || bytes.len() >= MAX_INSN_LEN || bytes.len() != rest {
+                break;
+            }
+            let next = (source.next)()?;
+            let old = bytes.len();
+            bytes.resize(MAX_INSN_LEN, 0);
+            source.ram.read(next, &mut bytes[old..])?;
+            crossing = true;
+            continue;
+        }
+        let item = item(&iced, at, mode, routes, &mut factory);
+        at += iced.len();
+        items.push(item);
+        branches += usize::from(item.way == Way::Conditional);
+        if item.way.ends() || crossing {
+            break;
+        }
+    }
+    bytes.truncate(at);
+    let mut live = STATUS;
+    for i in items.iter_mut().rev() {
+        i.live = live;
+        let leaves = !matches!(
+            i.way,
+            Way::Plain
+                | Way::Memory
+                | Way::Constant(_)
+                | Way::Nop
+                | Way::Push
+                | Way::Pop
+                | Way::Leave
+                | Way::PushMemory
+        );
+        live = if leaves { STATUS } else { live & !i.flags_out | i.flags_in };
+    }
+    let flags_dead = live == 0;
+    (!items.is_empty()).then_some((GuestBlock { start, mode, items, bytes, flags_dead }, crossing))
+}
+
+fn item(iced: &Instruction, at: usize, mode: Mode, routes: &Routes, factory: &mut InstructionInfoFactory) -> Item {
+    let (mut uses, mut reads, mut writes, mut high) = (0u16, 0u16, 0u16, false);
+    let info = factory.info(iced);
+    for u in info.used_registers() {
+        let r = u.register();
+        let Some(g) = Gpr::from_iced(r) else { continue };
+        let bit = 1 << g as u16;
+        uses |= bit;
+        high |= matches!(r, Register::AH | Register::BH | Register::CH | Register::DH);
+        let whole = r.is_gpr64() || r.is_gpr32();
+        match u.access() {
+            OpAccess::Write if whole => writes |= bit,
+            OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite => {
+                reads |= bit;
+                writes |= bit;
+            }
+            _ => reads |= bit,
+        }
+    }
+    let (mut flags_in, flags_out) = flags(iced);
+    let mut way = way(iced, mode, routes);
+    let mut access = None;
+    match way {
+        Way::Memory | Way::PushMemory => {
+            let explicit = operand(iced, factory);
+            match explicit {
+                Some(a) if way == Way::PushMemory && a.write => way = Way::Step,
+                Some(a) => access = Some(a),
+                None => way = Way::Step,
+            }
+        }
+        Way::JumpIndirect | Way::CallIndirect if iced.op0_kind() == OpKind::Memory => {
+            match operand_of(iced, 8, false) {
+                Some(a) => access = Some(a),
+                None => way = Way::Step,
+            }
+        }
+        Way::Push | Way::PushFlags => access = Some(Access::stack(-8, true)),
+        Way::Pop | Way::PopFlags | Way::Return(_) => access = Some(Access::stack(0, false)),
+        Way::Leave => {
+            access = Some(Access { base: Some(Gpr::Rbp), ..Access::stack(0, false) });
+        }
+        _ => {}
+    }
+    if way == Way::Step {
+        flags_in = STATUS;
+    }
+    let adds = match way {
+        Way::Push | Way::PushFlags | Way::PushMemory => Some((Gpr::Rsp, -8)),
+        Way::Pop if iced.op0_register() != Register::RSP => Some((Gpr::Rsp, 8)),
+        Way::PopFlags => Some((Gpr::Rsp, 8)),
+        Way::Plain => constant_add(iced),
+        _ => None,
+    };
+    Item {
+        iced: *iced,
+        at: at as u16,
+        len: iced.len() as u8,
+        way,
+        access,
+        uses,
+        reads,
+        writes,
+        adds,
+        flags_in,
+        flags_out,
+        live: STATUS,
+        high,
+    }
+}
+
+/// ADD, SUB, LEA, INC and DEC of one 64-bit register by a constant.
+fn constant_add(iced: &Instruction) -> Option<(Gpr, i64)> {
+    let r = iced.op0_register();
+    if iced.op_count() == 0 || iced.op0_kind() != OpKind::Register || !r.is_gpr64() {
+        return None;
+    }
+    let g = Gpr::from_iced(r)?;
+    let immediate = || {
+        let kind = iced.op1_kind();
+        matches!(kind, OpKind::Immediate8to64 | OpKind::Immediate32to64).then(|| iced.immediate(1) as i64)
+    };
+    let n = match iced.mnemonic() {
+        Mnemonic::Add => immediate()?,
+        Mnemonic::Sub => -immediate()?,
+        Mnemonic::Inc => 1,
+        Mnemonic::Dec => -1,
+        Mnemonic::Lea if iced.memory_base() == r && iced.memory_index() == Register::None => {
+            iced.memory_displacement64() as i64
+        }
+        _ => return None,
+    };
+    i32::try_from(n).is_ok().then_some((g, n))
+}
+
+/// Status flags an instruction depends on and sets. What the manual leaves undefined may be what it was before.
+fn flags(iced: &Instruction) -> (u8, u8) {
+    let read = iced.rflags_read() as u8 & STATUS;
+    let set = iced.rflags_modified() as u8 & STATUS;
+    let undefined = iced.rflags_undefined() as u8 & STATUS;
+    match iced.mnemonic() {
+        Mnemonic::Shl | Mnemonic::Shr | Mnemonic::Sar | Mnemonic::Sal if iced.op1_kind() == OpKind::Immediate8 => {
+            (read, set)
+        }
+        // A count of zero changes nothing.
+        Mnemonic::Shl
+        | Mnemonic::Shr
+        | Mnemonic::Sar
+        | Mnemonic::Sal
+        | Mnemonic::Rol
+        | Mnemonic::Ror
+        | Mnemonic::Rcl
+        | Mnemonic::Rcr
+        | Mnemonic::Shld
+        | Mnemonic::Shrd => (STATUS, set),
+        Mnemonic::And | Mnemonic::Or | Mnemonic::Xor | Mnemonic::Test => (read, set),
+        _ => (read | undefined, set),
+    }
+}
+
+/// The explicit memory operand as an access of this length.
+fn operand_of(iced: &Instruction, len: u8, write: bool) -> Option<Access> {
+    let gpr = |r: Register| if r == Register::None { Some(None) } else { Gpr::from_iced(r).map(Some) };
+    let segment = match iced.memory_segment() {
+        Register::FS => Segment::Fs,
+        Register::GS => Segment::Gs,
+        _ => Segment::Flat,
+    };
+    if iced.is_ip_rel_memory_operand() {
+        let disp = iced.ip_rel_memory_address() as i64;
+        let a = Access { base: None, index: None, disp, segment, narrow: false, len, write };
+        return Some(a);
+    }
+    let (base, index) = (gpr(iced.memory_base())?, gpr(iced.memory_index())?);
+    let narrow = iced.memory_base().is_gpr32()
+        || iced.memory_index().is_gpr32()
+        || base.is_none() && index.is_none() && iced.memory_displ_size() == 4;
+    let index = index.map(|r| (r, iced.memory_index_scale() as u8));
+    let mut disp = iced.memory_displacement64() as i64;
+    if narrow && base.is_none() && index.is_none() {
+        disp &= 0xffff_ffff;
+    }
+    Some(Access { base, index, disp, segment, narrow, len, write })
+}
+
+/// The one access of an instruction with a memory operand; `None` if there is none, or more.
+fn operand(iced: &Instruction, factory: &mut InstructionInfoFactory) -> Option<Access> {
+    let len = iced.memory_size().size();
+    let info = factory.info(iced);
+    let mut explicit = info.used_memory().iter().filter(|m| {
+        // PUSH has the stack besides.
+        !(iced.is_stack_instruction() && m.base() == Register::RSP && m.access() == OpAccess::Write)
+    });
+    let only = explicit.next()?;
+    if explicit.next().is_some() {
+        return None;
+    }
+    let has = (0..iced.op_count()).any(|i| iced.op_kind(i) == OpKind::Memory);
+    let write = match only.access() {
+        OpAccess::Read => false,
+        OpAccess::Write | OpAccess::ReadWrite | OpAccess::ReadCondWrite => true,
+        _ => return None,
+    };
+    let moffs = matches!(
+        iced.code(),
+        Code::Mov_AL_moffs8
+            | Code::Mov_AX_moffs16
+            | Code::Mov_EAX_moffs32
+            | Code::Mov_RAX_moffs64
+            | Code::Mov_moffs8_AL
+            | Code::Mov_moffs16_AX
+            | Code::Mov_moffs32_EAX
+            | Code::Mov_moffs64_RAX
+    );
+    let plain = has && !iced.is_vsib() && !iced.has_op_mask() && !moffs;
+    if !plain || !matches!(len, 1 | 2 | 4 | 6 | 8 | 10 | 16 | 32 | 64) {
+        return None;
+    }
+    operand_of(iced, len as u8, write)
+}
+
+fn is_x87(iced: &Instruction) -> bool {
+    let x87 = |f: &CpuidFeature| matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387);
+    iced.cpuid_features().iter().any(x87)
+}
+
+/// May x87 and SIMD instructions of this encoding run as the mode is?
+fn native(iced: &Instruction, mode: Mode) -> bool {
+    let level = match iced.encoding() {
+        EncodingKind::VEX | EncodingKind::XOP => 2,
+        EncodingKind::EVEX => 3,
+        _ => 1,
+    };
+    // Mask registers have VEX encodings.
+    let mask = |i| iced.op_kind(i) == OpKind::Register && iced.op_register(i).is_k();
+    let level = if (0..iced.op_count()).any(mask) { 3 } else { level };
+    mode.vectors() >= level
+}
+
+fn way(iced: &Instruction, mode: Mode, routes: &Routes) -> Way {
+    let code = iced.code();
+    let kernel = !mode.user();
+    let f = facts(code);
+    if !routes.supports(code) {
+        return Way::Step;
+    }
+    match code {
+        Code::Cli if kernel => return Way::Cli,
+        Code::Sti if kernel => return Way::Sti,
+        Code::Pushfq => return Way::PushFlags,
+        Code::Popfq => return Way::PopFlags,
+        Code::Push_r64 | Code::Pushq_imm8 | Code::Pushq_imm32 => return Way::Push,
+        Code::Push_rm64 if iced.op0_kind() == OpKind::Memory => return Way::PushMemory,
+        Code::Pop_r64 => return Way::Pop,
+        Code::Leaveq => return Way::Leave,
+        Code::Cld if !mode.down() => return Way::Nop,
+        Code::Endbr64 => return Way::Nop,
+        _ => {}
+    }
+    let near = |w| if iced.op0_kind() == OpKind::NearBranch64 { w } else { Way::Step };
+    match routes.base(code) {
+        Route::Conditional => near(Way::Conditional),
+        Route::Counted => near(Way::Counted),
+        Route::Jump => near(Way::Jump),
+        Route::Call => near(Way::Call),
+        Route::JumpIndirect if code == Code::Jmp_rm64 => Way::JumpIndirect,
+        Route::CallIndirect if code == Code::Call_rm64 && iced.op0_register() != Register::RSP => Way::CallIndirect,
+        Route::Return => Way::Return(if iced.op_count() == 0 { 0 } else { iced.immediate16() }),
+        Route::Copy => copied(iced, f.class, mode),
+        _ => Way::Step,
+    }
+}
+
+fn copied(iced: &Instruction, class: Class, mode: Mode) -> Way {
+    if class == Class::Native && !native(iced, mode) {
+        return Way::Step;
+    }
+    if class == Class::String || iced.is_stack_instruction() || facts(iced.code()).sensitivity != Sensitivity::Innocuous
+    {
+        return Way::Step;
+    }
+    let memory = (0..iced.op_count()).any(|i| iced.op_kind(i) == OpKind::Memory);
+    match iced.mnemonic() {
+        Mnemonic::Rdfsbase
+        | Mnemonic::Wrfsbase
+        | Mnemonic::Rdtsc
+        | Mnemonic::Rdtscp
+        | Mnemonic::Std
+        | Mnemonic::Cld => {
+            return Way::Step;
+        }
+        Mnemonic::Lea if iced.is_ip_rel_memory_operand() => {
+            return match iced.code() {
+                Code::Lea_r64_m => Way::Constant(iced.ip_rel_memory_address()),
+                Code::Lea_r32_m => Way::Constant(iced.ip_rel_memory_address() & 0xffff_ffff),
+                _ => Way::Step,
+            };
+        }
+        Mnemonic::Lea => return Way::Plain,
+        // A bit offset in a register reaches beyond the operand.
+        Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
+            if memory && iced.op1_kind() == OpKind::Register =>
+        {
+            return Way::Step;
+        }
+        // No access, but an operand.
+        Mnemonic::Nop
+        | Mnemonic::Prefetcht0
+        | Mnemonic::Prefetcht1
+        | Mnemonic::Prefetcht2
+        | Mnemonic::Prefetchnta
+        | Mnemonic::Prefetchw
+            if memory =>
+        {
+            return Way::Nop;
+        }
+        _ => {}
+    }
+    let implicit = (0..iced.op_count()).any(|i| {
+        matches!(
+            iced.op_kind(i),
+            OpKind::MemorySegSI
+                | OpKind::MemorySegESI
+                | OpKind::MemorySegRSI
+                | OpKind::MemorySegDI
+                | OpKind::MemorySegEDI
+                | OpKind::MemorySegRDI
+                | OpKind::MemoryESDI
+                | OpKind::MemoryESEDI
+                | OpKind::MemoryESRDI
+        )
+    });
+    if implicit || memory && is_x87(iced) {
+        return Way::Step;
+    }
+    if memory { Way::Memory } else { Way::Plain }
+}

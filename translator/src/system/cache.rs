@@ -1,0 +1,519 @@
+//! The code cache of one virtual CPU: blocks by address and mode, the links between them, what stores make stale.
+
+use crate::code_buffer::CodeBuffer;
+use crate::emit::Emitter;
+use crate::route::{Policy, Routes};
+use crate::system::Mode;
+use crate::system::area::{self, Area, at};
+use crate::system::block::{GuestBlock, MAX_INSNS, Source, decode};
+use crate::system::lower::asm::{Assembler, At};
+use crate::system::lower::{Around, Entries, Exit, Flags, Kind, Point, Unit, lower};
+use crate::system::{enter, tlb};
+use bivisor_emulator::cpu::cpuid::CpuModel;
+use bivisor_emulator::isa::Gpr;
+use bivisor_emulator::mem::{PAGE_SIZE, Ram};
+use dynasmrt::{DynasmApi, dynasm};
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// Bytes of code.
+const SIZE: usize = 64 << 20;
+/// More than one block can need.
+const MAX_BLOCK: usize = 64 << 10;
+/// Exits there can be between two flushes.
+const MAX_EXITS: usize = 4 << 20;
+/// How often a jump to another page is made anew because the mapping changed.
+const MOST_LINKS: u8 = 8;
+
+/// What a block is known by: linear address, guest-physical address, mode.
+pub type Key = (u64, u64, Mode);
+
+/// What experience says of a block.
+#[derive(Clone, Copy, Debug, Default)]
+struct Hints {
+    /// Ranges lie in two pages.
+    apart: bool,
+    /// What is loaded from may not be stored to.
+    strict: bool,
+}
+
+/// A translated block.
+#[derive(Debug)]
+pub struct Block {
+    /// Linear address.
+    pub rip: u64,
+    /// Guest-physical address.
+    pub gpa: u64,
+    /// Mode.
+    pub mode: Mode,
+    /// Guest-physical pages its bytes are in, and its length.
+    pages: [u64; 2],
+    len: u16,
+    /// Code offsets.
+    at: u32,
+    end: u32,
+    /// The ways in, as code offsets.
+    pub entries: Entries,
+    /// No status flag matters at its start.
+    pub flags_dead: bool,
+    /// Guest instructions.
+    pub insns: u16,
+    points: Box<[Point]>,
+    /// Jumps to it: place of the displacement, and where it leads when the block is no more.
+    incoming: Vec<(u32, u32)>,
+    /// Way in for indirect branches.
+    landing: Option<u32>,
+    live: bool,
+}
+
+/// A page with code.
+#[derive(Debug, Default)]
+struct Page {
+    blocks: Vec<u32>,
+    generation: u64,
+    /// Stores that hit no block.
+    harmless: u32,
+}
+
+/// Numbers of what the cache did.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counts {
+    /// Blocks translated.
+    pub blocks: u64,
+    /// Guest instructions translated.
+    pub insns: u64,
+    /// Blocks made stale.
+    pub stale: u64,
+    /// Times everything was thrown away.
+    pub flushes: u64,
+    /// Jumps patched.
+    pub links: u64,
+}
+
+/// The cache.
+pub struct Cache {
+    buffer: CodeBuffer,
+    /// In order of code offset.
+    blocks: Vec<Block>,
+    by_key: HashMap<Key, u32>,
+    pages: HashMap<u64, Page>,
+    exits: Vec<Exit>,
+    /// By exit: how often it was linked, for jumps to other pages which exit this one stands for.
+    links: HashMap<u32, u8>,
+    origins: HashMap<u32, u32>,
+    hints: HashMap<Key, Hints>,
+    cells: HashMap<(u64, u64, bool), u32>,
+    modes: Vec<Mode>,
+    routes: Routes,
+    leave: u64,
+    keep: usize,
+    /// Counters.
+    pub counts: Counts,
+}
+
+impl Cache {
+    /// Empty, for code of `model`.
+    ///
+    /// # Errors
+    /// The host's, if it gives no executable memory.
+    pub fn new(model: Arc<CpuModel>, policy: Policy) -> std::io::Result<Cache> {
+        let mut buffer = CodeBuffer::new(SIZE)?;
+        let mut e = Emitter::new(buffer.base());
+        // jmp [rip + 0]
+        e.bytes.extend_from_slice(&[0xff, 0x25, 0, 0, 0, 0]);
+        e.push_u64(enter::leave());
+        let leave = buffer.base();
+        buffer.append(&e.bytes);
+        Ok(Cache {
+            keep: buffer.used(),
+            buffer,
+            blocks: Vec::new(),
+            by_key: HashMap::new(),
+            pages: HashMap::new(),
+            exits: Vec::new(),
+            links: HashMap::new(),
+            origins: HashMap::new(),
+            hints: HashMap::new(),
+            cells: HashMap::new(),
+            modes: Vec::new(),
+            routes: Routes::new(model, policy),
+            leave,
+            counts: Counts::default(),
+        })
+    }
+
+    /// Host addresses of the code.
+    pub fn range(&self) -> (u64, u64) {
+        (self.buffer.base(), self.buffer.base() + self.buffer.size() as u64)
+    }
+
+    /// Host address of a code offset.
+    pub fn host(&self, offset: u32) -> u64 {
+        self.buffer.base() + u64::from(offset)
+    }
+
+    /// A block by number.
+    pub fn block(&self, b: u32) -> &Block {
+        &self.blocks[b as usize]
+    }
+
+    /// An exit by number.
+    pub fn exit(&self, id: u32) -> &Exit {
+        &self.exits[id as usize]
+    }
+
+    /// The live block known by `key`.
+    pub fn find(&self, key: Key) -> Option<u32> {
+        self.by_key.get(&key).copied()
+    }
+
+    /// Is there room for one more block?
+    pub fn is_full(&self) -> bool {
+        !self.buffer.fits(MAX_BLOCK) || self.exits.len() + 4096 > MAX_EXITS
+    }
+
+    /// Is there no cache of branch targets for code of this mode?
+    pub fn is_out_of_modes(&self, mode: Mode) -> bool {
+        self.modes.len() == area::TABLES && !self.modes.contains(&mode)
+    }
+
+    /// Throws everything away. Nobody is in the code.
+    pub fn flush(&mut self, area: &Area) {
+        self.buffer.reset(self.keep);
+        self.blocks.clear();
+        self.by_key.clear();
+        self.pages.clear();
+        self.exits.clear();
+        self.links.clear();
+        self.origins.clear();
+        self.cells.clear();
+        self.modes.clear();
+        self.hints.clear();
+        area.fill(at::TARGETS..at::TARGETS + area::TABLES * area::TABLE_SIZE, 0xff);
+        area.fill(at::CELLS..at::CELLS + 4 * area::CELLS, 0);
+        self.counts.flushes += 1;
+    }
+
+    /// Offset of the cache of branch targets of a mode; `None` if there is none left.
+    fn targets(&mut self, mode: Mode) -> Option<usize> {
+        let n = match self.modes.iter().position(|m| *m == mode) {
+            Some(n) => n,
+            None if self.modes.len() < area::TABLES => {
+                self.modes.push(mode);
+                self.modes.len() - 1
+            }
+            None => return None,
+        };
+        Some(at::TARGETS + n * area::TABLE_SIZE)
+    }
+
+    /// Translates the block known by `key`; `None` if there is no code, or no room (then [`Cache::is_full`], or too many modes).
+    pub fn translate(&mut self, ram: &Ram, key: Key, next: &mut dyn FnMut() -> Option<u64>) -> Option<u32> {
+        let (rip, gpa, mode) = key;
+        let targets = self.targets(mode)?;
+        let most = if mode.is_single() { 1 } else { MAX_INSNS };
+        let mut second = None;
+        let mut next = || {
+            second = next();
+            second
+        };
+        let mut source = Source { ram, gpa, next: &mut next };
+        let (block, crosses) = decode(&mut source, rip, mode, &self.routes, most)?;
+        let page = |a: u64| a & !(PAGE_SIZE - 1);
+        let pages = [page(gpa), if crosses { page(second?) } else { page(gpa) }];
+        let hints = self.hints.get(&key).copied().unwrap_or_default();
+        let around = Around {
+            at: self.buffer.base() + self.buffer.next() as u64,
+            first_exit: self.exits.len() as u32,
+            leave: self.leave,
+            targets,
+            tlb: at::TLB + mode.context() * tlb::TABLE,
+            share: !hints.apart,
+            foresee: !hints.strict,
+        };
+        let unit = lower(&block, &around);
+        Some(self.insert(&block, gpa, pages, unit, ram))
+    }
+
+    fn insert(&mut self, block: &GuestBlock, gpa: u64, pages: [u64; 2], unit: Unit, ram: &Ram) -> u32 {
+        let offset = self.buffer.append(&unit.code) as u32;
+        let b = self.blocks.len() as u32;
+        self.exits.extend(unit.exits.iter().map(|e| {
+            let mut e = *e;
+            e.stub += offset;
+            e.site = e.site.map(|s| s + offset);
+            if let Kind::Miss { retry, .. } = &mut e.kind {
+                *retry += offset;
+            }
+            e
+        }));
+        let points = unit.points.iter().map(|p| Point { from: p.from + offset, to: p.to + offset, ..*p }).collect();
+        let e = unit.entries;
+        self.counts.blocks += 1;
+        self.counts.insns += u64::from(unit.insns);
+        self.blocks.push(Block {
+            rip: block.start,
+            gpa,
+            mode: block.mode,
+            pages,
+            len: block.bytes.len() as u16,
+            at: offset,
+            end: offset + unit.code.len() as u32,
+            entries: Entries {
+                host_looking: e.host_looking + offset,
+                host: e.host + offset,
+                slot_looking: e.slot_looking + offset,
+                slot: e.slot + offset,
+            },
+            flags_dead: block.flags_dead,
+            insns: unit.insns,
+            points,
+            incoming: Vec::new(),
+            landing: None,
+            live: true,
+        });
+        self.by_key.insert((block.start, gpa, block.mode), b);
+        for (n, page) in pages.into_iter().enumerate() {
+            if n == 0 || page != pages[0] {
+                let p = self.pages.entry(page).or_default();
+                p.generation = ram.code_generation(page);
+                p.blocks.push(b);
+            }
+        }
+        b
+    }
+
+    /// Is code of this physical page cached?
+    pub fn has_page(&self, gpa: u64) -> bool {
+        self.pages.contains_key(&(gpa & !(PAGE_SIZE - 1)))
+    }
+
+    /// The number that stands for code of a linear page at a physical page.
+    pub fn cell(&mut self, rip: u64, gpa: u64, user: bool) -> u32 {
+        let next = self.cells.len() as u32 + 1;
+        *self.cells.entry((rip / PAGE_SIZE, gpa / PAGE_SIZE, user)).or_insert(next)
+    }
+
+    /// The block and the point of a host address at which the host faulted.
+    pub fn point(&self, pc: u64) -> Option<(&Block, &Point)> {
+        let at = pc.checked_sub(self.buffer.base())? as u32;
+        let block = &self.blocks[self.blocks.partition_point(|b| b.at <= at).checked_sub(1)?];
+        let inside = |p: &&Point| (p.from..p.to).contains(&at);
+        block.points.iter().find(inside).map(|p| (block, p))
+    }
+
+    /// Makes an exit lead to block `b` from now on, if that is possible.
+    pub fn link(&mut self, id: u32, b: u32) {
+        let id = self.origins.get(&id).copied().unwrap_or(id);
+        let exit = self.exits[id as usize];
+        let Some(site) = exit.site else { return };
+        let Some(source) = self.blocks.partition_point(|x| x.at <= site).checked_sub(1) else { return };
+        let (source, target) = (&self.blocks[source], &self.blocks[b as usize]);
+        if source.mode != target.mode || source.mode.is_counted() || !source.live || !self.buffer.fits(MAX_BLOCK) {
+            return;
+        }
+        let looking = target.rip <= source.rip + u64::from(source.len);
+        let one_page = source.pages[0] == target.pages[0]
+            && source.rip / PAGE_SIZE == target.rip / PAGE_SIZE
+            && target.pages[0] == target.pages[1];
+        if one_page {
+            let e = target.entries;
+            let to = match (exit.flags, looking) {
+                (Flags::Slot, true) => e.slot_looking,
+                (Flags::Slot, false) => e.slot,
+                (_, true) => e.host_looking,
+                (_, false) => e.host,
+            };
+            self.buffer.patch(site as usize, to as usize);
+            self.blocks[b as usize].incoming.push((site, exit.stub));
+            self.counts.links += 1;
+            return;
+        }
+        // A block in two pages is found by its first one only: it is looked for each time.
+        if target.pages[0] != target.pages[1] {
+            return;
+        }
+        let made = self.links.entry(id).or_default();
+        if *made >= MOST_LINKS {
+            return;
+        }
+        *made += 1;
+        let save = exit.flags != Flags::Slot && !target.flags_dead;
+        let to = if looking { target.entries.slot_looking } else { target.entries.slot };
+        let at = self.way_in(b, to, save, Some(id));
+        self.buffer.patch(site as usize, at as usize);
+        self.counts.links += 1;
+    }
+
+    /// Code that asks the map of code pages and goes to code offset `to` of block `b`; gives its offset.
+    fn way_in(&mut self, b: u32, to: u32, save: bool, origin: Option<u32>) -> u32 {
+        let (rip, gpa, user) = {
+            let t = &self.blocks[b as usize];
+            (t.rip, t.gpa, t.mode.user())
+        };
+        let number = self.cell(rip, gpa, user);
+        let offset = self.buffer.next() as u32;
+        let mut e = Emitter::new(self.host(offset));
+        if save {
+            e.store(At::slot(at::TEMP), Gpr::Rax);
+            dynasm!(e; .arch x64; lahf; seto al);
+            e.push(0x66);
+            e.rm(super::lower::asm::W::D, &[0x89], 0, At::slot(at::STATUS), &[]);
+            e.load(Gpr::Rax, At::slot(at::TEMP));
+        }
+        e.compare_u32(At::slot(cell_at(rip)), number);
+        e.bytes.extend_from_slice(&[0x0f, 0x85, 0, 0, 0, 0]);
+        let miss = e.len() - 4;
+        e.align_patch(1);
+        e.push(0xe9);
+        let jump = e.len();
+        e.push_u32(0);
+        e.set_rel32(jump, self.host(to));
+        let stub = e.len();
+        let here = e.here();
+        e.set_rel32(miss, here);
+        let id = self.exits.len() as u32;
+        e.store_u32(At::slot(at::EXIT), id);
+        e.push(0xe9);
+        let site = e.len();
+        e.push_u32(0);
+        e.set_rel32(site, self.leave);
+        self.buffer.append(&e.bytes);
+        let stub = offset + stub as u32;
+        self.exits.push(Exit {
+            kind: Kind::To,
+            rip,
+            spilled: 0,
+            flags: Flags::Slot,
+            done: 0,
+            site: None,
+            stub,
+            native: false,
+        });
+        if let Some(origin) = origin {
+            self.origins.insert(id, origin);
+        }
+        self.blocks[b as usize].incoming.push((offset + jump as u32, stub));
+        offset
+    }
+
+    /// Enters block `b` in the cache of branch targets.
+    pub fn enter_target(&mut self, area: &Area, b: u32) {
+        let target = &self.blocks[b as usize];
+        if target.pages[0] != target.pages[1] || target.mode.is_counted() || !self.buffer.fits(MAX_BLOCK) {
+            return;
+        }
+        let (rip, mode, to) = (target.rip, target.mode, target.entries.slot_looking);
+        let landing = match target.landing {
+            Some(l) => l,
+            None => self.way_in(b, to, false, None),
+        };
+        self.blocks[b as usize].landing = Some(landing);
+        let Some(table) = self.targets(mode) else { return };
+        let entry = table + (rip as usize % area::TARGETS) * 16;
+        area.set(entry, rip);
+        area.set(entry + 8, self.host(landing));
+    }
+
+    /// The block of an exit was made with a wrong expectation.
+    pub fn learn(&mut self, id: u32, apart: bool) {
+        let stub = self.exits[id as usize].stub;
+        let Some(b) = self.blocks.partition_point(|x| x.at <= stub).checked_sub(1) else { return };
+        let block = &self.blocks[b];
+        if !block.live {
+            return;
+        }
+        let hints = self.hints.entry((block.rip, block.gpa, block.mode)).or_default();
+        let hint = if apart { &mut hints.apart } else { &mut hints.strict };
+        if !std::mem::replace(hint, true) {
+            self.kill(b as u32);
+        }
+    }
+
+    fn kill(&mut self, b: u32) {
+        let block = &mut self.blocks[b as usize];
+        if !std::mem::replace(&mut block.live, false) {
+            return;
+        }
+        self.counts.stale += 1;
+        let (key, pages, incoming) =
+            ((block.rip, block.gpa, block.mode), block.pages, std::mem::take(&mut block.incoming));
+        // The way in for indirect branches leads to its stub now, and is not entered again.
+        block.landing = None;
+        if self.by_key.get(&key) == Some(&b) {
+            self.by_key.remove(&key);
+        }
+        for (site, stub) in incoming {
+            self.buffer.patch(site as usize, stub as usize);
+        }
+        for page in pages {
+            if let Some(p) = self.pages.get_mut(&page) {
+                p.blocks.retain(|x| *x != b);
+            }
+        }
+    }
+
+    /// `len` bytes at `gpa` were written. True if the page shall no longer be watched.
+    pub fn wrote(&mut self, ram: &Ram, gpa: u64, len: u64) -> bool {
+        let page = gpa & !(PAGE_SIZE - 1);
+        let Some(p) = self.pages.get_mut(&page) else { return false };
+        p.generation = ram.code_generation(page);
+        let hit: Vec<u32> = p
+            .blocks
+            .iter()
+            .copied()
+            .filter(|b| {
+                let b = &self.blocks[*b as usize];
+                b.pages[0] != b.pages[1] || b.gpa < gpa + len && gpa < b.gpa + u64::from(b.len)
+            })
+            .collect();
+        p.harmless += u32::from(hit.is_empty());
+        let tired = p.harmless > HARMLESS;
+        for b in hit {
+            self.kill(b);
+        }
+        match self.pages.get(&page) {
+            Some(p) if p.blocks.is_empty() || tired => {
+                self.drop_page(page);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    fn drop_page(&mut self, page: u64) {
+        if let Some(p) = self.pages.remove(&page) {
+            for b in p.blocks {
+                self.kill(b);
+            }
+        }
+    }
+
+    /// Throws away the blocks of all pages that were written; gives those pages.
+    pub fn look_at_pages(&mut self, ram: &Ram) -> Vec<u64> {
+        let stale: Vec<u64> = self
+            .pages
+            .iter()
+            .filter(|(page, p)| ram.code_generation(**page) != p.generation)
+            .map(|(page, _)| *page)
+            .collect();
+        for page in &stale {
+            self.drop_page(*page);
+        }
+        stale
+    }
+
+    /// Bytes of host code of a block, with its host address: for tests and `explain`.
+    pub fn code(&self, b: u32) -> (u64, Vec<u8>) {
+        let b = &self.blocks[b as usize];
+        (self.host(b.at), self.buffer.code(b.at as usize..b.end as usize))
+    }
+}
+
+/// Stores to a code page that hit no code, before its blocks give way.
+const HARMLESS: u32 = 256;
+
+/// Where the number of a linear page is.
+pub fn cell_at(rip: u64) -> usize {
+    at::CELLS + 4 * ((rip / PAGE_SIZE) as usize % area::CELLS)
+}

@@ -1,0 +1,259 @@
+//! The way into system-mode code and out of it: the general registers always, vector registers only as far as Rust code could change
+//! them.
+//!
+//! Where nothing above XMM is in use (SDM 1 13.1, XGETBV with ECX = 1) the sixteen XMM registers go to the area and the x87 state
+//! stays where it is; otherwise, and whenever somebody wants the XSAVE image of `CpuState` ([`sync`]), everything goes there.
+#![allow(unsafe_code)]
+
+use crate::system::area::{Area, at, gs};
+use bivisor_emulator::cpu::CpuState;
+use bivisor_emulator::cpu::xsave::Layout;
+use bivisor_emulator::isa::Gpr;
+use std::arch::global_asm;
+use std::arch::x86_64::__cpuid_count;
+use std::mem::offset_of;
+
+/// Left because the host raised an exception; its address is in the thread block.
+pub const FAULT: u32 = 0xffff_ff01;
+
+const AVX: u64 = 1;
+const XSAVEOPT: u64 = 2;
+const IN_USE: u64 = 4;
+/// Components above x87 and XMM.
+const UPPER: u32 = 0xe4;
+const RAX: usize = offset_of!(CpuState, gpr) + 8 * Gpr::Rax as usize;
+
+global_asm!(
+    ".globl bivisor_system_enter, bivisor_system_leave, bivisor_system_sync",
+    ".hidden bivisor_system_enter, bivisor_system_leave, bivisor_system_sync",
+    ".p2align 4",
+    // fn(rdi = entry) -> eax = exit
+    "bivisor_system_enter:",
+    "push rbx; push rbp; push r12; push r13; push r14; push r15",
+    "mov gs:[{host_rsp}], rsp",
+    "mov gs:[{entry}], rdi",
+    "mov rbx, gs:[{cpu}]",
+    "cmp dword ptr gs:[{vectors_at}], 0",
+    "jne 1f",
+    "mov eax, dword ptr gs:[{components}]",
+    "mov edx, dword ptr gs:[{components} + 4]",
+    "xrstor64 [rbx + {xsave}]",
+    "jmp 2f",
+    "1:",
+    // Rust code, or the C library, may have used what the guest does not.
+    "mov ecx, 1",
+    "xgetbv",
+    "test eax, {upper}",
+    "jz 3f",
+    "rdgsbase rcx",
+    "mov eax, {upper}",
+    "xor edx, edx",
+    "xrstor64 [rcx + {initial}]",
+    "3:",
+    "movups xmm0, gs:[{xmm}]",
+    "movups xmm1, gs:[{xmm} + 0x10]",
+    "movups xmm2, gs:[{xmm} + 0x20]",
+    "movups xmm3, gs:[{xmm} + 0x30]",
+    "movups xmm4, gs:[{xmm} + 0x40]",
+    "movups xmm5, gs:[{xmm} + 0x50]",
+    "movups xmm6, gs:[{xmm} + 0x60]",
+    "movups xmm7, gs:[{xmm} + 0x70]",
+    "movups xmm8, gs:[{xmm} + 0x80]",
+    "movups xmm9, gs:[{xmm} + 0x90]",
+    "movups xmm10, gs:[{xmm} + 0xa0]",
+    "movups xmm11, gs:[{xmm} + 0xb0]",
+    "movups xmm12, gs:[{xmm} + 0xc0]",
+    "movups xmm13, gs:[{xmm} + 0xd0]",
+    "movups xmm14, gs:[{xmm} + 0xe0]",
+    "movups xmm15, gs:[{xmm} + 0xf0]",
+    "ldmxcsr gs:[{guest_mxcsr}]",
+    "2:",
+    "mov rax, gs:[{status}]",
+    "add al, 0x7f",
+    "sahf",
+    "mov rax, [rbx + {rax}]",
+    "mov rcx, [rbx + {rax} + 8]",
+    "mov rdx, [rbx + {rax} + 16]",
+    "mov rsp, [rbx + {rax} + 32]",
+    "mov rbp, [rbx + {rax} + 40]",
+    "mov rsi, [rbx + {rax} + 48]",
+    "mov rdi, [rbx + {rax} + 56]",
+    "mov r8, [rbx + {rax} + 64]",
+    "mov r9, [rbx + {rax} + 72]",
+    "mov r10, [rbx + {rax} + 80]",
+    "mov r11, [rbx + {rax} + 88]",
+    "mov r12, [rbx + {rax} + 96]",
+    "mov r13, [rbx + {rax} + 104]",
+    "mov r14, [rbx + {rax} + 112]",
+    "mov r15, [rbx + {rax} + 120]",
+    "mov rbx, [rbx + {rax} + 24]",
+    "jmp qword ptr gs:[{entry}]",
+    // From the cache, or from a signal handler: the exit number is in its slot.
+    ".p2align 4",
+    "bivisor_system_leave:",
+    "mov gs:[{rbx}], rbx",
+    "mov rbx, gs:[{cpu}]",
+    "mov [rbx + {rax}], rax",
+    "lahf",
+    "seto al",
+    "movzx eax, ax",
+    "mov gs:[{exit_status}], rax",
+    "mov [rbx + {rax} + 8], rcx",
+    "mov [rbx + {rax} + 16], rdx",
+    "mov rax, gs:[{rbx}]",
+    "mov [rbx + {rax} + 24], rax",
+    "mov [rbx + {rax} + 32], rsp",
+    "mov [rbx + {rax} + 40], rbp",
+    "mov [rbx + {rax} + 48], rsi",
+    "mov [rbx + {rax} + 56], rdi",
+    "mov [rbx + {rax} + 64], r8",
+    "mov [rbx + {rax} + 72], r9",
+    "mov [rbx + {rax} + 80], r10",
+    "mov [rbx + {rax} + 88], r11",
+    "mov [rbx + {rax} + 96], r12",
+    "mov [rbx + {rax} + 104], r13",
+    "mov [rbx + {rax} + 112], r14",
+    "mov [rbx + {rax} + 120], r15",
+    "mov rsp, gs:[{host_rsp}]",
+    "test byte ptr gs:[{host_flags}], {in_use}",
+    "jz 4f",
+    "mov ecx, 1",
+    "xgetbv",
+    "test eax, {upper}",
+    "jnz 4f",
+    "movups gs:[{xmm}], xmm0",
+    "movups gs:[{xmm} + 0x10], xmm1",
+    "movups gs:[{xmm} + 0x20], xmm2",
+    "movups gs:[{xmm} + 0x30], xmm3",
+    "movups gs:[{xmm} + 0x40], xmm4",
+    "movups gs:[{xmm} + 0x50], xmm5",
+    "movups gs:[{xmm} + 0x60], xmm6",
+    "movups gs:[{xmm} + 0x70], xmm7",
+    "movups gs:[{xmm} + 0x80], xmm8",
+    "movups gs:[{xmm} + 0x90], xmm9",
+    "movups gs:[{xmm} + 0xa0], xmm10",
+    "movups gs:[{xmm} + 0xb0], xmm11",
+    "movups gs:[{xmm} + 0xc0], xmm12",
+    "movups gs:[{xmm} + 0xd0], xmm13",
+    "movups gs:[{xmm} + 0xe0], xmm14",
+    "movups gs:[{xmm} + 0xf0], xmm15",
+    "stmxcsr gs:[{guest_mxcsr}]",
+    "mov dword ptr gs:[{vectors_at}], 1",
+    "jmp 7f",
+    "4:",
+    "mov eax, dword ptr gs:[{components}]",
+    "mov edx, dword ptr gs:[{components} + 4]",
+    "test byte ptr gs:[{host_flags}], {xsaveopt}",
+    "jz 5f",
+    "xsaveopt64 [rbx + {xsave}]",
+    "jmp 6f",
+    "5: xsave64 [rbx + {xsave}]",
+    "6:",
+    "mov dword ptr gs:[{vectors_at}], 0",
+    "test byte ptr gs:[{host_flags}], {avx}",
+    "jz 7f",
+    "vzeroupper",
+    "7:",
+    "ldmxcsr gs:[{host_mxcsr}]",
+    "mov eax, dword ptr gs:[{exit}]",
+    "pop r15; pop r14; pop r13; pop r12; pop rbp; pop rbx",
+    "ret",
+    // The XMM registers are Rust's: back to the guest's values for XSAVE. fn(rdi = image)
+    ".p2align 4",
+    "bivisor_system_sync:",
+    "movups xmm0, gs:[{xmm}]",
+    "movups xmm1, gs:[{xmm} + 0x10]",
+    "movups xmm2, gs:[{xmm} + 0x20]",
+    "movups xmm3, gs:[{xmm} + 0x30]",
+    "movups xmm4, gs:[{xmm} + 0x40]",
+    "movups xmm5, gs:[{xmm} + 0x50]",
+    "movups xmm6, gs:[{xmm} + 0x60]",
+    "movups xmm7, gs:[{xmm} + 0x70]",
+    "movups xmm8, gs:[{xmm} + 0x80]",
+    "movups xmm9, gs:[{xmm} + 0x90]",
+    "movups xmm10, gs:[{xmm} + 0xa0]",
+    "movups xmm11, gs:[{xmm} + 0xb0]",
+    "movups xmm12, gs:[{xmm} + 0xc0]",
+    "movups xmm13, gs:[{xmm} + 0xd0]",
+    "movups xmm14, gs:[{xmm} + 0xe0]",
+    "movups xmm15, gs:[{xmm} + 0xf0]",
+    "ldmxcsr gs:[{guest_mxcsr}]",
+    "mov eax, 3",
+    "xor edx, edx",
+    "xsave64 [rdi]",
+    "ldmxcsr gs:[{host_mxcsr}]",
+    "mov dword ptr gs:[{vectors_at}], 0",
+    "ret",
+    host_rsp = const gs(at::HOST_RSP),
+    entry = const gs(at::ENTRY),
+    cpu = const gs(at::CPU),
+    vectors_at = const gs(at::VECTORS_AT),
+    components = const gs(at::COMPONENTS),
+    host_flags = const gs(at::HOST_FLAGS),
+    initial = const gs(at::INITIAL),
+    xmm = const gs(at::VECTORS),
+    guest_mxcsr = const gs(at::GUEST_MXCSR),
+    host_mxcsr = const gs(at::HOST_MXCSR),
+    status = const gs(at::STATUS),
+    exit_status = const gs(at::EXIT_STATUS),
+    exit = const gs(at::EXIT),
+    rbx = const gs(at::RBX),
+    rax = const RAX,
+    xsave = const offset_of!(CpuState, xsave),
+    upper = const UPPER,
+    avx = const AVX,
+    xsaveopt = const XSAVEOPT,
+    in_use = const IN_USE,
+);
+
+unsafe extern "sysv64" {
+    fn bivisor_system_enter(entry: u64) -> u32;
+    fn bivisor_system_sync(image: *mut u8);
+    safe static bivisor_system_leave: u8;
+}
+
+/// Where generated code goes to leave.
+pub fn leave() -> u64 {
+    (&raw const bivisor_system_leave) as u64
+}
+
+/// Fills the slots that do not change from run to run.
+pub fn prepare(area: &Area) {
+    let mut flags = 0;
+    if std::is_x86_feature_detected!("avx") {
+        flags |= AVX;
+    }
+    if std::is_x86_feature_detected!("xsaveopt") {
+        flags |= XSAVEOPT;
+    }
+    // XGETBV with ECX = 1.
+    if std::is_x86_feature_detected!("xsave") && __cpuid_count(0xd, 1).eax & 4 != 0 {
+        flags |= IN_USE;
+    }
+    area.set(at::HOST_FLAGS, flags);
+    area.set(at::COMPONENTS, Layout::host().components);
+    area.set(at::HOST_MXCSR, 0x1f80);
+    area.set(at::VECTORS_AT, 0);
+}
+
+/// Runs translated code from host address `entry` until it leaves; gives the exit.
+///
+/// The caller has filled in the slots of `area`, which is mapped behind the calling thread's block; `entry` is live code. `cpu` is what
+/// [`at::CPU`] names, and its MXCSR is valid.
+pub fn run(area: &Area, cpu: &mut CpuState, entry: u64) -> u32 {
+    debug_assert_eq!(area.get(at::CPU), std::ptr::from_mut(cpu) as u64);
+    // SAFETY: as the caller says; XRSTOR finds a valid image; the routine keeps the calling convention and touches only `cpu`, the
+    // area and guest RAM.
+    unsafe { bivisor_system_enter(entry) }
+}
+
+/// Puts the vector and x87 registers into the image, where they must be before anybody looks there.
+pub fn sync(area: &Area, cpu: &mut CpuState) {
+    if area.get(at::VECTORS_AT) == 0 {
+        return;
+    }
+    // Nothing above XMM was in use.
+    cpu.xsave.set_xstate_bv(0);
+    // SAFETY: the image is 64-byte aligned and large enough; the routine clobbers only what a call may.
+    unsafe { bivisor_system_sync(cpu.xsave.bytes.as_mut_ptr()) };
+}

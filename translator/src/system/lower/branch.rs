@@ -1,0 +1,167 @@
+//! Control transfers.
+
+use super::asm::{Assembler, At, W};
+use super::memory::Host;
+use super::scratch::bit;
+use super::stack::PUSHED;
+use super::{Cold, Kind, Lower};
+use crate::system::area::{TARGETS, at};
+use crate::system::block::{Item, Way};
+use bivisor_emulator::isa::Gpr;
+use dynasmrt::DynasmApi;
+use iced_x86::ConditionCode;
+
+/// Mask of the offset of an entry in the cache of branch targets.
+const MASK: i32 = ((TARGETS - 1) * 16) as i32;
+
+/// The low four bits of the opcode (SDM 1 appendix B).
+fn condition(cc: ConditionCode) -> u8 {
+    use ConditionCode as C;
+    match cc {
+        C::o => 0,
+        C::no => 1,
+        C::b => 2,
+        C::ae => 3,
+        C::e => 4,
+        C::ne => 5,
+        C::be => 6,
+        C::a => 7,
+        C::s => 8,
+        C::ns => 9,
+        C::p => 10,
+        C::np => 11,
+        C::l => 12,
+        C::ge => 13,
+        C::le => 14,
+        C::g | C::None => 15,
+    }
+}
+
+impl Lower<'_> {
+    /// Jcc.
+    pub(super) fn conditional(&mut self, item: &Item) -> Option<bool> {
+        self.restore_flags();
+        let opcode = [0x0f, 0x80 | condition(item.iced.condition_code())];
+        self.side_exit(&opcode, item);
+        Some(true)
+    }
+
+    /// A jump out of the block that may be taken, with everything home when it is.
+    fn side_exit(&mut self, opcode: &[u8], item: &Item) {
+        self.e.align_patch(opcode.len());
+        let site = self.branch(opcode);
+        let exit = self.exit(Kind::To, item.iced.near_branch_target(), self.exit_flags(), self.n + 1);
+        if self.spilled == 0 {
+            self.exits[exit].site = Some(site as u32);
+        }
+        self.cold.push(Cold { site, reload: self.spilled, exit });
+    }
+
+    /// LOOP, LOOPE, LOOPNE, JECXZ, JRCXZ: they have only an 8-bit displacement, so they jump over a jump.
+    pub(super) fn counted(&mut self, item: &Item) -> Option<bool> {
+        self.home();
+        self.restore_flags();
+        let bytes = self.block.code(item);
+        // Opcode and displacement are the last two bytes; a 67 prefix counts, others mean nothing here.
+        let opcode = bytes[bytes.len() - 2];
+        let narrow = bytes[..bytes.len() - 2].contains(&0x67);
+        self.e.align_patch(usize::from(narrow) + 5);
+        if narrow {
+            self.e.push(0x67);
+        }
+        self.e.bytes.extend_from_slice(&[opcode, 2, 0xeb, 5]);
+        let site = self.branch(&[0xe9]);
+        let exit = self.exit(Kind::To, item.iced.near_branch_target(), self.exit_flags(), self.n + 1);
+        self.exits[exit].site = Some(site as u32);
+        self.cold.push(Cold { site, reload: 0, exit });
+        self.n += 1;
+        self.go_to(self.block.next(item));
+        self.n -= 1;
+        Some(false)
+    }
+
+    /// Pushes the address after a CALL.
+    fn push_return(&mut self, item: &Item) -> Option<()> {
+        let back = self.block.next(item);
+        let host = self.place(item, &PUSHED)?;
+        match i32::try_from(back as i64) {
+            Ok(back) => self.e.store_i32(host.at(), back),
+            Err(_) => {
+                let v = self.scratch(item, false)?;
+                self.e.constant(v, back);
+                self.e.store(host.at(), v);
+            }
+        }
+        self.move_stack(-8);
+        Some(())
+    }
+
+    /// CALL of a constant.
+    pub(super) fn call(&mut self, item: &Item) -> Option<bool> {
+        self.push_return(item)?;
+        self.n += 1;
+        self.go_to(item.iced.near_branch_target());
+        self.n -= 1;
+        Some(false)
+    }
+
+    /// Finds the code at `target`; its address goes to a slot. Nothing has happened yet if it is not found.
+    fn look_up(&mut self, item: &Item, target: Gpr) -> Option<()> {
+        let s = self.scratch(item, false)?;
+        self.give_up_flags(item);
+        self.e.copy(s, target);
+        self.e.shl(W::D, s, 4);
+        self.e.and(W::D, s, MASK);
+        self.e.compare(target, At::table(self.around.targets, s));
+        self.leave_if(&[0x0f, 0x85], item, Kind::Indirect, self.block.rip(item), self.n);
+        self.e.load(s, At::table(self.around.targets + 8, s));
+        self.e.store(At::slot(at::TARGET), s);
+        self.busy &= !bit(s);
+        Some(())
+    }
+
+    /// To the code that was found.
+    fn dispatch(&mut self) {
+        self.home();
+        self.e.rm(W::D, &[0xff], 4, At::slot(at::TARGET), &[]);
+    }
+
+    fn load_target(&mut self, item: &Item, host: Host) -> Option<Gpr> {
+        let t = self.scratch(item, false)?;
+        self.e.load(t, host.at());
+        Some(t)
+    }
+
+    /// JMP and CALL through a register or memory.
+    pub(super) fn indirect(&mut self, item: &Item) -> Option<bool> {
+        if self.block.mode.is_counted() {
+            return Some(self.leave_here(item, Kind::Indirect));
+        }
+        let target = match item.access {
+            Some(a) => {
+                let host = self.place(item, &a)?;
+                self.load_target(item, host)?
+            }
+            None => Gpr::from_iced(item.iced.op0_register())?,
+        };
+        self.look_up(item, target)?;
+        if item.way == Way::CallIndirect {
+            self.push_return(item)?;
+        }
+        self.dispatch();
+        Some(false)
+    }
+
+    /// RET.
+    pub(super) fn ret(&mut self, item: &Item, more: u16) -> Option<bool> {
+        if self.block.mode.is_counted() {
+            return Some(self.leave_here(item, Kind::Indirect));
+        }
+        let host = self.place(item, &item.access?)?;
+        let target = self.load_target(item, host)?;
+        self.look_up(item, target)?;
+        self.move_stack(8 + i32::from(more));
+        self.dispatch();
+        Some(false)
+    }
+}

@@ -1,0 +1,446 @@
+//! Lowering of the system mode: a guest block becomes host code.
+
+pub mod asm;
+mod branch;
+mod flags;
+mod memory;
+mod scratch;
+mod stack;
+
+use crate::emit::Emitter;
+use crate::system::area::at;
+use crate::system::block::{Access, GuestBlock, Item, STATUS, Way};
+use asm::{Assembler, At};
+use bivisor_emulator::isa::{Class, Gpr, facts};
+use dynasmrt::DynasmApi;
+use scratch::Window;
+
+/// Where the guest's status flags are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flags {
+    /// In EFLAGS.
+    Host,
+    /// In EFLAGS and in their slot.
+    Both,
+    /// In their slot; or they do not matter.
+    Slot,
+}
+
+/// Why code is left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// To the block at RIP; the jump can be patched.
+    To,
+    /// One interpreter step.
+    Step,
+    /// An access that the TLB did not have: the whole range that was asked for, and where to ask again.
+    Miss {
+        /// The access itself.
+        access: Access,
+        /// Displacement of the lowest byte of the range.
+        low: i64,
+        /// Bytes of the range.
+        len: u16,
+        /// It is to be stored to.
+        write: bool,
+        /// Code offset of the probe.
+        retry: u32,
+    },
+    /// An indirect branch whose target was not found; it has not begun.
+    Indirect,
+    /// Look at events, then go on at RIP.
+    Look,
+    /// As [`Kind::Look`], with interrupts held for one instruction.
+    Shadow,
+}
+
+/// One exit of a piece of code.
+#[derive(Clone, Copy, Debug)]
+pub struct Exit {
+    /// Why.
+    pub kind: Kind,
+    /// RIP of the guest.
+    pub rip: u64,
+    /// Registers whose values are in their slots.
+    pub spilled: u16,
+    /// Where the flags are.
+    pub flags: Flags,
+    /// Instructions done since the start of the block.
+    pub done: u16,
+    /// Offset of the displacement to patch, if any.
+    pub site: Option<u32>,
+    /// Offset of the stub.
+    pub stub: u32,
+    /// Does the instruction at RIP look at x87 or vector state?
+    pub native: bool,
+}
+
+/// What the host may fault in.
+#[derive(Clone, Copy, Debug)]
+pub struct Point {
+    /// Code offset of its first byte.
+    pub from: u32,
+    /// After its last.
+    pub to: u32,
+    /// Distance of the instruction from the start of the block.
+    pub at: u16,
+    /// Instructions before it.
+    pub done: u16,
+    /// Registers whose values are in their slots.
+    pub spilled: u16,
+    /// Where the flags are.
+    pub flags: Flags,
+}
+
+/// The ways into a block, as code offsets.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Entries {
+    /// Flags in EFLAGS; looks whether somebody wants the code to be left.
+    pub host_looking: u32,
+    /// Flags in EFLAGS.
+    pub host: u32,
+    /// Flags in their slot; looks.
+    pub slot_looking: u32,
+    /// Flags in their slot.
+    pub slot: u32,
+}
+
+/// A lowered block. Offsets count from its first byte until the cache moves them.
+#[derive(Debug)]
+pub struct Unit {
+    /// The host code.
+    pub code: Vec<u8>,
+    /// Its exits; the i-th has number `first_exit + i`.
+    pub exits: Vec<Exit>,
+    /// Where the host may fault.
+    pub points: Vec<Point>,
+    /// The ways in.
+    pub entries: Entries,
+    /// Guest instructions.
+    pub insns: u16,
+}
+
+/// What lowering wants to know of its surroundings.
+#[derive(Clone, Copy, Debug)]
+pub struct Around {
+    /// Host address the code will have.
+    pub at: u64,
+    /// The number of its first exit.
+    pub first_exit: u32,
+    /// Host address of the way out.
+    pub leave: u64,
+    /// Offset of the cache of branch targets.
+    pub targets: usize,
+    /// Offset of the TLB.
+    pub tlb: usize,
+    /// May one check serve several accesses?
+    pub share: bool,
+    /// May a load ask for the right to store, because a store follows?
+    pub foresee: bool,
+}
+
+/// Code that is emitted after the block.
+struct Cold {
+    site: usize,
+    reload: u16,
+    exit: usize,
+}
+
+pub(super) struct Lower<'a> {
+    e: Emitter,
+    block: &'a GuestBlock,
+    around: &'a Around,
+    exits: Vec<Exit>,
+    points: Vec<Point>,
+    cold: Vec<Cold>,
+    spilled: u16,
+    /// Scratch registers of the instruction at hand.
+    busy: u16,
+    windows: Vec<Window>,
+    flags: Flags,
+    /// Constants added to registers since the version began.
+    moved: [i64; 16],
+    version: [u32; 16],
+    /// Index of the instruction at hand.
+    n: usize,
+}
+
+/// Lowers a block.
+pub fn lower(block: &GuestBlock, around: &Around) -> Unit {
+    let mut l = Lower {
+        e: Emitter::new(around.at),
+        block,
+        around,
+        exits: Vec::with_capacity(8),
+        points: Vec::with_capacity(8),
+        cold: Vec::new(),
+        spilled: 0,
+        busy: 0,
+        windows: Vec::new(),
+        flags: Flags::Slot,
+        moved: [0; 16],
+        version: [0; 16],
+        n: 0,
+    };
+    let entries = l.entries();
+    let mut open = true;
+    while open && l.n < block.items.len() {
+        let item = &block.items[l.n];
+        l.busy = 0;
+        open = l.one(item);
+        l.n += 1;
+    }
+    let insns = l.n as u16;
+    if open {
+        let last = &block.items[block.items.len() - 1];
+        l.go_to(block.next(last));
+    }
+    l.finish();
+    Unit { code: l.e.bytes, exits: l.exits, points: l.points, entries, insns }
+}
+
+impl Lower<'_> {
+    /// The ways in, by where the first instruction to care wants the flags.
+    fn entries(&mut self) -> Entries {
+        let mut entries = Entries::default();
+        let here = |l: &Self| l.e.len() as u32;
+        if self.block.flags_dead {
+            entries.host_looking = here(self);
+            entries.slot_looking = here(self);
+            self.look();
+            entries.host = here(self);
+            entries.slot = here(self);
+            return entries;
+        }
+        let wants_host = self.block.items.iter().find_map(|i| match i.way {
+            Way::Plain | Way::Constant(_) | Way::Nop => (self.needs_flags(i)).then_some(true),
+            Way::Conditional | Way::Counted | Way::Jump => Some(true),
+            _ => Some(false),
+        });
+        entries.host_looking = here(self);
+        self.flags = Flags::Host;
+        if wants_host != Some(true) {
+            entries.host = here(self);
+        }
+        self.save_flags();
+        entries.slot_looking = here(self);
+        self.look();
+        entries.slot = here(self);
+        self.flags = Flags::Slot;
+        if wants_host == Some(true) {
+            self.restore_flags();
+            entries.host = here(self);
+            self.flags = Flags::Host;
+        }
+        entries
+    }
+
+    /// Leaves if somebody asked. Destroys EFLAGS.
+    fn look(&mut self) {
+        self.e.is_zero(At::thread(crate::emit::slot::LOOK));
+        let site = self.branch(&[0x0f, 0x85]);
+        let exit = self.exit(Kind::Look, self.block.start, Flags::Slot, 0);
+        self.cold.push(Cold { site, reload: 0, exit });
+    }
+
+    /// Emits an opcode and room for a 32-bit displacement; gives the place of that.
+    fn branch(&mut self, opcode: &[u8]) -> usize {
+        self.e.bytes.extend_from_slice(opcode);
+        let site = self.e.len();
+        self.e.push_u32(0);
+        site
+    }
+
+    /// Defines an exit; gives its index.
+    fn exit(&mut self, kind: Kind, rip: u64, flags: Flags, done: usize) -> usize {
+        self.exits.push(Exit { kind, rip, spilled: 0, flags, done: done as u16, site: None, stub: 0, native: false });
+        self.exits.len() - 1
+    }
+
+    /// Jumps out here, with registers where they are.
+    fn leave_here(&mut self, item: &Item, kind: Kind) -> bool {
+        let exit = self.exit(kind, self.block.rip(item), self.flags, self.n);
+        self.exits[exit].spilled = self.spilled;
+        self.exits[exit].native = touches_vectors(item);
+        self.stub(exit);
+        false
+    }
+
+    /// A conditional jump (`opcode`) out, with registers where they are.
+    fn leave_if(&mut self, opcode: &[u8], item: &Item, kind: Kind, rip: u64, done: usize) {
+        let site = self.branch(opcode);
+        let exit = self.exit(kind, rip, Flags::Slot, done);
+        self.exits[exit].spilled = self.spilled;
+        self.exits[exit].native = touches_vectors(item);
+        self.cold.push(Cold { site, reload: 0, exit });
+    }
+
+    fn stub(&mut self, exit: usize) {
+        self.exits[exit].stub = self.e.len() as u32;
+        self.e.store_u32(At::slot(at::EXIT), self.around.first_exit + exit as u32);
+        let site = self.branch(&[0xe9]);
+        self.e.set_rel32(site, self.around.leave);
+    }
+
+    /// Emits what was put off.
+    fn finish(&mut self) {
+        for i in 0..self.cold.len() {
+            let Cold { site, reload, exit } = self.cold[i];
+            let here = self.e.here();
+            self.e.set_rel32(site, here);
+            self.reload(reload);
+            if reload != 0 && self.exits[exit].kind == Kind::To {
+                self.e.align_patch(1);
+                let site = self.branch(&[0xe9]);
+                self.exits[exit].site = Some(site as u32);
+                let next = self.e.here();
+                self.e.set_rel32(site, next);
+            }
+            self.stub(exit);
+        }
+    }
+
+    /// The end of a block: everything at home, then to another.
+    fn go_to(&mut self, rip: u64) {
+        self.home();
+        self.e.align_patch(1);
+        let site = self.branch(&[0xe9]);
+        let next = self.e.here();
+        self.e.set_rel32(site, next);
+        let exit = self.exit(Kind::To, rip, self.exit_flags(), self.n);
+        self.exits[exit].site = Some(site as u32);
+        self.stub(exit);
+    }
+
+    fn exit_flags(&self) -> Flags {
+        if self.flags == Flags::Slot { Flags::Slot } else { Flags::Host }
+    }
+
+    /// One instruction; false: nothing follows it.
+    fn one(&mut self, item: &Item) -> bool {
+        self.fetch(item);
+        let before = (self.e.len(), self.exits.len(), self.cold.len(), self.points.len(), self.spilled, self.flags);
+        let windows = self.windows.clone();
+        let done = match item.way {
+            Way::Plain => self.plain(item),
+            Way::Nop => Some(true),
+            Way::Constant(v) => self.load_constant(item, v),
+            Way::Memory => self.memory(item),
+            Way::Push => self.push(item),
+            Way::PushMemory => self.push_memory(item),
+            Way::Pop => self.pop(item),
+            Way::Leave => self.leave(item),
+            Way::PushFlags => self.push_flags(item),
+            Way::PopFlags => self.pop_flags(item),
+            Way::Cli => {
+                self.e.store_u32(At::slot(at::INTERRUPTS), 0);
+                Some(true)
+            }
+            Way::Sti => Some(self.sti(item)),
+            Way::Conditional => self.conditional(item),
+            Way::Counted => self.counted(item),
+            Way::Jump => {
+                self.n += 1;
+                self.go_to(item.iced.near_branch_target());
+                self.n -= 1;
+                Some(false)
+            }
+            Way::Call => self.call(item),
+            Way::JumpIndirect | Way::CallIndirect => self.indirect(item),
+            Way::Return(more) => self.ret(item, more),
+            Way::Step => None,
+        };
+        match done {
+            Some(open) => {
+                self.effects(item);
+                open
+            }
+            None => {
+                // What could not be emitted to its end leaves no trace.
+                self.e.bytes.truncate(before.0);
+                self.exits.truncate(before.1);
+                self.cold.truncate(before.2);
+                self.points.truncate(before.3);
+                (self.spilled, self.flags, self.windows) = (before.4, before.5, windows);
+                self.leave_here(item, Kind::Step)
+            }
+        }
+    }
+
+    fn plain(&mut self, item: &Item) -> Option<bool> {
+        self.flags_for(item)?;
+        let block = self.block;
+        let from = self.e.len();
+        self.e.bytes.extend_from_slice(block.code(item));
+        self.point(item, from);
+        Some(true)
+    }
+
+    fn load_constant(&mut self, item: &Item, v: u64) -> Option<bool> {
+        let r = Gpr::from_iced(item.iced.op0_register())?;
+        self.e.constant(r, v);
+        Some(true)
+    }
+
+    /// The host may fault in what was emitted since `from`.
+    fn point(&mut self, item: &Item, from: usize) {
+        let (from, to) = (from as u32, self.e.len() as u32);
+        self.points.push(Point {
+            from,
+            to,
+            at: item.at,
+            done: self.n as u16,
+            spilled: self.spilled,
+            flags: self.flags,
+        });
+    }
+
+    /// What the instruction did to registers and flags.
+    fn effects(&mut self, item: &Item) {
+        for r in Gpr::ALL {
+            let bit = 1 << r as u16;
+            if item.writes & bit == 0 {
+                continue;
+            }
+            self.spilled &= !bit;
+            match item.adds {
+                Some((a, n)) if a == r => self.moved[r as usize] += n,
+                _ => {
+                    self.version[r as usize] += 1;
+                    self.moved[r as usize] = 0;
+                    self.windows.retain(|w| w.base != Some(r));
+                }
+            }
+        }
+        if matches!(item.way, Way::Plain | Way::Memory) && item.flags_out != 0 {
+            self.flags = Flags::Host;
+        }
+    }
+
+    fn needs_flags(&self, item: &Item) -> bool {
+        item.flags_in != 0 || item.flags_out != 0 && item.live & !item.flags_out != 0
+    }
+
+    /// Puts the flags into EFLAGS if the instruction wants them there.
+    fn flags_for(&mut self, item: &Item) -> Option<()> {
+        if self.flags == Flags::Slot && self.needs_flags(item) {
+            self.restore_flags();
+        }
+        Some(())
+    }
+
+    /// Do status flags matter before the instruction is done?
+    fn flags_live(&self, item: &Item) -> bool {
+        let live = match item.way {
+            Way::Plain | Way::Memory => item.live & !item.flags_out | item.flags_in,
+            Way::Push | Way::PushMemory | Way::Pop | Way::Leave | Way::Constant(_) | Way::Nop => item.live,
+            _ => STATUS,
+        };
+        live != 0
+    }
+}
+
+/// Does the interpreter need the XSAVE image for it?
+fn touches_vectors(item: &Item) -> bool {
+    facts(item.iced.code()).class == Class::Native
+}

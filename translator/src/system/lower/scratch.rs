@@ -1,0 +1,92 @@
+//! Borrowed registers: which guest registers are in slots, and which hold the way to a page that was asked for.
+
+use super::Lower;
+use super::asm::{Assembler, At};
+use crate::system::area::at;
+use crate::system::block::Item;
+use bivisor_emulator::isa::Gpr;
+
+/// A range of guest memory that is known to be there.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Window {
+    /// The register it is relative to, with its version then; `None`: a page by its address.
+    pub base: Option<Gpr>,
+    pub version: u32,
+    /// The range, relative to the register's value when the version began; or the page.
+    pub low: i64,
+    pub high: i64,
+    /// For stores too.
+    pub write: bool,
+    /// Holds host minus guest address; the page's host address if there is no base.
+    pub delta: Gpr,
+}
+
+pub(super) const fn bit(r: Gpr) -> u16 {
+    1 << r as u16
+}
+
+impl Lower<'_> {
+    /// Brings home what the instruction names.
+    pub(super) fn fetch(&mut self, item: &Item) {
+        let wanted = item.uses & self.spilled;
+        if wanted == 0 {
+            return;
+        }
+        self.windows.retain(|w| bit(w.delta) & wanted == 0);
+        // What is only overwritten stays in its slot until that has happened.
+        self.reload(wanted & item.reads);
+        self.spilled &= !(wanted & item.reads);
+    }
+
+    /// Brings everything home.
+    pub(super) fn home(&mut self) {
+        self.reload(self.spilled);
+        self.spilled = 0;
+        self.windows.clear();
+    }
+
+    /// Loads registers from their slots.
+    pub(super) fn reload(&mut self, mask: u16) {
+        for r in Gpr::ALL.into_iter().filter(|r| mask & bit(*r) != 0) {
+            self.e.load(r, At::slot(at::SPILL + 8 * r as usize));
+        }
+    }
+
+    /// A register that may be destroyed while `item` is at hand. `low`: one that is encoded without REX.
+    pub(super) fn scratch(&mut self, item: &Item, low: bool) -> Option<Gpr> {
+        let mut best: Option<(usize, Gpr)> = None;
+        let held = self.windows.iter().fold(0, |m, w| m | bit(w.delta));
+        let taken = item.uses | self.busy | held | bit(Gpr::Rsp);
+        for r in Gpr::ALL.into_iter().filter(|r| taken & bit(*r) == 0 && !(low && *r as u8 >= 8)) {
+            let score = if self.spilled & bit(r) != 0 { usize::MAX } else { self.distance(r) };
+            if best.is_none_or(|(s, _)| score > s) {
+                best = Some((score, r));
+            }
+        }
+        let Some((_, r)) = best else {
+            // Windows give way.
+            if self.windows.is_empty() {
+                return None;
+            }
+            self.windows.remove(0);
+            return self.scratch(item, low);
+        };
+        if self.spilled & bit(r) == 0 {
+            self.e.store(At::slot(at::SPILL + 8 * r as usize), r);
+            self.spilled |= bit(r);
+        }
+        self.busy |= bit(r);
+        Some(r)
+    }
+
+    /// How long a register is not needed, in instructions.
+    fn distance(&self, r: Gpr) -> usize {
+        let later = &self.block.items[(self.n + 1).min(self.block.items.len())..];
+        match later.iter().position(|i| i.uses & bit(r) != 0) {
+            // Overwritten: it need never be brought home.
+            Some(n) if later[n].reads & bit(r) == 0 => 1000 + n,
+            Some(n) => n,
+            None => 100,
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! System mode: a machine's guest RAM behind page tables, any privilege level of 64-bit mode.
+//!
+//! | module | holds |
+//! | --- | --- |
+//! | [`block`] | guest code, decoded inside one page, with what lowering wants to know |
+//! | [`lower`] | guest block to host code |
+//! | [`area`] | slots, inline TLB, code map and branch targets, reached through GS (unsafe) |
+//! | [`tlb`] | the inline TLB |
+//! | [`cache`] | blocks by address and mode, links, invalidation |
+//! | [`enter`] | the way in and out (unsafe) |
+//! | [`run`] | the dispatch loop |
+//!
+//! One virtual CPU has one cache, and only its thread touches it, so nothing is locked.
+//!
+//! A block is known by linear address, guest-physical address and [`Mode`], and lives as long as its bytes: changes of mappings do not
+//! touch it. Inside a page, jumps lead straight from block to block. Into another page they first ask the code map, one number for each
+//! linear page, whether the page is still mapped to the physical page the target was made from; flushing the code map is all that a
+//! write of CR3 costs. Indirect branches look their target up in a cache by linear address, and what they arrive at asks the code map.
+//!
+//! Guest registers are the host's; three of them are borrowed for an access, the guest's value in a slot until the block needs it or
+//! ends. Status flags stay in EFLAGS until a probe would destroy them, and are then kept in a slot if they still matter. Status flags
+//! that are overwritten before anything reads them may show an older value in what an exception in between pushes.
+
+pub mod area;
+pub mod block;
+pub mod cache;
+pub mod enter;
+mod handler;
+pub mod lower;
+pub mod run;
+pub mod tlb;
+
+use bivisor_emulator::cpu::{Activity, CpuState, Cr0, Cr4, Rflags};
+
+/// What translated code takes for granted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Mode(u16);
+
+impl Mode {
+    const USER: u16 = 1;
+    const AC: u16 = 2;
+    const DOWN: u16 = 4;
+    const VECTORS: u16 = 3;
+    const COUNTED: u16 = 0x20;
+    const SINGLE: u16 = 0x40;
+
+    /// Of the state as it is; `None` if the interpreter must go on.
+    pub fn of(s: &CpuState) -> Option<Mode> {
+        const NEVER: Rflags = Rflags::TF.union(Rflags::RF).union(Rflags::VM);
+        let canonical = ((s.rip << 16) as i64 >> 16) as u64 == s.rip;
+        let cpl = s.cpl();
+        let ac = s.rflags.contains(Rflags::AC);
+        let plain = s.activity == Activity::Active
+            && s.mode() == bivisor_emulator::cpu::Mode::Long64
+            && !s.rflags.intersects(NEVER)
+            && !s.interrupt_shadow
+            && s.dr7 & 0xff == 0
+            && canonical
+            && !s.cr4.contains(Cr4::LA57)
+            && !(ac && cpl == 3 && s.cr0.contains(Cr0::AM))
+            && matches!(cpl, 0 | 3);
+        if !plain {
+            return None;
+        }
+        let mut mode = if cpl == 3 { Mode::USER } else { 0 };
+        if ac && cpl == 0 && s.cr4.contains(Cr4::SMAP) {
+            mode |= Mode::AC;
+        }
+        if s.rflags.contains(Rflags::DF) {
+            mode |= Mode::DOWN;
+        }
+        Some(Mode(mode | vectors(s) << Mode::VECTORS))
+    }
+
+    /// The same, for blocks whose instructions are counted: none leads straight to another.
+    pub fn counted(self) -> Mode {
+        Mode(self.0 | Mode::COUNTED)
+    }
+
+    /// The same, for blocks of one instruction.
+    pub fn single(self) -> Mode {
+        Mode(self.0 | Mode::COUNTED | Mode::SINGLE)
+    }
+
+    /// CPL 3?
+    pub fn user(self) -> bool {
+        self.0 & Mode::USER != 0
+    }
+
+    /// RFLAGS.DF?
+    pub fn down(self) -> bool {
+        self.0 & Mode::DOWN != 0
+    }
+
+    /// Do blocks leave instead of going on?
+    pub fn is_counted(self) -> bool {
+        self.0 & Mode::COUNTED != 0
+    }
+
+    /// One instruction a block?
+    pub fn is_single(self) -> bool {
+        self.0 & Mode::SINGLE != 0
+    }
+
+    /// 0: neither x87 nor SIMD; 1: x87 to SSE; 2: AVX too; 3: AVX-512 too.
+    pub fn vectors(self) -> u16 {
+        self.0 >> Mode::VECTORS & 3
+    }
+
+    /// Which TLB its accesses ask.
+    pub fn context(self) -> usize {
+        match (self.user(), self.0 & Mode::AC != 0) {
+            (true, _) => 0,
+            (false, false) => 1,
+            (false, true) => 2,
+        }
+    }
+}
+
+fn vectors(s: &CpuState) -> u16 {
+    let enabled = !s.cr0.intersects(Cr0::TS | Cr0::EM)
+        && s.cr0.contains(Cr0::NE)
+        && s.cr4.contains(Cr4::OSFXSR.union(Cr4::OSXMMEXCPT))
+        && s.xsave.mxcsr() & !0xffff == 0;
+    match (enabled, s.cr4.contains(Cr4::OSXSAVE)) {
+        (false, _) => 0,
+        (true, true) if s.xcr0 & 0xe7 == 0xe7 => 3,
+        (true, true) if s.xcr0 & 7 == 7 => 2,
+        (true, _) => 1,
+    }
+}

@@ -1,0 +1,436 @@
+//! The dispatch loop of the system mode.
+//!
+//! Interrupts are looked at whenever the code is left; whoever raises one from another thread kicks. While an interrupt waits for IF,
+//! STI and POPF leave.
+
+use crate::emit::slot;
+use crate::run::Translator;
+use crate::system::area::{Area, at};
+use crate::system::block::Access as GuestAccess;
+use crate::system::cache::{Cache, cell_at};
+use crate::system::enter::{self, FAULT};
+use crate::system::lower::{Flags, Kind};
+use crate::system::tlb::Tlb;
+use crate::system::{Mode, handler};
+use bivisor_emulator::cpu::{CpuState, Rflags};
+use bivisor_emulator::host::signal;
+use bivisor_emulator::host::thread::ThreadBlock;
+use bivisor_emulator::isa::{Gpr, Seg};
+use bivisor_emulator::mem::{Access, By, PAGE_SIZE, Ram};
+use bivisor_emulator::vcpu::{Board, Exit};
+
+/// Instructions that the interpreter does at once where nothing is translated.
+const STRETCH: u64 = 64;
+
+/// What system mode keeps from run to run.
+pub struct System {
+    area: Area,
+    cache: Cache,
+    tlb: Tlb,
+    /// [`bivisor_emulator::mem::Mmu::generation`] of what is cached of mappings.
+    mapping: u64,
+    epoch: u64,
+    memory: u64,
+    /// Is an interrupt waiting, as far as this thread knows?
+    line: bool,
+    /// [`Ram::watches`] that the TLB knows of.
+    watches: u64,
+    /// Where the instruction that the interpreter does next stores, if that is known.
+    store: Option<(u64, u64)>,
+}
+
+/// How the block that is looked for was come by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Via {
+    Start,
+    Link(u32),
+    Indirect,
+}
+
+/// What leaving the code means.
+enum Next {
+    /// Look for the block at RIP.
+    Go(Via),
+    /// Go on at this host address with everything as it is.
+    Resume(u64),
+    /// One interpreter step; may it need the vector registers?
+    Step(bool, Via),
+}
+
+fn by(cpu: &CpuState) -> By {
+    if cpu.cpl() == 3 { By::User } else { By::Supervisor }
+}
+
+impl System {
+    fn new(t: &Translator) -> std::io::Result<System> {
+        let area = Area::new()?;
+        let mut cache = Cache::new(t.cache.model().clone(), t.cache.policy())?;
+        cache.flush(&area);
+        enter::prepare(&area);
+        let tlb = Tlb::new(&area);
+        Ok(System { area, cache, tlb, mapping: 0, epoch: 0, memory: 0, line: false, watches: 0, store: None })
+    }
+
+    /// Counters of the cache.
+    pub fn counts(&self) -> crate::system::cache::Counts {
+        self.cache.counts
+    }
+
+    fn flush_mapping(&mut self) {
+        self.tlb.clear(&self.area);
+        self.area.fill(at::CELLS..at::CELLS + 4 * crate::system::area::CELLS, 0);
+    }
+
+    /// Takes notice of what the guest has changed of mappings and code.
+    fn look_around(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram) {
+        if self.memory != board.mem.id() {
+            self.memory = board.mem.id();
+            self.cache.flush(&self.area);
+            self.epoch = ram.code_epoch();
+            self.mapping = t.core.mmu.generation();
+            self.flush_mapping();
+        }
+        if self.mapping != t.core.mmu.generation() {
+            self.mapping = t.core.mmu.generation();
+            self.flush_mapping();
+        }
+        if self.epoch != ram.code_epoch() {
+            self.epoch = ram.code_epoch();
+            for page in self.cache.look_at_pages(ram) {
+                ram.unwatch_code(page);
+            }
+            self.epoch = ram.code_epoch();
+        }
+    }
+
+    /// Is there an event to take now?
+    fn due(&self, cpu: &CpuState) -> bool {
+        self.line && (cpu.rflags.contains(Rflags::IF) || cpu.nmi_blocked)
+    }
+
+    fn ask_line(&mut self, board: Board<'_>) {
+        self.line = board.bus.interrupt_pending() || board.bus.nmi_pending();
+    }
+
+    /// The block at RIP, translated if it must be.
+    fn find(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, mode: Mode, via: Via) -> Option<u32> {
+        let rip = t.cpu.rip;
+        let by = by(&t.cpu);
+        let gpa = t.core.mmu.translate(&t.cpu, board.mem, rip, Access::Execute, by).ok()?;
+        if gpa >= ram.size() {
+            return None;
+        }
+        let key = (rip, gpa, mode);
+        let b = match self.cache.find(key) {
+            Some(b) => b,
+            None => {
+                if self.cache.is_full() {
+                    self.cache.flush(&self.area);
+                }
+                ram.watch_code(gpa);
+                let (cpu, core, mem) = (&t.cpu, &mut t.core, board.mem);
+                let mut next = || {
+                    let page = (rip | (PAGE_SIZE - 1)).wrapping_add(1);
+                    let to = core.mmu.translate(cpu, mem, page, Access::Execute, by).ok()?;
+                    ram.watch_code(to);
+                    (to < ram.size()).then_some(to)
+                };
+                match self.cache.translate(ram, key, &mut next) {
+                    None if self.cache.is_out_of_modes(mode) => {
+                        self.cache.flush(&self.area);
+                        ram.watch_code(gpa);
+                        self.cache.translate(ram, key, &mut next)
+                    }
+                    made => made,
+                }?
+            }
+        };
+        let number = self.cache.cell(rip, gpa, mode.user());
+        self.area.set_u32(cell_at(rip), number);
+        match via {
+            Via::Start => {}
+            Via::Link(id) => self.cache.link(id, b),
+            Via::Indirect => self.cache.enter_target(&self.area, b),
+        }
+        Some(b)
+    }
+
+    fn attach(&mut self, t: &mut Translator) -> &'static ThreadBlock {
+        let block = signal::attach();
+        block.note_tid();
+        // Another engine may have mapped its own there.
+        self.area.map(block).expect("the area can be mapped behind the thread block");
+        block.scratch[slot::AREA_OWNER].set(0);
+        let (start, end) = self.cache.range();
+        block.engine_hook.set(Some(handler::hook));
+        block.scratch[slot::LOOK].set(0);
+        block.scratch[slot::CACHE_START].set(start);
+        block.scratch[slot::CACHE_END].set(end);
+        t.kicker.entered(block.tid.get());
+        self.area.set(at::CPU, &raw mut *t.cpu as u64);
+        self.area.set(at::VECTORS_AT, 0);
+        block
+    }
+
+    /// Runs at most `budget` instructions.
+    fn dispatch(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, block: &ThreadBlock, budget: u64) -> Exit {
+        let counted = budget != u64::MAX;
+        let mut left = budget;
+        let mut via = Via::Start;
+        // Pages may be tracked anew since the last run.
+        self.tlb.clear(&self.area);
+        self.ask_line(board);
+        while left > 0 {
+            if block.scratch[slot::LOOK].replace(0) != 0 {
+                self.ask_line(board);
+            }
+            if t.kicker.requested() && t.kicker.take() {
+                return Exit::Kicked;
+            }
+            self.look_around(t, board, ram);
+            let mode = if self.due(&t.cpu) { None } else { Mode::of(&t.cpu) };
+            let Some(mode) = mode else {
+                self.sync(t);
+                let most = if self.due(&t.cpu) || t.cpu.interrupt_shadow { 1 } else { STRETCH.min(left) };
+                let before = t.core.instructions();
+                t.stats.steps += 1;
+                let exit = t.core.run(&mut t.cpu, board, most, Some(&t.kicker));
+                left = left.saturating_sub(if counted { t.core.instructions() - before } else { 0 });
+                self.ask_line(board);
+                via = Via::Start;
+                match exit {
+                    Exit::Budget => continue,
+                    exit => return exit,
+                }
+            };
+            let mode = match counted {
+                false => mode,
+                true if left == 1 => mode.single(),
+                true => mode.counted(),
+            };
+            let mut found = self.find(t, board, ram, mode, via);
+            if let Some(b) = found
+                && counted
+                && u64::from(self.cache.block(b).insns) > left
+            {
+                found = self.find(t, board, ram, mode.single(), Via::Start);
+            }
+            let Some(b) = found else {
+                via = Via::Start;
+                if let Some(exit) = self.step(t, board, ram, true, counted.then_some(&mut left)) {
+                    return exit;
+                }
+                continue;
+            };
+            let (next, done) = self.once(t, board, ram, b);
+            left = left.saturating_sub(if counted { u64::from(done) } else { 0 });
+            match next {
+                Next::Go(how) => via = how,
+                Next::Step(native, how) => {
+                    via = how;
+                    if let Some(exit) = self.step(t, board, ram, native, counted.then_some(&mut left)) {
+                        return exit;
+                    }
+                }
+                Next::Resume(_) => via = Via::Start,
+            }
+        }
+        Exit::Budget
+    }
+
+    /// One instruction by the interpreter.
+    fn step(
+        &mut self,
+        t: &mut Translator,
+        board: Board<'_>,
+        ram: &Ram,
+        native: bool,
+        counted: Option<&mut u64>,
+    ) -> Option<Exit> {
+        if native {
+            self.sync(t);
+        }
+        t.stats.steps += 1;
+        let before = ram.code_epoch();
+        let exit = t.core.run(&mut t.cpu, board, 1, None);
+        self.ask_line(board);
+        if let Some((gpa, len)) = self.store.take()
+            && ram.code_epoch() == before.wrapping_add(1)
+            && self.epoch == before
+        {
+            if self.cache.wrote(ram, gpa, len) {
+                ram.unwatch_code(gpa);
+            }
+            self.epoch = ram.code_epoch();
+        }
+        if exit != Exit::Budget {
+            self.sync(t);
+            return Some(exit);
+        }
+        if let Some(left) = counted {
+            *left -= 1;
+        }
+        None
+    }
+
+    fn sync(&mut self, t: &mut Translator) {
+        enter::sync(&self.area, &mut t.cpu);
+    }
+
+    /// Into the code at block `b` and out again, with all misses of the TLB in between: what to do next, and how many instructions of
+    /// a counted block were done.
+    fn once(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, b: u32) -> (Next, u16) {
+        let entries = self.cache.block(b).entries;
+        let mut host = self.cache.host(entries.host);
+        self.load(&t.cpu);
+        if self.watches != ram.watches() {
+            self.watches = ram.watches();
+            self.tlb.clear(&self.area);
+        }
+        t.stats.entries += 1;
+        loop {
+            let id = enter::run(&self.area, &mut t.cpu, host);
+            let (next, done) = self.left(t, board, ram, id);
+            match next {
+                Next::Resume(at) => host = at,
+                next => return (next, done),
+            }
+        }
+    }
+
+    /// The state's flags and bases into their slots.
+    fn load(&self, cpu: &CpuState) {
+        let flags = cpu.rflags;
+        let status = flags.bits();
+        self.area.set(at::STATUS, (status & 0xd5) << 8 | status >> 11 & 1);
+        self.area.set(at::FLAGS, ((flags - Rflags::STATUS - Rflags::IF) | Rflags::FIXED).bits());
+        self.area.set(at::INTERRUPTS, (flags & Rflags::IF).bits());
+        self.area.set(at::PENDING, if self.line { Rflags::IF.bits() } else { 0 });
+        self.area.set(at::FS_BASE, cpu.seg[Seg::Fs as usize].base);
+        self.area.set(at::GS_BASE, cpu.seg[Seg::Gs as usize].base);
+    }
+
+    /// Registers and flags from slots back into the state.
+    fn mend(&self, cpu: &mut CpuState, spilled: u16, flags: Flags) {
+        for r in Gpr::ALL.into_iter().filter(|r| spilled & 1 << *r as u16 != 0) {
+            cpu.gpr[r as usize] = self.area.get(at::SPILL + 8 * r as usize);
+        }
+        let status = self.area.get(if flags == Flags::Slot { at::STATUS } else { at::EXIT_STATUS });
+        let status = Rflags::from_bits_retain(status >> 8 & 0xd5 | (status & 1) << 11);
+        let own = Rflags::from_bits_retain(self.area.get(at::FLAGS) | self.area.get(at::INTERRUPTS));
+        cpu.rflags = own | status;
+    }
+
+    fn left(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, id: u32) -> (Next, u16) {
+        if id == FAULT {
+            let pc = ThreadBlock::current().scratch[slot::PC].get();
+            let (block, point) = self.cache.point(pc).expect("the host faults only where it may");
+            let (rip, point) = (block.rip.wrapping_add(u64::from(point.at)), *point);
+            t.cpu.rip = rip;
+            self.mend(&mut t.cpu, point.spilled, point.flags);
+            t.stats.faults += 1;
+            return (Next::Step(true, Via::Start), point.done);
+        }
+        let exit = *self.cache.exit(id);
+        if let Kind::Miss { access, low, len, write, retry } = exit.kind {
+            t.stats.tlb_misses += 1;
+            let range = GuestAccess { disp: low, write, ..access };
+            if self.fill(t, board, ram, &range, len) {
+                return (Next::Resume(self.cache.host(retry)), 0);
+            }
+            // Asked for too much at once: not again.
+            let apart = self.address(&t.cpu, &range) % PAGE_SIZE + u64::from(len) > PAGE_SIZE;
+            if apart && len != u16::from(access.len) || write != access.write {
+                self.cache.learn(id, apart);
+            }
+        }
+        t.cpu.rip = exit.rip;
+        self.mend(&mut t.cpu, exit.spilled, exit.flags);
+        let next = match exit.kind {
+            Kind::To => {
+                t.stats.to_block += 1;
+                Next::Go(Via::Link(id))
+            }
+            Kind::Look => Next::Go(Via::Start),
+            Kind::Shadow => {
+                t.cpu.interrupt_shadow = true;
+                Next::Go(Via::Start)
+            }
+            Kind::Step => Next::Step(exit.native, Via::Start),
+            Kind::Indirect => {
+                t.stats.misses += 1;
+                Next::Step(false, Via::Indirect)
+            }
+            Kind::Miss { access, .. } => {
+                self.store_carefully(t, board, &access);
+                Next::Step(exit.native, Via::Start)
+            }
+        };
+        (next, exit.done)
+    }
+
+    /// Enters the page of an access that missed. False: the interpreter does the instruction.
+    fn fill(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, access: &GuestAccess, len: u16) -> bool {
+        let laddr = self.address(&t.cpu, access);
+        let canonical = ((laddr << 16) as i64 >> 16) as u64 == laddr;
+        if !canonical || laddr % PAGE_SIZE + u64::from(len) > PAGE_SIZE {
+            return false;
+        }
+        let kind = if access.write { Access::Write } else { Access::Read };
+        let by = by(&t.cpu);
+        let context = self.context(t);
+        match t.core.mmu.translate(&t.cpu, board.mem, laddr, kind, by) {
+            Ok(gpa) => self.tlb.fill(&self.area, ram, context, laddr, gpa, access.write),
+            Err(_) => false,
+        }
+    }
+
+    fn address(&self, cpu: &CpuState, access: &GuestAccess) -> u64 {
+        access.address(|r| cpu.gpr[r as usize], self.area.get(at::FS_BASE), self.area.get(at::GS_BASE))
+    }
+
+    /// Which TLB the code asks.
+    fn context(&self, t: &Translator) -> usize {
+        let flags = Rflags::from_bits_retain(self.area.get(at::FLAGS));
+        match (t.cpu.cpl(), flags.contains(Rflags::AC)) {
+            (3, _) => 0,
+            (_, true) if t.cpu.cr4.contains(bivisor_emulator::cpu::Cr4::SMAP) => 2,
+            _ => 1,
+        }
+    }
+
+    /// Of a store that the interpreter is about to do it is known what it hits, should that be a page with code.
+    fn store_carefully(&mut self, t: &mut Translator, board: Board<'_>, access: &GuestAccess) {
+        if !access.write {
+            return;
+        }
+        let (laddr, by, len) = (self.address(&t.cpu, access), by(&t.cpu), u64::from(access.len));
+        if laddr % PAGE_SIZE + len <= PAGE_SIZE
+            && let Ok(gpa) = t.core.mmu.translate(&t.cpu, board.mem, laddr, Access::Write, by)
+        {
+            self.store = Some((gpa, len));
+        }
+    }
+}
+
+impl Translator {
+    /// Runs at most `budget` instructions on guest RAM.
+    pub(crate) fn run_system(&mut self, board: Board<'_>, ram: &Ram, budget: u64) -> Exit {
+        let mut system = match self.system.take() {
+            Some(s) => s,
+            None => match System::new(self) {
+                Ok(s) => Box::new(s),
+                // Without executable memory everything is interpreted.
+                Err(_) => return self.core.run(&mut self.cpu, board, budget, Some(&self.kicker)),
+            },
+        };
+        let block = system.attach(self);
+        let exit = system.dispatch(self, board, ram, block, budget);
+        system.sync(self);
+        block.scratch[slot::CACHE_START].set(0);
+        block.scratch[slot::CACHE_END].set(0);
+        self.kicker.left();
+        self.system = Some(system);
+        exit
+    }
+}

@@ -1,0 +1,112 @@
+//! The inline TLB: what generated code asks before an access.
+//!
+//! Direct-mapped by linear page, one table for each kind of accessor, because their rights differ (SDM 3A 4.6): user, supervisor, and
+//! supervisor with SMAP lifted by RFLAGS.AC. A tag is the page's address if loads, or stores, there need no care; the addend turns a guest address into the host address of the byte in guest RAM. A page from which code was cached, or
+//! whose writes are tracked, has no write tag.
+
+use crate::system::area::{Area, at};
+use bivisor_emulator::mem::{PAGE_SIZE, Ram};
+
+/// Entries of a table.
+pub const ENTRIES: usize = 256;
+/// Bytes of an entry: read tag, write tag, addend, unused.
+pub const ENTRY: usize = 32;
+/// Bytes of a table.
+pub const TABLE: usize = ENTRIES * ENTRY;
+/// Kinds of accessors.
+pub const CONTEXTS: usize = 3;
+/// Offset of the read tag.
+pub const READ: usize = 0;
+/// Offset of the write tag.
+pub const WRITE: usize = 8;
+/// Offset of the addend.
+pub const ADDEND: usize = 16;
+const _: () = assert!(CONTEXTS * TABLE <= at::CELLS);
+
+/// Offset of the entry of a page in its table.
+pub const fn entry(laddr: u64) -> usize {
+    (laddr / PAGE_SIZE) as usize % ENTRIES * ENTRY
+}
+
+/// No page has this address.
+const NONE: u64 = u64::MAX;
+
+/// The tables, which lie in the area.
+#[derive(Debug)]
+pub struct Tlb {
+    used: [bool; CONTEXTS],
+}
+
+impl Tlb {
+    /// Empty.
+    pub fn new(area: &Area) -> Tlb {
+        let mut tlb = Tlb { used: [true; CONTEXTS] };
+        tlb.clear(area);
+        tlb
+    }
+
+    /// Forgets everything.
+    pub fn clear(&mut self, area: &Area) {
+        for (n, used) in self.used.iter_mut().enumerate() {
+            if std::mem::take(used) {
+                area.fill(at::TLB + n * TABLE..at::TLB + (n + 1) * TABLE, 0xff);
+            }
+        }
+    }
+
+    /// Forgets one page.
+    pub fn clear_page(&mut self, area: &Area, laddr: u64) {
+        for n in 0..CONTEXTS {
+            let e = at::TLB + n * TABLE + entry(laddr);
+            area.set(e + READ, NONE);
+            area.set(e + WRITE, NONE);
+        }
+    }
+
+    /// Enters the page of `laddr`, which is guest-physical `gpa`, for loads or (also) for stores. False if it is no RAM or a store there
+    /// needs care.
+    pub fn fill(&mut self, area: &Area, ram: &Ram, context: usize, laddr: u64, gpa: u64, write: bool) -> bool {
+        let (page, to) = (laddr & !(PAGE_SIZE - 1), gpa & !(PAGE_SIZE - 1));
+        if to >= ram.size() || write && ram.store_needs_care(to) {
+            return false;
+        }
+        self.used[context] = true;
+        let e = at::TLB + context * TABLE + entry(laddr);
+        if area.get(e + READ) != page {
+            area.set(e + WRITE, NONE);
+        }
+        area.set(e + READ, page);
+        if write {
+            area.set(e + WRITE, page);
+        }
+        area.set(e + ADDEND, (ram.host_base() as u64).wrapping_add(to).wrapping_sub(page));
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_ram_and_only_careless_stores() {
+        let ram = Ram::new(2 * PAGE_SIZE).expect("8 KiB");
+        let area = Area::new().expect("memory");
+        ram.watch_code(PAGE_SIZE);
+        let mut tlb = Tlb::new(&area);
+        let at = |n: usize, offset| area.get(TABLE + n * ENTRY + offset);
+        assert!(tlb.fill(&area, &ram, 1, 0x5123, 0x123, true));
+        assert_eq!((at(5, READ), at(5, WRITE)), (0x5000, 0x5000));
+        assert_eq!(at(5, ADDEND).wrapping_add(0x5000), ram.host_base() as u64);
+        assert!(tlb.fill(&area, &ram, 1, 0x6000, PAGE_SIZE, false), "code may be read");
+        assert!(!tlb.fill(&area, &ram, 1, 0x6000, PAGE_SIZE, true), "a store would make code stale");
+        assert!(!tlb.fill(&area, &ram, 1, 0x7000, 2 * PAGE_SIZE, false), "no RAM");
+        assert!(tlb.fill(&area, &ram, 1, 0x10_5000, 0, false));
+        assert_eq!((at(5, READ), at(5, WRITE)), (0x10_5000, NONE), "the same slot, another page");
+        assert!(tlb.fill(&area, &ram, 1, 0x8000, 0, true));
+        tlb.clear_page(&area, 0x8fff);
+        assert_eq!((at(8, READ), at(6, READ)), (NONE, 0x6000));
+        tlb.clear(&area);
+        assert_eq!(at(6, READ), NONE);
+    }
+}
