@@ -1,5 +1,7 @@
 //! Measuring whole programs against native, in alternating runs: ratios of CPU time, their median and spread.
 
+pub mod plot;
+
 use serde::Serialize;
 
 /// Ratios of one program under one engine to native, pair by pair.
