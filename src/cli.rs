@@ -22,4 +22,8 @@ pub enum Command {
     Decode(crate::decode::DecodeArgs),
     /// Run raw code from a given state: one JSON object a line in, one out.
     Exec(crate::exec::ExecArgs),
+    /// Tell what this host offers for virtualization, with the evidence, and what to change.
+    Doctor(crate::doctor::DoctorArgs),
+    /// Classify instructions as Popek and Goldberg did, and say whether x86 is virtualizable.
+    Classify(crate::classify::ClassifyArgs),
 }

@@ -1,12 +1,18 @@
 //! The `bivisor` command line: parse the arguments, hand over to the subcommand, turn the outcome into an exit status.
 
 mod boot;
+mod classify;
 mod cli;
 mod decode;
+mod doctor;
 mod engine;
 mod exec;
+mod forms;
+mod native;
 mod run;
 mod terminal;
+mod text;
+mod vessel;
 
 use clap::Parser;
 use std::process::ExitCode;
@@ -14,7 +20,9 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let outcome = match cli::Cli::parse().command {
         cli::Command::Boot(args) => boot::run(&args),
+        cli::Command::Classify(args) => classify::run(&args),
         cli::Command::Decode(args) => decode::run(&args),
+        cli::Command::Doctor(args) => doctor::run(&args),
         cli::Command::Exec(args) => exec::run(&args),
         cli::Command::Run(args) => run::run(&args),
     };

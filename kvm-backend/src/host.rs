@@ -5,7 +5,7 @@
 
 use crate::regs;
 use crate::vm::{Vm, host_error};
-use bivisor_emulator::cpu::{CpuState, Rflags, Segment, Table};
+use bivisor_emulator::cpu::{CpuState, Cr4, Rflags, Segment, Table};
 use bivisor_emulator::isa::{Gpr, Seg};
 use kvm_bindings::{CpuId, kvm_cpuid_entry2, kvm_msr_entry};
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
@@ -213,55 +213,105 @@ pub fn host_cpuid() -> io::Result<CpuId> {
 const PML4: u64 = 0x1000;
 const PDPT: u64 = 0x2000;
 const PD: u64 = 0x3000;
-const GDT: u64 = 0x4000;
-const IDT: u64 = 0x5000;
+pub(crate) const GDT: u64 = 0x4000;
+pub(crate) const IDT: u64 = 0x5000;
 const TSS: u64 = 0x6000;
-const STACK0: u64 = 0x8000;
+/// Selectors unlike those of any host: what shows others is not virtualized.
+pub(crate) const TR: u16 = 0x48;
+pub(crate) const CS3: u16 = 0x53;
+pub(crate) const FS3: u16 = 0x1b;
+pub(crate) const STACK0: u64 = 0x8000;
 const STUBS: u64 = 0x9000;
 const LSTAR: u64 = 0xb000;
 const CODE: u64 = 0xc000;
-const STACK3: u64 = 0xf000;
+pub(crate) const STACK3: u64 = 0xf000;
 /// Mapped, but no memory there: a store leaves the guest.
 const HOLE: u64 = 0x20_0000;
 
-fn experiment() -> io::Result<Seen> {
-    let mut vm = Vm::new()?;
-    let memory = vm.map_new(0, 0x1_0000)?;
-    let pages = vm.pages(memory);
-    pages.store(PML4, PDPT | 7);
-    pages.store(PDPT, PD | 7);
-    pages.store(PD, 0xe7);
-    pages.store(PD + 8, HOLE | 0xe7);
-    for (slot, v) in [(2, 0x00af_9b00_0000_ffffu64), (3, 0x00cf_9300_0000_ffff)] {
-        pages.store(GDT + 8 * slot, v);
-    }
-    // RSP0 lies at offset 4 of the TSS.
-    pages.write(TSS + 4, &STACK0.to_le_bytes());
-    for vector in 0..256 {
-        let stub = STUBS + 16 * vector;
-        pages.write(stub, &[0xe6, 0x10]);
-        // A 64-bit interrupt gate, DPL 3, to selector 0x10.
-        pages.store(IDT + 16 * vector, stub & 0xffff | 0x10 << 16 | 0xee00 << 32 | (stub >> 16) << 48);
-    }
-    // mov [HOLE], al; jmp rcx
-    let mut stub = vec![0xa2];
-    stub.extend(HOLE.to_le_bytes());
-    stub.extend([0xff, 0xe1]);
-    pages.write(LSTAR, &stub);
-    let mut guest = Guest { vcpu: vm.vcpu(0)? };
-    guest.vcpu.set_cpuid2(&host_cpuid()?).map_err(host_error)?;
-    let star = [(0xc000_0081u32, 0x0023_0010_0000_0000u64), (0xc000_0082, LSTAR), (0xc000_0084, 0x47700)];
-    let entries = star.map(|(index, data)| kvm_msr_entry { index, data, reserved: 0 });
-    let msrs = kvm_bindings::Msrs::from_entries(&entries).expect("three entries fit");
-    guest.vcpu.set_msrs(&msrs).map_err(host_error)?;
-    guest.vcpu.set_sync_valid_reg(SyncReg::Register);
-    guest.vcpu.set_sync_valid_reg(SyncReg::SystemRegister);
+/// A guest of one vCPU: identity-mapped memory that everybody may use, an IDT whose stubs leave, a stub at LSTAR that leaves.
+pub(crate) struct Sandbox {
+    vm: Vm,
+    memory: usize,
+    guest: Guest,
+}
 
+impl Sandbox {
+    pub fn new() -> io::Result<Sandbox> {
+        let mut vm = Vm::new()?;
+        let memory = vm.map_new(0, 0x1_0000)?;
+        let pages = vm.pages(memory);
+        pages.store(PML4, PDPT | 7);
+        pages.store(PDPT, PD | 7);
+        pages.store(PD, 0xe7);
+        pages.store(PD + 8, HOLE | 0xe7);
+        for (slot, v) in [(2, 0x00af_9b00_0000_ffffu64), (3, 0x00cf_9300_0000_ffff)] {
+            pages.store(GDT + 8 * slot, v);
+        }
+        // RSP0 lies at offset 4 of the TSS.
+        pages.write(TSS + 4, &STACK0.to_le_bytes());
+        for vector in 0..256 {
+            let stub = STUBS + 16 * vector;
+            pages.write(stub, &[0xe6, 0x10]);
+            // A 64-bit interrupt gate, DPL 3, to selector 0x10.
+            pages.store(IDT + 16 * vector, stub & 0xffff | 0x10 << 16 | 0xee00 << 32 | (stub >> 16) << 48);
+        }
+        // mov [HOLE], al; jmp rcx
+        let mut stub = vec![0xa2];
+        stub.extend(HOLE.to_le_bytes());
+        stub.extend([0xff, 0xe1]);
+        pages.write(LSTAR, &stub);
+        let mut guest = Guest { vcpu: vm.vcpu(0)?, umip: false, strange: false, rflags: Rflags::FIXED | Rflags::IF };
+        guest.vcpu.set_cpuid2(&host_cpuid()?).map_err(host_error)?;
+        let star = [(0xc000_0081u32, 0x0023_0010_0000_0000u64), (0xc000_0082, LSTAR), (0xc000_0084, 0x47700)];
+        let entries = star.map(|(index, data)| kvm_msr_entry { index, data, reserved: 0 });
+        let msrs = kvm_bindings::Msrs::from_entries(&entries).expect("three entries fit");
+        guest.vcpu.set_msrs(&msrs).map_err(host_error)?;
+        guest.vcpu.set_sync_valid_reg(SyncReg::Register);
+        guest.vcpu.set_sync_valid_reg(SyncReg::SystemRegister);
+        Ok(Sandbox { vm, memory, guest })
+    }
+
+    /// Puts code to where the guest starts.
+    pub fn write(&self, code: &[u8]) {
+        self.vm.pages(self.memory).write(CODE, code);
+    }
+
+    /// Runs it with RCX as given until it leaves.
+    pub fn run(&mut self, cpl: u8, rcx: u64) -> io::Result<Left> {
+        self.guest.start(cpl, rcx)?;
+        self.guest.run()
+    }
+
+    /// As [`Sandbox::run`], with selectors that no host has, these flags, and perhaps CR4.UMIP.
+    pub fn run_strange(&mut self, cpl: u8, rflags: Rflags, umip: bool) -> io::Result<Left> {
+        let usual = self.guest.rflags;
+        (self.guest.umip, self.guest.strange, self.guest.rflags) = (umip, true, rflags);
+        let left = self.run(cpl, 0);
+        (self.guest.umip, self.guest.strange, self.guest.rflags) = (false, false, usual);
+        left
+    }
+
+    /// The general registers, in KVM's words.
+    pub fn registers(&mut self) -> kvm_bindings::kvm_regs {
+        self.guest.vcpu.sync_regs_mut().regs
+    }
+}
+
+/// Ends code: a store that leaves the guest.
+pub(crate) fn leave() -> Vec<u8> {
+    let mut code = vec![0xa2];
+    code.extend(HOLE.to_le_bytes());
+    code
+}
+
+fn experiment() -> io::Result<Seen> {
+    let mut sandbox = Sandbox::new()?;
     // dec rcx; jnz; mov [HOLE], al; jmp to itself
     let mut code = vec![0x48, 0xff, 0xc9, 0x75, 0xfb, 0xa2];
     code.extend(HOLE.to_le_bytes());
     code.extend([0xeb, 0xf5]);
-    vm.pages(memory).write(CODE, &code);
+    sandbox.write(&code);
+    let guest = &mut sandbox.guest;
     let mut turn = |cpl: u8, turns: u64, times: usize| -> io::Result<f64> {
         let mut best = f64::MAX;
         for _ in 0..times {
@@ -280,12 +330,10 @@ fn experiment() -> io::Result<Seen> {
     let exit0 = turn(0, 1, 4)?;
     let cpl0_ns = (turn(0, 200, 2)? - exit0).max(0.0) / 200.0;
 
-    vm.pages(memory).write(CODE, &[0x0f, 0x05]);
-    guest.start(3, 0)?;
-    let syscall_cpl = (guest.run()? == Left::Mmio).then(|| guest.cpl());
-    vm.pages(memory).write(CODE, &[0xcd, 0x21]);
-    guest.start(3, 0)?;
-    let int_vector = match guest.run()? {
+    sandbox.write(&[0x0f, 0x05]);
+    let syscall_cpl = (sandbox.run(3, 0)? == Left::Mmio).then(|| sandbox.guest.cpl());
+    sandbox.write(&[0xcd, 0x21]);
+    let int_vector = match sandbox.run(3, 0)? {
         Left::Vector(v) => Some(v),
         _ => None,
     };
@@ -294,35 +342,46 @@ fn experiment() -> io::Result<Seen> {
 
 struct Guest {
     vcpu: VcpuFd,
+    umip: bool,
+    /// Selectors that no host has.
+    strange: bool,
+    rflags: Rflags,
 }
 
-#[derive(PartialEq)]
-enum Left {
+/// How the sandbox's guest left.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Left {
     Mmio,
     Vector(u8),
-    Other,
+    /// KVM cannot emulate the instruction.
+    NotEmulated,
+    Other(String),
 }
 
 impl Guest {
     fn start(&mut self, cpl: u8, rcx: u64) -> io::Result<()> {
         let mut cpu = CpuState::long64(cpl);
         cpu.cr3 = PML4;
+        if self.umip {
+            cpu.cr4 |= Cr4::UMIP;
+        }
         cpu.gdtr = Table { base: GDT, limit: 0x1f };
         cpu.idtr = Table { base: IDT, limit: 0xfff };
-        cpu.tr = Segment {
-            base: TSS,
-            limit: 0x67,
-            attr: bivisor_emulator::cpu::Attr::from_bits_retain(0x8b),
-            selector: 0x40,
-        };
+        cpu.tr =
+            Segment { base: TSS, limit: 0x67, attr: bivisor_emulator::cpu::Attr::from_bits_retain(0x8b), selector: TR };
         if cpl == 3 {
             // Null data segments and a usable SS, as on Linux.
             cpu.seg[Seg::Ss as usize] = Segment::data32(0x2b, 3);
+            if self.strange {
+                cpu.seg[Seg::Cs as usize].selector = CS3;
+                cpu.seg[Seg::Ss as usize].selector = CS3 + 8;
+                cpu.seg[Seg::Fs as usize] = Segment::data32(FS3, 3);
+            }
         }
         cpu.rip = CODE;
         cpu.gpr[Gpr::Rsp as usize] = STACK3;
         cpu.gpr[Gpr::Rcx as usize] = rcx;
-        cpu.rflags = Rflags::FIXED | Rflags::IF;
+        cpu.rflags = self.rflags;
         self.vcpu.set_sregs(&regs::sregs(&cpu, &Default::default())).map_err(host_error)?;
         self.vcpu.set_regs(&regs::regs(&cpu)).map_err(host_error)
     }
@@ -335,7 +394,8 @@ impl Guest {
                     let rip = self.vcpu.sync_regs_mut().regs.rip;
                     Ok(Left::Vector((rip.wrapping_sub(STUBS) / 16) as u8))
                 }
-                Ok(_) => Ok(Left::Other),
+                Ok(VcpuExit::InternalError) => Ok(Left::NotEmulated),
+                Ok(other) => Ok(Left::Other(format!("{other:?}"))),
                 Err(e) if e.errno() == libc::EINTR || e.errno() == libc::EAGAIN => continue,
                 Err(e) => Err(host_error(e)),
             };

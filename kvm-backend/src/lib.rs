@@ -9,6 +9,7 @@ mod process;
 
 mod regs;
 mod run;
+pub mod sample;
 mod space;
 mod vm;
 

@@ -152,10 +152,9 @@ fn translated() -> [[usize; 4]; 2] {
 
 /// `docs/instructions.md`.
 pub fn instructions() -> String {
-    let table = dispatch::rows();
     let all: Vec<Code> = codes().collect();
     let count = |f: &dyn Fn(&Facts) -> bool| all.iter().filter(|c| f(facts(**c))).count();
-    let interpreted = |how| all.iter().filter(|c| dispatch::how(&table, **c) == how).count();
+    let interpreted = |how| all.iter().filter(|c| dispatch::how(**c) == how).count();
     let hardware = |how| all.iter().filter(|c| bivisor_kvm_backend::how(**c) == how).count();
 
     let mut out = format!(
@@ -224,7 +223,7 @@ the host's kernel or to Bivisor.
             format!("{:?}", row.facts.class).to_lowercase(),
             name_of(&PRIVILEGES, &row.facts.privilege),
             name_of(&SENSITIVITIES, &row.facts.sensitivity),
-            words(&here, |c| format!("`{}`", dispatch::function_of(&table, c).replace("r#", ""))),
+            words(&here, |c| format!("`{}`", dispatch::function_of(c).replace("r#", ""))),
             words(&wide, |c| word(bivisor_translator::how(c)).to_string()),
             words(&here, |c| word(bivisor_kvm_backend::how(c)).to_string()),
         )
@@ -236,13 +235,12 @@ the host's kernel or to Bivisor.
 /// The totals that the README quotes, as its list.
 pub fn totals() -> String {
     let [passed, handled, refused] = calls();
-    let table = dispatch::rows();
     let all: Vec<Code> = codes().collect();
     let number = |f: &dyn Fn(Code) -> bool| all.iter().filter(|c| f(**c)).count();
     let sensitive = number(&|c| facts(c).sensitivity != Sensitivity::Innocuous);
     let unguarded =
         number(&|c| facts(c).sensitivity != Sensitivity::Innocuous && facts(c).privilege == Privilege::Anyone);
-    let missing = number(&|c| dispatch::how(&table, c) == How::Unsupported);
+    let missing = number(&|c| dispatch::how(c) == How::Unsupported);
     let carried_out = match missing {
         0 => "all".to_string(),
         _ => format!("all but {missing}"),

@@ -111,11 +111,10 @@ fn sensitive_modules() -> BTreeSet<String> {
 
 #[test]
 fn sensitive_instructions_and_no_others_are_in_the_sensitive_modules() {
-    let rows = dispatch::rows();
     let sensitive = sensitive_modules();
     let mut wrong = BTreeSet::new();
     for code in Code::values().filter(|c| facts(*c).class != Class::Undefined) {
-        let module = module_of(&rows, code);
+        let module = module_of(code);
         let is = facts(code).sensitivity != Sensitivity::Innocuous;
         if module != "undefined" && sensitive.contains(module) != is {
             let sensitivity = facts(code).sensitivity;
@@ -127,8 +126,7 @@ fn sensitive_instructions_and_no_others_are_in_the_sensitive_modules() {
 
 #[test]
 fn what_a_cpu_can_have_has_a_function() {
-    let rows = dispatch::rows();
-    let native = rows.iter().any(|r| r.class.as_deref() == Some("Native"));
+    let native = dispatch::rows().iter().any(|r| r.class == Some("Native"));
     if !native {
         println!("SKIPPED: there is no row for Class::Native yet");
     }
@@ -136,9 +134,35 @@ fn what_a_cpu_can_have_has_a_function() {
     for code in Code::values() {
         let class = facts(code).class;
         let expected = class != Class::Undefined && (native || class != Class::Native);
-        if expected && module_of(&rows, code) == "undefined" {
+        if expected && module_of(code) == "undefined" {
             wrong.insert(format!("{:?}", code.mnemonic()), format!("{code:?} is {class:?} and has no function"));
         }
     }
     report(wrong.into_values().collect());
+}
+
+/// What `bivisor explain` names as the place is there.
+#[test]
+fn every_function_named_is_in_the_file_named() {
+    let root = dispatch::root();
+    let mut files: BTreeMap<String, String> = BTreeMap::new();
+    let mut wrong = BTreeSet::new();
+    for code in Code::values() {
+        let (file, function) = dispatch::place(code);
+        let text = files
+            .entry(file.clone())
+            .or_insert_with(|| std::fs::read_to_string(root.join(&file)).unwrap_or_else(|e| panic!("{file}: {e}")));
+        let name = function.trim_start_matches("r#");
+        let defined = [
+            format!("fn {name}("),
+            format!("fn r#{name}("),
+            format!("{name} =>"),
+            format!("{name},"),
+            format!("{name}:"),
+        ];
+        if !defined.iter().any(|d| text.contains(d.as_str())) {
+            wrong.insert(format!("{file} has no {function} for {code:?}"));
+        }
+    }
+    report(wrong.into_iter().collect());
 }

@@ -47,6 +47,7 @@ const UNSAFE: &[&str] = &[
     "emulator/tests/native/raw.rs",
     "kvm-backend/src/kick.rs",
     "kvm-backend/src/vm.rs",
+    "src/vessel.rs",
     "testsuite/src/host.rs",
     "testsuite/src/world.rs",
     "translator/src/code_buffer.rs",

@@ -24,6 +24,7 @@ mod icache;
 pub mod logic;
 pub mod mov;
 pub mod muldiv;
+pub mod names;
 pub mod native;
 pub mod operand;
 mod run;

@@ -1,6 +1,7 @@
 //! What the manuals say about instructions: no state, no engine.
 
 pub mod decode;
+pub mod exits;
 pub mod facts;
 pub mod insn;
 pub mod reg;

@@ -6,6 +6,8 @@ use crate::isa::Width;
 use crate::mem::PAGE_SIZE;
 use crate::mem::guest::Id;
 use memmap2::MmapRaw;
+use std::fs::File;
+use std::os::fd::FromRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 /// Code was cached from the page: stores raise the generation.
@@ -28,6 +30,8 @@ pub struct Ram {
     id: Id,
     watched: AtomicBool,
     watches: AtomicU64,
+    /// What is mapped, if it can be mapped elsewhere too.
+    file: Option<File>,
 }
 
 impl Ram {
@@ -38,15 +42,44 @@ impl Ram {
     pub fn new(size: u64) -> std::io::Result<Ram> {
         let size = size.next_multiple_of(PAGE_SIZE).max(PAGE_SIZE);
         let map = memmap2::MmapOptions::new().len(size as usize).no_reserve_swap().map_anon()?;
-        Ok(Ram {
-            map: MmapRaw::from(map),
+        Ok(Ram::over(MmapRaw::from(map), size, None))
+    }
+
+    /// As [`Ram::new`], in a file without a name ([`Ram::file`]) that another process can map as well.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn shared(size: u64) -> std::io::Result<Ram> {
+        let size = size.next_multiple_of(PAGE_SIZE).max(PAGE_SIZE);
+        // SAFETY: a constant name; the descriptor is fresh and becomes the file's.
+        let file = unsafe {
+            let fd = libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC);
+            if fd < 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            File::from_raw_fd(fd)
+        };
+        file.set_len(size)?;
+        let map = memmap2::MmapOptions::new().len(size as usize).map_raw(&file)?;
+        Ok(Ram::over(map, size, Some(file)))
+    }
+
+    fn over(map: MmapRaw, size: u64, file: Option<File>) -> Ram {
+        Ram {
+            map,
             size,
+            file,
             pages: (0..size / PAGE_SIZE).map(|_| AtomicU32::new(0)).collect(),
             epoch: AtomicU64::new(0),
             id: Id::default(),
             watched: AtomicBool::new(false),
             watches: AtomicU64::new(0),
-        })
+        }
+    }
+
+    /// The file behind [`Ram::shared`].
+    pub fn file(&self) -> Option<&File> {
+        self.file.as_ref()
     }
 
     /// Size in bytes.

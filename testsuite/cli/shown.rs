@@ -1,0 +1,203 @@
+//! The teaching commands: doctor, classify, explain, demo, compare: what they print, as text and as JSON, with and without /dev/kvm.
+
+use serde_json::Value;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+fn bivisor(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_bivisor")).args(args).stdin(Stdio::null()).output().expect("bivisor runs")
+}
+
+fn text(args: &[&str]) -> String {
+    let output = bivisor(args);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{args:?}: {} {said}", output.status);
+    String::from_utf8(output.stdout).expect("UTF-8")
+}
+
+fn json(args: &[&str]) -> Value {
+    let text = text(args);
+    assert_eq!(text.lines().count(), 1, "{args:?}: one line");
+    serde_json::from_str(&text).unwrap_or_else(|e| panic!("{args:?}: {e}"))
+}
+
+/// Can this host have a confined child?
+fn traces() -> bool {
+    let missing = json(&["doctor", "--json"])["missing"].to_string();
+    let may = !missing.contains("natively");
+    if !may {
+        println!("SKIPPED where code runs natively: {missing}");
+    }
+    may
+}
+
+/// The names in the first column of the table under a heading of docs/json.md.
+fn documented(command: &str) -> Vec<String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/json.md");
+    let page = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let heading = format!("## `bivisor {command}");
+    let section = page.split("\n## ").map(|s| format!("## {s}")).find(|s| s.starts_with(&heading));
+    let section = section.unwrap_or_else(|| panic!("docs/json.md has no `{heading}`"));
+    let mut names: Vec<String> =
+        section.lines().filter_map(|l| Some(l.strip_prefix("| `")?.split('`').next()?.to_string())).collect();
+    names.sort();
+    names
+}
+
+fn keys(value: &Value) -> Vec<String> {
+    value.as_object().expect("an object").keys().cloned().collect()
+}
+
+fn fits(text: &str) {
+    for line in text.lines() {
+        assert!(line.chars().count() <= 80, "{} columns: {line}", line.chars().count());
+        assert!(!line.contains('\x1b'), "no colour in a pipe: {line}");
+    }
+}
+
+#[test]
+fn the_json_is_as_documented() {
+    for (command, args) in [("doctor", &["doctor", "--json"][..]), ("classify", &["classify", "popf", "--json"])] {
+        assert_eq!(keys(&json(args)), documented(command), "{command}");
+    }
+}
+
+#[test]
+fn texts_fit_a_terminal() {
+    fits(&text(&["doctor"]));
+    fits(&text(&["classify"]));
+    fits(&text(&["classify", "popf", "mov seg", "cpuid", "xsetbv"]));
+}
+
+/// What a user's code gets from the 18 on Linux (SDM 2; Robin and Irvine 2000; linux/arch/x86/kernel/umip.c), and what the kinds of KVM
+/// make of them.
+#[test]
+fn the_eighteen() {
+    let report = json(&["doctor", "--json"]);
+    let tried = report["eighteen"].as_array().expect("a list").clone();
+    assert_eq!(tried.len(), 18);
+    let verdict = |name: &str, where_: &str| {
+        let found = tried.iter().find(|t| t["instruction"] == name).unwrap_or_else(|| panic!("no {name}"));
+        found[where_]["verdict"].as_str().map(str::to_string)
+    };
+    if traces() {
+        let umip = report["cpu"]["umip"] == true;
+        for t in &tried {
+            let name = t["instruction"].as_str().expect("a name");
+            let expected = match name {
+                "SGDT" | "SIDT" | "SLDT" | "SMSW" | "STR" if umip => "dummy",
+                "POPF" => "ignored",
+                "INT n" => "traps",
+                _ => "leaks",
+            };
+            assert_eq!(verdict(name, "native").as_deref(), Some(expected), "{name} natively");
+        }
+    }
+    for t in &tried {
+        let name = t["instruction"].as_str().expect("a name");
+        let expected = match (report["kvm"]["kind"].as_str().expect("a kind"), name) {
+            ("absent" | "forbidden" | "broken", _) => None,
+            ("vt-x" | "svm", _) => Some("right"),
+            (_, "SGDT" | "SIDT" | "SLDT" | "SMSW" | "STR") => Some("right"),
+            (_, "POPF") => Some("ignored"),
+            (_, "INT n") => Some("wrong-exception"),
+            _ => Some("leaks"),
+        };
+        assert_eq!(verdict(name, "kvm").as_deref(), expected, "{name} under KVM");
+    }
+}
+
+/// Statuses that scripts may rely on, without /dev/kvm and with one that is none: in a mount namespace of its own.
+#[test]
+fn without_kvm() {
+    let binary = env!("CARGO_BIN_EXE_bivisor");
+    let run = |mount: &str, rest: &str| {
+        let script = format!("{mount} && exec {binary} {rest}");
+        Command::new("unshare").args(["-rm", "sh", "-c", &script]).stdin(Stdio::null()).output()
+    };
+    let absent = "mount -t tmpfs none /dev";
+    if !run(absent, "--version").is_ok_and(|o| o.status.success()) {
+        println!("SKIPPED without /dev/kvm: this host gives no mount namespace");
+        return;
+    }
+    let cases = [(absent, "absent", 10), ("mount -t tmpfs none /dev && touch /dev/kvm", "broken", 12)];
+    for (mount, kind, status) in cases {
+        for (rest, expected) in [("--require hardware", status), ("--require kvm", status), ("", 0)] {
+            let output = run(mount, &format!("doctor --json {rest}")).expect("unshare runs");
+            assert_eq!(
+                output.status.code(),
+                Some(expected),
+                "{kind} {rest}: {}",
+                String::from_utf8_lossy(&output.stderr)
+            );
+            let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+            assert_eq!(report["kvm"]["kind"], kind);
+            assert_eq!(report["kvm"]["status"], status);
+            assert_eq!(report["process"]["engine"], "bt");
+            assert_eq!(keys(&report), documented("doctor"));
+        }
+        let output = run(mount, "doctor").expect("unshare runs");
+        fits(&String::from_utf8_lossy(&output.stdout));
+    }
+}
+
+#[test]
+fn classes() {
+    let report = json(&["classify", "--json"]);
+    let all = report["instructions"].as_array().expect("a list");
+    let one = |name: &str| all.iter().find(|e| e["instruction"] == name).unwrap_or_else(|| panic!("no {name}"));
+    // SDM 3C 26.1.2, 26.1.3.
+    assert_eq!((one("CPUID")["vtx_reason"].as_u64(), &one("CPUID")["vtx_when"]), (Some(10), &"always".into()));
+    assert_eq!(one("POPF")["vtx_reason"], Value::Null);
+    assert_eq!(one("POPF")["svm"][0], 0x71);
+    assert_eq!((&one("POPF")["sensitivity"], &one("POPF")["at_cpl3"]), (&"control".into(), &"runs".into()));
+    assert_eq!((&one("SIDT")["sensitivity"], &one("SIDT")["at_cpl3"]), (&"behaviour".into(), &"#GP*".into()));
+    assert_eq!(one("LES")["exists"], serde_json::json!([false, true]));
+    for verdict in report["verdicts"].as_array().expect("a list") {
+        let silent = verdict["silent"].as_array().expect("a list").len();
+        let listed = all.iter().filter(|e| {
+            let exists = e["exists"][usize::from(verdict["rules"]["bits"] == 32)] == true;
+            let umip = e["privilege"] == "CPL 0 if CR4.UMIP" && verdict["rules"]["umip"] == false;
+            exists && e["sensitivity"] != "innocuous" && (e["at_cpl3"] == "runs" || umip)
+        });
+        assert_eq!(listed.count(), silent, "{}", verdict["rules"]);
+        assert_eq!(verdict["virtualizable"], false);
+    }
+    let markdown = text(&["classify", "--markdown"]);
+    let rows = markdown.lines().filter(|l| l.starts_with("| ")).count();
+    assert_eq!(rows, all.len() + 2);
+    assert_eq!(bivisor(&["classify", "nonsense"]).status.code(), Some(2));
+}
+
+/// What the host does is what the manual says: the table is not only consistent with itself.
+#[test]
+fn classes_as_measured() {
+    if !traces() {
+        return;
+    }
+    let report = json(&["classify", "--probe", "--json"]);
+    for e in report["instructions"].as_array().expect("a list") {
+        let (name, measured) = (e["instruction"].as_str().expect("a name"), e["measured"].as_str().expect("measured"));
+        let expected: &[&str] = match (name, e["at_cpl3"].as_str().expect("a word")) {
+            _ if measured == "not in 64-bit code" => continue,
+            // AMD has no SYSENTER in 64-bit code (APM 3).
+            ("SYSENTER", _) => &["enters the host's kernel", "#UD"],
+            ("SYSCALL", _) => &["enters the host's kernel"],
+            ("POPF", _) => &["runs; IF is kept"],
+            ("INT1", _) => &["#DB"],
+            ("INT3", _) => &["#BP"],
+            // The gate has DPL 0.
+            ("INT n", _) => &["#GP"],
+            // What the host's processor may lack.
+            ("RDPID" | "RDRAND" | "RDSEED" | "XGETBV" | "RDFSBASE" | "RDGSBASE" | "WRFSBASE" | "WRGSBASE", _) => {
+                &["runs", "#UD"]
+            }
+            ("INVPCID" | "XSAVES" | "XSAVES64" | "XRSTORS" | "XRSTORS64" | "WBNOINVD", _) => &["#GP", "#UD"],
+            (_, "runs") => &["runs"],
+            // CR4.TSD and CR4.PCE are the kernel's choice; UMIP is the processor's too.
+            (_, "#GP*") => &["runs", "#GP", "traps (UMIP); the kernel answers"],
+            (_, other) => &[other],
+        };
+        assert!(expected.contains(&measured), "{name}: measured {measured}, the manual says {expected:?}");
+    }
+}
