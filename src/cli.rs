@@ -26,4 +26,6 @@ pub enum Command {
     Doctor(crate::doctor::DoctorArgs),
     /// Classify instructions as Popek and Goldberg did, and say whether x86 is virtualizable.
     Classify(crate::classify::ClassifyArgs),
+    /// See trap-and-emulate fail where the three engines do not.
+    Demo(crate::demo::DemoArgs),
 }

@@ -1,5 +1,6 @@
 //! Engines by name: which there are, which one `auto` takes, and making them.
 
+use crate::trap::TrapVcpu;
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::interp::Interpreter;
 use bivisor_emulator::interp::sensitive::time::TimeSource;
@@ -23,6 +24,8 @@ pub enum Backend {
     Bt,
     /// KVM: the processor's virtualization, or what the host's KVM module is.
     Kvm,
+    /// Trap-and-emulate, a demonstration (only exec, demo, compare): what is sensitive and does not trap goes wrong.
+    Trap,
 }
 
 impl Backend {
@@ -33,6 +36,7 @@ impl Backend {
             Backend::Interp => "interp",
             Backend::Bt => "bt",
             Backend::Kvm => "kvm",
+            Backend::Trap => "trap",
         }
     }
 }
@@ -67,6 +71,10 @@ pub fn choose(asked: Backend, purpose: Purpose) -> Result<(Backend, String), Str
                 }
             }
         }
+        Backend::Trap if purpose != Purpose::Code => Err(format!(
+            "--backend trap is a demonstration: it runs kernel code wrongly (see `bivisor demo popf`); use --backend {}",
+            SOFTWARE.name()
+        )),
         _ => Ok((asked, format!("{}, as asked", asked.name()))),
     }
 }
@@ -111,6 +119,7 @@ pub fn for_code(backend: Backend, model: Arc<CpuModel>) -> Result<Box<dyn Vcpu +
         Backend::Auto | Backend::Interp => Box::new(Interpreter::new(model)),
         Backend::Bt => Box::new(Translator::new(model).map_err(no_code_memory)?),
         Backend::Kvm => Box::new(KvmVm::new(model)?.vcpu()),
+        Backend::Trap => Box::new(TrapVcpu::new(model)),
     })
 }
 
@@ -134,7 +143,9 @@ pub fn for_machine(backend: Backend, model: Arc<CpuModel>, repeatable: bool) -> 
             engine.env().time = source;
             Box::new(engine)
         }
-        Backend::Kvm => return Err("--deterministic needs a software engine: use --backend interp or bt".into()),
+        Backend::Kvm | Backend::Trap => {
+            return Err("--deterministic needs a software engine: use --backend interp or bt".into());
+        }
     })
 }
 
@@ -154,5 +165,6 @@ pub fn for_process(backend: Backend, model: &Arc<CpuModel>) -> Result<VcpuFactor
             let vm = KvmVm::new(model)?;
             Arc::new(move || Ok(Box::new(vm.vcpu())))
         }
+        Backend::Trap => return Err("--backend trap is for kernel code only: see `bivisor demo`".into()),
     })
 }

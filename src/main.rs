@@ -4,14 +4,17 @@ mod boot;
 mod classify;
 mod cli;
 mod decode;
+mod demo;
 mod doctor;
 mod engine;
 mod exec;
 mod forms;
+mod guest;
 mod native;
 mod run;
 mod terminal;
 mod text;
+mod trap;
 mod vessel;
 
 use clap::Parser;
@@ -22,6 +25,7 @@ fn main() -> ExitCode {
         cli::Command::Boot(args) => boot::run(&args),
         cli::Command::Classify(args) => classify::run(&args),
         cli::Command::Decode(args) => decode::run(&args),
+        cli::Command::Demo(args) => demo::run(&args),
         cli::Command::Doctor(args) => doctor::run(&args),
         cli::Command::Exec(args) => exec::run(&args),
         cli::Command::Run(args) => run::run(&args),

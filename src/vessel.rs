@@ -6,7 +6,7 @@
 
 use anyhow::{Result, bail};
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
 pub use libc::user_regs_struct as Registers;
@@ -15,9 +15,16 @@ pub use libc::user_regs_struct as Registers;
 pub const STUB: u64 = 0x6fff_0000_0000;
 /// End of user addresses with four levels of page tables.
 const TOP: u64 = 0x7fff_ffff_f000;
+/// Below it Linux maps nothing for most users (vm.mmap_min_addr).
+pub const LOWEST: u64 = 0x1_0000;
 const PAGE: u64 = 4096;
+/// How long the child runs at most before we can look around.
+pub const TICK: Duration = Duration::from_millis(10);
 const PTRACE_SYSEMU: u32 = 31;
 const PTRACE_SYSEMU_SINGLESTEP: u32 = 32;
+const PTRACE_GETREGSET: u32 = 0x4204;
+const PTRACE_SETREGSET: u32 = 0x4205;
+const NT_X86_XSTATE: usize = 0x202;
 const RSEQ_SIGNATURE: u32 = 0x5305_3053;
 
 /// Why the child stopped.
@@ -36,10 +43,17 @@ pub struct Stop {
 /// The child.
 pub struct Vessel {
     pid: i32,
+    /// The thread that may trace it.
+    owner: i32,
 }
 
 fn last() -> io::Error {
     io::Error::last_os_error()
+}
+
+fn tid() -> i32 {
+    // SAFETY: no arguments.
+    unsafe { libc::syscall(libc::SYS_gettid) as i32 }
 }
 
 /// Where the C library has registered restartable sequences for this thread; the child must not keep them without its memory.
@@ -68,9 +82,9 @@ impl Vessel {
         if pid == 0 {
             become_vessel(rseq);
         }
-        let mut vessel = Vessel { pid };
+        let mut vessel = Vessel { pid, owner: tid() };
         let first = vessel.wait()?;
-        if first.signal != libc::SIGSTOP {
+        if ![libc::SIGSTOP, libc::SIGALRM].contains(&first.signal) {
             bail!(
                 "the host refuses ptrace(2): is it forbidden by a container's rules? Allow it (for Docker: --cap-add SYS_PTRACE)"
             );
@@ -79,6 +93,11 @@ impl Vessel {
             vessel.call(libc::SYS_munmap, [start, end - start, 0, 0, 0, 0])?;
         }
         Ok(vessel)
+    }
+
+    /// May this thread use it?
+    pub fn is_ours(&self) -> bool {
+        self.owner == tid()
     }
 
     fn ptrace(&self, request: u32, address: usize, data: usize) -> io::Result<i64> {
@@ -139,7 +158,29 @@ impl Vessel {
         Ok(())
     }
 
-    /// Goes on until a signal or a system call; if `single`, one instruction.
+    /// The XSAVE image.
+    ///
+    /// # Errors
+    /// The child is gone.
+    pub fn extended(&self) -> Result<Vec<u8>> {
+        let mut bytes = vec![0u8; 16 << 10];
+        let mut io = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+        self.ptrace(PTRACE_GETREGSET, NT_X86_XSTATE, &raw mut io as usize)?;
+        bytes.truncate(io.iov_len);
+        Ok(bytes)
+    }
+
+    /// Sets it, to an image of the same length.
+    ///
+    /// # Errors
+    /// The kernel does not like it.
+    pub fn set_extended(&self, bytes: &mut [u8]) -> Result<()> {
+        let mut io = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+        self.ptrace(PTRACE_SETREGSET, NT_X86_XSTATE, &raw mut io as usize)?;
+        Ok(())
+    }
+
+    /// Goes on until a signal or a system call; if `single`, one instruction. SIGALRM is the clock's: it comes every [`TICK`].
     ///
     /// # Errors
     /// The child is gone.
@@ -148,27 +189,20 @@ impl Vessel {
         self.wait()
     }
 
-    /// As [`Vessel::run`]; the child is stopped after this time.
+    /// As [`Vessel::run`], without the clock's ticks, and at most so long.
     ///
     /// # Errors
     /// As there, and when the time is over.
     pub fn run_for(&mut self, limit: Duration) -> Result<Stop> {
-        self.ptrace(PTRACE_SYSEMU, 0, 0)?;
         let start = Instant::now();
         loop {
-            // SAFETY: our own child; nothing is taken away.
-            let ready = unsafe {
-                let mut info: libc::siginfo_t = std::mem::zeroed();
-                let flags = libc::WSTOPPED | libc::WEXITED | libc::WNOWAIT | libc::WNOHANG | libc::__WALL;
-                libc::waitid(libc::P_PID, self.pid as u32, &raw mut info, flags) == 0 && info.si_pid() == self.pid
-            };
-            if ready {
-                return self.wait();
+            let stop = self.run(false)?;
+            if stop.signal != libc::SIGALRM {
+                return Ok(stop);
             }
             if start.elapsed() > limit {
                 bail!("still running after {limit:?}");
             }
-            std::thread::yield_now();
         }
     }
 
@@ -182,8 +216,13 @@ impl Vessel {
         r.orig_rax = u64::MAX;
         [r.rdi, r.rsi, r.rdx, r.r10, r.r8, r.r9] = arguments;
         self.set_registers(&r)?;
-        self.ptrace(libc::PTRACE_SINGLESTEP, 0, 0)?;
-        let stop = self.wait()?;
+        let stop = loop {
+            self.ptrace(libc::PTRACE_SINGLESTEP, 0, 0)?;
+            let stop = self.wait()?;
+            if stop.signal != libc::SIGALRM {
+                break stop;
+            }
+        };
         let after = self.registers()?;
         self.set_registers(&Registers { orig_rax: u64::MAX, ..before })?;
         if stop.signal != libc::SIGTRAP {
@@ -204,11 +243,28 @@ impl Vessel {
         self.map_with(at, len, protection, flags, -1, 0)
     }
 
+    /// Maps a file that was open when the child was made.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn map_file(&mut self, at: u64, len: u64, protection: i32, file: &impl AsRawFd, offset: u64) -> Result<()> {
+        self.map_with(at, len, protection, libc::MAP_SHARED | libc::MAP_FIXED, file.as_raw_fd(), offset)
+    }
+
     fn map_with(&mut self, at: u64, len: u64, protection: i32, flags: i32, fd: RawFd, offset: u64) -> Result<()> {
         if at < STUB + PAGE && at.saturating_add(len) > STUB {
             bail!("the address {at:#x} is taken");
         }
         self.call(libc::SYS_mmap, [at, len, protection as u64, flags as u64, fd as u64, offset])?;
+        Ok(())
+    }
+
+    /// Unmaps all that was mapped below the page of ours.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn unmap_all(&mut self) -> Result<()> {
+        self.call(libc::SYS_munmap, [0, STUB, 0, 0, 0, 0])?;
         Ok(())
     }
 
@@ -254,6 +310,9 @@ fn become_vessel(rseq: Option<u64>) -> ! {
         // syscall; int3
         page.cast::<[u8; 3]>().write([0x0f, 0x05, 0xcc]);
         libc::mprotect(page, PAGE as usize, libc::PROT_READ | libc::PROT_EXEC);
+        let tick = libc::timeval { tv_sec: 0, tv_usec: TICK.as_micros() as i64 };
+        let timer = libc::itimerval { it_interval: tick, it_value: tick };
+        libc::setitimer(libc::ITIMER_REAL, &raw const timer, std::ptr::null_mut());
         libc::raise(libc::SIGSTOP);
         libc::_exit(1);
     }

@@ -89,7 +89,8 @@ fn paged(s: &CpuState) -> bool {
 impl World {
     /// RAM of at least `identity` bytes and a pool of `pool` bytes.
     fn with(identity: u64, pool: u64) -> Result<World, String> {
-        let ram = Ram::new(identity + pool).map_err(|e| format!("no memory for the guest: {e}"))?;
+        // A child process may run the code: `--backend trap`.
+        let ram = Ram::shared(identity + pool).map_err(|e| format!("no memory for the guest: {e}"))?;
         ram.track_dirty();
         Ok(World {
             mem: GuestMemory::Ram(ram),

@@ -57,7 +57,11 @@ fn fits(text: &str) {
 
 #[test]
 fn the_json_is_as_documented() {
-    for (command, args) in [("doctor", &["doctor", "--json"][..]), ("classify", &["classify", "popf", "--json"])] {
+    for (command, args) in [
+        ("doctor", &["doctor", "--json"][..]),
+        ("classify", &["classify", "popf", "--json"]),
+        ("demo", &["demo", "popf", "--json"]),
+    ] {
         assert_eq!(keys(&json(args)), documented(command), "{command}");
     }
 }
@@ -200,4 +204,52 @@ fn classes_as_measured() {
         };
         assert!(expected.contains(&measured), "{name}: measured {measured}, the manual says {expected:?}");
     }
+}
+
+/// What trap-and-emulate shows at each step where it goes wrong: a process of Linux has IF 1 and IOPL 0, CS 33h (SDM 2, POPF;
+/// linux/arch/x86/include/asm/segment.h).
+#[test]
+fn demonstrations() {
+    let traces = traces();
+    for (demo, wrong) in [("popf", Some(1)), ("redpill", Some(0)), ("pagefault", None)] {
+        fits(&text(&["demo", demo]));
+        let report = json(&["demo", demo, "--json"]);
+        let steps = report["steps"].as_array().expect("a list");
+        assert!(steps.len() >= 5, "{demo}");
+        let hardware = ["vt-x", "svm"].contains(&json(&["doctor", "--json"])["kvm"]["kind"].as_str().expect("a kind"));
+        for engine in if hardware { &["interp", "bt", "kvm"][..] } else { &["interp", "bt"] } {
+            for step in steps {
+                assert_eq!(step["seen"][engine], step["expected"], "{demo}: {} on {engine}", step["code"]);
+            }
+        }
+        if !traces {
+            continue;
+        }
+        assert!(report["failed"].get("trap").is_none(), "{}", report["failed"]);
+        let trap = |i: usize| &steps[i]["seen"]["trap"];
+        assert_eq!(report["wrong_under_trap"], serde_json::json!(wrong), "{demo}");
+        match demo {
+            "popf" => {
+                // CLI was emulated, but PUSHF shows the host's IF; POPF changed nothing, so the interrupt came while it was off.
+                assert_eq!((trap(1), trap(2), trap(3)), (&1.into(), &1.into(), &1.into()));
+                let called_popf = report["ledger"]["trap"].to_string().contains("POPF");
+                assert!(!called_popf, "POPF never trapped: {}", report["ledger"]);
+            }
+            "redpill" => assert_eq!(trap(4), 0x33, "mov eax, cs"),
+            _ => {
+                let ledger = report["ledger"]["trap"].to_string();
+                assert!(ledger.contains("[0,\"true page fault\",2]"), "as many as the guest counted: {ledger}");
+                assert!(ledger.contains("hidden page fault"), "{ledger}");
+            }
+        }
+    }
+}
+
+/// The demonstration is not an engine for work.
+#[test]
+fn trap_is_refused_for_work() {
+    let output = bivisor(&["run", "--backend", "trap", "true"]);
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("demonstration") && said.contains("--backend bt"), "{said}");
 }

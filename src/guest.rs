@@ -1,0 +1,269 @@
+//! Small ring-0 guests, assembled here and now: a flat address space, tables of their own, a board of few ports, any engine.
+
+use crate::trap::{Reason, TrapVcpu};
+use anyhow::{Result, anyhow, bail};
+use bivisor_emulator::bus::Bus;
+use bivisor_emulator::cpu::cpuid::CpuModel;
+use bivisor_emulator::cpu::{CpuState, Rflags};
+use bivisor_emulator::interp::Interpreter;
+use bivisor_emulator::isa::{Gpr, Width};
+use bivisor_emulator::mem::{GuestMemory, Ram};
+use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Vcpu};
+use bivisor_kvm_backend::KvmVm;
+use bivisor_translator::Translator;
+use iced_x86::code_asm::CodeAssembler;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Where the code lies.
+pub const CODE: u64 = 0x10_0000;
+/// The stack pointer it starts with.
+pub const STACK: u64 = 0x9_0000;
+/// GDT, IDT, TSS.
+pub const GDT: u64 = 0x2_0000;
+/// See [`GDT`].
+pub const IDT: u64 = 0x2_1000;
+/// See [`GDT`].
+pub const TSS: u64 = 0x2_3000;
+/// Selectors: unlike Linux's, so that what shows the host's can be told.
+pub const KCODE: u16 = 0x48;
+/// Data of the kernel.
+pub const KDATA: u16 = 0x50;
+/// Data, then code of the user: as SYSRET wants them.
+pub const UDATA: u16 = 0x5b;
+/// See [`UDATA`].
+pub const UCODE: u16 = 0x63;
+/// The task register.
+pub const TSSSEL: u16 = 0x70;
+/// Level 4, 3, 2 of the page tables; the level 1 of the window is at the end.
+const TABLES: u64 = 0x3_0000;
+/// The level 1 table of [`WINDOW`].
+pub const WINDOW_TABLE: u64 = TABLES + 0x3000;
+/// 2 MiB in pages of 4 KiB; the other memory is in pages of 2 MiB.
+pub const WINDOW: u64 = 0x80_0000;
+/// RAM.
+const RAM: u64 = 16 << 20;
+
+/// Ports of the board: OUT of a value to [`REPORT`] + n is the n-th of the report.
+pub const REPORT: u16 = 0x500;
+/// Raises an interrupt of the vector written.
+pub const RAISE: u16 = 0xe8;
+/// The end.
+pub const EXIT: u16 = 0xf4;
+
+/// The board.
+#[derive(Default)]
+pub struct Ports {
+    report: Mutex<BTreeMap<u16, u32>>,
+    raised: Mutex<VecDeque<u8>>,
+    ended: Mutex<bool>,
+}
+
+fn lock<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Bus for Ports {
+    fn read_port(&self, _: u16, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+
+    fn write_port(&self, port: u16, data: &[u8]) {
+        let mut value = [0; 4];
+        value[..data.len().min(4)].copy_from_slice(&data[..data.len().min(4)]);
+        match port {
+            RAISE => lock(&self.raised).push_back(value[0]),
+            EXIT => *lock(&self.ended) = true,
+            REPORT.. => {
+                lock(&self.report).insert(port - REPORT, u32::from_le_bytes(value));
+            }
+            _ => {}
+        }
+    }
+
+    fn read_mmio(&self, _: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+
+    fn write_mmio(&self, _: u64, _: &[u8]) {}
+
+    fn interrupt_pending(&self) -> bool {
+        !lock(&self.raised).is_empty()
+    }
+
+    fn take_interrupt(&self) -> Option<u8> {
+        lock(&self.raised).pop_front()
+    }
+}
+
+/// An engine for these guests.
+pub enum Engine {
+    /// Any of the three.
+    Plain(Box<dyn Vcpu>),
+    /// The translator, for its counters.
+    Bt(Box<Translator>),
+    /// Trap-and-emulate, for its ledger.
+    Trap(Box<TrapVcpu>),
+}
+
+/// The names of all, in the order of pages and tables.
+pub const ENGINES: [&str; 4] = ["interp", "bt", "trap", "kvm"];
+
+impl Engine {
+    /// By name.
+    ///
+    /// # Errors
+    /// Why it is not to be had here.
+    pub fn new(name: &str) -> Result<Engine> {
+        let model = Arc::new(CpuModel::host());
+        Ok(match name {
+            "interp" => Engine::Plain(Box::new(Interpreter::new(model))),
+            "bt" => Engine::Bt(Box::new(Translator::new(model)?)),
+            "trap" => Engine::Trap(Box::new(TrapVcpu::new(model))),
+            "kvm" => Engine::Plain(Box::new(KvmVm::new(model).map_err(|e| anyhow!(e))?.vcpu())),
+            _ => bail!("there is no engine {name}"),
+        })
+    }
+
+    fn vcpu(&mut self) -> &mut dyn Vcpu {
+        match self {
+            Engine::Plain(v) => &mut **v,
+            Engine::Bt(v) => &mut **v,
+            Engine::Trap(v) => &mut **v,
+        }
+    }
+
+    /// Why and how often the guest was left, where the engine counts it.
+    pub fn ledger(&self) -> BTreeMap<Reason, u64> {
+        match self {
+            Engine::Plain(_) => BTreeMap::new(),
+            Engine::Trap(v) => v.ledger.clone(),
+            Engine::Bt(v) => {
+                let s = v.stats();
+                [
+                    ("call-out: one interpreter step", s.steps),
+                    ("not in the inline TLB", s.tlb_misses),
+                    ("to a block not linked yet", s.to_block),
+                    ("target of an indirect branch not found", s.misses),
+                    ("exception in translated code", s.faults),
+                ]
+                .into_iter()
+                .filter(|(_, n)| *n > 0)
+                .map(|(name, n)| ((None, name.to_string()), n))
+                .collect()
+            }
+        }
+    }
+}
+
+/// A guest in memory.
+pub struct Guest {
+    mem: GuestMemory,
+    entry: u64,
+    ports: Ports,
+}
+
+/// A 64-bit gate.
+fn gate(handler: u64, dpl: u64) -> [u64; 2] {
+    let low = handler & 0xffff | u64::from(KCODE) << 16 | (0x8e00 | dpl << 13) << 32 | (handler >> 16 & 0xffff) << 48;
+    [low, handler >> 32]
+}
+
+impl Guest {
+    /// Assembles it with `build`, which gives `(vector, DPL, label)` of its handlers.
+    ///
+    /// # Errors
+    /// The assembler's, or no memory.
+    pub fn new(build: impl FnOnce(&mut CodeAssembler) -> Result<Vec<Gate>>) -> Result<Guest> {
+        let mut a = CodeAssembler::new(64)?;
+        let gates = build(&mut a)?;
+        let options = iced_x86::BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS;
+        let made = a.assemble_options(CODE, options)?;
+        let mem = GuestMemory::Ram(Ram::shared(RAM)?);
+        let put = |at: u64, v: u64| mem.store(at, Width::Q, v).ok_or_else(|| anyhow!("no RAM at {at:#x}"));
+        mem.write(CODE, &made.inner.code_buffer).ok_or_else(|| anyhow!("the code is too long"))?;
+        for g in gates {
+            let address = made.label_ip(&g.label)?;
+            let [low, high] = gate(address, g.dpl);
+            put(IDT + 16 * u64::from(g.vector), low)?;
+            put(IDT + 16 * u64::from(g.vector) + 8, high)?;
+        }
+        put(TABLES, TABLES + 0x1007)?;
+        put(TABLES + 0x1000, TABLES + 0x2007)?;
+        for n in 0..RAM >> 21 {
+            put(TABLES + 0x2000 + 8 * n, n << 21 | 0xe7)?;
+        }
+        put(TABLES + 0x2000 + 8 * (WINDOW >> 21), WINDOW_TABLE | 7)?;
+        for n in 0..512 {
+            put(WINDOW_TABLE + 8 * n, (WINDOW + n * 4096) | 0x67)?;
+        }
+        let tss = [TSS << 16 & 0xff_ffff_0000 | (TSS >> 24) << 56 | 0x8b << 40 | 0x67, TSS >> 32];
+        for (selector, v) in [
+            (KCODE, 0x00af_9b00_0000_ffff),
+            (KDATA, 0x00cf_9300_0000_ffff),
+            (UDATA, 0x00cf_f300_0000_ffff),
+            (UCODE, 0x00af_fb00_0000_ffff),
+            (TSSSEL, tss[0]),
+            (TSSSEL + 8, tss[1]),
+        ] {
+            put(GDT + u64::from(selector & !7), v)?;
+        }
+        mem.write(TSS + 4, &STACK.to_le_bytes()).ok_or_else(|| anyhow!("no TSS"))?;
+        Ok(Guest { mem, entry: CODE, ports: Ports::default() })
+    }
+
+    /// Runs it to its end from the start; gives its report.
+    ///
+    /// # Errors
+    /// What went wrong, and where.
+    pub fn run(&self, engine: &mut Engine, limit: Duration) -> Result<BTreeMap<u16, u32>> {
+        lock(&self.ports.report).clear();
+        lock(&self.ports.raised).clear();
+        *lock(&self.ports.ended) = false;
+        let vcpu = engine.vcpu();
+        let mut s = CpuState::long64(0);
+        s.seg[1].selector = KCODE;
+        s.seg[2].selector = KDATA;
+        s.cr3 = TABLES;
+        (s.gdtr.base, s.gdtr.limit) = (GDT, 0x7f);
+        (s.idtr.base, s.idtr.limit) = (IDT, 0xfff);
+        s.tr = bivisor_emulator::cpu::Segment {
+            base: TSS,
+            limit: 0x67,
+            attr: bivisor_emulator::cpu::Attr::from_bits_retain(0x8b),
+            selector: TSSSEL,
+        };
+        s.rip = self.entry;
+        s.gpr[Gpr::Rsp as usize] = STACK;
+        s.rflags = Rflags::FIXED;
+        *vcpu.state() = s;
+        vcpu.set_intercepts(Intercepts::empty());
+        let board = Board { mem: &self.mem, bus: &self.ports };
+        let start = Instant::now();
+        loop {
+            let exit = vcpu.run(board, 1_000_000);
+            if *lock(&self.ports.ended) {
+                return Ok(lock(&self.ports.report).clone());
+            }
+            match exit {
+                Exit::Budget | Exit::Kicked if start.elapsed() < limit => {}
+                Exit::Halt if self.ports.interrupt_pending() && start.elapsed() < limit => {}
+                exit => {
+                    let rip = vcpu.state().rip;
+                    bail!("{exit:?} at {rip:#x} after {:?}", start.elapsed());
+                }
+            }
+        }
+    }
+}
+
+/// A handler of the guest's.
+pub struct Gate {
+    /// Which vector.
+    pub vector: u8,
+    /// Who may call it by INT n.
+    pub dpl: u64,
+    /// Where.
+    pub label: iced_x86::code_asm::CodeLabel,
+}
