@@ -13,7 +13,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Exit statuses that no guest gives by the debug-exit port, whose statuses are odd, or that mean the same.
 const TRIPLE_FAULT: i32 = 122;
@@ -138,12 +138,13 @@ pub fn run(args: &BootArgs) -> Result<i32> {
     let inputs = Inputs { kernel: read(&args.kernel, "--kernel")?, initrd, model, backend };
     let limit = args.timeout.map(Duration::try_from_secs_f64).transpose().context("--timeout")?;
     let terminal = (args.serial == "stdio").then(Terminal::take);
+    let started = Instant::now();
     loop {
         let mut machine = build(args, &inputs)?;
         if let Some(terminal) = &terminal {
             terminal.attach(machine.remote());
         }
-        let end = machine.run(limit);
+        let end = machine.run(limit.map(|l| l.saturating_sub(started.elapsed())));
         if let Some(terminal) = &terminal {
             terminal.detach();
         }

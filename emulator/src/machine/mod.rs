@@ -1,5 +1,6 @@
 //! A PC: an engine, its RAM, its board, and the loop that runs them until the machine is off.
 
+mod acpi;
 pub mod boot;
 pub mod clock;
 mod pc;

@@ -276,7 +276,6 @@ impl Chips {
                     self.end = Some(End::PowerOff);
                 }
             }
-            0xcf9 if v & 4 != 0 => self.end = Some(End::Reset),
             _ => {}
         }
         if self.keyboard.take_reset() {
@@ -300,6 +299,13 @@ impl Chips {
             return true;
         }
         match port {
+            // The reset control register lies inside PCI's address register, which takes 32 bits at a time.
+            0xcf9 if data.len() == 1 => {
+                if data[0] & 4 != 0 {
+                    self.end = Some(End::Reset);
+                }
+                true
+            }
             0x510 if data.len() == 2 => {
                 self.fw_cfg.select(u16::from_le_bytes([data[0], data[1]]));
                 true

@@ -82,10 +82,18 @@ pub fn rdtscp(x: &mut Exec<'_>, i: &Insn) -> Step {
     Ok(())
 }
 
-/// RDPMC: no performance counters are offered (CPUID leaf 0xA is empty), so every counter number is invalid.
-pub fn rdpmc(_: &mut Exec<'_>, _: &Insn) -> Step {
+/// RDPMC: no counters are offered on Intel (CPUID leaf 0xA is empty). AMD's first four are always there; ours do not count.
+pub fn rdpmc(x: &mut Exec<'_>, _: &Insn) -> Step {
+    const AMD_COUNTERS: u64 = 4;
+    let n = x.cpu.read(Gpr::Rcx, Width::D);
     // "If an invalid performance counter index is specified": #GP(0).
-    Err(Fault::Gp(0).into())
+    if x.env.cpu_model.is_intel() || n >= AMD_COUNTERS {
+        return Err(Fault::Gp(0).into());
+    }
+    // The counters' MSRs follow the event selectors'; they have 48 bits.
+    let v = x.cpu.msr.k7_counters.get((AMD_COUNTERS + n) as usize).copied().unwrap_or(0);
+    set_edx_eax(x, v & 0xffff_ffff_ffff);
+    Ok(())
 }
 
 /// RDRAND, RDSEED: CF says whether there was a number; without one the destination is zero. OF SF ZF AF PF are cleared.

@@ -37,6 +37,15 @@ pub fn load(mem: &GuestMemory, image: &[u8]) -> Result<Loaded, String> {
     Ok(Loaded { entry: elf.entry, range })
 }
 
+/// The PVH entry point: ELF note 18 of Xen.
+pub fn pvh_entry(image: &[u8]) -> Option<u32> {
+    const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
+    let elf = Elf::parse(image).ok()?;
+    let mut notes = elf.iter_note_headers(image)?.flatten();
+    let note = notes.find(|n| n.name == "Xen" && n.n_type == XEN_ELFNOTE_PHYS32_ENTRY)?;
+    note.desc.get(..4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+}
+
 /// Zeroes memory, a piece at a time.
 pub fn zero(mem: &GuestMemory, mut at: u64, mut len: u64) -> Result<(), String> {
     static PIECE: [u8; 65_536] = [0; 65_536];

@@ -1,6 +1,7 @@
 //! Putting a guest into a machine: which kind of image it is, and what each kind wants to find.
 
 mod elf;
+mod linux;
 mod multiboot;
 
 use crate::cpu::{Attr, CpuState, Cr0, Rflags, Segment, Table};
@@ -25,11 +26,21 @@ pub struct Payload<'a> {
 pub enum Kind {
     /// Multiboot 1.
     Multiboot,
+    /// A Linux bzImage.
+    BzImage,
+    /// An ELF file: vmlinux.
+    Elf,
 }
 
 /// What kind of kernel an image is.
 pub fn kind(image: &[u8]) -> Option<Kind> {
-    multiboot::header(image).map(|_| Kind::Multiboot)
+    if linux::is_bzimage(image) {
+        Some(Kind::BzImage)
+    } else if multiboot::header(image).is_some() {
+        Some(Kind::Multiboot)
+    } else {
+        image.starts_with(b"\x7fELF").then_some(Kind::Elf)
+    }
 }
 
 /// Loads the payload and sets the registers to start it.
@@ -38,10 +49,13 @@ pub fn kind(image: &[u8]) -> Option<Kind> {
 /// A sentence: what is wrong with the image, or that it does not fit.
 pub fn load(mem: &GuestMemory, cpu: &mut CpuState, payload: &Payload<'_>) -> Result<Kind, String> {
     let Some(kind) = kind(payload.kernel) else {
-        return Err("not a kernel image: no multiboot header in the first 8 KiB".into());
+        return Err("not a kernel image: no bzImage, no ELF file, and no multiboot header in its first 8 KiB".into());
     };
+    let rsdp = crate::machine::acpi::write(mem)?;
     match kind {
         Kind::Multiboot => multiboot::load(mem, cpu, payload)?,
+        Kind::BzImage => linux::load_bzimage(mem, cpu, payload, rsdp)?,
+        Kind::Elf => linux::load_vmlinux(mem, cpu, payload, rsdp)?,
     }
     Ok(kind)
 }
