@@ -22,6 +22,8 @@ pub struct CodeBuffer {
     rx: *mut u8,
     size: usize,
     used: usize,
+    /// Rarely executed code lies from here on to the end, put downwards, so that it does not lie between what is executed often.
+    cold: usize,
 }
 
 // SAFETY: the views are plain memory owned by this value; all writes to code that other threads may execute are single aligned-enough
@@ -40,7 +42,7 @@ impl CodeBuffer {
         // SAFETY: fresh mappings of our own file; failure of the second unmaps the first by `Drop`.
         unsafe {
             let rw = map(std::ptr::null_mut(), TABLE_SIZE + size, libc::PROT_READ | libc::PROT_WRITE, 0, &fd, 0)?;
-            let mut buffer = CodeBuffer { rw, rx: std::ptr::null_mut(), size, used: 0 };
+            let mut buffer = CodeBuffer { rw, rx: std::ptr::null_mut(), size, used: 0, cold: size - 64 };
             let prot = libc::PROT_READ | libc::PROT_EXEC;
             buffer.rx = map(std::ptr::null_mut(), size, prot, 0, &fd, TABLE_SIZE)?;
             Ok(buffer)
@@ -70,13 +72,27 @@ impl CodeBuffer {
 
     /// Is there room for `len` more bytes?
     pub fn fits(&self, len: usize) -> bool {
-        self.next() + len + 8 <= self.size
+        self.next() + len <= self.cold
+    }
+
+    /// End of the rarely executed code.
+    pub fn cold_end(&self) -> usize {
+        self.size - 64
+    }
+
+    /// Puts rarely executed code below what is there. The caller has asked [`CodeBuffer::fits`].
+    pub fn append_cold(&mut self, code: &[u8]) {
+        let at = self.cold - code.len();
+        assert!(at >= self.used, "the code buffer is full");
+        // SAFETY: in range of the writable view; nobody executes there yet.
+        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.rw.add(TABLE_SIZE + at), code.len()) };
+        self.cold = at;
     }
 
     /// Puts `code` at [`CodeBuffer::next`]; gives its offset. The caller has asked [`CodeBuffer::fits`].
     pub fn append(&mut self, code: &[u8]) -> usize {
         let at = self.next();
-        assert!(at + code.len() <= self.size, "the code buffer is full");
+        assert!(at + code.len() <= self.cold, "the code buffer is full");
         // SAFETY: in range of the writable view; nobody executes beyond `used`.
         unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.rw.add(TABLE_SIZE + at), code.len()) };
         self.used = at + code.len();
@@ -86,6 +102,7 @@ impl CodeBuffer {
     /// Forgets everything from offset `keep` on. No thread may execute there any more.
     pub fn reset(&mut self, keep: usize) {
         self.used = self.used.min(keep);
+        self.cold = self.cold_end();
     }
 
     /// Replaces the 32-bit displacement at `at`, which does not cross a cache line, so that it leads to code offset `target`.
@@ -166,10 +183,13 @@ impl CodeBuffer {
     pub fn after_fork(&mut self) -> Result<()> {
         let fd = memfd(TABLE_SIZE + self.size)?;
         let used = TABLE_SIZE + self.used;
-        // SAFETY: reads our own mapping; the file is new.
-        let written = unsafe { libc::pwrite(fd.as_raw_fd(), self.rw.cast(), used, 0) };
-        if written != used as isize {
-            return Err(Error::last_os_error());
+        for (from, to) in [(0, used), (TABLE_SIZE + self.cold, TABLE_SIZE + self.size)] {
+            // SAFETY: reads our own mapping; the file is new.
+            let written =
+                unsafe { libc::pwrite(fd.as_raw_fd(), self.rw.add(from).cast(), to - from, from as libc::off_t) };
+            if written != (to - from) as isize {
+                return Err(Error::last_os_error());
+            }
         }
         // After the copy: a flush that was under way meanwhile shows here.
         let generation = self.generation();

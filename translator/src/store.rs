@@ -5,7 +5,9 @@ use crate::code_buffer::{CodeBuffer, TABLE_ENTRIES};
 use crate::emit::Emitter;
 use crate::exits::{Exits, MAX_EXITS, Place};
 use crate::index::Index;
-use crate::lower::{Landing, Leave, Surroundings, Unit, emit_landing, emit_trampolines, lower};
+use crate::lower::{
+    Landing, Leave, Surroundings, Unit, emit_landing, emit_stub, emit_trampolines, lower, stub_at, stub_before,
+};
 use crate::marks::{self, Mark, Registers};
 use crate::stats::CacheStats;
 use bivisor_emulator::isa::Gpr;
@@ -168,7 +170,7 @@ impl Store {
         let around = Surroundings {
             at: base + self.buffer.next() as u64,
             first_exit: self.exits_used,
-            exit: base,
+            stubs: base + self.buffer.cold_end() as u64,
             miss: base + u64::from(self.miss),
             known: &known,
             linked,
@@ -180,7 +182,12 @@ impl Store {
         let at = self.buffer.append(&unit.code);
         for (id, exit) in (self.exits_used..).zip(&unit.exits) {
             let site = if exit.site == u32::MAX { 0 } else { at + exit.site as usize };
-            exits.set(id, exit.leave, Place { site, short: exit.short, stub: at + exit.stub as usize });
+            let end = self.buffer.cold_end() as u64;
+            let stub = stub_before(end, id);
+            let base = self.buffer.base();
+            self.buffer.append_cold(&emit_stub(base + stub, id, base));
+            let stub = if exit.short { at + exit.step as usize } else { stub as usize };
+            exits.set(id, exit.leave, Place { site, short: exit.short, stub });
         }
         self.exits_used += unit.exits.len() as u32;
         self.stats.blocks += 1;
@@ -348,6 +355,12 @@ impl Store {
         Some((block, &self.marks[block.marks as usize..end]))
     }
 
+    /// The exit whose stub is at a code offset.
+    fn stub(&self, offset: u32) -> Option<u32> {
+        let before = (self.buffer.cold_end() as u64).checked_sub(u64::from(offset))?;
+        Some(stub_at(before)).filter(|&id| before > 0 && id < self.exits_used)
+    }
+
     /// See [`marks::probes`].
     pub fn probes(&self, offset: u32) -> bool {
         self.at(offset).is_some_and(|(block, marks)| marks::probes(marks, (offset - block.at) as usize))
@@ -355,6 +368,9 @@ impl Store {
 
     /// Mends the registers of a thread stopped at a code offset; gives RIP.
     pub fn recover(&self, offset: u32, regs: &mut dyn Registers, exits: &Exits) -> u64 {
+        if let Some(id) = self.stub(offset) {
+            return exits.rip(id);
+        }
         let Some((block, marks)) = self.at(offset) else { return 0 };
         marks::recover(marks, block.start, (offset - block.at) as usize, regs, &|id| exits.rip(id))
     }

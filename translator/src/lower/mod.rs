@@ -35,8 +35,8 @@ pub struct Exit {
     pub site: u32,
     /// The displacement has 8 bits: a jump to the start of its own block.
     pub short: bool,
-    /// Offset of the stub.
-    pub stub: u32,
+    /// For a short displacement: offset of a jump to the stub.
+    pub step: u32,
     /// The code the jump leads to already, if not to the stub: a code address.
     pub linked: Option<u64>,
 }
@@ -47,8 +47,8 @@ pub struct Surroundings<'a> {
     pub at: u64,
     /// The number the first exit will have.
     pub first_exit: u32,
-    /// Host address of the way out for exits.
-    pub exit: u64,
+    /// Host address of the end of the stubs, which lie apart.
+    pub stubs: u64,
     /// Host address of the way out for indirect branches without a target.
     pub miss: u64,
     /// The body of the live block at a guest address.
@@ -107,7 +107,7 @@ impl Lowering<'_> {
 
     /// Records an exit; gives its number.
     pub fn exit(&mut self, leave: Leave, site: usize, linked: Option<u64>) -> u32 {
-        self.exits.push(Exit { leave, site: site as u32, short: false, stub: 0, linked });
+        self.exits.push(Exit { leave, site: site as u32, short: false, step: 0, linked });
         self.around.first_exit + self.exits.len() as u32 - 1
     }
 
@@ -156,40 +156,31 @@ impl Lowering<'_> {
     /// Leaves here.
     pub(crate) fn leave(&mut self, leave: Leave) {
         let id = self.exit(leave, usize::MAX, None);
-        self.stub(id);
+        self.mark(What::Exit(id));
+        self.jump_to_stub(id);
     }
 
-    fn stub(&mut self, id: u32) {
-        let i = (id - self.around.first_exit) as usize;
-        let stub = self.e.len();
-        self.exits[i].stub = stub as u32;
-        self.mark(What::Exit(id));
-        let slot = gs(slot::EXIT);
-        dynasm!(self.e
-            ; .arch x64
-            ; gs mov DWORD [slot], id as i32
-            ; .u8 0xe9
-        );
+    fn jump_to_stub(&mut self, id: u32) {
+        self.e.push(0xe9);
         let site = self.e.len();
         self.e.push_u32(0);
-        self.e.set_rel32(site, self.around.exit);
+        self.e.set_rel32(site, stub_before(self.around.stubs, id));
     }
 
-    /// Stubs of all exits that have none yet, and the constants. False if a short jump does not reach its stub.
+    /// Leads all exits that are not linked to their stubs; the constants. False if a short jump does not reach.
     fn finish(&mut self) -> bool {
         for i in 0..self.exits.len() {
-            let Exit { leave: Leave::To(_), site, short: true, .. } = self.exits[i] else { continue };
-            if self.e.len() - (site as usize + 1) > i8::MAX as usize {
-                return false;
-            }
-            self.stub(self.around.first_exit + i as u32);
-        }
-        for i in 0..self.exits.len() {
-            let Exit { leave: Leave::To(_), site, linked, short: false, .. } = self.exits[i] else { continue };
-            self.stub(self.around.first_exit + i as u32);
-            if linked.is_none() {
-                let stub = self.e.base + u64::from(self.exits[i].stub);
-                self.e.set_rel32(site as usize, stub);
+            let Exit { leave: Leave::To(_), site, linked, short, .. } = self.exits[i] else { continue };
+            let id = self.around.first_exit + i as u32;
+            if short {
+                if self.e.len() - (site as usize + 1) > i8::MAX as usize {
+                    return false;
+                }
+                self.exits[i].step = self.e.len() as u32;
+                self.mark(What::Exit(id));
+                self.jump_to_stub(id);
+            } else if linked.is_none() {
+                self.e.set_rel32(site as usize, stub_before(self.around.stubs, id));
             }
         }
         if !self.constants.is_empty() {
@@ -202,6 +193,31 @@ impl Lowering<'_> {
         }
         true
     }
+}
+
+/// Bytes from stub to stub.
+const STUB: usize = 20;
+
+/// Where the stub of an exit lies in a space for stubs that ends at `end`.
+pub fn stub_before(end: u64, exit: u32) -> u64 {
+    end - (u64::from(exit) + 1) * STUB as u64
+}
+
+/// The exit whose stub is so many bytes before the end of the stubs.
+pub fn stub_at(before: u64) -> u32 {
+    (before.saturating_sub(1) / STUB as u64) as u32
+}
+
+/// Emits the stub of an exit: it says which it is and goes to the way out.
+pub fn emit_stub(at: u64, exit: u32, way_out: u64) -> [u8; STUB] {
+    let mut e = Emitter::new(at);
+    let slot = gs(slot::EXIT);
+    dynasm!(e; .arch x64; gs mov DWORD [slot], exit as i32; .u8 0xe9);
+    let site = e.len();
+    e.push_u32(0);
+    e.set_rel32(site, way_out);
+    e.bytes.resize(STUB, 0xcc);
+    e.bytes.try_into().expect("resized")
 }
 
 /// Lowers `block`; with a landing if it is the target of an indirect branch. The vectors of `old` are used again.
