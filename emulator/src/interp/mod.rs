@@ -35,6 +35,8 @@ pub mod string;
 #[cfg(test)]
 pub mod testing;
 
+pub use run::Prepared;
+
 use crate::bus::Bus;
 use crate::cpu::cpuid::CpuModel;
 use crate::cpu::{CpuState, Fault};

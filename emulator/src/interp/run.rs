@@ -21,6 +21,9 @@ const SLICE: u64 = 512;
 /// DR6.BS: the cause is a single step.
 const DR6_BS: u64 = 1 << 14;
 
+/// An instruction made ready for [`Core::execute`].
+pub struct Prepared(Entry);
+
 impl Core {
     /// Runs at most `budget` instructions of `cpu`. Without a kicker interrupts are not looked at either.
     pub fn run(&mut self, cpu: &mut CpuState, board: Board<'_>, budget: u64, kicker: Option<&Kicker>) -> Exit {
@@ -56,6 +59,24 @@ impl Core {
         x.env.native.leave(&mut x.cpu.xsave);
         self.instructions += budget - left;
         exit
+    }
+
+    /// Makes an instruction ready for [`Core::execute`].
+    pub fn prepare(&mut self, cpu: &mut CpuState, board: Board<'_>, insn: Insn) -> Prepared {
+        let mut x = exec(cpu, &mut self.mmu, &mut self.env, board, self.intercepts);
+        Prepared(Entry::new(insn, &mut x))
+    }
+
+    /// As [`Core::step`], of an instruction that was decoded at RIP before. For engines that know that nothing has to be looked at before
+    /// it: no single step, breakpoint, interrupt shadow or RF; and that the memory is the one of the last [`Core::run`].
+    pub fn execute(&mut self, cpu: &mut CpuState, board: Board<'_>, i: &Prepared) -> Exit {
+        let mut left = 1;
+        let context = Context::of(cpu);
+        let mut x = exec(cpu, &mut self.mmu, &mut self.env, board, self.intercepts);
+        let done = one(&mut x, &i.0, context, &mut left).or_else(|stop| stopped(&mut x, stop, &mut left));
+        x.env.native.leave(&mut x.cpu.xsave);
+        self.instructions += 1 - left;
+        done.err().unwrap_or(Exit::Budget)
     }
 
     /// Delivers an event through the guest's IVT or IDT, for callers that intercept exceptions and then want them delivered.

@@ -56,12 +56,14 @@ pub mod at {
     pub const COMPONENTS: usize = SLOTS + 0x100;
     /// What the host CPU has: see [`super::super::enter`].
     pub const HOST_FLAGS: usize = SLOTS + 0x108;
+    /// The other GS base.
+    pub const KERNEL_GS_BASE: usize = SLOTS + 0x120;
+    /// Not 0: components above XMM may be in use.
+    pub const UPPER: usize = SLOTS + 0x128;
     /// TSC offset.
     pub const TSC_OFFSET: usize = SLOTS + 0x110;
     /// XMM0 to XMM15.
     pub const VECTORS: usize = SLOTS + 0x200;
-    /// An XSAVE header that says: all initial.
-    pub const INITIAL: usize = SLOTS + 0x400;
     /// Caches of branch targets, one for each mode.
     pub const TARGETS: usize = 0x10000;
 }
@@ -75,7 +77,7 @@ pub const TARGETS: usize = 1024;
 /// Bytes of each.
 pub const TABLE_SIZE: usize = TARGETS * 16;
 const _: () = assert!(at::TARGETS + TABLES * TABLE_SIZE <= ENGINE_AREA_SIZE);
-const _: () = assert!(at::INITIAL + 1024 <= at::TARGETS);
+const _: () = assert!(at::VECTORS + 256 <= at::TARGETS);
 
 /// Offset from GS base of an offset in the area.
 pub const fn gs(offset: usize) -> i32 {

@@ -44,6 +44,22 @@ pub enum Way {
     Cli,
     /// STI at CPL 0.
     Sti,
+    /// MOV from a control register at CPL 0.
+    ReadControl,
+    /// SWAPGS at CPL 0.
+    SwapGs,
+    /// RDTSC.
+    ReadTime,
+    /// STOS of so many bytes.
+    Stos(u8),
+    /// LODS.
+    Lods(u8),
+    /// MOVS.
+    Movs(u8),
+    /// REP STOS.
+    RepStos(u8),
+    /// REP MOVS.
+    RepMovs(u8),
     /// Nothing to do.
     Nop,
     /// Jcc.
@@ -161,6 +177,8 @@ pub struct Item {
     pub flags_in: u8,
     /// Status flags it sets.
     pub flags_out: u8,
+    /// Does it change any?
+    pub changes_flags: bool,
     /// Status flags that matter after it.
     pub live: u8,
     /// Does its encoding exclude REX (AH to BH)?
@@ -261,6 +279,14 @@ pub fn decode(
                 | Way::Pop
                 | Way::Leave
                 | Way::PushMemory
+                | Way::ReadControl
+                | Way::SwapGs
+                | Way::ReadTime
+                | Way::Stos(_)
+                | Way::Lods(_)
+                | Way::Movs(_)
+                | Way::RepStos(_)
+                | Way::RepMovs(_)
         );
         live = if leaves { STATUS } else { live & !i.flags_out | i.flags_in };
     }
@@ -334,6 +360,8 @@ fn item(iced: &Instruction, at: usize, mode: Mode, routes: &Routes, factory: &mu
         adds,
         flags_in,
         flags_out,
+        changes_flags: iced.rflags_modified() as u8 & STATUS != 0
+            || matches!(iced.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr),
         live: STATUS,
         high,
     }
@@ -363,28 +391,21 @@ fn constant_add(iced: &Instruction) -> Option<(Gpr, i64)> {
     i32::try_from(n).is_ok().then_some((g, n))
 }
 
-/// Status flags an instruction depends on and sets. What the manual leaves undefined may be what it was before.
+/// Status flags an instruction depends on, and those it sets whatever they were. What the manual leaves undefined may be what it was
+/// before.
 fn flags(iced: &Instruction) -> (u8, u8) {
+    use Mnemonic as M;
     let read = iced.rflags_read() as u8 & STATUS;
     let set = iced.rflags_modified() as u8 & STATUS;
     let undefined = iced.rflags_undefined() as u8 & STATUS;
     match iced.mnemonic() {
-        Mnemonic::Shl | Mnemonic::Shr | Mnemonic::Sar | Mnemonic::Sal if iced.op1_kind() == OpKind::Immediate8 => {
-            (read, set)
-        }
+        M::Shl | M::Shr | M::Sar | M::Sal if iced.op1_kind() == OpKind::Immediate8 => (read, set),
+        // Counts beyond the width are not modelled.
+        M::Rcl | M::Rcr => (STATUS, 0),
         // A count of zero changes nothing.
-        Mnemonic::Shl
-        | Mnemonic::Shr
-        | Mnemonic::Sar
-        | Mnemonic::Sal
-        | Mnemonic::Rol
-        | Mnemonic::Ror
-        | Mnemonic::Rcl
-        | Mnemonic::Rcr
-        | Mnemonic::Shld
-        | Mnemonic::Shrd => (STATUS, set),
-        Mnemonic::And | Mnemonic::Or | Mnemonic::Xor | Mnemonic::Test => (read, set),
-        _ => (read | undefined, set),
+        M::Shl | M::Shr | M::Sar | M::Sal | M::Rol | M::Ror | M::Shld | M::Shrd => (read, 0),
+        M::And | M::Or | M::Xor | M::Test => (read, set),
+        _ => (read, set & !undefined),
     }
 }
 
@@ -483,6 +504,14 @@ fn way(iced: &Instruction, mode: Mode, routes: &Routes) -> Way {
         Code::Push_rm64 if iced.op0_kind() == OpKind::Memory => return Way::PushMemory,
         Code::Pop_r64 => return Way::Pop,
         Code::Leaveq => return Way::Leave,
+        Code::Mov_r64_cr
+            if kernel
+                && matches!(iced.op1_register(), Register::CR0 | Register::CR2 | Register::CR3 | Register::CR4) =>
+        {
+            return Way::ReadControl;
+        }
+        Code::Swapgs if kernel => return Way::SwapGs,
+        Code::Rdtsc if mode.time() && routes.base(code) == Route::Copy => return Way::ReadTime,
         Code::Cld if !mode.down() => return Way::Nop,
         Code::Endbr64 => return Way::Nop,
         _ => {}
@@ -501,12 +530,32 @@ fn way(iced: &Instruction, mode: Mode, routes: &Routes) -> Way {
     }
 }
 
+/// MOVS, STOS and LODS upwards, with 64-bit addresses.
+fn string(iced: &Instruction, mode: Mode) -> Way {
+    let wide = (0..iced.op_count()).any(|i| matches!(iced.op_kind(i), OpKind::MemorySegRSI | OpKind::MemoryESRDI));
+    let based = matches!(iced.memory_segment(), Register::FS | Register::GS);
+    if mode.down() || !wide || based || iced.has_repne_prefix() {
+        return Way::Step;
+    }
+    let len = iced.memory_size().size() as u8;
+    match (iced.mnemonic(), iced.has_rep_prefix()) {
+        (Mnemonic::Stosb | Mnemonic::Stosw | Mnemonic::Stosd | Mnemonic::Stosq, false) => Way::Stos(len),
+        (Mnemonic::Stosb | Mnemonic::Stosw | Mnemonic::Stosd | Mnemonic::Stosq, true) => Way::RepStos(len),
+        (Mnemonic::Lodsb | Mnemonic::Lodsw | Mnemonic::Lodsd | Mnemonic::Lodsq, false) => Way::Lods(len),
+        (Mnemonic::Movsb | Mnemonic::Movsw | Mnemonic::Movsd | Mnemonic::Movsq, false) => Way::Movs(len),
+        (Mnemonic::Movsb | Mnemonic::Movsw | Mnemonic::Movsd | Mnemonic::Movsq, true) => Way::RepMovs(len),
+        _ => Way::Step,
+    }
+}
+
 fn copied(iced: &Instruction, class: Class, mode: Mode) -> Way {
     if class == Class::Native && !native(iced, mode) {
         return Way::Step;
     }
-    if class == Class::String || iced.is_stack_instruction() || facts(iced.code()).sensitivity != Sensitivity::Innocuous
-    {
+    if class == Class::String {
+        return string(iced, mode);
+    }
+    if iced.is_stack_instruction() || facts(iced.code()).sensitivity != Sensitivity::Innocuous {
         return Way::Step;
     }
     let memory = (0..iced.op_count()).any(|i| iced.op_kind(i) == OpKind::Memory);

@@ -1,20 +1,21 @@
 //! The code cache of one virtual CPU: blocks by address and mode, the links between them, what stores make stale.
 
 use crate::code_buffer::CodeBuffer;
-use crate::emit::Emitter;
+use crate::emit::{Emitter, slot};
 use crate::route::{Policy, Routes};
 use crate::system::Mode;
 use crate::system::area::{self, Area, at};
 use crate::system::block::{GuestBlock, MAX_INSNS, Source, decode};
+use crate::system::hash::Map;
 use crate::system::lower::asm::{Assembler, At};
 use crate::system::lower::{Around, Entries, Exit, Flags, Kind, Point, Unit, lower};
 use crate::system::{enter, tlb};
 use bivisor_emulator::cpu::cpuid::CpuModel;
-use bivisor_emulator::isa::Gpr;
+use bivisor_emulator::isa::{Gpr, MAX_INSN_LEN};
 use bivisor_emulator::mem::{PAGE_SIZE, Ram};
 use dynasmrt::{DynasmApi, dynasm};
-use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Bytes of code.
 const SIZE: usize = 64 << 20;
@@ -58,12 +59,29 @@ pub struct Block {
     pub flags_dead: bool,
     /// Guest instructions.
     pub insns: u16,
+    /// The number of its page in the map of code pages.
+    pub number: u32,
+    /// Its exits.
+    first_exit: u32,
+    exits: u32,
     points: Box<[Point]>,
     /// Jumps to it: place of the displacement, and where it leads when the block is no more.
     incoming: Vec<(u32, u32)>,
     /// Way in for indirect branches.
     landing: Option<u32>,
     live: bool,
+}
+
+/// Code between blocks that asks the map of code pages and then jumps to a block.
+#[derive(Debug)]
+struct WayIn {
+    at: u32,
+    end: u32,
+    /// Place of the displacement of the jump, where it leads, and where if it must not.
+    jump: u32,
+    to: u32,
+    stub: u32,
+    target: u32,
 }
 
 /// A page with code.
@@ -95,14 +113,18 @@ pub struct Cache {
     buffer: CodeBuffer,
     /// In order of code offset.
     blocks: Vec<Block>,
-    by_key: HashMap<Key, u32>,
-    pages: HashMap<u64, Page>,
+    by_key: Map<Key, u32>,
+    pages: Map<u64, Page>,
     exits: Vec<Exit>,
     /// By exit: how often it was linked, for jumps to other pages which exit this one stands for.
-    links: HashMap<u32, u8>,
-    origins: HashMap<u32, u32>,
-    hints: HashMap<Key, Hints>,
-    cells: HashMap<(u64, u64, bool), u32>,
+    links: Map<u32, u8>,
+    origins: Map<u32, u32>,
+    hints: Map<Key, Hints>,
+    cells: Map<(u64, u64, bool), u32>,
+    /// In order of code offset.
+    ways_in: Vec<WayIn>,
+    /// One more than the number of the way in whose jump was taken away.
+    poisoned: AtomicU32,
     modes: Vec<Mode>,
     routes: Routes,
     leave: u64,
@@ -128,13 +150,15 @@ impl Cache {
             keep: buffer.used(),
             buffer,
             blocks: Vec::new(),
-            by_key: HashMap::new(),
-            pages: HashMap::new(),
+            by_key: Map::default(),
+            pages: Map::default(),
             exits: Vec::new(),
-            links: HashMap::new(),
-            origins: HashMap::new(),
-            hints: HashMap::new(),
-            cells: HashMap::new(),
+            links: Map::default(),
+            origins: Map::default(),
+            hints: Map::default(),
+            cells: Map::default(),
+            ways_in: Vec::new(),
+            poisoned: AtomicU32::new(0),
             modes: Vec::new(),
             routes: Routes::new(model, policy),
             leave,
@@ -172,6 +196,11 @@ impl Cache {
         !self.buffer.fits(MAX_BLOCK) || self.exits.len() + 4096 > MAX_EXITS
     }
 
+    /// What code may take from the host. Everything must be flushed after a change.
+    pub fn set_policy(&mut self, model: Arc<CpuModel>, policy: Policy) {
+        self.routes = Routes::new(model, policy);
+    }
+
     /// Is there no cache of branch targets for code of this mode?
     pub fn is_out_of_modes(&self, mode: Mode) -> bool {
         self.modes.len() == area::TABLES && !self.modes.contains(&mode)
@@ -187,6 +216,8 @@ impl Cache {
         self.links.clear();
         self.origins.clear();
         self.cells.clear();
+        self.ways_in.clear();
+        self.poisoned = AtomicU32::new(0);
         self.modes.clear();
         self.hints.clear();
         area.fill(at::TARGETS..at::TARGETS + area::TABLES * area::TABLE_SIZE, 0xff);
@@ -238,6 +269,8 @@ impl Cache {
     fn insert(&mut self, block: &GuestBlock, gpa: u64, pages: [u64; 2], unit: Unit, ram: &Ram) -> u32 {
         let offset = self.buffer.append(&unit.code) as u32;
         let b = self.blocks.len() as u32;
+        let first_exit = self.exits.len() as u32;
+        let number = self.cell(block.start, gpa, block.mode.user());
         self.exits.extend(unit.exits.iter().map(|e| {
             let mut e = *e;
             e.stub += offset;
@@ -259,14 +292,12 @@ impl Cache {
             len: block.bytes.len() as u16,
             at: offset,
             end: offset + unit.code.len() as u32,
-            entries: Entries {
-                host_looking: e.host_looking + offset,
-                host: e.host + offset,
-                slot_looking: e.slot_looking + offset,
-                slot: e.slot + offset,
-            },
+            entries: Entries { host: e.host + offset, slot: e.slot + offset },
             flags_dead: block.flags_dead,
             insns: unit.insns,
+            number,
+            first_exit,
+            exits: unit.exits.len() as u32,
             points,
             incoming: Vec::new(),
             landing: None,
@@ -289,7 +320,7 @@ impl Cache {
     }
 
     /// The number that stands for code of a linear page at a physical page.
-    pub fn cell(&mut self, rip: u64, gpa: u64, user: bool) -> u32 {
+    fn cell(&mut self, rip: u64, gpa: u64, user: bool) -> u32 {
         let next = self.cells.len() as u32 + 1;
         *self.cells.entry((rip / PAGE_SIZE, gpa / PAGE_SIZE, user)).or_insert(next)
     }
@@ -312,20 +343,17 @@ impl Cache {
         if source.mode != target.mode || source.mode.is_counted() || !source.live || !self.buffer.fits(MAX_BLOCK) {
             return;
         }
-        let looking = target.rip <= source.rip + u64::from(source.len);
         let one_page = source.pages[0] == target.pages[0]
             && source.rip / PAGE_SIZE == target.rip / PAGE_SIZE
             && target.pages[0] == target.pages[1];
         if one_page {
             let e = target.entries;
-            let to = match (exit.flags, looking) {
-                (Flags::Slot, true) => e.slot_looking,
-                (Flags::Slot, false) => e.slot,
-                (_, true) => e.host_looking,
-                (_, false) => e.host,
-            };
+            let to = if exit.flags == Flags::Slot { e.slot } else { e.host };
             self.buffer.patch(site as usize, to as usize);
-            self.blocks[b as usize].incoming.push((site, exit.stub));
+            let incoming = &mut self.blocks[b as usize].incoming;
+            if !incoming.contains(&(site, exit.stub)) {
+                incoming.push((site, exit.stub));
+            }
             self.counts.links += 1;
             return;
         }
@@ -339,19 +367,18 @@ impl Cache {
         }
         *made += 1;
         let save = exit.flags != Flags::Slot && !target.flags_dead;
-        let to = if looking { target.entries.slot_looking } else { target.entries.slot };
-        let at = self.way_in(b, to, save, Some(id));
+        let at = self.way_in(b, save, Some(id));
         self.buffer.patch(site as usize, at as usize);
         self.counts.links += 1;
     }
 
-    /// Code that asks the map of code pages and goes to code offset `to` of block `b`; gives its offset.
-    fn way_in(&mut self, b: u32, to: u32, save: bool, origin: Option<u32>) -> u32 {
-        let (rip, gpa, user) = {
+    /// Code that asks the map of code pages and goes to block `b`; gives its offset. Without an origin it is for indirect branches, and
+    /// looks whether somebody wants the code to be left.
+    fn way_in(&mut self, b: u32, save: bool, origin: Option<u32>) -> u32 {
+        let (rip, number, to) = {
             let t = &self.blocks[b as usize];
-            (t.rip, t.gpa, t.mode.user())
+            (t.rip, t.number, t.entries.slot)
         };
-        let number = self.cell(rip, gpa, user);
         let offset = self.buffer.next() as u32;
         let mut e = Emitter::new(self.host(offset));
         if save {
@@ -364,6 +391,12 @@ impl Cache {
         e.compare_u32(At::slot(cell_at(rip)), number);
         e.bytes.extend_from_slice(&[0x0f, 0x85, 0, 0, 0, 0]);
         let miss = e.len() - 4;
+        let mut leave = None;
+        if origin.is_none() {
+            e.is_zero(At::thread(slot::LOOK));
+            e.bytes.extend_from_slice(&[0x0f, 0x85, 0, 0, 0, 0]);
+            leave = Some(e.len() - 4);
+        }
         e.align_patch(1);
         e.push(0xe9);
         let jump = e.len();
@@ -372,6 +405,9 @@ impl Cache {
         let stub = e.len();
         let here = e.here();
         e.set_rel32(miss, here);
+        if let Some(leave) = leave {
+            e.set_rel32(leave, here);
+        }
         let id = self.exits.len() as u32;
         e.store_u32(At::slot(at::EXIT), id);
         e.push(0xe9);
@@ -393,7 +429,9 @@ impl Cache {
         if let Some(origin) = origin {
             self.origins.insert(id, origin);
         }
-        self.blocks[b as usize].incoming.push((offset + jump as u32, stub));
+        let jump = offset + jump as u32;
+        self.blocks[b as usize].incoming.push((jump, stub));
+        self.ways_in.push(WayIn { at: offset, end: offset + e.len() as u32, jump, to, stub, target: b });
         offset
     }
 
@@ -403,16 +441,64 @@ impl Cache {
         if target.pages[0] != target.pages[1] || target.mode.is_counted() || !self.buffer.fits(MAX_BLOCK) {
             return;
         }
-        let (rip, mode, to) = (target.rip, target.mode, target.entries.slot_looking);
+        let (rip, mode) = (target.rip, target.mode);
         let landing = match target.landing {
             Some(l) => l,
-            None => self.way_in(b, to, false, None),
+            None => self.way_in(b, false, None),
         };
         self.blocks[b as usize].landing = Some(landing);
         let Some(table) = self.targets(mode) else { return };
         let entry = table + (rip as usize % area::TARGETS) * 16;
         area.set(entry, rip);
         area.set(entry + 8, self.host(landing));
+    }
+
+    /// Makes the thread that is in the code at `pc` leave soon: the jumps of what it executes lead to their stubs from now on. Called in the
+    /// handler of a signal that interrupted this thread in the code, when nothing here is being changed.
+    pub fn poison(&self, pc: u64) {
+        let at = pc.wrapping_sub(self.buffer.base()) as u32;
+        let last = self.ways_in.partition_point(|w| w.at <= at);
+        if let Some(w) = last.checked_sub(1).map(|n| &self.ways_in[n]).filter(|w| at < w.end) {
+            self.buffer.patch(w.jump as usize, w.stub as usize);
+            self.poisoned.store(last as u32, Ordering::Relaxed);
+            return;
+        }
+        let Some(n) = self.blocks.partition_point(|b| b.at <= at).checked_sub(1) else { return };
+        let b = &self.blocks[n];
+        for exit in &self.exits[b.first_exit as usize..][..b.exits as usize] {
+            if let Some(site) = exit.site {
+                self.buffer.patch(site as usize, exit.stub as usize);
+            }
+        }
+    }
+
+    /// Undoes what [`Cache::poison`] did and links do not.
+    pub fn heal(&self) {
+        let n = self.poisoned.swap(0, Ordering::Relaxed);
+        let Some(w) = (n as usize).checked_sub(1).and_then(|n| self.ways_in.get(n)) else { return };
+        if self.blocks[w.target as usize].live {
+            self.buffer.patch(w.jump as usize, w.to as usize);
+        }
+    }
+
+    /// Is the block as it was translated?
+    pub fn is_live(&self, b: u32) -> bool {
+        self.blocks.get(b as usize).is_some_and(|b| b.live)
+    }
+
+    /// The bytes of the instruction at `rip`, of which `id` is an exit of its block, if they are all in the block's page.
+    pub fn bytes(&self, ram: &Ram, id: u32, rip: u64) -> Option<[u8; MAX_INSN_LEN]> {
+        let stub = self.exits[id as usize].stub;
+        let b = &self.blocks[self.blocks.partition_point(|x| x.at <= stub).checked_sub(1)?];
+        let gpa = b.gpa.wrapping_add(rip.wrapping_sub(b.rip));
+        let mut bytes = [0; MAX_INSN_LEN];
+        let inside = b.live
+            && stub < b.end
+            && gpa % PAGE_SIZE + MAX_INSN_LEN as u64 <= PAGE_SIZE
+            && gpa & !(PAGE_SIZE - 1) == b.pages[0];
+        inside.then_some(())?;
+        ram.read(gpa, &mut bytes)?;
+        Some(bytes)
     }
 
     /// The block of an exit was made with a wrong expectation.

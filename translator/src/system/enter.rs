@@ -1,8 +1,9 @@
 //! The way into system-mode code and out of it: the general registers always, vector registers only as far as Rust code could change
 //! them.
 //!
-//! Where nothing above XMM is in use (SDM 1 13.1, XGETBV with ECX = 1) the sixteen XMM registers go to the area and the x87 state
-//! stays where it is; otherwise, and whenever somebody wants the XSAVE image of `CpuState` ([`sync`]), everything goes there.
+//! Where the guest has nothing above XMM in use ([`at::UPPER`]) the sixteen XMM registers go to the area and the x87 state stays where it
+//! is; otherwise, and whenever somebody wants the XSAVE image of `CpuState` ([`sync`]), everything goes there. What Rust code leaves in
+//! the upper parts is not seen: VEX and EVEX instructions run only in modes that were entered with the image.
 #![allow(unsafe_code)]
 
 use crate::system::area::{Area, at, gs};
@@ -10,28 +11,31 @@ use bivisor_emulator::cpu::CpuState;
 use bivisor_emulator::cpu::xsave::Layout;
 use bivisor_emulator::isa::Gpr;
 use std::arch::global_asm;
-use std::arch::x86_64::__cpuid_count;
 use std::mem::offset_of;
 
 /// Left because the host raised an exception; its address is in the thread block.
 pub const FAULT: u32 = 0xffff_ff01;
 
+/// Not entered: a kick came first. The state is as it was.
+pub const ABORTED: u32 = 0xffff_ff02;
+
 const AVX: u64 = 1;
 const XSAVEOPT: u64 = 2;
-const IN_USE: u64 = 4;
-/// Components above x87 and XMM.
-const UPPER: u32 = 0xe4;
 const RAX: usize = offset_of!(CpuState, gpr) + 8 * Gpr::Rax as usize;
 
 global_asm!(
-    ".globl bivisor_system_enter, bivisor_system_leave, bivisor_system_sync",
-    ".hidden bivisor_system_enter, bivisor_system_leave, bivisor_system_sync",
+    ".globl bivisor_system_enter, bivisor_system_from, bivisor_system_to, bivisor_system_abort, bivisor_system_leave, bivisor_system_sync",
+    ".hidden bivisor_system_enter, bivisor_system_from, bivisor_system_to, bivisor_system_abort, bivisor_system_leave, bivisor_system_sync",
     ".p2align 4",
     // fn(rdi = entry) -> eax = exit
     "bivisor_system_enter:",
     "push rbx; push rbp; push r12; push r13; push r14; push r15",
     "mov gs:[{host_rsp}], rsp",
     "mov gs:[{entry}], rdi",
+    // A kick that comes from here on sends the thread to the abort label.
+    "bivisor_system_from:",
+    "cmp dword ptr gs:[{look}], 0",
+    "jne bivisor_system_abort",
     "mov rbx, gs:[{cpu}]",
     "cmp dword ptr gs:[{vectors_at}], 0",
     "jne 1f",
@@ -40,16 +44,6 @@ global_asm!(
     "xrstor64 [rbx + {xsave}]",
     "jmp 2f",
     "1:",
-    // Rust code, or the C library, may have used what the guest does not.
-    "mov ecx, 1",
-    "xgetbv",
-    "test eax, {upper}",
-    "jz 3f",
-    "rdgsbase rcx",
-    "mov eax, {upper}",
-    "xor edx, edx",
-    "xrstor64 [rcx + {initial}]",
-    "3:",
     "movups xmm0, gs:[{xmm}]",
     "movups xmm1, gs:[{xmm} + 0x10]",
     "movups xmm2, gs:[{xmm} + 0x20]",
@@ -88,6 +82,11 @@ global_asm!(
     "mov r15, [rbx + {rax} + 120]",
     "mov rbx, [rbx + {rax} + 24]",
     "jmp qword ptr gs:[{entry}]",
+    "bivisor_system_to:",
+    "bivisor_system_abort:",
+    "mov rsp, gs:[{host_rsp}]",
+    "mov dword ptr gs:[{exit}], {aborted}",
+    "jmp 7f",
     // From the cache, or from a signal handler: the exit number is in its slot.
     ".p2align 4",
     "bivisor_system_leave:",
@@ -115,12 +114,8 @@ global_asm!(
     "mov [rbx + {rax} + 112], r14",
     "mov [rbx + {rax} + 120], r15",
     "mov rsp, gs:[{host_rsp}]",
-    "test byte ptr gs:[{host_flags}], {in_use}",
-    "jz 4f",
-    "mov ecx, 1",
-    "xgetbv",
-    "test eax, {upper}",
-    "jnz 4f",
+    "cmp dword ptr gs:[{upper}], 0",
+    "jne 4f",
     "movups gs:[{xmm}], xmm0",
     "movups gs:[{xmm} + 0x10], xmm1",
     "movups gs:[{xmm} + 0x20], xmm2",
@@ -184,13 +179,14 @@ global_asm!(
     "ldmxcsr gs:[{host_mxcsr}]",
     "mov dword ptr gs:[{vectors_at}], 0",
     "ret",
+    look = const crate::emit::gs(crate::emit::slot::LOOK),
+    aborted = const ABORTED,
     host_rsp = const gs(at::HOST_RSP),
     entry = const gs(at::ENTRY),
     cpu = const gs(at::CPU),
     vectors_at = const gs(at::VECTORS_AT),
     components = const gs(at::COMPONENTS),
     host_flags = const gs(at::HOST_FLAGS),
-    initial = const gs(at::INITIAL),
     xmm = const gs(at::VECTORS),
     guest_mxcsr = const gs(at::GUEST_MXCSR),
     host_mxcsr = const gs(at::HOST_MXCSR),
@@ -200,16 +196,28 @@ global_asm!(
     rbx = const gs(at::RBX),
     rax = const RAX,
     xsave = const offset_of!(CpuState, xsave),
-    upper = const UPPER,
+    upper = const gs(at::UPPER),
     avx = const AVX,
     xsaveopt = const XSAVEOPT,
-    in_use = const IN_USE,
 );
 
 unsafe extern "sysv64" {
     fn bivisor_system_enter(entry: u64) -> u32;
     fn bivisor_system_sync(image: *mut u8);
     safe static bivisor_system_leave: u8;
+    safe static bivisor_system_from: u8;
+    safe static bivisor_system_to: u8;
+    safe static bivisor_system_abort: u8;
+}
+
+/// The host addresses at which a kick must not let the thread go in.
+pub fn entering() -> std::ops::Range<u64> {
+    (&raw const bivisor_system_from) as u64..(&raw const bivisor_system_to) as u64
+}
+
+/// Where the signal handler sends a thread that was about to go in.
+pub fn abort() -> u64 {
+    (&raw const bivisor_system_abort) as u64
 }
 
 /// Where generated code goes to leave.
@@ -226,14 +234,11 @@ pub fn prepare(area: &Area) {
     if std::is_x86_feature_detected!("xsaveopt") {
         flags |= XSAVEOPT;
     }
-    // XGETBV with ECX = 1.
-    if std::is_x86_feature_detected!("xsave") && __cpuid_count(0xd, 1).eax & 4 != 0 {
-        flags |= IN_USE;
-    }
     area.set(at::HOST_FLAGS, flags);
     area.set(at::COMPONENTS, Layout::host().components);
     area.set(at::HOST_MXCSR, 0x1f80);
     area.set(at::VECTORS_AT, 0);
+    area.set(at::UPPER, 0);
 }
 
 /// Runs translated code from host address `entry` until it leaves; gives the exit.

@@ -26,6 +26,7 @@ pub mod block;
 pub mod cache;
 pub mod enter;
 mod handler;
+mod hash;
 pub mod lower;
 pub mod run;
 pub mod tlb;
@@ -43,9 +44,10 @@ impl Mode {
     const VECTORS: u16 = 3;
     const COUNTED: u16 = 0x20;
     const SINGLE: u16 = 0x40;
+    const NO_TIME: u16 = 0x80;
 
-    /// Of the state as it is; `None` if the interpreter must go on.
-    pub fn of(s: &CpuState) -> Option<Mode> {
+    /// Of the state as it is; `None` if the interpreter must go on. Without `upper` VEX and EVEX instructions are not translated.
+    pub fn of(s: &CpuState, upper: bool) -> Option<Mode> {
         const NEVER: Rflags = Rflags::TF.union(Rflags::RF).union(Rflags::VM);
         let canonical = ((s.rip << 16) as i64 >> 16) as u64 == s.rip;
         let cpl = s.cpl();
@@ -69,7 +71,11 @@ impl Mode {
         if s.rflags.contains(Rflags::DF) {
             mode |= Mode::DOWN;
         }
-        Some(Mode(mode | vectors(s) << Mode::VECTORS))
+        if cpl == 3 && s.cr4.contains(Cr4::TSD) {
+            mode |= Mode::NO_TIME;
+        }
+        let most = if upper { 3 } else { 1 };
+        Some(Mode(mode | vectors(s).min(most) << Mode::VECTORS))
     }
 
     /// The same, for blocks whose instructions are counted: none leads straight to another.
@@ -90,6 +96,11 @@ impl Mode {
     /// RFLAGS.DF?
     pub fn down(self) -> bool {
         self.0 & Mode::DOWN != 0
+    }
+
+    /// May RDTSC be executed?
+    pub fn time(self) -> bool {
+        self.0 & Mode::NO_TIME == 0
     }
 
     /// Do blocks leave instead of going on?
@@ -117,6 +128,7 @@ impl Mode {
     }
 }
 
+/// What the control registers allow: see [`Mode::vectors`].
 fn vectors(s: &CpuState) -> u16 {
     let enabled = !s.cr0.intersects(Cr0::TS | Cr0::EM)
         && s.cr0.contains(Cr0::NE)

@@ -4,21 +4,27 @@
 //! STI and POPF leave.
 
 use crate::emit::slot;
+use crate::route::Policy;
 use crate::run::Translator;
 use crate::system::area::{Area, at};
 use crate::system::block::Access as GuestAccess;
 use crate::system::cache::{Cache, cell_at};
-use crate::system::enter::{self, FAULT};
+use crate::system::enter::{self, ABORTED, FAULT};
 use crate::system::lower::{Flags, Kind};
 use crate::system::tlb::Tlb;
 use crate::system::{Mode, handler};
+use bivisor_emulator::cpu::xsave::component;
 use bivisor_emulator::cpu::{CpuState, Rflags};
 use bivisor_emulator::host::signal;
 use bivisor_emulator::host::thread::ThreadBlock;
-use bivisor_emulator::isa::{Gpr, Seg};
+use bivisor_emulator::interp::Prepared;
+use bivisor_emulator::interp::sensitive::time::TimeSource;
+use bivisor_emulator::isa::{Seg, decode};
 use bivisor_emulator::mem::{Access, By, PAGE_SIZE, Ram};
-use bivisor_emulator::vcpu::{Board, Exit};
+use bivisor_emulator::vcpu::{Board, Exit, Intercepts};
 
+/// State components above x87 and XMM.
+const UPPER: u64 = component::AVX | component::AVX512;
 /// Instructions that the interpreter does at once where nothing is translated.
 const STRETCH: u64 = 64;
 
@@ -37,6 +43,24 @@ pub struct System {
     watches: u64,
     /// Where the instruction that the interpreter does next stores, if that is known.
     store: Option<(u64, u64)>,
+    /// By exit: what it calls the interpreter for.
+    calls: Vec<Option<Box<Call>>>,
+    flushes: u64,
+    /// Components above XMM are in use.
+    upper: bool,
+    /// They are going to be.
+    wants_upper: bool,
+    /// RDTSC shows the host's counter.
+    host_time: bool,
+}
+
+/// An instruction that the interpreter does, and what followed it last.
+struct Call {
+    insn: Prepared,
+    next: u64,
+    block: u32,
+    /// [`bivisor_emulator::mem::Mmu::generation`] then.
+    mapping: u64,
 }
 
 /// How the block that is looked for was come by.
@@ -45,6 +69,8 @@ enum Via {
     Start,
     Link(u32),
     Indirect,
+    /// After the call of this exit.
+    Call(u32),
 }
 
 /// What leaving the code means.
@@ -53,8 +79,8 @@ enum Next {
     Go(Via),
     /// Go on at this host address with everything as it is.
     Resume(u64),
-    /// One interpreter step; may it need the vector registers?
-    Step(bool, Via),
+    /// One interpreter step for this exit; may it need the vector registers?
+    Step(Option<u32>, bool, Via),
 }
 
 fn by(cpu: &CpuState) -> By {
@@ -68,7 +94,22 @@ impl System {
         cache.flush(&area);
         enter::prepare(&area);
         let tlb = Tlb::new(&area);
-        Ok(System { area, cache, tlb, mapping: 0, epoch: 0, memory: 0, line: false, watches: 0, store: None })
+        Ok(System {
+            area,
+            cache,
+            tlb,
+            mapping: 0,
+            epoch: 0,
+            memory: 0,
+            line: false,
+            watches: 0,
+            store: None,
+            calls: Vec::new(),
+            flushes: 0,
+            upper: false,
+            wants_upper: false,
+            host_time: true,
+        })
     }
 
     /// Counters of the cache.
@@ -85,6 +126,7 @@ impl System {
     fn look_around(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram) {
         if self.memory != board.mem.id() {
             self.memory = board.mem.id();
+            t.core.mmu.flush();
             self.cache.flush(&self.area);
             self.epoch = ram.code_epoch();
             self.mapping = t.core.mmu.generation();
@@ -103,6 +145,21 @@ impl System {
         }
     }
 
+    fn set_upper(&mut self, upper: bool) {
+        self.upper = upper;
+        self.area.set(at::UPPER, u64::from(upper));
+    }
+
+    /// The guest is about to use what is above XMM: from now on that is saved too. False if it was before.
+    fn take_upper(&mut self, t: &mut Translator) -> bool {
+        if self.upper || Mode::of(&t.cpu, true) == Mode::of(&t.cpu, false) {
+            return false;
+        }
+        self.sync(t);
+        self.wants_upper = true;
+        true
+    }
+
     /// Is there an event to take now?
     fn due(&self, cpu: &CpuState) -> bool {
         self.line && (cpu.rflags.contains(Rflags::IF) || cpu.nmi_blocked)
@@ -115,6 +172,14 @@ impl System {
     /// The block at RIP, translated if it must be.
     fn find(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, mode: Mode, via: Via) -> Option<u32> {
         let rip = t.cpu.rip;
+        if let Via::Call(id) = via
+            && let Some(Some(c)) = self.calls.get(id as usize)
+            && (c.next, c.mapping) == (rip, self.mapping)
+            && self.cache.is_live(c.block)
+            && self.cache.block(c.block).mode == mode
+        {
+            return Some(c.block);
+        }
         let by = by(&t.cpu);
         let gpa = t.core.mmu.translate(&t.cpu, board.mem, rip, Access::Execute, by).ok()?;
         if gpa >= ram.size() {
@@ -145,12 +210,16 @@ impl System {
                 }?
             }
         };
-        let number = self.cache.cell(rip, gpa, mode.user());
-        self.area.set_u32(cell_at(rip), number);
+        self.area.set_u32(cell_at(rip), self.cache.block(b).number);
         match via {
             Via::Start => {}
             Via::Link(id) => self.cache.link(id, b),
             Via::Indirect => self.cache.enter_target(&self.area, b),
+            Via::Call(id) => {
+                if let Some(Some(c)) = self.calls.get_mut(id as usize) {
+                    (c.next, c.block, c.mapping) = (rip, b, self.mapping);
+                }
+            }
         }
         Some(b)
     }
@@ -166,6 +235,11 @@ impl System {
         block.scratch[slot::LOOK].set(0);
         block.scratch[slot::CACHE_START].set(start);
         block.scratch[slot::CACHE_END].set(end);
+        let time = t.core.env.time == TimeSource::Host && !t.core.intercepts.contains(Intercepts::RDTSC);
+        if std::mem::replace(&mut self.host_time, time) != time {
+            self.cache.set_policy(t.cache.model().clone(), Policy { host_time: time, ..t.cache.policy() });
+            self.cache.flush(&self.area);
+        }
         t.kicker.entered(block.tid.get());
         self.area.set(at::CPU, &raw mut *t.cpu as u64);
         self.area.set(at::VECTORS_AT, 0);
@@ -182,13 +256,23 @@ impl System {
         self.ask_line(board);
         while left > 0 {
             if block.scratch[slot::LOOK].replace(0) != 0 {
+                self.cache.heal();
                 self.ask_line(board);
+            }
+            if self.flushes != self.cache.counts.flushes {
+                self.flushes = self.cache.counts.flushes;
+                self.calls.clear();
+                via = Via::Start;
             }
             if t.kicker.requested() && t.kicker.take() {
                 return Exit::Kicked;
             }
             self.look_around(t, board, ram);
-            let mode = if self.due(&t.cpu) { None } else { Mode::of(&t.cpu) };
+            if self.area.get(at::VECTORS_AT) == 0 {
+                let wanted = std::mem::take(&mut self.wants_upper);
+                self.set_upper(wanted || t.cpu.xsave.xstate_bv() & UPPER != 0);
+            }
+            let mode = if self.due(&t.cpu) { None } else { Mode::of(&t.cpu, self.upper) };
             let Some(mode) = mode else {
                 self.sync(t);
                 let most = if self.due(&t.cpu) || t.cpu.interrupt_shadow { 1 } else { STRETCH.min(left) };
@@ -217,18 +301,20 @@ impl System {
             }
             let Some(b) = found else {
                 via = Via::Start;
-                if let Some(exit) = self.step(t, board, ram, true, counted.then_some(&mut left)) {
+                if let Some(exit) = self.step(t, board, ram, None, true, counted.then_some(&mut left)) {
                     return exit;
                 }
                 continue;
             };
+            block.engine_data.set((&raw const self.cache).cast_mut().cast());
             let (next, done) = self.once(t, board, ram, b);
             left = left.saturating_sub(if counted { u64::from(done) } else { 0 });
             match next {
                 Next::Go(how) => via = how,
-                Next::Step(native, how) => {
+                Next::Step(_, true, _) if self.take_upper(t) => via = Via::Start,
+                Next::Step(id, native, how) => {
                     via = how;
-                    if let Some(exit) = self.step(t, board, ram, native, counted.then_some(&mut left)) {
+                    if let Some(exit) = self.step(t, board, ram, id, native, counted.then_some(&mut left)) {
                         return exit;
                     }
                 }
@@ -244,6 +330,7 @@ impl System {
         t: &mut Translator,
         board: Board<'_>,
         ram: &Ram,
+        id: Option<u32>,
         native: bool,
         counted: Option<&mut u64>,
     ) -> Option<Exit> {
@@ -252,7 +339,10 @@ impl System {
         }
         t.stats.steps += 1;
         let before = ram.code_epoch();
-        let exit = t.core.run(&mut t.cpu, board, 1, None);
+        let exit = match id {
+            Some(id) => self.call(t, board, ram, id),
+            None => t.core.run(&mut t.cpu, board, 1, None),
+        };
         self.ask_line(board);
         if let Some((gpa, len)) = self.store.take()
             && ram.code_epoch() == before.wrapping_add(1)
@@ -273,6 +363,24 @@ impl System {
         None
     }
 
+    /// The instruction at RIP, which an exit stands for, without decoding it each time.
+    fn call(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, id: u32) -> Exit {
+        let n = id as usize;
+        if self.calls.len() <= n {
+            self.calls.resize_with(n + 1, || None);
+        }
+        if self.calls[n].is_none() {
+            let insn = self.cache.bytes(ram, id, t.cpu.rip).and_then(|b| decode(&b, 64).ok());
+            let Some(insn) = insn else { return t.core.run(&mut t.cpu, board, 1, None) };
+            let insn = t.core.prepare(&mut t.cpu, board, insn);
+            self.calls[n] = Some(Box::new(Call { insn, next: 0, block: u32::MAX, mapping: 0 }));
+        }
+        match &self.calls[n] {
+            Some(c) => t.core.execute(&mut t.cpu, board, &c.insn),
+            None => t.core.run(&mut t.cpu, board, 1, None),
+        }
+    }
+
     fn sync(&mut self, t: &mut Translator) {
         enter::sync(&self.area, &mut t.cpu);
     }
@@ -288,8 +396,19 @@ impl System {
             self.tlb.clear(&self.area);
         }
         t.stats.entries += 1;
+        let mut resumed = None;
         loop {
             let id = enter::run(&self.area, &mut t.cpu, host);
+            if id == ABORTED {
+                if let Some(exit) = resumed {
+                    let exit = *self.cache.exit(exit);
+                    t.cpu.rip = exit.rip;
+                    self.mend(&mut t.cpu, exit.spilled, exit.flags);
+                    return (Next::Go(Via::Start), exit.done);
+                }
+                return (Next::Go(Via::Start), 0);
+            }
+            resumed = Some(id);
             let (next, done) = self.left(t, board, ram, id);
             match next {
                 Next::Resume(at) => host = at,
@@ -308,17 +427,24 @@ impl System {
         self.area.set(at::PENDING, if self.line { Rflags::IF.bits() } else { 0 });
         self.area.set(at::FS_BASE, cpu.seg[Seg::Fs as usize].base);
         self.area.set(at::GS_BASE, cpu.seg[Seg::Gs as usize].base);
+        self.area.set(at::KERNEL_GS_BASE, cpu.msr.kernel_gs_base);
+        self.area.set(at::TSC_OFFSET, cpu.msr.tsc_offset);
     }
 
     /// Registers and flags from slots back into the state.
     fn mend(&self, cpu: &mut CpuState, spilled: u16, flags: Flags) {
-        for r in Gpr::ALL.into_iter().filter(|r| spilled & 1 << *r as u16 != 0) {
-            cpu.gpr[r as usize] = self.area.get(at::SPILL + 8 * r as usize);
+        let mut rest = spilled;
+        while rest != 0 {
+            let r = rest.trailing_zeros() as usize;
+            cpu.gpr[r] = self.area.get(at::SPILL + 8 * r);
+            rest &= rest - 1;
         }
         let status = self.area.get(if flags == Flags::Slot { at::STATUS } else { at::EXIT_STATUS });
         let status = Rflags::from_bits_retain(status >> 8 & 0xd5 | (status & 1) << 11);
         let own = Rflags::from_bits_retain(self.area.get(at::FLAGS) | self.area.get(at::INTERRUPTS));
         cpu.rflags = own | status;
+        cpu.seg[Seg::Gs as usize].base = self.area.get(at::GS_BASE);
+        cpu.msr.kernel_gs_base = self.area.get(at::KERNEL_GS_BASE);
     }
 
     fn left(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, id: u32) -> (Next, u16) {
@@ -329,7 +455,7 @@ impl System {
             t.cpu.rip = rip;
             self.mend(&mut t.cpu, point.spilled, point.flags);
             t.stats.faults += 1;
-            return (Next::Step(true, Via::Start), point.done);
+            return (Next::Step(None, true, Via::Start), point.done);
         }
         let exit = *self.cache.exit(id);
         if let Kind::Miss { access, low, len, write, retry } = exit.kind {
@@ -356,14 +482,14 @@ impl System {
                 t.cpu.interrupt_shadow = true;
                 Next::Go(Via::Start)
             }
-            Kind::Step => Next::Step(exit.native, Via::Start),
+            Kind::Step => Next::Step(Some(id), exit.native, Via::Call(id)),
             Kind::Indirect => {
                 t.stats.misses += 1;
-                Next::Step(false, Via::Indirect)
+                Next::Step(Some(id), false, Via::Indirect)
             }
             Kind::Miss { access, .. } => {
                 self.store_carefully(t, board, &access);
-                Next::Step(exit.native, Via::Start)
+                Next::Step(Some(id), exit.native, Via::Call(id))
             }
         };
         (next, exit.done)

@@ -17,7 +17,7 @@ use iced_x86::{Encoder, Register};
 const SHIFT: u8 = 12 - tlb::ENTRY.trailing_zeros() as u8;
 /// Mask of that offset.
 const MASK: i32 = ((tlb::ENTRIES - 1) * tlb::ENTRY) as i32;
-const JNE: [u8; 2] = [0x0f, 0x85];
+pub(super) const JNE: [u8; 2] = [0x0f, 0x85];
 
 /// Bytes that one check may cover.
 fn reach(base: Gpr) -> i64 {
@@ -58,13 +58,13 @@ impl Lower<'_> {
     }
 
     /// A look at the TLB can begin: the exit it takes, and where it begins.
-    fn begin(&mut self, item: &Item) -> u32 {
+    pub(super) fn begin(&mut self, item: &Item) -> u32 {
         self.give_up_flags(item);
         self.e.len() as u32
     }
 
     /// Leaves unless equal.
-    fn miss(&mut self, item: &Item, access: Access, range: (i64, i64, bool), retry: u32) {
+    pub(super) fn miss(&mut self, item: &Item, access: Access, range: (i64, i64, bool), retry: u32) {
         let site = self.branch(&JNE);
         let (low, len, write) = range;
         let kind = Kind::Miss { access, low, len: len as u16, write, retry };
@@ -74,12 +74,12 @@ impl Lower<'_> {
         self.cold.push(Cold { site, reload: 0, exit });
     }
 
-    fn tag(&self, write: bool) -> usize {
+    pub(super) fn tag(&self, write: bool) -> usize {
         self.around.tlb + if write { tlb::WRITE } else { tlb::READ }
     }
 
     /// `index = (from + disp) >> SHIFT & MASK`
-    fn index(&mut self, index: Gpr, from: Gpr, disp: i32) {
+    pub(super) fn index(&mut self, index: Gpr, from: Gpr, disp: i32) {
         let from = if disp == 0 {
             from
         } else {
@@ -119,7 +119,7 @@ impl Lower<'_> {
         let (low, high, write) = self.foresee(base, low, high, a.write);
         let (from, to) = (i32::try_from(low - moved).ok()?, i32::try_from(high - 1 - moved).ok()?);
         let delta = self.scratch(item, item.high)?;
-        let page = self.scratch(item, false)?;
+        let page = self.passing(item, false)?;
         let retry = self.begin(item);
         self.index(delta, base, from);
         self.e.lea(page, At::base(base, to));
@@ -181,9 +181,9 @@ impl Lower<'_> {
 
     fn place_any(&mut self, item: &Item, a: &Access) -> Option<Host> {
         let disp = i32::try_from(a.disp).ok().or((a.narrow).then_some(a.disp as i32))?;
-        let address = self.scratch(item, item.high)?;
-        let index = self.scratch(item, false)?;
-        let page = self.scratch(item, false)?;
+        let address = self.passing(item, item.high)?;
+        let index = self.passing(item, false)?;
+        let page = self.passing(item, false)?;
         let retry = self.begin(item);
         if a.base.is_none() && a.index.is_none() {
             self.e.constant(address, a.disp as u64);

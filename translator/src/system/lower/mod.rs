@@ -5,7 +5,9 @@ mod branch;
 mod flags;
 mod memory;
 mod scratch;
+mod sensitive;
 mod stack;
+mod string;
 
 use crate::emit::Emitter;
 use crate::system::area::at;
@@ -95,12 +97,8 @@ pub struct Point {
 /// The ways into a block, as code offsets.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Entries {
-    /// Flags in EFLAGS; looks whether somebody wants the code to be left.
-    pub host_looking: u32,
     /// Flags in EFLAGS.
     pub host: u32,
-    /// Flags in their slot; looks.
-    pub slot_looking: u32,
     /// Flags in their slot.
     pub slot: u32,
 }
@@ -203,13 +201,7 @@ impl Lower<'_> {
     /// The ways in, by where the first instruction to care wants the flags.
     fn entries(&mut self) -> Entries {
         let mut entries = Entries::default();
-        let here = |l: &Self| l.e.len() as u32;
         if self.block.flags_dead {
-            entries.host_looking = here(self);
-            entries.slot_looking = here(self);
-            self.look();
-            entries.host = here(self);
-            entries.slot = here(self);
             return entries;
         }
         let wants_host = self.block.items.iter().find_map(|i| match i.way {
@@ -217,30 +209,17 @@ impl Lower<'_> {
             Way::Conditional | Way::Counted | Way::Jump => Some(true),
             _ => Some(false),
         });
-        entries.host_looking = here(self);
-        self.flags = Flags::Host;
-        if wants_host != Some(true) {
-            entries.host = here(self);
-        }
-        self.save_flags();
-        entries.slot_looking = here(self);
-        self.look();
-        entries.slot = here(self);
-        self.flags = Flags::Slot;
         if wants_host == Some(true) {
             self.restore_flags();
-            entries.host = here(self);
+            entries.host = self.e.len() as u32;
             self.flags = Flags::Host;
+        } else {
+            self.flags = Flags::Host;
+            self.save_flags();
+            entries.slot = self.e.len() as u32;
+            self.flags = Flags::Slot;
         }
         entries
-    }
-
-    /// Leaves if somebody asked. Destroys EFLAGS.
-    fn look(&mut self) {
-        self.e.is_zero(At::thread(crate::emit::slot::LOOK));
-        let site = self.branch(&[0x0f, 0x85]);
-        let exit = self.exit(Kind::Look, self.block.start, Flags::Slot, 0);
-        self.cold.push(Cold { site, reload: 0, exit });
     }
 
     /// Emits an opcode and room for a 32-bit displacement; gives the place of that.
@@ -337,6 +316,11 @@ impl Lower<'_> {
                 Some(true)
             }
             Way::Sti => Some(self.sti(item)),
+            Way::ReadControl => self.read_control(item),
+            Way::SwapGs => self.swap_gs(item),
+            Way::ReadTime => self.read_time(item),
+            way @ (Way::Stos(_) | Way::Lods(_) | Way::Movs(_)) => self.string(item, way),
+            way @ (Way::RepStos(_) | Way::RepMovs(_)) => self.repeated(item, way),
             Way::Conditional => self.conditional(item),
             Way::Counted => self.counted(item),
             Way::Jump => {
@@ -406,19 +390,20 @@ impl Lower<'_> {
             match item.adds {
                 Some((a, n)) if a == r => self.moved[r as usize] += n,
                 _ => {
+                    self.windows.retain(|w| w.delta != r);
                     self.version[r as usize] += 1;
                     self.moved[r as usize] = 0;
                     self.windows.retain(|w| w.base != Some(r));
                 }
             }
         }
-        if matches!(item.way, Way::Plain | Way::Memory) && item.flags_out != 0 {
+        if matches!(item.way, Way::Plain | Way::Memory) && item.changes_flags {
             self.flags = Flags::Host;
         }
     }
 
     fn needs_flags(&self, item: &Item) -> bool {
-        item.flags_in != 0 || item.flags_out != 0 && item.live & !item.flags_out != 0
+        item.flags_in != 0 || item.changes_flags && item.live & !item.flags_out != 0
     }
 
     /// Puts the flags into EFLAGS if the instruction wants them there.
@@ -433,8 +418,9 @@ impl Lower<'_> {
     fn flags_live(&self, item: &Item) -> bool {
         let live = match item.way {
             Way::Plain | Way::Memory => item.live & !item.flags_out | item.flags_in,
-            Way::Push | Way::PushMemory | Way::Pop | Way::Leave | Way::Constant(_) | Way::Nop => item.live,
-            _ => STATUS,
+            Way::PushFlags | Way::PopFlags | Way::Step | Way::Sti => STATUS,
+            way if way.ends() => STATUS,
+            _ => item.live,
         };
         live != 0
     }

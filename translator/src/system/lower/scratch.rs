@@ -3,7 +3,7 @@
 use super::Lower;
 use super::asm::{Assembler, At};
 use crate::system::area::at;
-use crate::system::block::Item;
+use crate::system::block::{Item, Way};
 use bivisor_emulator::isa::Gpr;
 
 /// A range of guest memory that is known to be there.
@@ -52,13 +52,27 @@ impl Lower<'_> {
         }
     }
 
-    /// A register that may be destroyed while `item` is at hand. `low`: one that is encoded without REX.
+    /// A register that may be destroyed while `item` is at hand, and be kept afterwards. `low`: one that is encoded without REX.
     pub(super) fn scratch(&mut self, item: &Item, low: bool) -> Option<Gpr> {
+        self.take(item, item.uses, low)
+    }
+
+    /// As [`Lower::scratch`], for `item` alone: also what a load overwrites.
+    pub(super) fn passing(&mut self, item: &Item, low: bool) -> Option<Gpr> {
+        let overwritten = if item.way == Way::Memory { item.writes & !item.reads } else { 0 };
+        self.take(item, item.uses & !overwritten, low)
+    }
+
+    fn take(&mut self, item: &Item, uses: u16, low: bool) -> Option<Gpr> {
         let mut best: Option<(usize, Gpr)> = None;
         let held = self.windows.iter().fold(0, |m, w| m | bit(w.delta));
-        let taken = item.uses | self.busy | held | bit(Gpr::Rsp);
+        let taken = uses | self.busy | held | bit(Gpr::Rsp);
         for r in Gpr::ALL.into_iter().filter(|r| taken & bit(*r) == 0 && !(low && *r as u8 >= 8)) {
-            let score = if self.spilled & bit(r) != 0 { usize::MAX } else { self.distance(r) };
+            let score = match () {
+                () if self.spilled & bit(r) != 0 => usize::MAX,
+                () if item.uses & bit(r) != 0 => 2000,
+                () => self.distance(r),
+            };
             if best.is_none_or(|(s, _)| score > s) {
                 best = Some((score, r));
             }
@@ -69,7 +83,7 @@ impl Lower<'_> {
                 return None;
             }
             self.windows.remove(0);
-            return self.scratch(item, low);
+            return self.take(item, uses, low);
         };
         if self.spilled & bit(r) == 0 {
             self.e.store(At::slot(at::SPILL + 8 * r as usize), r);

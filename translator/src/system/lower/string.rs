@@ -1,0 +1,123 @@
+//! MOVS, STOS and LODS upwards: one element through the TLB, or under REP all of them by the host's REP if both ranges lie in one page
+//! each; the interpreter does the rest.
+
+use super::asm::{Assembler, At, W};
+use super::memory::JNE;
+use super::scratch::bit;
+use super::{Kind, Lower};
+use crate::system::block::{Access, Item, Segment, Way};
+use crate::system::tlb;
+use bivisor_emulator::isa::Gpr;
+use bivisor_emulator::mem::PAGE_SIZE;
+use dynasmrt::DynasmApi;
+
+const JA: [u8; 2] = [0x0f, 0x87];
+const PAGE_MASK: i32 = -(PAGE_SIZE as i32);
+
+fn element(base: Gpr, len: u8, write: bool) -> Access {
+    Access { base: Some(base), index: None, disp: 0, segment: Segment::Flat, narrow: false, len, write }
+}
+
+impl Lower<'_> {
+    fn advance(&mut self, r: Gpr, len: u8) {
+        self.e.lea(r, At::base(r, i32::from(len)));
+    }
+
+    /// MOV of an element between memory and RAX or another register.
+    fn element(&mut self, store: bool, len: u8, r: Gpr, at: At) {
+        let opcode = match (store, len) {
+            (true, 1) => 0x88,
+            (true, _) => 0x89,
+            (false, 1) => 0x8a,
+            (false, _) => 0x8b,
+        };
+        if len == 2 {
+            self.e.push(0x66);
+        }
+        let w = if len == 8 { W::Q } else { W::D };
+        self.e.rm(w, &[opcode], r as u8, at, &[]);
+    }
+
+    /// One element.
+    pub(super) fn string(&mut self, item: &Item, way: Way) -> Option<bool> {
+        match way {
+            Way::Stos(len) => {
+                let to = self.place(item, &element(Gpr::Rdi, len, true))?;
+                self.element(true, len, Gpr::Rax, to.at());
+                self.advance(Gpr::Rdi, len);
+            }
+            Way::Lods(len) => {
+                let from = self.place(item, &element(Gpr::Rsi, len, false))?;
+                self.element(false, len, Gpr::Rax, from.at());
+                self.advance(Gpr::Rsi, len);
+            }
+            Way::Movs(len) => {
+                let from = self.place(item, &element(Gpr::Rsi, len, false))?;
+                // Its byte registers need no REX.
+                let v = self.scratch(item, true)?;
+                self.busy |= bit(v);
+                let to = self.place(item, &element(Gpr::Rdi, len, true))?;
+                if v as u8 >= 4 && len == 1 {
+                    return None;
+                }
+                self.element(false, len, v, from.at());
+                self.element(true, len, v, to.at());
+                self.advance(Gpr::Rsi, len);
+                self.advance(Gpr::Rdi, len);
+            }
+            _ => return None,
+        }
+        Some(true)
+    }
+
+    /// Host minus guest address of the page of `base`, which holds `count` (at most a page of) elements from there on.
+    fn whole(&mut self, item: &Item, base: Gpr, len: u8, write: bool) -> Option<Gpr> {
+        let (delta, t) = (self.scratch(item, false)?, self.scratch(item, false)?);
+        let retry = self.begin(item);
+        self.index(delta, base, 0);
+        self.e.copy(t, base);
+        self.e.and(W::Q, t, PAGE_MASK);
+        self.e.compare(t, At::table(self.tag(write), delta));
+        self.miss(item, element(base, len, write), (0, i64::from(len), write), retry);
+        // The last byte is in the same page.
+        self.e.lea(t, At::any(Some(base), Some((Gpr::Rcx, len)), -1, false));
+        self.e.rr(W::Q, &[0x33], t as u8, base, &[]);
+        self.e.rr(W::Q, &[0xf7], 0, t, &PAGE_MASK.to_le_bytes());
+        self.leave_if(&JNE, item, Kind::Step, self.block.rip(item), self.n);
+        self.e.load(delta, At::table(self.around.tlb + tlb::ADDEND, delta));
+        self.busy &= !bit(t);
+        Some(delta)
+    }
+
+    /// REP MOVS, REP STOS.
+    pub(super) fn repeated(&mut self, item: &Item, way: Way) -> Option<bool> {
+        let (len, moves) = match way {
+            Way::RepMovs(len) => (len, true),
+            Way::RepStos(len) => (len, false),
+            _ => return None,
+        };
+        self.give_up_flags(item);
+        // cmp rcx, 4096: no address wraps below that.
+        self.e.rr(W::Q, &[0x81], 7, Gpr::Rcx, &(PAGE_SIZE as u32).to_le_bytes());
+        self.leave_if(&JA, item, Kind::Step, self.block.rip(item), self.n);
+        let to = self.whole(item, Gpr::Rdi, len, true)?;
+        let from = if moves { Some(self.whole(item, Gpr::Rsi, len, false)?) } else { None };
+        self.e.rr(W::Q, &[0x01], to as u8, Gpr::Rdi, &[]);
+        if let Some(from) = from {
+            self.e.rr(W::Q, &[0x01], from as u8, Gpr::Rsi, &[]);
+        }
+        if len == 2 {
+            self.e.push(0x66);
+        }
+        self.e.push(0xf3);
+        if len == 8 {
+            self.e.push(0x48);
+        }
+        self.e.push(if moves { 0xa4 } else { 0xaa } | u8::from(len > 1));
+        self.e.rr(W::Q, &[0x29], to as u8, Gpr::Rdi, &[]);
+        if let Some(from) = from {
+            self.e.rr(W::Q, &[0x29], from as u8, Gpr::Rsi, &[]);
+        }
+        Some(true)
+    }
+}
