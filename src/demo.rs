@@ -150,6 +150,8 @@ fn popf(s: &mut Script<'_>) -> Result<Vec<Gate>> {
     s.a.mov(eax, dword_ptr(COUNT))?;
     s.report("popf with IF=1; arrived", 2)?;
     s.a.out(i32::from(EXIT), al)?;
+    s.a.cli()?;
+    s.a.hlt()?;
     let label = counting(s.a)?;
     Ok(vec![Gate { vector: VECTOR, dpl: 0, label }])
 }
@@ -184,6 +186,8 @@ fn redpill(s: &mut Script<'_>) -> Result<Vec<Gate>> {
     flag(s.a, 9)?;
     s.report("pushf: IF", 0)?;
     s.a.out(i32::from(EXIT), al)?;
+    s.a.cli()?;
+    s.a.hlt()?;
     let label = counting(s.a)?;
     Ok(vec![Gate { vector: VECTOR, dpl: 0, label }])
 }
@@ -225,6 +229,8 @@ fn pagefault(s: &mut Script<'_>) -> Result<Vec<Gate>> {
     touch(s)?;
     count(s, "written; #PF so far", 2)?;
     s.a.out(i32::from(EXIT), al)?;
+    s.a.cli()?;
+    s.a.hlt()?;
     // The handler: counts, makes the page present and writable.
     let mut label = s.a.create_label();
     s.a.set_label(&mut label)?;

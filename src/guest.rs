@@ -1,6 +1,7 @@
 //! Small ring-0 guests, assembled here and now: a flat address space, tables of their own, a board of few ports, any engine.
 
-use crate::trap::{Reason, TrapVcpu};
+pub use crate::trap::Reason;
+use crate::trap::TrapVcpu;
 use anyhow::{Result, anyhow, bail};
 use bivisor_emulator::bus::Bus;
 use bivisor_emulator::cpu::cpuid::CpuModel;
@@ -8,12 +9,12 @@ use bivisor_emulator::cpu::{CpuState, Rflags};
 use bivisor_emulator::interp::Interpreter;
 use bivisor_emulator::isa::{Gpr, Width};
 use bivisor_emulator::mem::{GuestMemory, Ram};
-use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Vcpu};
+use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Kicker, Vcpu};
 use bivisor_kvm_backend::KvmVm;
 use bivisor_translator::Translator;
 use iced_x86::code_asm::CodeAssembler;
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, Once, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Where the code lies.
@@ -45,6 +46,13 @@ pub const WINDOW: u64 = 0x80_0000;
 /// RAM.
 const RAM: u64 = 16 << 20;
 
+/// A number that the host gives the guest.
+pub const PARAM: u64 = 0x7_0000;
+/// Where the user's stack ends.
+pub const USER_STACK: u64 = 0xb_0000;
+
+/// A port that does nothing, at once.
+pub const FAST: u16 = 0x80;
 /// Ports of the board: OUT of a value to [`REPORT`] + n is the n-th of the report.
 pub const REPORT: u16 = 0x500;
 /// Raises an interrupt of the vector written.
@@ -157,6 +165,28 @@ impl Engine {
     }
 }
 
+/// When which engine is to be stopped, though its guest does nothing that leaves it.
+static DEADLINE: Mutex<Option<(Instant, Kicker)>> = Mutex::new(None);
+
+/// One thread for all guests that looks whether a deadline has come.
+fn watch(deadline: Option<(Instant, Kicker)>) {
+    static WATCHER: Once = Once::new();
+    WATCHER.call_once(|| {
+        std::thread::spawn(|| {
+            loop {
+                std::thread::sleep(Duration::from_millis(50));
+                let guard = lock(&DEADLINE);
+                if let Some((at, kicker)) = guard.as_ref()
+                    && Instant::now() > *at
+                {
+                    kicker.kick();
+                }
+            }
+        });
+    });
+    *lock(&DEADLINE) = deadline;
+}
+
 /// A guest in memory.
 pub struct Guest {
     mem: GuestMemory,
@@ -213,6 +243,11 @@ impl Guest {
         Ok(Guest { mem, entry: CODE, ports: Ports::default() })
     }
 
+    /// Stores a number in its memory.
+    pub fn poke(&self, at: u64, v: u64) {
+        self.mem.store(at, Width::Q, v);
+    }
+
     /// Runs it to its end from the start; gives its report.
     ///
     /// # Errors
@@ -241,15 +276,18 @@ impl Guest {
         vcpu.set_intercepts(Intercepts::empty());
         let board = Board { mem: &self.mem, bus: &self.ports };
         let start = Instant::now();
+        watch(Some((start + limit, vcpu.kicker())));
         loop {
-            let exit = vcpu.run(board, 1_000_000);
+            let exit = vcpu.run(board, u64::MAX);
             if *lock(&self.ports.ended) {
+                watch(None);
                 return Ok(lock(&self.ports.report).clone());
             }
             match exit {
                 Exit::Budget | Exit::Kicked if start.elapsed() < limit => {}
                 Exit::Halt if self.ports.interrupt_pending() && start.elapsed() < limit => {}
                 exit => {
+                    watch(None);
                     let rip = vcpu.state().rip;
                     bail!("{exit:?} at {rip:#x} after {:?}", start.elapsed());
                 }

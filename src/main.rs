@@ -3,6 +3,7 @@
 mod boot;
 mod classify;
 mod cli;
+mod compare;
 mod decode;
 mod demo;
 mod doctor;
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
     let outcome = match cli::Cli::parse().command {
         cli::Command::Boot(args) => boot::run(&args),
         cli::Command::Classify(args) => classify::run(&args),
+        cli::Command::Compare(args) => compare::run(&args),
         cli::Command::Decode(args) => decode::run(&args),
         cli::Command::Demo(args) => demo::run(&args),
         cli::Command::Doctor(args) => doctor::run(&args),

@@ -73,6 +73,11 @@ pub fn wrap(first: &str, words: &str) -> String {
     out
 }
 
+/// Text for HTML.
+pub fn html(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
 /// Nanoseconds as people say them.
 pub fn duration(ns: f64) -> String {
     match ns {

@@ -1,7 +1,7 @@
 //! `bivisor doctor`: what this host offers for virtualization, with the evidence, and what Bivisor makes of it.
 
 mod advice;
-mod costs;
+pub mod costs;
 pub mod eighteen;
 pub mod host;
 mod show;

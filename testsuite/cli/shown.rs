@@ -61,6 +61,7 @@ fn the_json_is_as_documented() {
         ("doctor", &["doctor", "--json"][..]),
         ("classify", &["classify", "popf", "--json"]),
         ("demo", &["demo", "popf", "--json"]),
+        ("compare", &["compare", "popf", "--json"]),
     ] {
         assert_eq!(keys(&json(args)), documented(command), "{command}");
     }
@@ -252,4 +253,38 @@ fn trap_is_refused_for_work() {
     assert_eq!(output.status.code(), Some(1));
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(said.contains("demonstration") && said.contains("--backend bt"), "{said}");
+}
+
+/// Every operation runs on the software engines (natively where trap-and-emulate can), and the ledger says what left.
+#[test]
+fn comparison() {
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("report.html");
+    let names = ["in", "call/ret", "pgfault", "divzero", "popf", "interrupt", "syscall"];
+    let args = [&["compare", "--json", "--html", path.to_str().expect("plain")][..], &names].concat();
+    let report = json(&args);
+    let rows = report["operations"].as_array().expect("a list");
+    assert_eq!(rows.len(), names.len());
+    let traces = traces();
+    for row in rows {
+        for engine in if traces { &["interp", "bt", "trap"][..] } else { &["interp", "bt"] } {
+            let value = &row["values"][engine];
+            assert!(value["median"].is_number(), "{} on {engine}: {}", row["name"], row["failed"]);
+        }
+        assert!(row["sentence"].as_str().is_some_and(|s| s.ends_with('.')), "{row}");
+    }
+    if traces {
+        // IN is left with reason 30, and POPF is never noticed.
+        let ledger = report["ledger"].as_array().expect("a list");
+        let of = |operation: &str| {
+            ledger.iter().filter(|e| e["operation"] == operation && e["engine"] == "trap").collect::<Vec<_>>()
+        };
+        assert!(of("in").iter().any(|e| e["vtx_reason"] == 30 && e["reason"] == "IN"), "{ledger:?}");
+        assert!(of("popf").iter().all(|e| e["reason"] != "POPFQ"), "{ledger:?}");
+    }
+    // The report needs nothing from elsewhere.
+    let page = std::fs::read_to_string(&path).expect("the report");
+    assert!(!page.contains("http") && !page.contains("<script") && !page.contains("src="), "self-contained");
+    assert!(page.contains("call/ret") && page.contains("viewport"));
+    fits(&text(&["compare", "rdtsc", "cpu"]));
+    assert_eq!(bivisor(&["compare", "nonsense"]).status.code(), Some(2));
 }

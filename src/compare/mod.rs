@@ -1,0 +1,256 @@
+//! `bivisor compare`: Adams and Agesen's comparison on the reader's machine: operations and programs, natively and on every engine.
+
+mod html;
+mod nano;
+mod program;
+mod show;
+
+use crate::doctor::{costs, host};
+use crate::guest::ENGINES;
+use crate::native::Native;
+use anyhow::{Context, Result};
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use program::PLACES;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Arguments of `bivisor compare`.
+#[derive(Args)]
+#[command(after_help = "Example:\n  bivisor compare --html report.html")]
+pub struct CompareArgs {
+    /// Only these operations and programs, by name; without any, all.
+    #[arg(value_name = "NAME")]
+    only: Vec<String>,
+    /// Longer and more often.
+    #[arg(long)]
+    full: bool,
+    /// One JSON object (docs/json.md describes it).
+    #[arg(long)]
+    json: bool,
+    /// Write the report as one HTML file without anything from elsewhere.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+}
+
+/// One value.
+#[derive(Clone, Debug, Serialize)]
+struct Value {
+    median: f64,
+    /// Smallest and largest.
+    spread: [f64; 2],
+    /// How many times as long as natively.
+    to_native: Option<f64>,
+}
+
+/// One row: an operation in nanoseconds, or a program in milliseconds.
+#[derive(Debug, Serialize)]
+struct Row {
+    name: &'static str,
+    what: &'static str,
+    /// By engine or place.
+    values: BTreeMap<&'static str, Value>,
+    /// Why there is no value.
+    failed: BTreeMap<&'static str, String>,
+    /// Exit reason of VT-x for the operation, with the usual controls.
+    vtx_reason: Option<u16>,
+    /// Cycles native, translated, VT-x, in the paper.
+    paper: Option<[u32; 3]>,
+    /// Who wins, and why.
+    sentence: String,
+}
+
+/// One line of the ledger: how often an engine was left for one operation.
+#[derive(Debug, Serialize)]
+struct Entry {
+    operation: &'static str,
+    engine: &'static str,
+    vtx_reason: Option<u16>,
+    reason: String,
+    times: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    version: &'static str,
+    cpu: String,
+    kvm: String,
+    /// Nanoseconds.
+    operations: Vec<Row>,
+    /// Milliseconds.
+    programs: Vec<Row>,
+    ledger: Vec<Entry>,
+    reference: &'static str,
+}
+
+const REFERENCE: &str = "Adams and Agesen, A Comparison of Software and Hardware Techniques for x86 Virtualization, ASPLOS 2006: cycles on a \
+                         3.8 GHz Pentium 4 672 natively, under VMware Player's binary translator, under first-generation VT-x";
+
+/// An engine, or what KVM is here.
+fn called(name: &str) -> String {
+    match name {
+        "kvm" if !bivisor_kvm_backend::host().usable_for_machine => "kvm (software here)".to_string(),
+        name => name.to_string(),
+    }
+}
+
+/// The engines whose answer is right: trap-and-emulate is not in the competition.
+fn winner(values: &BTreeMap<&'static str, Value>, among: &[&'static str], why: &str) -> String {
+    let mut order: Vec<(&str, f64)> = among.iter().filter_map(|n| Some((*n, values.get(n)?.median))).collect();
+    order.sort_by(|a, b| a.1.total_cmp(&b.1));
+    match order[..] {
+        [(first, a), (second, b), ..] if a > 0.0 => {
+            format!("{} wins, {:.1} times as fast as {}: {why}.", called(first), b / a, called(second))
+        }
+        [(first, _), ..] => format!("{} wins: {why}.", called(first)),
+        [] => format!("Nobody came to the end: {why}."),
+    }
+}
+
+fn operations(args: &CompareArgs, report: &mut Report, bar: &ProgressBar) {
+    let (samples, least) = if args.full { (11, Duration::from_millis(30)) } else { (5, Duration::from_millis(8)) };
+    let mut native = Native::new().ok();
+    let empty: BTreeMap<&str, f64> = ENGINES
+        .iter()
+        .filter_map(|e| {
+            let cost = nano::Bench::new(e, None).and_then(|mut b| b.measure(samples, least)).ok()?;
+            Some((*e, cost.median))
+        })
+        .collect();
+    for n in nano::all().iter().filter(|n| wanted(args, n.name)) {
+        let mut row = Row {
+            name: n.name,
+            what: n.what,
+            values: BTreeMap::new(),
+            failed: BTreeMap::new(),
+            vtx_reason: n.vtx,
+            paper: n.paper,
+            sentence: String::new(),
+        };
+        let own = match (n.name, n.native, native.as_mut()) {
+            ("syscall", ..) => Some(costs::syscall()),
+            (_, Some(code), Some(native)) => native.cost(code, 3_000).ok().flatten(),
+            _ => None,
+        };
+        if let Some(v) = own {
+            row.values.insert("native", Value { median: v, spread: [v, v], to_native: Some(1.0) });
+        }
+        for engine in ENGINES {
+            bar.set_message(format!("{} on {engine}", n.name));
+            match nano::Bench::new(engine, Some(n)).and_then(|mut b| b.measure(samples, least)) {
+                Ok(cost) => {
+                    let loop_ = empty.get(engine).copied().unwrap_or(0.0);
+                    let less = |v: f64| (v - loop_).max(0.0);
+                    let median = less(cost.median);
+                    let to_native = own.filter(|o| *o > 0.0).map(|o| median / o);
+                    let value = Value { median, spread: cost.spread.map(less), to_native };
+                    row.values.insert(engine, value);
+                    report.ledger.extend(cost.ledger.into_iter().map(|((vtx_reason, reason), times)| Entry {
+                        operation: n.name,
+                        engine,
+                        vtx_reason,
+                        reason,
+                        times,
+                    }));
+                }
+                Err(why) => {
+                    row.failed.insert(engine, format!("{why:#}"));
+                }
+            }
+            bar.inc(1);
+        }
+        row.sentence = winner(&row.values, &["bt", "kvm"], n.why);
+        report.operations.push(row);
+    }
+}
+
+fn programs(args: &CompareArgs, report: &mut Report, bar: &ProgressBar) -> Result<()> {
+    let (samples, factor, limit) = if args.full { (5, 8, 60) } else { (3, 1, 4) };
+    let file = program::File::new(factor).context("a file to work on")?;
+    for p in program::ALL.iter().filter(|p| wanted(args, p.name)) {
+        let mut row = Row {
+            name: p.name,
+            what: p.what,
+            values: BTreeMap::new(),
+            failed: BTreeMap::new(),
+            vtx_reason: None,
+            paper: None,
+            sentence: String::new(),
+        };
+        for place in PLACES {
+            bar.set_message(format!("{} on {place}", p.name));
+            let mut seen = Vec::new();
+            for _ in 0..samples {
+                match program::time(p, place, &file, factor, Duration::from_secs(limit)) {
+                    Ok(ms) => seen.push(ms),
+                    Err(why) => {
+                        row.failed.insert(place, format!("{why:#}"));
+                        break;
+                    }
+                }
+                // What takes long has little noise.
+                if seen.last().is_some_and(|ms| *ms > 1000.0) {
+                    break;
+                }
+            }
+            seen.sort_by(f64::total_cmp);
+            if let (Some(first), Some(last)) = (seen.first(), seen.last()) {
+                let median = seen[seen.len() / 2];
+                let native = if place == "native" { Some(median) } else { row.values.get("native").map(|v| v.median) };
+                let to_native = native.map(|n| median / n);
+                row.values.insert(place, Value { median, spread: [*first, *last], to_native });
+            }
+            bar.inc(1);
+        }
+        row.sentence = winner(&row.values, &["container", "bt", "kvm", "interp"], p.why);
+        report.programs.push(row);
+    }
+    Ok(())
+}
+
+fn wanted(args: &CompareArgs, name: &str) -> bool {
+    args.only.is_empty() || args.only.iter().any(|o| o == name)
+}
+
+/// Measures, prints, writes.
+pub fn run(args: &CompareArgs) -> Result<i32> {
+    let names: Vec<&str> = nano::all().iter().map(|n| n.name).chain(program::ALL.iter().map(|p| p.name)).collect();
+    if let Some(name) = args.only.iter().find(|o| !names.contains(&o.as_str())) {
+        eprintln!("bivisor: there is nothing to compare called `{name}`: give some of {}", names.join(", "));
+        return Ok(2);
+    }
+    let kvm = bivisor_kvm_backend::host();
+    let mut report = Report {
+        version: env!("CARGO_PKG_VERSION"),
+        cpu: host::cpu().model,
+        kvm: kvm.reason.clone(),
+        operations: Vec::new(),
+        programs: Vec::new(),
+        ledger: Vec::new(),
+        reference: REFERENCE,
+    };
+    let count = |all: &[&str], n: usize| all.iter().filter(|x| wanted(args, x)).count() * n;
+    let operations_all: Vec<&str> = nano::all().iter().map(|n| n.name).collect();
+    let programs_all = program::ALL.map(|p| p.name);
+    let steps = count(&operations_all, ENGINES.len()) + count(&programs_all, PLACES.len());
+    // Drawn on a terminal only.
+    let bar = ProgressBar::new(steps as u64);
+    bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}").expect("a template"));
+    operations(args, &mut report, &bar);
+    programs(args, &mut report, &bar)?;
+    bar.finish_and_clear();
+    if let Some(path) = &args.html {
+        std::fs::write(path, html::page(&report)).with_context(|| format!("{}", path.display()))?;
+    }
+    if args.json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else {
+        print!("{}", show::text(&report));
+        if let Some(path) = &args.html {
+            println!("\nThe report: {}", path.display());
+        }
+    }
+    Ok(0)
+}

@@ -1,0 +1,86 @@
+//! The comparison as text.
+
+use super::program::PLACES;
+use super::{Report, Row};
+use crate::guest::ENGINES;
+use crate::text::{Paint, duration, wrap};
+use std::fmt::Write;
+
+fn table(out: &mut String, rows: &[Row], columns: &[&'static str], unit: f64) {
+    let paint = Paint::auto();
+    let head: String = columns.iter().map(|c| format!("{c:>11}")).collect();
+    let _ = writeln!(out, "{}", paint.bold(&format!("{:11}{head}", "")));
+    for r in rows {
+        let cells: String = columns
+            .iter()
+            .map(|c| match r.values.get(c) {
+                Some(v) => format!("{:>11}", duration(v.median * unit)),
+                None if r.failed.contains_key(c) => format!("{:>11}", "fails"),
+                None => format!("{:>11}", "-"),
+            })
+            .collect();
+        let _ = writeln!(out, "{:11}{cells}", r.name);
+        let spread: String = columns
+            .iter()
+            .map(|c| match r.values.get(c) {
+                Some(v) if v.median > 0.0 => {
+                    let around = (v.spread[1] - v.spread[0]) / v.median * 50.0;
+                    let ratio = match v.to_native {
+                        Some(n) if n < 100.0 => format!("{n:.1}x "),
+                        Some(n) => format!("{n:.0}x "),
+                        None => String::new(),
+                    };
+                    format!("{:>11}", format!("{ratio}+-{:.0}%", around.min(99.0)))
+                }
+                _ => format!("{:11}", ""),
+            })
+            .collect();
+        let _ = writeln!(out, "{}", paint.dim(format!("{:11}{spread}", "").trim_end()));
+    }
+}
+
+/// Lines of at most 80 columns.
+pub fn text(r: &Report) -> String {
+    let paint = Paint::auto();
+    let mut out = wrap("", &format!("{}. {}.", r.cpu, r.kvm));
+    if !r.operations.is_empty() {
+        let _ = writeln!(out, "\n{}", paint.bold("Operations of a ring-0 guest: median, times native, spread"));
+        let columns: Vec<&'static str> = ["native"].into_iter().chain(ENGINES).collect();
+        table(&mut out, &r.operations, &columns, 1.0);
+    }
+    if !r.programs.is_empty() {
+        let _ = writeln!(out, "\n{}", paint.bold("Programs, engines in process mode"));
+        table(&mut out, &r.programs, &PLACES, 1e6);
+    }
+    let _ = writeln!(out, "\n{}", paint.bold("Who wins, and why (trap-and-emulate is wrong, so it does not count)"));
+    for row in r.operations.iter().chain(&r.programs) {
+        out += &wrap(&format!("  {:10} ", row.name), &row.sentence);
+    }
+    if !r.ledger.is_empty() {
+        let _ = writeln!(out, "\n{}", paint.bold("Ledger: times that an engine was left for one operation"));
+        for e in &r.ledger {
+            let number = e.vtx_reason.map_or("-".into(), |n| n.to_string());
+            let _ =
+                writeln!(out, "  {:10} {:5} {:>8.2}  VT-x {number:>3}  {}", e.operation, e.engine, e.times, e.reason);
+        }
+        out += &wrap(
+            "  ",
+            "KVM does not tell how often its kernel part was entered; the exit reason of hardware for an operation is in the JSON.",
+        );
+    }
+    let papers: Vec<&Row> = r.operations.iter().filter(|o| o.paper.is_some()).collect();
+    if !papers.is_empty() {
+        let _ = writeln!(out, "\n{}", paint.bold("For reference, not measured here"));
+        out += &wrap("  ", &format!("{}.", r.reference));
+        for row in papers {
+            let [native, bt, vt] = row.paper.expect("filtered");
+            let _ = writeln!(out, "  {:10} native {native:>6}  translated {bt:>6}  VT-x {vt:>6}", row.name);
+        }
+    }
+    for row in r.operations.iter().chain(&r.programs) {
+        for (engine, why) in &row.failed {
+            out += &wrap(&format!("  {} on {engine}: ", row.name), why);
+        }
+    }
+    out
+}
