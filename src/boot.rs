@@ -45,7 +45,7 @@ pub struct BootArgs {
     /// Processors: 1.
     #[arg(long, value_name = "N", default_value_t = 1)]
     smp: u32,
-    /// The offered CPU: host, max, x86-64-v1 to x86-64-v4.
+    /// The offered CPU: host, max, x86-64-v1 to x86-64-v4; features more or less after it: max,-pcid,+rdseed.
     #[arg(long, value_name = "MODEL", default_value = "host")]
     cpu: String,
     /// The engine.
@@ -220,6 +220,7 @@ fn build(args: &BootArgs, inputs: &Inputs) -> Result<Machine> {
         initrd: inputs.initrd.as_deref().map(|bytes| (&*initrd_name, bytes)),
         command_line: &args.append,
     };
+    machine.leave_firmware();
     let (mem, cpu) = machine.guest();
     boot::load(mem, cpu, &payload).map_err(|why| anyhow!("--kernel {name}: {why}"))?;
     Ok(machine)

@@ -146,6 +146,8 @@ const ROWS: &[Row] = &[
     Row("xsaveerptr",      &[],                    0x8000_0008,         0, Ebx,  2, By::Host, HOST),
     Row("lfence_rdtsc",    &[],                    0x8000_0021,         0, Eax,  2, By::Host, HOST),
     Row("null_sel_clr_base",&[],                   0x8000_0021,         0, Eax,  6, By::Host, HOST),
+    Row("x2apic",          &[],                             1,          0, Ecx, 21, By::Us, HOST),
+    Row("tsc_deadline_timer",&[],                           1,          0, Ecx, 24, By::Us, HOST),
     Row("arat",            &[],                             6,          0, Eax,  2, By::Us, HOST),
 ];
 
@@ -205,20 +207,45 @@ impl CpuModel {
         }
     }
 
-    /// `host`, `max` or `x86-64-v1` to `x86-64-v4`.
+    /// `host`, `max` or `x86-64-v1` to `x86-64-v4`, and after it features more or less, named as Linux does: `max,-pcid,+rdseed`.
     ///
     /// # Errors
-    /// A sentence: no such model, or what the host lacks for it.
+    /// A sentence: no such model or feature, or what the host lacks for it.
     pub fn from_name(name: &str) -> Result<CpuModel, String> {
-        match name {
-            "host" => Ok(CpuModel::host()),
-            "max" => Ok(CpuModel::max()),
-            "x86-64" | "x86-64-v1" => CpuModel::level(1),
-            "x86-64-v2" => CpuModel::level(2),
-            "x86-64-v3" => CpuModel::level(3),
-            "x86-64-v4" => CpuModel::level(4),
-            _ => Err(format!("no CPU model is called {name}: there are {}", CpuModel::NAMES.join(", "))),
+        let (base, changes) = name.split_once(',').unwrap_or((name, ""));
+        let model = match base {
+            "host" => CpuModel::host(),
+            "max" => CpuModel::max(),
+            "x86-64" | "x86-64-v1" => CpuModel::level(1)?,
+            "x86-64-v2" => CpuModel::level(2)?,
+            "x86-64-v3" => CpuModel::level(3)?,
+            "x86-64-v4" => CpuModel::level(4)?,
+            _ => return Err(format!("no CPU model is called {base}: there are {}", CpuModel::NAMES.join(", "))),
+        };
+        if changes.is_empty() { Ok(model) } else { model.changed(name, changes) }
+    }
+
+    /// The model with features more or less.
+    fn changed(&self, name: &str, changes: &str) -> Result<CpuModel, String> {
+        let host = Host::probe();
+        let mut names = self.names.clone();
+        for change in changes.split(',') {
+            let sign_and_feature = change.strip_prefix('+').map(|f| (true, f));
+            let Some((more, feature)) = sign_and_feature.or_else(|| change.strip_prefix('-').map(|f| (false, f)))
+            else {
+                return Err(format!("`{change}` in the CPU `{name}` is neither +feature nor -feature"));
+            };
+            let Some(row) = ROWS.iter().find(|r| r.0 == feature) else {
+                return Err(format!("no feature is called {feature}: the names are those of /proc/cpuinfo"));
+            };
+            names.retain(|n| *n != feature);
+            if more && row.6 != By::Us && !host.has(row) {
+                return Err(format!("this host cannot offer {feature}: it lacks it"));
+            } else if more {
+                names.push(row.0);
+            }
         }
+        Ok(CpuModel::build(name, u8::MAX, |row, _| names.contains(&row.0)))
     }
 
     fn build(name: &str, level: u8, want: impl Fn(&Row, bool) -> bool) -> CpuModel {
@@ -557,5 +584,10 @@ mod tests {
     fn names() {
         assert!(CpuModel::from_name("pentium").is_err_and(|e| e.contains("x86-64-v3")));
         assert_eq!(CpuModel::from_name("host").expect("always there").name(), "host");
+        let less = CpuModel::from_name("max,-pcid,-smap").expect("known features");
+        assert!(CpuModel::max().offers("pcid") && !less.offers("pcid") && less.offers("umip"));
+        assert!(!less.cr4().contains(Cr4::PCIDE) && !less.supports(Code::Stac));
+        assert!(CpuModel::from_name("max,pcid").is_err_and(|e| e.contains("+feature")));
+        assert!(CpuModel::from_name("max,+warp").is_err_and(|e| e.contains("warp")));
     }
 }

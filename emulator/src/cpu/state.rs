@@ -95,6 +95,10 @@ pub struct CpuState {
     pub msr: Msrs,
     /// Interrupts and debug traps are held for one instruction (STI, MOV SS, POP SS).
     pub interrupt_shadow: bool,
+    /// The shadow is that of MOV SS or POP SS: it holds debug exceptions too.
+    pub ss_shadow: bool,
+    /// Data breakpoints that the load of SS hit, as bits of DR6: they are reported after the next instruction.
+    pub pending_debug: u64,
     /// NMIs are held until IRET.
     pub nmi_blocked: bool,
     /// Active, halted or shut down.
@@ -138,6 +142,8 @@ impl CpuState {
             dr7: 0x400,
             msr: Msrs::default(),
             interrupt_shadow: false,
+            ss_shadow: false,
+            pending_debug: 0,
             nmi_blocked: false,
             activity: Activity::Active,
             xsave: XsaveArea::default(),

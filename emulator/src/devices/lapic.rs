@@ -148,9 +148,9 @@ impl Lapic {
         self.x2apic = x2apic;
     }
 
-    /// In x2APIC mode the registers are MSRs, and memory accesses do not reach them.
-    pub fn is_x2apic(&self) -> bool {
-        self.x2apic
+    /// Are the registers in memory? In x2APIC mode they are MSRs, and a disabled APIC has none.
+    pub fn is_mapped(&self) -> bool {
+        self.enabled && !self.x2apic
     }
 
     /// Does the 8259's interrupt get through LINT0?

@@ -2,7 +2,7 @@
 //! written), then RAM, the bus, or the process's own memory (SDM 3A 5.3-5.5, 3.3.7.1, 6.15 interrupt 17).
 
 use crate::cpu::{Attr, CpuState, Cr0, Cr4, Efer, Fault, Rflags, Segment};
-use crate::interp::{Exec, Step, Stop};
+use crate::interp::{Exec, Step, Stop, watch};
 use crate::isa::{Seg, Width};
 use crate::mem::{Access, By, FlatSpace, GuestMemory, Mmu, PAGE_SIZE, Prot};
 
@@ -123,6 +123,9 @@ fn crosses(laddr: u64, len: u64) -> bool {
 /// Translates `len` (1 to 4096) bytes at `laddr`, both pages if it crosses.
 #[inline(always)]
 pub(crate) fn place(x: &mut Exec<'_>, laddr: u64, len: u64, access: Access, by: By) -> Result<Place, Stop> {
+    if x.watching && by != By::Implicit {
+        watch::data(x, laddr, len, access);
+    }
     if crosses(laddr, len) {
         return place_two(x, laddr, access, by);
     }
@@ -450,7 +453,7 @@ pub fn write_bytes(x: &mut Exec<'_>, seg: Seg, offset: u64, from: &[u8]) -> Step
 pub fn whole(x: &mut Exec<'_>, seg: Seg, offset: u64, len: u64, access: Access) -> Option<u64> {
     let laddr = linear(x, seg, offset, len, access).ok()?;
     let by = accessor(x.cpu);
-    if crosses(laddr, len) {
+    if crosses(laddr, len) || x.watching {
         return None;
     }
     x.mmu.translate(x.cpu, x.mem, laddr, access, by).ok()
@@ -492,7 +495,11 @@ pub fn check(x: &mut Exec<'_>, seg: Seg, offset: u64, len: u64, access: Access) 
         return if there(laddr) && there(last) { Ok(()) } else { Err(flat_fault(x, flat, laddr, len, access)) };
     }
     let by = accessor(x.cpu);
-    place(x, laddr, len, access, by).map(|_| ())
+    // Not an access yet.
+    let hits = x.hits;
+    let done = place(x, laddr, len, access, by).map(|_| ());
+    x.hits = hits;
+    done
 }
 
 /// Loads as the processor itself does for descriptor tables, TSS and IDT: supervisor, whatever the CPL.

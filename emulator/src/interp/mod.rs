@@ -34,6 +34,7 @@ pub mod stack;
 pub mod string;
 #[cfg(test)]
 pub mod testing;
+mod watch;
 
 pub use run::Prepared;
 
@@ -90,6 +91,10 @@ pub struct Exec<'a> {
     pub env: &'a mut Env,
     /// Set when the loop must look at events after this instruction: see [`Exec::attention`].
     pub attention: bool,
+    /// Breakpoints on data or ports may be hit: accesses ask.
+    pub(crate) watching: bool,
+    /// Those that the instruction has hit, as bits of DR6.
+    pub(crate) hits: u64,
     /// What the loop knows of the state.
     pub(crate) lane: access::Lane,
 }

@@ -8,8 +8,8 @@ use crate::interp::access::Lane;
 use crate::interp::deliver::{Event, deliver};
 use crate::interp::fetch::{self, Context, Window};
 use crate::interp::icache::{Entry, ICache, Marks};
-use crate::interp::{Core, Env, Exec, Stop, check};
-use crate::isa::{Insn, Seg};
+use crate::interp::{Core, Env, Exec, Stop, check, watch};
+use crate::isa::Insn;
 use crate::mem::{Mmu, PAGE_SIZE};
 use crate::vcpu::{Board, Exit, Intercepts, Kicker};
 use iced_x86::{Mnemonic, Register};
@@ -20,6 +20,9 @@ const SLICE: u64 = 512;
 
 /// DR6.BS: the cause is a single step.
 const DR6_BS: u64 = 1 << 14;
+
+/// IA32_DEBUGCTL.BTF: single steps are those from branch to branch.
+const BTF: u64 = 2;
 
 /// An instruction made ready for [`Core::execute`].
 pub struct Prepared(Entry);
@@ -107,6 +110,8 @@ fn exec<'a>(
         next_rip,
         env,
         attention: false,
+        watching: false,
+        hits: 0,
         lane: Lane::default(),
     }
 }
@@ -162,7 +167,7 @@ fn some(x: &mut Exec<'_>, cache: &mut ICache, most: u64, left: &mut u64) -> Resu
 #[inline(always)]
 fn needs_care(cpu: &CpuState) -> bool {
     const FLAGS: Rflags = Rflags::TF.union(Rflags::RF);
-    cpu.rflags.intersects(FLAGS) || cpu.interrupt_shadow || cpu.dr7 & 0xff != 0
+    cpu.rflags.intersects(FLAGS) || cpu.interrupt_shadow || watch::enabled(cpu) || cpu.pending_debug != 0
 }
 
 /// The hot loop: instructions of one page, until something must be looked at.
@@ -288,7 +293,8 @@ fn execute(x: &mut Exec<'_>, entry: &Entry, context: Context, left: &mut u64) ->
 /// One instruction with all that may happen round it: breakpoint before, single-step trap after.
 #[cold]
 fn careful(x: &mut Exec<'_>, cache: &mut ICache, context: Context, left: &mut u64) -> Result<(), Exit> {
-    let done = match breakpoints(x.cpu) {
+    let pending = if x.cpu.interrupt_shadow { 0 } else { std::mem::take(&mut x.cpu.pending_debug) };
+    let done = match pending | watch::at_rip(x) {
         0 => next_entry(x, cache, context).and_then(|entry| carefully(x, &entry, context, left)),
         hit => Err(Fault::Db(hit).into()),
     };
@@ -312,48 +318,60 @@ fn next_entry(x: &mut Exec<'_>, cache: &mut ICache, context: Context) -> Result<
 }
 
 fn carefully(x: &mut Exec<'_>, entry: &Entry, context: Context, left: &mut u64) -> Result<(), Stop> {
-    let before = x.cpu.rflags;
+    let (before, at) = (x.cpu.rflags, x.cpu.rip);
     let shadow = std::mem::take(&mut x.cpu.interrupt_shadow);
-    if let Err(stop) = execute(x, entry, context, left) {
-        // What did not happen has not used the shadow up, nor has what is done elsewhere.
+    let pending = std::mem::take(&mut x.cpu.pending_debug);
+    (x.watching, x.hits) = (watch::enabled(x.cpu), 0);
+    let done = execute(x, entry, context, left);
+    let hits = std::mem::take(&mut x.hits) | pending;
+    x.watching = false;
+    if let Err(stop) = done {
+        if stop == Stop::Exit(Exit::Halt) && before.contains(Rflags::TF) {
+            // A debug exception ends the halt at once.
+            *left -= 1;
+            x.cpu.rip = x.next_rip;
+            return Err(Fault::Db(DR6_BS).into());
+        }
+        // What did not happen has not used the shadow up, nor has what is done elsewhere. INT3 and INTO did happen.
         x.cpu.interrupt_shadow = shadow;
+        let happened = matches!(stop, Stop::Fault(f) if f.is_trap());
+        x.cpu.pending_debug = if happened { hits } else { pending };
         return Err(stop);
     }
     let m = entry.insn.iced.mnemonic();
-    // SDM 3B 17.3.1.1: RF is cleared by every instruction but IRET, which may set it.
-    if before.contains(Rflags::RF) && !matches!(m, Mnemonic::Iret | Mnemonic::Iretd | Mnemonic::Iretq) {
+    // SDM 3B 17.3.1.1: RF is cleared by every instruction but IRET, which may set it, and a repetition keeps it for its next element.
+    let goes_on = entry.marks.contains(Marks::REPEATS) && x.cpu.rip == at;
+    if before.contains(Rflags::RF) && !matches!(m, Mnemonic::Iret | Mnemonic::Iretd | Mnemonic::Iretq) && !goes_on {
         x.cpu.rflags.remove(Rflags::RF);
     }
-    let trap = match m {
+    if m == Mnemonic::Int1 && hits != 0 {
+        // Its own debug exception tells of them too.
+        x.cpu.dr6 = x.cpu.dr6 & !0xf | hits;
+        return Ok(());
+    }
+    if loads_ss(&entry.insn) {
+        x.cpu.pending_debug = hits;
+        return Ok(());
+    }
+    let step = match m {
         // These look at the flag they leave behind; software interrupts have cleared it for the handler.
         Mnemonic::Sysret | Mnemonic::Sysretq | Mnemonic::Syscall => x.cpu.rflags.contains(Rflags::TF),
         Mnemonic::Int | Mnemonic::Int1 | Mnemonic::Int3 | Mnemonic::Into => false,
-        _ => before.contains(Rflags::TF) && !loads_ss(&entry.insn),
+        // BTF: only branches that are taken.
+        _ if x.cpu.msr.debugctl & BTF != 0 => {
+            before.contains(Rflags::TF)
+                && !goes_on
+                && x.cpu.rip != at.wrapping_add(u64::from(entry.insn.len)) & context.mask
+        }
+        _ => before.contains(Rflags::TF),
     };
-    if trap { Err(Fault::Db(DR6_BS).into()) } else { Ok(()) }
+    let causes = hits | if step { DR6_BS } else { 0 };
+    if causes != 0 { Err(Fault::Db(causes).into()) } else { Ok(()) }
 }
 
 /// SDM 3A 6.8.3: after MOV or POP to SS debug traps wait for the next instruction (and are then lost to its own).
 fn loads_ss(i: &Insn) -> bool {
     matches!(i.iced.mnemonic(), Mnemonic::Mov | Mnemonic::Pop) && i.iced.op0_register() == Register::SS
-}
-
-/// The instruction breakpoints that RIP hits, as bits of DR6 (SDM 3B 17.2). Data and I/O breakpoints are not watched.
-fn breakpoints(cpu: &CpuState) -> u64 {
-    if cpu.rflags.contains(Rflags::RF) || cpu.dr7 & 0xff == 0 {
-        return 0;
-    }
-    let laddr = if cpu.mode().bitness() == 64 {
-        cpu.rip
-    } else {
-        cpu.segment(Seg::Cs).base.wrapping_add(cpu.rip) & 0xffff_ffff
-    };
-    let hits = |n: usize| {
-        let enabled = cpu.dr7 >> (2 * n) & 3 != 0;
-        let execute = cpu.dr7 >> (16 + 4 * n) & 3 == 0;
-        enabled && execute && cpu.dr[n] == laddr
-    };
-    (0..4).filter(|&n| hits(n)).fold(0, |bits, n| bits | 1 << n)
 }
 
 /// An instruction did not complete: its exception is delivered or returned, its exit returned.

@@ -280,3 +280,88 @@ fn flat_pages_that_are_written_all_the_time() {
     }
     drop(mem);
 }
+
+/// DR7 with breakpoint 0 enabled, of a kind (0 execute, 1 write, 2 I/O, 3 read or write) and a length field.
+fn dr7(kind: u64, len: u64) -> u64 {
+    0x402 | kind << 16 | len << 18
+}
+
+/// Data breakpoints are traps behind the access, and hit by every byte of it (SDM 3B 17.2.5).
+#[test]
+fn data_breakpoints() {
+    // (code, DR0, kind, length field, hit); RAX = DATA
+    let store: &[u8] = &[0x89, 0x08]; // mov [rax], ecx
+    let load: &[u8] = &[0x8b, 0x08]; // mov ecx, [rax]
+    let simd: &[u8] = &[0x0f, 0x10, 0x00]; // movups xmm0, [rax]
+    let modify: &[u8] = &[0x01, 0x08]; // add [rax], ecx
+    for (code, at, kind, len, hit) in [
+        (store, DATA, 1, 3, true),
+        (store, DATA + 3, 1, 0, true),
+        (store, DATA + 4, 1, 3, false),
+        (store, DATA - 1, 3, 0, false),
+        (store, DATA, 3, 2, true),
+        (store, DATA + 2, 1, 2, true),
+        (load, DATA, 1, 3, false),
+        (load, DATA, 3, 3, true),
+        (simd, DATA + 15, 3, 0, true),
+        (simd, DATA + 16, 3, 0, false),
+        (modify, DATA + 1, 1, 0, true),
+    ] {
+        let mut m = Machine::long64(3, code);
+        m.cpu().gpr[0] = DATA;
+        (m.cpu().dr[0], m.cpu().dr7) = (at, dr7(kind, len));
+        let want = if hit { Exit::Exception(Fault::Db(1)) } else { Exit::Budget };
+        assert_eq!(m.run(1), want, "{code:x?} {at:#x} {kind} {len}");
+        assert_eq!(m.cpu().rip, CODE + code.len() as u64);
+    }
+}
+
+/// I/O breakpoints need CR4.DE.
+#[test]
+fn io_breakpoints() {
+    use crate::cpu::Cr4;
+    for (de, port, want) in
+        [(true, 0x61, Exit::Exception(Fault::Db(1))), (true, 0x62, Exit::Budget), (false, 0x61, Exit::Budget)]
+    {
+        let mut m = Machine::long64(0, &[0xe6, port]); // out port, al
+        m.cpu().cr4.set(Cr4::DE, de);
+        (m.cpu().dr[0], m.cpu().dr7) = (0x60, dr7(2, 1));
+        assert_eq!(m.run(1), want, "{de} {port:#x}");
+    }
+}
+
+/// A repetition traps behind the element that hit (SDM 3B 17.3.1.2), and goes on from there.
+#[test]
+fn a_repetition_stops_at_the_element() {
+    let mut m = Machine::long64(3, &[0xf3, 0xaa]); // rep stosb
+    (m.cpu().gpr[1], m.cpu().gpr[7]) = (8, DATA);
+    (m.cpu().dr[0], m.cpu().dr7) = (DATA + 2, dr7(1, 0));
+    assert_eq!(m.run(1), Exit::Exception(Fault::Db(1)));
+    assert_eq!((m.cpu().rip, m.cpu().gpr[1], m.cpu().gpr[7]), (CODE, 5, DATA + 3));
+    assert_eq!(m.run(1), Exit::Budget);
+    assert_eq!((m.cpu().rip, m.cpu().gpr[1]), (CODE + 2, 0));
+}
+
+/// What MOV SS hits is reported behind the next instruction (SDM 3A 6.8.3).
+#[test]
+fn a_breakpoint_hit_by_mov_ss_waits() {
+    let mut m = crate::interp::sensitive::testing::machine(0, &[0x8e, 0x10, 0x90, 0x90]); // mov ss, [rax]; nop; nop
+    m.mem.store(DATA, Width::W, 0x10).expect("RAM");
+    m.cpu().gpr[0] = DATA;
+    (m.cpu().dr[0], m.cpu().dr7) = (DATA, dr7(3, 1));
+    assert_eq!(m.run(1), Exit::Budget);
+    assert_eq!(m.run(1), Exit::Exception(Fault::Db(1)));
+    assert_eq!(m.cpu().rip, CODE + 3);
+    assert_eq!(m.run(1), Exit::Budget);
+}
+
+/// TF with BTF: only branches that are taken trap (SDM 3B 17.4.3).
+#[test]
+fn single_steps_from_branch_to_branch() {
+    let mut m = Machine::long64(0, &[0x90, 0x74, 0x00, 0xeb, 0x10]); // nop; jz +0 (not taken); jmp
+    m.cpu().rflags |= Rflags::TF;
+    m.cpu().msr.debugctl = 2;
+    assert_eq!((m.run(1), m.run(1)), (Exit::Budget, Exit::Budget));
+    assert_eq!(m.run(1), Exit::Exception(Fault::Db(1 << 14)));
+    assert_eq!(m.cpu().rip, CODE + 0x15);
+}

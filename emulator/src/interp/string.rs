@@ -60,8 +60,8 @@ fn repeat(
     if !(i.iced.has_rep_prefix() || i.iced.has_repne_prefix()) {
         return element(x, f, 1).map(|_| ());
     }
-    // A single step traps after each element.
-    let mut budget = if x.cpu.rflags.contains(Rflags::TF) { 1 } else { BATCH };
+    // A single step traps after each element, and so may a breakpoint.
+    let mut budget = if x.cpu.rflags.contains(Rflags::TF) || x.watching { 1 } else { BATCH };
     let mut left = x.cpu.read(Gpr::Rcx, f.address);
     while left > 0 {
         if budget == 0 {

@@ -136,6 +136,11 @@ impl Machine {
         Ok(Machine { vcpu, mem, pc, off: Arc::default(), instructions: 0 })
     }
 
+    /// Leaves chips and low memory as a BIOS would, for kernels that are loaded without one.
+    pub fn leave_firmware(&mut self) {
+        boot::firmware::leave(&self.mem, &*self.pc);
+    }
+
     /// The way to it from other threads.
     pub fn remote(&self) -> Remote {
         Remote { pc: self.pc.clone() }

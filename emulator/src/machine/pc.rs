@@ -317,7 +317,7 @@ impl Chips {
     /// The memory map.
     fn read_memory(&mut self, gpa: u64, data: &mut [u8], now: Ns) {
         let word = match gpa {
-            _ if gpa & !0xfff == self.lapic_base && !self.lapic.is_x2apic() => self.lapic.read(gpa & 0xfff, now),
+            _ if gpa & !0xfff == self.lapic_base && self.lapic.is_mapped() => self.lapic.read(gpa & 0xfff, now),
             _ if gpa & !0xfff == IOAPIC => self.ioapic.read(gpa & 0xfff),
             _ => {
                 if !self.test.as_mut().is_some_and(|t| t.read_memory(gpa, data)) {
@@ -348,7 +348,7 @@ impl Chips {
         bytes[..n].copy_from_slice(&data[..n]);
         let word = u32::from_le_bytes(bytes);
         match gpa {
-            _ if gpa & !0xfff == self.lapic_base && !self.lapic.is_x2apic() => {
+            _ if gpa & !0xfff == self.lapic_base && self.lapic.is_mapped() => {
                 // "All accesses to the registers ... must be 32-bit aligned": the rest has no effect.
                 if gpa & 3 == 0 && data.len() >= 4 {
                     self.lapic.write(gpa & 0xfff, word, now);

@@ -102,9 +102,11 @@ fn note(x: &mut Exec<'_>, event: Event) {
     match event {
         Event::Fault(Fault::Pf { addr, .. }) => x.cpu.cr2 = addr,
         Event::Fault(Fault::Db(causes)) => {
-            x.cpu.dr6 |= causes;
-            // DR7.GD is cleared on entry to the handler.
+            // SDM 3B 17.2.3: B0 to B3 say what was hit now; the other bits stay set until software clears them.
+            x.cpu.dr6 = x.cpu.dr6 & !0xf | causes;
+            // DR7.GD is cleared on entry to the handler, BTF by every debug exception (17.4.4).
             x.cpu.dr7 &= !(1 << 13);
+            x.cpu.msr.debugctl &= !2;
         }
         Event::Nmi => x.cpu.nmi_blocked = true,
         _ => {}

@@ -87,7 +87,7 @@ pub fn run(x: &mut Exec<'_>, i: &Insn) -> Step {
 /// fault, or the host's fault says that the long way must be gone.
 #[inline(always)]
 fn direct(x: &mut Exec<'_>, t: &Thunk, m: &MemRef, offset: u64) -> Option<(Reach, u64)> {
-    if t.needs.contains(Needs::ENVIRONMENT) || x.cpu.rflags.contains(Rflags::AC) {
+    if t.needs.contains(Needs::ENVIRONMENT) || x.cpu.rflags.contains(Rflags::AC) || x.watching {
         return None;
     }
     let len = u64::from(t.len);

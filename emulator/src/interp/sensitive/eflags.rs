@@ -105,7 +105,7 @@ pub fn sti(x: &mut Exec<'_>, _: &Insn) -> Step {
     match target(x.cpu)? {
         Target::If => {
             if !x.cpu.rflags.contains(Rflags::IF) {
-                x.cpu.interrupt_shadow = true;
+                (x.cpu.interrupt_shadow, x.cpu.ss_shadow) = (true, false);
             }
             x.cpu.rflags.insert(Rflags::IF);
         }

@@ -3,7 +3,7 @@
 use crate::cpu::{Fault, Rflags};
 use crate::interp::sensitive::selector::is_protected;
 use crate::interp::sensitive::task;
-use crate::interp::{Exec, Step, Stop, access, operand};
+use crate::interp::{Exec, Step, Stop, access, operand, watch};
 use crate::isa::{Gpr, Insn, Operand, Seg, Width};
 use iced_x86::{Mnemonic, OpKind};
 
@@ -15,7 +15,11 @@ fn check(x: &mut Exec<'_>, port: u16, w: Width) -> Step {
         // Virtual-8086 mode asks the map always, real mode never.
         !x.cpu.rflags.contains(Rflags::VM)
     };
-    if by_level || task::ports_allowed(x, port, w.bytes())? { Ok(()) } else { Err(Fault::Gp(0).into()) }
+    if !by_level && !task::ports_allowed(x, port, w.bytes())? {
+        return Err(Fault::Gp(0).into());
+    }
+    watch::port(x, port, w.bytes());
+    Ok(())
 }
 
 fn read_port(x: &Exec<'_>, port: u16, w: Width) -> u64 {
@@ -68,8 +72,8 @@ fn repeat(
     if !(i.iced.has_rep_prefix() || i.iced.has_repne_prefix()) {
         return element(x);
     }
-    // A single step traps after each element.
-    let mut budget = if x.cpu.rflags.contains(Rflags::TF) { 1 } else { BATCH };
+    // A single step traps after each element, and so may a breakpoint.
+    let mut budget = if x.cpu.rflags.contains(Rflags::TF) || x.watching { 1 } else { BATCH };
     loop {
         let left = x.cpu.read(Gpr::Rcx, address);
         if left == 0 {

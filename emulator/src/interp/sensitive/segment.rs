@@ -18,7 +18,7 @@ fn sreg(i: &Insn, n: u32) -> Result<Seg, Fault> {
 /// (SDM 3A 6.8.3). LSS loads both and needs no shadow.
 fn shadow_after(x: &mut Exec<'_>, seg: Seg) {
     if seg == Seg::Ss {
-        x.cpu.interrupt_shadow = true;
+        (x.cpu.interrupt_shadow, x.cpu.ss_shadow) = (true, true);
     }
 }
 

@@ -192,9 +192,9 @@ pub fn drop_privileged_segments(cpu: &mut CpuState, cpl: u8) {
     for seg in [Seg::Es, Seg::Ds, Seg::Fs, Seg::Gs] {
         let s = &mut cpu.seg[seg as usize];
         let conforming = s.attr.contains(Attr::S | Attr::CODE | Attr::EXPAND_DOWN);
-        // Null selectors become 0; the base of FS and GS goes with them as it does when a null selector is loaded.
+        // Null selectors become 0; bases stay, which 64-bit code can tell of FS and GS.
         if !s.attr.contains(Attr::UNUSABLE) && !conforming && s.attr.dpl() < cpl {
-            *s = Segment::unusable(0);
+            *s = Segment { base: s.base, ..Segment::unusable(0) };
         }
     }
 }

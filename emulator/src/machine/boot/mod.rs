@@ -1,6 +1,7 @@
 //! Putting a guest into a machine: which kind of image it is, and what each kind wants to find.
 
 mod elf;
+pub(crate) mod firmware;
 mod linux;
 mod multiboot;
 

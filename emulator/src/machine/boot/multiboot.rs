@@ -15,9 +15,9 @@ const SEARCH: usize = 8192;
 const ADDRESSES: u32 = 1 << 16;
 const MUST_KNOW: u32 = 0xfffc & !4;
 
-/// Where the information goes.
-const INFO: u64 = 0x9000;
-const TEXT: u64 = 0x9200;
+/// Where the information goes: above what kernels of real mode are linked to.
+const INFO: u64 = 0x9_0000;
+const TEXT: u64 = 0x9_0200;
 const TEXT_END: u64 = 0x9f000;
 
 /// Offset of the header.
