@@ -117,6 +117,17 @@ int main(void) {
         show("after the jump");
     }
 
+    // Nothing lies right below the stack: an overflow finds no memory of others.
+    FILE *maps = fopen("/proc/self/maps", "r");
+    char line[512];
+    unsigned long end = 0, from, to, gap = 0;
+    while (fgets(line, sizeof line, maps)) {
+        if (sscanf(line, "%lx-%lx", &from, &to) == 2 && strstr(line, "[stack]")) gap = from - end;
+        end = to;
+    }
+    fclose(maps);
+    printf("gap below the stack: %d\n", gap >= 256 * 4096);
+
     // longjmp does not restore the mask, siglongjmp does if asked.
     signal(SIGUSR1, jump_plain);
     int r = setjmp(plain);

@@ -244,15 +244,25 @@ impl Image {
         let exec = if self.elf.executable_stack { libc::PROT_EXEC } else { 0 };
         let prot = (libc::PROT_READ | libc::PROT_WRITE | exec) as u64;
         let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_STACK) as u64;
-        let at = space.map(&Mapping { addr: 0, len: size, prot, flags, fd: -1, offset: 0, name: "[stack]" });
+        let at =
+            space.map(&Mapping { addr: 0, len: size + STACK_GAP, prot, flags, fd: -1, offset: 0, name: "[stack]" });
         if at < 0 {
             return Err(LoadError::new(&self.name, Why::NoMemory { bytes: size, errno: -at as i32 }));
         }
+        // The gap stays ours: for the guest nothing is mapped there, and the host puts nothing there.
+        let gap = at as u64;
+        space.unmap(gap, STACK_GAP);
+        let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE) as u64;
+        host::host_call(libc::SYS_mmap as u64, [gap, STACK_GAP, libc::PROT_NONE as u64, flags, u64::MAX, 0]);
+        let at = gap + STACK_GAP;
         // Few programs need more than some pages of it; clearing two megabytes at the first touch is most of a short program's time.
-        host::host_call(libc::SYS_madvise as u64, [at as u64, size, libc::MADV_NOHUGEPAGE as u64, 0, 0, 0]);
-        Ok((size, at as u64 + size))
+        host::host_call(libc::SYS_madvise as u64, [at, size, libc::MADV_NOHUGEPAGE as u64, 0, 0, 0]);
+        Ok((size, at + size))
     }
 }
+
+/// What the kernel leaves free below a stack, so that an overflow faults (`stack_guard_gap`, 256 pages).
+const STACK_GAP: u64 = 256 * PAGE_SIZE;
 
 /// Position-independent programs go below bivisor itself (which the kernel puts above 0x5555_5555_4000), with room for the heap
 /// between, and inside what sanitizers expect of a program's addresses.
