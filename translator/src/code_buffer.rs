@@ -12,6 +12,8 @@ use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 /// Entries of the table of branch targets.
 pub const TABLE_ENTRIES: usize = 1 << 16;
 const TABLE_SIZE: usize = TABLE_ENTRIES * 8;
+/// Memory is asked for in pieces of this size.
+const PIECE: usize = 64 << 10;
 const _: () = assert!(TABLE_SIZE == ENGINE_AREA_SIZE);
 
 /// The two views. Offsets count from the start of the code.
@@ -24,6 +26,9 @@ pub struct CodeBuffer {
     used: usize,
     /// Rarely executed code lies from here on to the end, put downwards, so that it does not lie between what is executed often.
     cold: usize,
+    /// The host has given memory up to here, and from there on for the cold part.
+    ready: usize,
+    cold_ready: usize,
 }
 
 // SAFETY: the views are plain memory owned by this value; all writes to code that other threads may execute are single aligned-enough
@@ -42,11 +47,19 @@ impl CodeBuffer {
         // SAFETY: fresh mappings of our own file; failure of the second unmaps the first by `Drop`.
         unsafe {
             let rw = map(std::ptr::null_mut(), TABLE_SIZE + size, libc::PROT_READ | libc::PROT_WRITE, 0, &fd, 0)?;
-            let mut buffer = CodeBuffer { rw, rx: std::ptr::null_mut(), size, used: 0, cold: size - 64 };
+            let mut buffer =
+                CodeBuffer { rw, rx: std::ptr::null_mut(), size, used: 0, cold: size - 64, ready: 0, cold_ready: size };
+            buffer.populate(0..TABLE_SIZE);
             let prot = libc::PROT_READ | libc::PROT_EXEC;
             buffer.rx = map(std::ptr::null_mut(), size, prot, 0, &fd, TABLE_SIZE)?;
             Ok(buffer)
         }
+    }
+
+    /// Asks for the memory of a range of the writable view at once, which costs a fraction of a fault for each page. It need not succeed.
+    fn populate(&self, range: std::ops::Range<usize>) {
+        // SAFETY: our own mapping; the content does not change.
+        unsafe { libc::madvise(self.rw.add(range.start).cast(), range.len(), libc::MADV_POPULATE_WRITE) };
     }
 
     /// Host address of code offset 0.
@@ -84,6 +97,13 @@ impl CodeBuffer {
     pub fn append_cold(&mut self, code: &[u8]) {
         let at = self.cold - code.len();
         assert!(at >= self.used, "the code buffer is full");
+        if at < self.cold_ready {
+            let start = (at / PIECE * PIECE).max(self.ready);
+            if start < self.cold_ready {
+                self.populate(TABLE_SIZE + start..TABLE_SIZE + self.cold_ready);
+            }
+            self.cold_ready = start;
+        }
         // SAFETY: in range of the writable view; nobody executes there yet.
         unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.rw.add(TABLE_SIZE + at), code.len()) };
         self.cold = at;
@@ -93,6 +113,11 @@ impl CodeBuffer {
     pub fn append(&mut self, code: &[u8]) -> usize {
         let at = self.next();
         assert!(at + code.len() <= self.cold, "the code buffer is full");
+        if at + code.len() > self.ready {
+            let end = (at + code.len()).next_multiple_of(PIECE).min(self.size);
+            self.populate(TABLE_SIZE + self.ready..TABLE_SIZE + end);
+            self.ready = end;
+        }
         // SAFETY: in range of the writable view; nobody executes beyond `used`.
         unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.rw.add(TABLE_SIZE + at), code.len()) };
         self.used = at + code.len();

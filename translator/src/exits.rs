@@ -4,10 +4,10 @@ use crate::lower::Leave;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-const CHUNK: usize = 1024;
-const CHUNKS: usize = 4096;
+const CHUNK: usize = 256;
+const CHUNKS: usize = 128;
 /// Exits there can be between two flushes.
-pub const MAX_EXITS: u32 = (CHUNK * CHUNKS) as u32;
+pub const MAX_EXITS: u32 = (CHUNK * CHUNKS * CHUNKS) as u32;
 
 /// In the site: the displacement has 8 bits. Code offsets are smaller.
 const SHORT: u32 = 1 << 31;
@@ -37,21 +37,30 @@ struct Record {
     next: AtomicU32,
 }
 
+/// Parts of the table that exist when they are needed.
+type Lazy<T> = Box<[OnceLock<T>]>;
+
+fn lazy<T>() -> Lazy<T> {
+    (0..CHUNKS).map(|_| OnceLock::new()).collect()
+}
+
 /// The table.
 pub struct Exits {
-    chunks: Box<[OnceLock<Box<[Record]>>]>,
+    chunks: Lazy<Lazy<Box<[Record]>>>,
 }
 
 impl Default for Exits {
     fn default() -> Exits {
-        Exits { chunks: (0..CHUNKS).map(|_| OnceLock::new()).collect() }
+        Exits { chunks: lazy() }
     }
 }
 
 impl Exits {
     fn record(&self, id: u32) -> &Record {
-        let chunk = self.chunks[id as usize / CHUNK].get_or_init(|| (0..CHUNK).map(|_| Record::default()).collect());
-        &chunk[id as usize % CHUNK]
+        let id = id as usize;
+        let chunks = self.chunks[id / CHUNK / CHUNKS].get_or_init(lazy);
+        let chunk = chunks[id / CHUNK % CHUNKS].get_or_init(|| (0..CHUNK).map(|_| Record::default()).collect());
+        &chunk[id % CHUNK]
     }
 
     /// Why this exit is taken.

@@ -1,16 +1,12 @@
 //! From guest address to block: open addressing with linear probing, one cache line a lookup.
 
-const EMPTY: u32 = u32::MAX;
-const GONE: u32 = u32::MAX - 1;
+/// Guest address; block number and code offset. Zeros take no memory until they are written.
+type Slot = [u64; 2];
 
-#[derive(Clone, Copy)]
-struct Slot {
-    rip: u64,
-    block: u32,
-    body: u32,
-}
+const EMPTY: u64 = 0;
+const GONE: u64 = u64::MAX;
 
-/// The table. Block numbers are below 2^32 - 2.
+/// The table. Block numbers are neither 0 nor 2^32 - 1.
 pub struct Index {
     slots: Vec<Slot>,
     /// Slots not [`EMPTY`].
@@ -21,7 +17,7 @@ pub struct Index {
 
 impl Default for Index {
     fn default() -> Index {
-        Index { slots: vec![Slot { rip: 0, block: EMPTY, body: 0 }; 4096], used: 0, filter: vec![0; 1 << 14].into() }
+        Index { slots: vec![[0, EMPTY]; 4096], used: 0, filter: vec![0; 1 << 14].into() }
     }
 }
 
@@ -40,8 +36,8 @@ impl Index {
         let mut i = self.start(rip);
         loop {
             match self.slots[i] {
-                Slot { block: EMPTY, .. } => return None,
-                s if s.rip == rip && s.block != GONE => return Some(i),
+                [_, EMPTY] => return None,
+                [at, found] if at == rip && found != GONE => return Some(i),
                 _ => i = (i + 1) & (self.slots.len() - 1),
             }
         }
@@ -54,30 +50,35 @@ impl Index {
         if self.filter[word] & bit == 0 {
             return None;
         }
-        self.position(rip).map(|i| (self.slots[i].block, self.slots[i].body))
+        self.position(rip).map(|i| ((self.slots[i][1] >> 32) as u32, self.slots[i][1] as u32))
     }
 
     /// Adds a block; there must be none at `rip`.
     pub fn insert(&mut self, rip: u64, block: u32, body: u32) {
+        self.put([rip, u64::from(block) << 32 | u64::from(body)]);
+    }
+
+    fn put(&mut self, slot: Slot) {
+        let rip = slot[0];
         if self.used * 2 >= self.slots.len() {
             self.grow();
         }
         let (word, bit) = filter_bit(rip);
         self.filter[word] |= bit;
         let mut i = self.start(rip);
-        while self.slots[i].block != EMPTY {
+        while self.slots[i][1] != EMPTY {
             i = (i + 1) & (self.slots.len() - 1);
         }
-        self.slots[i] = Slot { rip, block, body };
+        self.slots[i] = slot;
         self.used += 1;
     }
 
     /// Takes the block at `rip` out if it is this one.
     pub fn remove(&mut self, rip: u64, block: u32) {
         if let Some(i) = self.position(rip)
-            && self.slots[i].block == block
+            && self.slots[i][1] >> 32 == u64::from(block)
         {
-            self.slots[i].block = GONE;
+            self.slots[i][1] = GONE;
         }
     }
 
@@ -87,20 +88,20 @@ impl Index {
             *self = Index::default();
             return;
         }
-        for s in self.slots.iter_mut().filter(|s| s.block != EMPTY) {
-            self.filter[filter_bit(s.rip).0] = 0;
-            s.block = EMPTY;
+        for s in self.slots.iter_mut().filter(|s| s[1] != EMPTY) {
+            self.filter[filter_bit(s[0]).0] = 0;
+            s[1] = EMPTY;
         }
         self.used = 0;
     }
 
     /// Twice the size, or the same if many were taken out.
     fn grow(&mut self) {
-        let live: Vec<Slot> = self.slots.iter().filter(|s| s.block < GONE).copied().collect();
+        let live: Vec<Slot> = self.slots.iter().filter(|s| s[1] != EMPTY && s[1] != GONE).copied().collect();
         let size = if live.len() * 4 >= self.slots.len() { self.slots.len() * 2 } else { self.slots.len() };
-        self.slots = vec![Slot { rip: 0, block: EMPTY, body: 0 }; size];
+        self.slots = vec![[0, EMPTY]; size];
         self.used = 0;
-        live.into_iter().for_each(|s| self.insert(s.rip, s.block, s.body));
+        live.into_iter().for_each(|s| self.put(s));
     }
 }
 
@@ -113,7 +114,7 @@ mod tests {
     fn agrees_with_a_hash_map() {
         let (mut index, mut map) = (Index::default(), HashMap::new());
         let mut x = 1u64;
-        for n in 0..60_000u32 {
+        for n in 1..60_000u32 {
             x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
             let rip = 0x7f00_0000_0000 + (x >> 48);
             if let Some(&b) = map.get(&rip) {

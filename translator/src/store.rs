@@ -56,7 +56,7 @@ pub struct Store {
     index: Index,
     /// The first block of a page.
     by_page: HashMap<u64, u32>,
-    /// For each table entry the first block whose landing is tried.
+    /// For each table entry the first block whose landing is tried; 0, which is the trampolines, for none.
     landings: Vec<u32>,
     /// Is there any landing?
     landed: bool,
@@ -79,11 +79,12 @@ impl Store {
         let keep = (buffer.used(), marks.len());
         let mut store = Store {
             buffer,
-            blocks: Vec::new(),
-            marks: Vec::new(),
+            // Memory is taken when it is used; moving it costs more.
+            blocks: Vec::with_capacity(1 << 15),
+            marks: Vec::with_capacity(1 << 16),
             index: Index::default(),
             by_page: HashMap::new(),
-            landings: vec![NONE; TABLE_ENTRIES],
+            landings: vec![0; TABLE_ENTRIES],
             landed: false,
             exits_used: 0,
             miss: miss as u32,
@@ -104,7 +105,7 @@ impl Store {
             body: at as u32 + body,
             marks: self.marks.len() as u32,
             landing: None,
-            next_landing: NONE,
+            next_landing: 0,
             incoming: NONE,
             next_in_page: [NONE; 2],
             len,
@@ -267,7 +268,7 @@ impl Store {
             self.buffer.set_target(entry, self.landing_at(next));
         } else {
             let mut before = head;
-            while before != NONE && self.blocks[before as usize].next_landing != b {
+            while before != 0 && self.blocks[before as usize].next_landing != b {
                 before = self.blocks[before as usize].next_landing;
             }
             if let Some(Block { landing: Some(l), next_landing, .. }) = self.blocks.get_mut(before as usize) {
@@ -318,7 +319,7 @@ impl Store {
         // A guest that changes its page tables has this done often.
         if std::mem::take(&mut self.landed) {
             self.buffer.fill_targets(self.miss as usize);
-            self.landings.fill(NONE);
+            self.landings.fill(0);
         }
         self.blocks.truncate(1);
         self.marks.truncate(self.keep.1);
@@ -337,7 +338,7 @@ impl Store {
         self.buffer.fill_targets(self.miss as usize);
         for entry in 0..=u16::MAX {
             let mut b = self.landings[usize::from(entry)];
-            if b != NONE {
+            if b != 0 {
                 self.buffer.set_target(entry, self.landing_at(b));
             }
             while let Some(Block { landing: Some(l), next_landing, .. }) = self.blocks.get(b as usize) {
