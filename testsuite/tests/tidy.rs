@@ -57,6 +57,7 @@ const UNSAFE: &[&str] = &[
     "translator/src/system/enter.rs",
     "translator/src/system/handler.rs",
     "translator/tests/flat.rs",
+    "translator/tests/threads.rs",
 ];
 
 /// Flat tables may be longer.

@@ -328,9 +328,9 @@ impl Cache {
         if let Some(next) = self.successor.get() {
             return next.current();
         }
-        match (self.store.try_lock(), self.flush_lock.try_lock()) {
-            (Ok(mut store), Ok(_)) => {
-                self.after_fork(&mut store);
+        match (self.store.try_lock(), self.flush_lock.try_lock(), self.members.try_lock()) {
+            (Ok(mut store), Ok(_), Ok(mut members)) => {
+                self.after_fork(&mut store, &mut members);
                 self.clone()
             }
             _ => {
@@ -346,15 +346,13 @@ impl Cache {
 
     /// In a forked child: the memory was shared with the parent, which goes on changing it. Content that is ours is copied, then every
     /// jump the parent may have patched since is set as we know it.
-    fn after_fork(&self, store: &mut Store) {
+    fn after_fork(&self, store: &mut Store, members: &mut Vec<Arc<Member>>) {
         store.buffer.after_fork().expect("memory for the code cache");
         // Threads of the parent are not here.
-        if let Ok(mut members) = self.members.try_lock() {
-            for m in members.iter() {
-                m.active.store(false, Ordering::SeqCst);
-            }
-            members.retain(|m| Arc::strong_count(m) > 1);
+        for m in members.iter() {
+            m.active.store(false, Ordering::SeqCst);
         }
+        members.retain(|m| Arc::strong_count(m) > 1);
         self.flushing.store(false, Ordering::SeqCst);
         self.id.store(NEXT_ID.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
         if store.buffer.generation() == self.flushes() {
