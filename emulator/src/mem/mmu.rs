@@ -10,6 +10,8 @@ use crate::mem::{Access, By, GuestMemory};
 pub struct Mmu {
     tlb: Tlb,
     generation: u64,
+    /// What the last flush forgot, if it was one page.
+    page: Option<u64>,
 }
 
 impl Mmu {
@@ -83,6 +85,7 @@ impl Mmu {
     pub fn flush(&mut self) {
         self.tlb.flush();
         self.generation += 1;
+        self.page = None;
     }
 
     /// Forgets at least all but global pages: MOV to CR3. (The processor may forget global ones too, SDM 3A 4.10.2.4.)
@@ -96,6 +99,13 @@ impl Mmu {
             self.tlb.flush();
         }
         self.generation += 1;
+        self.page = Some(laddr);
+    }
+
+    /// The linear address of INVLPG if that is what raised [`Mmu::generation`] last: all that was cached of the page that holds it, which
+    /// may be a large one, is forgotten.
+    pub fn flushed_page(&self) -> Option<u64> {
+        self.page
     }
 
     /// Changes with every flush: what is cached of translations elsewhere compares it.

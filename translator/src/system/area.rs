@@ -71,9 +71,9 @@ pub mod at {
 /// Entries of the map of code pages.
 pub const CELLS: usize = 1024;
 /// Caches of branch targets.
-pub const TABLES: usize = 16;
+pub const TABLES: usize = 7;
 /// Entries of each; 16 bytes: guest address, host address.
-pub const TARGETS: usize = 1024;
+pub const TARGETS: usize = 4096;
 /// Bytes of each.
 pub const TABLE_SIZE: usize = TARGETS * 16;
 const _: () = assert!(at::TARGETS + TABLES * TABLE_SIZE <= ENGINE_AREA_SIZE);

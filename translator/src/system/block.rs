@@ -46,6 +46,10 @@ pub enum Way {
     Sti,
     /// MOV from a control register at CPL 0.
     ReadControl,
+    /// MOV of a segment selector to a 32- or 64-bit register.
+    ReadSelector,
+    /// RDTSCP.
+    ReadTimeAndId,
     /// SWAPGS at CPL 0.
     SwapGs,
     /// RDTSC.
@@ -281,6 +285,8 @@ pub fn decode(
                 | Way::PushMemory
                 | Way::ReadControl
                 | Way::SwapGs
+                | Way::ReadSelector
+                | Way::ReadTimeAndId
                 | Way::ReadTime
                 | Way::Stos(_)
                 | Way::Lods(_)
@@ -510,6 +516,10 @@ fn way(iced: &Instruction, mode: Mode, routes: &Routes) -> Way {
         {
             return Way::ReadControl;
         }
+        Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg if iced.op0_kind() == OpKind::Register => {
+            return Way::ReadSelector;
+        }
+        Code::Rdtscp if mode.time() && routes.base(code) == Route::Copy => return Way::ReadTimeAndId,
         Code::Swapgs if kernel => return Way::SwapGs,
         Code::Rdtsc if mode.time() && routes.base(code) == Route::Copy => return Way::ReadTime,
         Code::Cld if !mode.down() => return Way::Nop,

@@ -72,6 +72,16 @@ pub struct Block {
     live: bool,
 }
 
+/// What is known of a jump to another page.
+#[derive(Clone, Copy, Debug, Default)]
+struct Link {
+    /// How often it was made.
+    made: u8,
+    /// Block and way in that it was made for last.
+    target: u32,
+    at: u32,
+}
+
 /// Code between blocks that asks the map of code pages and then jumps to a block.
 #[derive(Debug)]
 struct WayIn {
@@ -116,8 +126,8 @@ pub struct Cache {
     by_key: Map<Key, u32>,
     pages: Map<u64, Page>,
     exits: Vec<Exit>,
-    /// By exit: how often it was linked, for jumps to other pages which exit this one stands for.
-    links: Map<u32, u8>,
+    /// By exit: how it was linked, for jumps to other pages; and which exit this one stands for.
+    links: Map<u32, Link>,
     origins: Map<u32, u32>,
     hints: Map<Key, Hints>,
     cells: Map<(u64, u64, bool), u32>,
@@ -361,13 +371,22 @@ impl Cache {
         if target.pages[0] != target.pages[1] {
             return;
         }
-        let made = self.links.entry(id).or_default();
-        if *made >= MOST_LINKS {
+        let last = self.links.entry(id).or_default();
+        if last.made > 0 && last.target == b {
+            // Only the map of code pages did not know the page.
+            self.buffer.patch(site as usize, last.at as usize);
             return;
         }
-        *made += 1;
+        if last.made >= MOST_LINKS {
+            return;
+        }
+        last.made += 1;
+        last.target = b;
         let save = exit.flags != Flags::Slot && !target.flags_dead;
         let at = self.way_in(b, save, Some(id));
+        if let Some(l) = self.links.get_mut(&id) {
+            l.at = at;
+        }
         self.buffer.patch(site as usize, at as usize);
         self.counts.links += 1;
     }

@@ -6,7 +6,7 @@
 use crate::emit::slot;
 use crate::route::Policy;
 use crate::run::Translator;
-use crate::system::area::{Area, at};
+use crate::system::area::{Area, CELLS, at};
 use crate::system::block::Access as GuestAccess;
 use crate::system::cache::{Cache, cell_at};
 use crate::system::enter::{self, ABORTED, FAULT};
@@ -50,6 +50,8 @@ pub struct System {
     upper: bool,
     /// They are going to be.
     wants_upper: bool,
+    /// An address in each page that the map of code pages knows.
+    code_pages: Box<[u64; CELLS]>,
     /// RDTSC shows the host's counter.
     host_time: bool,
 }
@@ -108,6 +110,7 @@ impl System {
             flushes: 0,
             upper: false,
             wants_upper: false,
+            code_pages: Box::new([u64::MAX; CELLS]),
             host_time: true,
         })
     }
@@ -119,7 +122,18 @@ impl System {
 
     fn flush_mapping(&mut self) {
         self.tlb.clear(&self.area);
-        self.area.fill(at::CELLS..at::CELLS + 4 * crate::system::area::CELLS, 0);
+        self.area.fill(at::CELLS..at::CELLS + 4 * CELLS, 0);
+    }
+
+    /// Forgets all of the largest page that may hold an address.
+    fn flush_around(&mut self, laddr: u64) {
+        self.tlb.clear_around(&self.area, laddr);
+        for (n, page) in self.code_pages.iter_mut().enumerate() {
+            if *page >> 30 == laddr >> 30 {
+                *page = u64::MAX;
+                self.area.set_u32(at::CELLS + 4 * n, 0);
+            }
+        }
     }
 
     /// Takes notice of what the guest has changed of mappings and code.
@@ -133,8 +147,12 @@ impl System {
             self.flush_mapping();
         }
         if self.mapping != t.core.mmu.generation() {
+            let one = self.mapping.wrapping_add(1) == t.core.mmu.generation();
             self.mapping = t.core.mmu.generation();
-            self.flush_mapping();
+            match t.core.mmu.flushed_page().filter(|_| one) {
+                Some(page) => self.flush_around(page),
+                None => self.flush_mapping(),
+            }
         }
         if self.epoch != ram.code_epoch() {
             self.epoch = ram.code_epoch();
@@ -211,6 +229,7 @@ impl System {
             }
         };
         self.area.set_u32(cell_at(rip), self.cache.block(b).number);
+        self.code_pages[(rip / PAGE_SIZE) as usize % CELLS] = rip;
         match via {
             Via::Start => {}
             Via::Link(id) => self.cache.link(id, b),

@@ -54,12 +54,16 @@ impl Tlb {
         }
     }
 
-    /// Forgets one page.
-    pub fn clear_page(&mut self, area: &Area, laddr: u64) {
-        for n in 0..CONTEXTS {
-            let e = at::TLB + n * TABLE + entry(laddr);
-            area.set(e + READ, NONE);
-            area.set(e + WRITE, NONE);
+    /// Forgets everything in the same GiB, the largest page.
+    pub fn clear_around(&mut self, area: &Area, laddr: u64) {
+        for n in (0..CONTEXTS).filter(|n| self.used[*n]) {
+            for i in 0..ENTRIES {
+                let e = at::TLB + n * TABLE + i * ENTRY;
+                if area.get(e + READ) >> 30 == laddr >> 30 {
+                    area.set(e + READ, NONE);
+                    area.set(e + WRITE, NONE);
+                }
+            }
         }
     }
 
@@ -104,9 +108,10 @@ mod tests {
         assert!(tlb.fill(&area, &ram, 1, 0x10_5000, 0, false));
         assert_eq!((at(5, READ), at(5, WRITE)), (0x10_5000, NONE), "the same slot, another page");
         assert!(tlb.fill(&area, &ram, 1, 0x8000, 0, true));
-        tlb.clear_page(&area, 0x8fff);
-        assert_eq!((at(8, READ), at(6, READ)), (NONE, 0x6000));
+        assert!(tlb.fill(&area, &ram, 1, 0x4000_9000, 0, true));
+        tlb.clear_around(&area, 0x1_fff);
+        assert_eq!((at(8, READ), at(6, READ), at(9, READ)), (NONE, NONE, 0x4000_9000));
         tlb.clear(&area);
-        assert_eq!(at(6, READ), NONE);
+        assert_eq!(at(9, READ), NONE);
     }
 }

@@ -317,6 +317,8 @@ impl Lower<'_> {
             }
             Way::Sti => Some(self.sti(item)),
             Way::ReadControl => self.read_control(item),
+            Way::ReadSelector => self.read_selector(item),
+            Way::ReadTimeAndId => self.read_time_and_id(item),
             Way::SwapGs => self.swap_gs(item),
             Way::ReadTime => self.read_time(item),
             way @ (Way::Stos(_) | Way::Lods(_) | Way::Movs(_)) => self.string(item, way),

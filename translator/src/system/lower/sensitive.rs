@@ -4,8 +4,8 @@ use super::Lower;
 use super::asm::{Assembler, At, W};
 use crate::system::area::at;
 use crate::system::block::Item;
-use bivisor_emulator::cpu::CpuState;
-use bivisor_emulator::isa::Gpr;
+use bivisor_emulator::cpu::{CpuState, Msrs, Segment};
+use bivisor_emulator::isa::{Gpr, Seg};
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::Register;
 use std::mem::offset_of;
@@ -23,6 +23,25 @@ impl Lower<'_> {
         let r = Gpr::from_iced(item.iced.op0_register())?;
         self.e.load(r, At::slot(at::CPU));
         self.e.load(r, At::base(r, offset as i32));
+        Some(true)
+    }
+
+    /// MOV from a segment register, whose upper bits are zero.
+    pub(super) fn read_selector(&mut self, item: &Item) -> Option<bool> {
+        let seg = Seg::from_iced(item.iced.op1_register())?;
+        let offset = offset_of!(CpuState, seg) + size_of::<Segment>() * seg as usize + offset_of!(Segment, selector);
+        let r = Gpr::from_iced(item.iced.op0_register())?;
+        self.e.load(r, At::slot(at::CPU));
+        self.e.rm(W::D, &[0x0f, 0xb7], r as u8, At::base(r, offset as i32), &[]);
+        Some(true)
+    }
+
+    /// RDTSCP.
+    pub(super) fn read_time_and_id(&mut self, item: &Item) -> Option<bool> {
+        self.read_time(item)?;
+        self.e.load(Gpr::Rcx, At::slot(at::CPU));
+        let offset = offset_of!(CpuState, msr) + offset_of!(Msrs, tsc_aux);
+        self.e.rm(W::D, &[0x8b], Gpr::Rcx as u8, At::base(Gpr::Rcx, offset as i32), &[]);
         Some(true)
     }
 
