@@ -8,7 +8,7 @@ use bivisor_emulator::cpu::CpuState;
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::machine::boot::{self, Payload};
 use bivisor_emulator::machine::{Config, End, Machine, Sink};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -30,9 +30,18 @@ const UNSUPPORTED: i32 = 125;
         1 if the machine cannot be started.\n\n\
         On a terminal, Ctrl-A x quits and Ctrl-A h shows the other keys.")]
 pub struct BootArgs {
-    /// The kernel; its kind is found out.
-    #[arg(long, value_name = "FILE")]
-    kernel: PathBuf,
+    /// The kernel: bzImage, vmlinux, PVH or multiboot; its kind is found out.
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["bios", "flat"], conflicts_with_all = ["bios", "flat"])]
+    kernel: Option<PathBuf>,
+    /// A BIOS image of 64, 128 or 256 KiB, which gets the machine as after RESET.
+    #[arg(long, value_name = "FILE", conflicts_with = "flat")]
+    bios: Option<PathBuf>,
+    /// Bytes to put at an address and to start there, in --mode: code.bin@0x7c00.
+    #[arg(long, value_name = "FILE@ADDRESS")]
+    flat: Option<String>,
+    /// How --flat starts.
+    #[arg(long, value_enum, default_value = "real", requires = "flat")]
+    mode: FlatMode,
     /// The initial RAM disk, or the first multiboot module.
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
@@ -116,9 +125,27 @@ fn sink(option: &str, place: &str) -> Result<Sink> {
     }
 }
 
+/// The modes of --flat.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum FlatMode {
+    /// Real mode, with the address as segment 0 if it fits, else as segment:0.
+    Real,
+    /// 32-bit protected mode, flat, without paging.
+    Prot,
+    /// 64-bit mode, the first 4 GiB mapped to themselves.
+    Long,
+}
+
+/// What gets the machine.
+enum Start {
+    Kernel(Vec<u8>),
+    Bios(Vec<u8>),
+    Flat(Vec<u8>, u64),
+}
+
 /// Everything that was read from files, for one start after another.
 struct Inputs {
-    kernel: Vec<u8>,
+    start: Start,
     initrd: Option<Vec<u8>>,
     model: Arc<CpuModel>,
     backend: Backend,
@@ -135,7 +162,7 @@ pub fn run(args: &BootArgs) -> Result<i32> {
         eprintln!("bivisor: {why}");
     }
     let initrd = args.initrd.as_ref().map(|path| read(path, "--initrd")).transpose()?;
-    let inputs = Inputs { kernel: read(&args.kernel, "--kernel")?, initrd, model, backend };
+    let inputs = Inputs { start: start(args)?, initrd, model, backend };
     let limit = args.timeout.map(Duration::try_from_secs_f64).transpose().context("--timeout")?;
     let terminal = (args.serial == "stdio").then(Terminal::take);
     let started = Instant::now();
@@ -166,6 +193,26 @@ pub fn run(args: &BootArgs) -> Result<i32> {
         }
         return Ok(status);
     }
+}
+
+fn start(args: &BootArgs) -> Result<Start> {
+    if let Some(path) = &args.bios {
+        let rom = read(path, "--bios")?;
+        if !matches!(rom.len(), 0x1_0000 | 0x2_0000 | 0x4_0000) {
+            bail!("--bios {}: {} bytes; an image has 64, 128 or 256 KiB", path.display(), rom.len());
+        }
+        return Ok(Start::Bios(rom));
+    }
+    if let Some(text) = &args.flat {
+        let parts = text.rsplit_once('@').and_then(|(path, at)| {
+            let at = at.strip_prefix("0x").map_or_else(|| at.parse().ok(), |hex| u64::from_str_radix(hex, 16).ok());
+            at.map(|at| (path, at))
+        });
+        let (path, at) = parts.ok_or_else(|| anyhow!("--flat {text}: FILE@ADDRESS, as in code.bin@0x7c00"))?;
+        return Ok(Start::Flat(read(Path::new(path), "--flat")?, at));
+    }
+    let path = args.kernel.as_ref().ok_or_else(|| anyhow!("nothing to boot: use --kernel, --bios or --flat"))?;
+    Ok(Start::Kernel(read(path, "--kernel")?))
 }
 
 fn complaint(end: End) -> Option<&'static str> {
@@ -207,16 +254,30 @@ fn build(args: &BootArgs, inputs: &Inputs) -> Result<Machine> {
         debugcon,
         debug_exit: args.debug_exit,
         test_device: args.testdev,
-        rom: Vec::new(),
+        rom: if let Start::Bios(rom) = &inputs.start { rom.clone() } else { Vec::new() },
     };
     let vcpu =
         engine::for_machine(inputs.backend, inputs.model.clone(), args.deterministic).map_err(anyhow::Error::msg)?;
     let mut machine = Machine::new(vcpu, config).map_err(anyhow::Error::msg)?;
-    let name = args.kernel.to_string_lossy();
+    let (mem, cpu) = machine.guest();
+    let bytes = match &inputs.start {
+        Start::Bios(_) => return Ok(machine),
+        Start::Flat(bytes, at) => {
+            let started = match args.mode {
+                FlatMode::Real => boot::start_real(mem, cpu, bytes, *at),
+                FlatMode::Prot => boot::start_flat32(mem, cpu, bytes, *at),
+                FlatMode::Long => boot::start_long(mem, cpu, bytes, *at),
+            };
+            started.map_err(|why| anyhow!("--flat: {why}"))?;
+            return Ok(machine);
+        }
+        Start::Kernel(bytes) => bytes,
+    };
+    let name = args.kernel.as_ref().map(|p| p.to_string_lossy()).unwrap_or_default();
     let initrd_name = args.initrd.as_ref().map(|p| p.to_string_lossy()).unwrap_or_default();
     let payload = Payload {
         name: &name,
-        kernel: &inputs.kernel,
+        kernel: bytes,
         initrd: inputs.initrd.as_deref().map(|bytes| (&*initrd_name, bytes)),
         command_line: &args.append,
     };

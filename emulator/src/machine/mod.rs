@@ -92,6 +92,15 @@ impl Remote {
         self.pc.publish_from_outside(&mut chips);
     }
 
+    /// Lets counted time pass and carries out what is due then; the host's time passes by itself.
+    pub fn pass_time(&self, by: Ns) {
+        self.pc.clock.add(by);
+        let now = self.pc.clock.now();
+        let mut chips = self.pc.lock();
+        chips.advance(now);
+        self.pc.publish_from_outside(&mut chips);
+    }
+
     /// Ends the machine.
     pub fn end(&self, why: End) {
         let mut chips = self.pc.lock();
@@ -159,6 +168,11 @@ impl Machine {
     /// RAM and registers, to put a guest into.
     pub fn guest(&mut self) -> (&GuestMemory, &mut CpuState) {
         (&self.mem, self.vcpu.state())
+    }
+
+    /// The board, as the engine sees it.
+    pub fn board(&self) -> Arc<Pc> {
+        self.pc.clone()
     }
 
     /// The engine.
@@ -247,10 +261,18 @@ impl Machine {
                 return end;
             }
             let interrupts_on = self.vcpu.integer_state().rflags.contains(Rflags::IF);
-            if exit == Exit::Halt && !self.pc.is_waiting(interrupts_on) {
-                let now = self.pc.clock.now();
-                let next = self.pc.lock().next(now).unwrap_or(now + NAP.as_nanos() as Ns);
+            // A halted processor waits for the next event, however long that takes.
+            let mut now = now;
+            while exit == Exit::Halt && !self.pc.is_waiting(interrupts_on) && limit.is_none_or(|limit| now < limit) {
+                now = self.pc.clock.now();
+                let mut chips = self.pc.lock();
+                let next = chips.next(now).unwrap_or(now + NAP.as_nanos() as Ns);
                 self.pc.clock.add(next.saturating_sub(now));
+                chips.advance(next);
+                self.pc.publish(&mut chips);
+                if let Some(end) = chips.end.take() {
+                    return end;
+                }
             }
             if limit.is_some_and(|limit| now >= limit) {
                 return End::Timeout;

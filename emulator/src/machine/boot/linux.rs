@@ -205,7 +205,7 @@ fn put_pvh(mem: &GuestMemory, initrd: (u32, u32), rsdp: u64) -> Result<(), Strin
 }
 
 /// A table with the selectors that the protocols name: 0x10 code, 0x18 data.
-fn put_gdt(mem: &GuestMemory, cpu: &mut CpuState) -> Result<(), String> {
+pub fn put_gdt(mem: &GuestMemory, cpu: &mut CpuState) -> Result<(), String> {
     let long = cpu.efer.contains(Efer::LMA);
     let code: u64 = if long { 0x00af_9b00_0000_ffff } else { 0x00cf_9b00_0000_ffff };
     let table = [0, 0, code, 0x00cf_9300_0000_ffff].map(u64::to_le_bytes).concat();
@@ -216,7 +216,7 @@ fn put_gdt(mem: &GuestMemory, cpu: &mut CpuState) -> Result<(), String> {
 }
 
 /// 64-bit mode with the first 4 GiB mapped to themselves by pages of 2 MiB.
-fn enter_long(mem: &GuestMemory, cpu: &mut CpuState, entry: u64) -> Result<(), String> {
+pub fn enter_long(mem: &GuestMemory, cpu: &mut CpuState, entry: u64) -> Result<(), String> {
     const PRESENT_WRITE: u64 = 3;
     const LARGE: u64 = 1 << 7;
     let (pdpt, directories) = (TABLES + PAGE_SIZE, TABLES + 2 * PAGE_SIZE);

@@ -61,6 +61,47 @@ pub fn load(mem: &GuestMemory, cpu: &mut CpuState, payload: &Payload<'_>) -> Res
     Ok(kind)
 }
 
+/// Puts bytes at an address and starts there in real mode: at 0:address below 64 KiB, else at segment:0.
+///
+/// # Errors
+/// A sentence: it does not fit, or there is no such segment.
+pub fn start_real(mem: &GuestMemory, cpu: &mut CpuState, bytes: &[u8], at: u64) -> Result<(), String> {
+    put(mem, at, bytes, "the image")?;
+    let (segment, offset) = match at {
+        0..=0xffff => (0, at),
+        _ if at <= 0xf_fff0 && at.is_multiple_of(16) => (at >> 4, 0),
+        _ => return Err(format!("real mode cannot start at {at:#x}: below 1 MiB, and above 64 KiB a multiple of 16")),
+    };
+    let mut s = CpuState::reset();
+    std::mem::swap(&mut s.xsave, &mut cpu.xsave);
+    s.seg[Seg::Cs as usize] = Segment { attr: Attr::from_bits_retain(0x9b), ..Segment::real(segment as u16) };
+    s.rip = offset;
+    // As a BIOS leaves it.
+    s.cr0 = Cr0::ET;
+    s.idtr.limit = 0x3ff;
+    *cpu = s;
+    Ok(())
+}
+
+/// Puts bytes at an address and starts there in 32-bit protected mode, flat and without paging.
+///
+/// # Errors
+/// A sentence: it does not fit.
+pub fn start_flat32(mem: &GuestMemory, cpu: &mut CpuState, bytes: &[u8], at: u64) -> Result<(), String> {
+    put(mem, at, bytes, "the image")?;
+    enter_flat32(cpu, at as u32);
+    linux::put_gdt(mem, cpu)
+}
+
+/// Puts bytes at an address and starts there in 64-bit mode with the first 4 GiB mapped to themselves.
+///
+/// # Errors
+/// A sentence: it does not fit.
+pub fn start_long(mem: &GuestMemory, cpu: &mut CpuState, bytes: &[u8], at: u64) -> Result<(), String> {
+    put(mem, at, bytes, "the image")?;
+    linux::enter_long(mem, cpu, at)
+}
+
 /// Writes bytes into RAM.
 fn put(mem: &GuestMemory, at: u64, bytes: &[u8], what: &str) -> Result<(), String> {
     let end = at.checked_add(bytes.len() as u64).filter(|end| *end <= size(mem));

@@ -1,0 +1,115 @@
+//! A guest that programs the board at random: every port, the memory of the APICs, the APIC's MSRs, with time that jumps. Nothing panics,
+//! and every access comes back.
+
+use bivisor_emulator::bus::Bus;
+use bivisor_emulator::interp::Interpreter;
+use bivisor_emulator::machine::{Config, Machine, Sink};
+use proptest::prelude::*;
+
+#[derive(Clone, Copy, Debug)]
+enum Access {
+    In(u16, usize),
+    Out(u16, u32, usize),
+    Load(u64, usize),
+    Store(u64, u64, usize),
+    ReadMsr(u32),
+    WriteMsr(u32, u64),
+    Priority(u8),
+    Take,
+    Type(u8),
+    Wait(u64),
+}
+
+/// Ports that something answers at, most of the time.
+fn port() -> impl Strategy<Value = u16> {
+    const KNOWN: [std::ops::Range<u16>; 13] = [
+        0x20..0x22,
+        0x40..0x44,
+        0x60..0x65,
+        0x70..0x72,
+        0x92..0x93,
+        0xa0..0xa2,
+        0xe0..0xea,
+        0x3f8..0x400,
+        0x4d0..0x4d2,
+        0x510..0x514,
+        0x600..0x610,
+        0xcf8..0xd00,
+        0x2000..0x2019,
+    ];
+    let known = (0..KNOWN.len(), any::<u16>()).prop_map(|(n, i)| KNOWN[n].start + i % KNOWN[n].len() as u16);
+    prop_oneof![9 => known, 1 => any::<u16>()]
+}
+
+fn address() -> impl Strategy<Value = u64> {
+    let page = prop_oneof![Just(0xfec0_0000u64), Just(0xfee0_0000), Just(0xff00_0000), Just(0xffff_f000), any::<u64>()];
+    (page, 0..0x1000u64).prop_map(|(page, offset)| page.wrapping_add(offset & !3))
+}
+
+fn access() -> impl Strategy<Value = Access> {
+    let width = prop_oneof![Just(1usize), Just(2), Just(4)];
+    let wide = prop_oneof![Just(1usize), Just(2), Just(4), Just(8)];
+    let msr = prop_oneof![Just(0x1bu32), Just(0x6e0), 0x800..0x900u32];
+    // Small values are what registers are made of.
+    let value = prop_oneof![0..0x100u64, any::<u64>(), 0..0x2_0000u64, (0..64u32).prop_map(|n| 1 << n)];
+    prop_oneof![
+        4 => (port(), width.clone()).prop_map(|(p, n)| Access::In(p, n)),
+        8 => (port(), value.clone(), width).prop_map(|(p, v, n)| Access::Out(p, v as u32, n)),
+        2 => (address(), wide.clone()).prop_map(|(a, n)| Access::Load(a, n)),
+        4 => (address(), value.clone(), wide).prop_map(|(a, v, n)| Access::Store(a, v, n)),
+        1 => msr.clone().prop_map(Access::ReadMsr),
+        2 => (msr, value).prop_map(|(n, v)| Access::WriteMsr(n, v)),
+        1 => (0..16u8).prop_map(Access::Priority),
+        2 => Just(Access::Take),
+        1 => any::<u8>().prop_map(Access::Type),
+        1 => (0..40u32).prop_map(|n| Access::Wait(1 << n)),
+    ]
+}
+
+fn machine() -> Machine {
+    let config = Config {
+        memory: 1 << 20,
+        epoch: 0,
+        counted_time: true,
+        serial: Sink::none(),
+        debugcon: vec![(0xe9, Sink::none())],
+        debug_exit: Some(0xf4),
+        test_device: true,
+        rom: vec![0x90; 0x1_0000],
+    };
+    Machine::new(Box::<Interpreter>::default(), config).expect("a small machine")
+}
+
+fn perform(bus: &dyn Bus, remote: &bivisor_emulator::machine::Remote, access: Access) {
+    let mut data = [0; 8];
+    match access {
+        Access::In(p, n) => bus.read_port(p, &mut data[..n]),
+        Access::Out(p, v, n) => bus.write_port(p, &v.to_le_bytes()[..n]),
+        Access::Load(a, n) => bus.read_mmio(a, &mut data[..n]),
+        Access::Store(a, v, n) => bus.write_mmio(a, &v.to_le_bytes()[..n]),
+        Access::ReadMsr(n) => _ = bus.read_msr(n),
+        Access::WriteMsr(n, v) => _ = bus.write_msr(n, v),
+        Access::Priority(v) => bus.set_task_priority(v),
+        Access::Take => {
+            let pending = bus.interrupt_pending();
+            let taken = bus.take_interrupt();
+            // What was said to wait is there to be taken.
+            assert!(!pending || taken.is_some(), "an interrupt that was pending has gone");
+            bus.take_nmi();
+        }
+        Access::Type(byte) => remote.type_serial(&[byte]),
+        Access::Wait(ns) => remote.pass_time(ns),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+    #[test]
+    fn programmed_at_random(script in proptest::collection::vec(access(), 1..200)) {
+        let machine = machine();
+        let (board, remote) = (machine.board(), machine.remote());
+        for access in script {
+            perform(&*board, &remote, access);
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! `bivisor boot`: guests of our own print the same on each engine, and what cannot be booted is said in a line.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
+
+const ENGINES: [&str; 2] = ["interp", "bt"];
+
+fn directory() -> PathBuf {
+    static MADE: OnceLock<PathBuf> = OnceLock::new();
+    let make = || {
+        let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("boot");
+        std::fs::create_dir_all(&dir).expect("temporary directory");
+        dir
+    };
+    MADE.get_or_init(make).clone()
+}
+
+fn file(name: &str, bytes: &[u8]) -> String {
+    let path = directory().join(name);
+    std::fs::write(&path, bytes).expect("written");
+    path.to_str().expect("plain path").to_owned()
+}
+
+fn boot(args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bivisor"));
+    command.arg("boot").args(args).args(["--timeout", "60"]).stdin(Stdio::null());
+    command.output().expect("bivisor starts")
+}
+
+/// Assembles a guest of testsuite/guests; a compiler is what the README asks for.
+fn assemble(name: &str, flags: &[&str]) -> String {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("testsuite/guests").join(name);
+    let out = directory().join(format!("{name}.{}", flags.len()));
+    let cc = std::env::var("CC").unwrap_or_else(|_| "cc".into());
+    let common = ["-nostdlib", "-static", "-no-pie", "-Wl,-N", "-Wl,--build-id=none"];
+    let done =
+        Command::new(&cc).args(common).args(flags).arg("-o").arg(&out).arg(&source).output().expect("a C compiler");
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    out.to_str().expect("plain path").to_owned()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+const MACHINE: &str = "multiboot in protected mode: two words\nfive ticks of the 8254\nlong mode\nfive ticks of the local APIC\n\
+    page tables edited\ncode changed itself\n";
+
+#[test]
+fn a_kernel_goes_through_the_modes_and_turns_the_machine_off() {
+    let kernel = assemble("machine.S", &["-Wl,-Ttext=0x100000"]);
+    for engine in ENGINES {
+        for time in [&[][..], &["--deterministic"]] {
+            let args = ["--backend", engine, "--kernel", &kernel, "--append", "two words", "--debug-exit", "0xf4"];
+            let output = boot(&[&args[..], time].concat());
+            assert_eq!(text(&output.stdout), MACHINE, "{engine} {time:?}: {}", text(&output.stderr));
+            assert_eq!(output.status.code(), Some(0), "{engine} {time:?}");
+        }
+    }
+}
+
+/// The state at the end, time-stamp counter and all, is the same in every run.
+#[test]
+fn counted_time_repeats() {
+    let kernel = assemble("machine.S", &["-Wl,-Ttext=0x100000", "-Wl,--defsym=unused=0"]);
+    let run = |name: &str| {
+        let state = directory().join(name);
+        let state = state.to_str().expect("plain path");
+        let args = ["--backend", "interp", "--deterministic", "--kernel", &kernel, "--append", "x"];
+        let output = boot(&[&args[..], &["--dump-state", state]].concat());
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+        std::fs::read_to_string(state).expect("dumped")
+    };
+    let first = run("first.json");
+    assert!(first.contains("\"rip\""));
+    assert_eq!(first, run("second.json"));
+}
+
+#[test]
+fn a_real_mode_program_ends_with_its_status() {
+    let program = assemble("sector.S", &["-m32", "-Wl,-Ttext=0x7c00", "-Wl,--oformat=binary"]);
+    for engine in ENGINES {
+        let flat = format!("{program}@0x7c00");
+        let output = boot(&["--backend", engine, "--flat", &flat, "--debug-exit", "0xf4"]);
+        assert_eq!(text(&output.stdout), "real mode\nthree ticks\n", "{engine}: {}", text(&output.stderr));
+        assert_eq!(output.status.code(), Some(21 << 1 | 1), "{engine}");
+    }
+}
+
+/// A BIOS begins at F000:FFF0 of its image: here with OUT 0xE9, a far jump, and an end.
+#[test]
+fn a_bios_starts_at_the_reset_vector() {
+    for size in [0x1_0000, 0x4_0000] {
+        let mut rom = vec![0xf4; size];
+        // mov al, 'R'; out 0xe9, al; jmp f000:0100
+        rom[size - 16..size - 7].copy_from_slice(&[0xb0, b'R', 0xe6, 0xe9, 0xea, 0, 1, 0, 0xf0]);
+        // mov al, 'L'; out 0xe9, al; mov al, 3; out 0xf4, al
+        rom[size - 0xff00..size - 0xff00 + 8].copy_from_slice(&[0xb0, b'L', 0xe6, 0xe9, 0xb0, 3, 0xe6, 0xf4]);
+        let bios = file(&format!("bios{size}"), &rom);
+        let output = boot(&["--bios", &bios, "--debugcon", "0xe9=stdio", "--debug-exit", "0xf4", "--serial", "none"]);
+        assert_eq!((text(&output.stdout).as_str(), output.status.code()), ("RL", Some(7)), "{}", text(&output.stderr));
+    }
+}
+
+/// Status and words of the one line that is printed.
+fn fails(args: &[&str], status: i32, words: &[&str]) {
+    for engine in ENGINES {
+        let output = boot(&[args, &["--backend", engine]].concat());
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(status), "{args:?}: {stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{args:?}: {stderr}");
+        for word in words {
+            assert!(stderr.contains(word), "{args:?}: no `{word}` in: {stderr}");
+        }
+        assert!(!stderr.contains("panicked"), "{stderr}");
+    }
+}
+
+#[test]
+fn bad_input_is_said_in_a_line() {
+    let kernel = assemble("machine.S", &["-Wl,-Ttext=0x100000", "-s"]);
+    let whole = std::fs::read(&kernel).expect("assembled");
+    let text = file("text", b"this is no kernel, whatever its name says\n");
+    fails(&["--kernel", &text], 1, &["text", "not a kernel image"]);
+    let cut = file("cut", &whole[..0x180]);
+    fails(&["--kernel", &cut], 1, &["cut"]);
+    fails(&["--kernel", "/nowhere/vmlinuz"], 1, &["/nowhere/vmlinuz", "No such file"]);
+    fails(&["--kernel", &kernel, "--initrd", "/"], 1, &["--initrd", "directory"]);
+    let large = file("large", &vec![0; 17 << 20]);
+    fails(&["--kernel", &kernel, "--initrd", &large, "--memory", "16"], 1, &["does not fit", "16 MiB"]);
+    fails(&["--kernel", &kernel, "--memory", "5000"], 1, &["memory", "3072 MiB"]);
+    fails(&["--kernel", &kernel, "--smp", "2"], 1, &["--smp 2"]);
+    fails(&["--bios", &text], 1, &["64, 128 or 256 KiB"]);
+    fails(&["--flat", &format!("{text}@0x7c01234")], 1, &["real mode cannot start"]);
+    fails(&["--kernel", &kernel, "--serial", "carrier-pigeon"], 1, &["stdio, none, file:PATH"]);
+}
+
+/// A bzImage header with nothing behind it, or with lengths that lie.
+#[test]
+fn damaged_kernels_are_said_in_a_line() {
+    let mut image = vec![0; 0x400];
+    image[0x1f1] = 1;
+    image[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
+    image[0x200..0x208].copy_from_slice(&[0xeb, 0x6a, b'H', b'd', b'r', b'S', 0x0f, 2]);
+    image[0x211] = 1;
+    fails(&["--kernel", &file("bz-cut", &image)], 1, &["cut off"]);
+    image.resize(0x800, 0);
+    image[0x260..0x264].copy_from_slice(&0x7000_0000u32.to_le_bytes());
+    fails(&["--kernel", &file("bz-big", &image)], 1, &["needs 1793 MiB"]);
+    image[0x206] = 1;
+    fails(&["--kernel", &file("bz-old", &image)], 1, &["too old"]);
+}
+
+#[test]
+fn a_triple_fault_says_where() {
+    // lidt [zero]; ud2
+    let program = file("triple", &[0x0f, 0x01, 0x1e, 0x10, 0x7c, 0x0f, 0x0b]);
+    fails(&["--flat", &format!("{program}@0x7c00")], 122, &["triple fault", "0000:0x7c05"]);
+}
+
+/// With interrupts off nothing in the guest ends a loop: the host's clock does.
+#[test]
+fn the_time_is_up_for_a_loop_with_interrupts_off() {
+    let program = file("loop", &[0xfa, 0xeb, 0xfe]);
+    for engine in ENGINES {
+        let flat = format!("{program}@0x7c00");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bivisor"));
+        command.args(["boot", "--backend", engine, "--flat", &flat, "--timeout", "0.3"]).stdin(Stdio::null());
+        let output = command.output().expect("bivisor starts");
+        assert_eq!(output.status.code(), Some(124), "{engine}: {}", text(&output.stderr));
+        assert!(text(&output.stderr).contains("the time is up"), "{engine}");
+    }
+}
