@@ -1,5 +1,6 @@
 //! `bivisor exec`: state in, state out, on any engine, one JSON object a line.
 
+mod moo;
 mod number;
 mod request;
 pub mod response;
@@ -29,6 +30,7 @@ use world::World;
 #[command(after_help = "Examples:\n  \
         bivisor exec --hex '4801c0 f4' --set rax=0x21\n  \
         bivisor exec --example popf --cpl 3 --backend bt\n  \
+        bivisor exec --cpu 80286 --moo vectors/40.MOO.gz\n  \
         echo '{\"regs\":{\"rax\":2,\"rip\":\"0x1000\"},\"mem\":[{\"addr\":\"0x1000\",\"hex\":\"4801c0f4\"}],\"want\":[\"regs\"]}' | bivisor exec\n\n\
         Exit status: 0 if all cases were run, whatever became of them; 2 on malformed input.")]
 pub struct ExecArgs {
@@ -53,6 +55,13 @@ pub struct ExecArgs {
     /// Run a built-in example: sum, popf, port, fault, sse.
     #[arg(long, value_name = "NAME")]
     example: Option<String>,
+    /// Compare single-step vectors of hardware (MOO 1.x, also packed by gzip, of an 80286): per file how many are equal, equal but for
+    /// undefined flags, different. With --cpu 80286 what later processors do otherwise by design is counted apart. Status 1 if any differs.
+    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["hex", "flat", "example"])]
+    moo: Vec<PathBuf>,
+    /// For --moo: one JSON object a file.
+    #[arg(long)]
+    json: bool,
     /// For --hex and --flat: real16, prot16, prot32, compat32 or long64.
     #[arg(long, default_value = "long64", value_parser = ["real16", "prot16", "prot32", "compat32", "long64"])]
     mode: String,
@@ -77,6 +86,9 @@ pub fn run(args: &ExecArgs) -> Result<i32> {
         return Ok(0);
     }
     let (backend, _) = engine::choose(args.backend, engine::Purpose::Code).map_err(anyhow::Error::msg)?;
+    if !args.moo.is_empty() {
+        return moo::run(&args.moo, backend, &args.cpu, args.json);
+    }
     let mut workers = (0..args.jobs).map(|_| Worker::new(args, backend)).collect::<Result<Vec<_>>>()?;
     let mut out = std::io::stdout().lock();
     if single::given(args) {

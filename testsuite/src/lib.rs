@@ -6,7 +6,6 @@ pub mod engines;
 pub mod generate;
 pub mod guest;
 pub mod host;
-pub mod moo;
 pub mod pages;
 pub mod random;
 pub mod world;
