@@ -39,6 +39,8 @@ pub struct System {
     memory: u64,
     /// Is an interrupt waiting, as far as this thread knows?
     line: bool,
+    /// A non-maskable one?
+    nmi: bool,
     /// [`Ram::watches`] that the TLB knows of.
     watches: u64,
     /// Where the instruction that the interpreter does next stores, if that is known.
@@ -104,6 +106,7 @@ impl System {
             epoch: 0,
             memory: 0,
             line: false,
+            nmi: false,
             watches: 0,
             store: None,
             calls: Vec::new(),
@@ -180,11 +183,11 @@ impl System {
 
     /// Is there an event to take now?
     fn due(&self, cpu: &CpuState) -> bool {
-        self.line && (cpu.rflags.contains(Rflags::IF) || cpu.nmi_blocked)
+        (self.line && cpu.rflags.contains(Rflags::IF)) || (self.nmi && !cpu.nmi_blocked)
     }
 
     fn ask_line(&mut self, board: Board<'_>) {
-        self.line = board.bus.interrupt_pending() || board.bus.nmi_pending();
+        (self.line, self.nmi) = (board.bus.interrupt_pending(), board.bus.nmi_pending());
     }
 
     /// The block at RIP, translated if it must be.
