@@ -30,4 +30,6 @@ pub enum Command {
     Compare(crate::compare::CompareArgs),
     /// See trap-and-emulate fail where the three engines do not.
     Demo(crate::demo::DemoArgs),
+    /// Compare engines with each other and with the host CPU.
+    Diff(crate::diff::DiffArgs),
 }

@@ -6,6 +6,7 @@ mod cli;
 mod compare;
 mod decode;
 mod demo;
+mod diff;
 mod doctor;
 mod engine;
 mod exec;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
         cli::Command::Decode(args) => decode::run(&args),
         cli::Command::Demo(args) => demo::run(&args),
         cli::Command::Doctor(args) => doctor::run(&args),
+        cli::Command::Diff(args) => diff::run(&args),
         cli::Command::Exec(args) => exec::run(&args),
         cli::Command::Run(args) => run::run(&args),
     };

@@ -2,8 +2,9 @@
 
 use crate::route::{Route, Routes};
 use bivisor_emulator::isa::MAX_INSN_LEN;
+use bivisor_emulator::isa::decode::options;
 use bivisor_emulator::mem::{GuestMemory, PAGE_SIZE};
-use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
+use iced_x86::{Decoder, DecoderError, Instruction};
 
 /// Most instructions in a block.
 pub const MAX_INSNS: usize = 64;
@@ -147,7 +148,7 @@ impl Scratch {
         'fetch: while self.more(source) {
             // As `isa::decode` does it; what it would refuse is left to the interpreter, which raises the fault.
             let ip = start.wrapping_add(at as u64);
-            let mut decoder = Decoder::with_ip(64, &self.block.bytes[at..], ip, DecoderOptions::NONE);
+            let mut decoder = Decoder::with_ip(64, &self.block.bytes[at..], ip, options());
             let items = &mut self.block.items;
             while items.len() < most && branches < MAX_BRANCHES && at < PAGE_SIZE as usize - MAX_INSN_LEN {
                 let mut iced = Instruction::default();

@@ -92,14 +92,15 @@ pub(crate) fn limit_allows(s: &Segment, offset: u64, len: u64) -> bool {
 /// SDM 3A 6.15, interrupt 17: CR0.AM, RFLAGS.AC, CPL 3, misaligned data.
 #[inline(always)]
 fn check_alignment(x: &Exec<'_>, laddr: u64, w: Width) -> Step {
-    if x.cpu.rflags.contains(Rflags::AC)
-        && laddr & (w.bytes() - 1) != 0
-        && x.cpu.cr0.contains(Cr0::AM)
-        && x.cpu.cpl() == 3
-    {
+    if x.cpu.rflags.contains(Rflags::AC) && laddr & (w.bytes() - 1) != 0 && checks_alignment(x.cpu) {
         return Err(Fault::Ac.into());
     }
     Ok(())
+}
+
+/// Does misaligned data give #AC?
+pub fn checks_alignment(cpu: &CpuState) -> bool {
+    cpu.rflags.contains(Rflags::AC) && cpu.cr0.contains(Cr0::AM) && cpu.cpl() == 3
 }
 
 /// A translated range of at most a page: guest-physical addresses of its one or two parts.

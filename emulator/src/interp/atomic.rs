@@ -88,10 +88,11 @@ pub fn cmpxchg16b(x: &mut Exec<'_>, i: &Insn) -> Step {
 /// Gives what was found.
 fn exchange_16(x: &mut Exec<'_>, i: &Insn, m: &MemRef, expected: [u64; 2], new: [u64; 2]) -> Result<[u64; 2], Stop> {
     let offset = operand::effective_address(x, i, m);
-    let laddr = access::linear(x, m.seg, offset, 16, Access::Write)?;
-    if laddr % 16 != 0 {
+    // Before the address is known to be canonical (Zen 4).
+    if !x.cpu.segment(m.seg).base.wrapping_add(offset).is_multiple_of(16) {
         return Err(Fault::Gp(0).into());
     }
+    let laddr = access::linear(x, m.seg, offset, 16, Access::Write)?;
     let by = accessor(x.cpu);
     let gpa = x.mmu.translate(x.cpu, x.mem, laddr, Access::Write, by)?;
     if let Some(done) = x.mem.compare_exchange_16(gpa, expected, new) {

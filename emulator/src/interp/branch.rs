@@ -68,7 +68,14 @@ pub fn jmp(x: &mut Exec<'_>, i: &Insn) -> Step {
 /// CALL near.
 pub fn call(x: &mut Exec<'_>, i: &Insn) -> Step {
     let to = target(x, i)?;
-    let to = checked(x, i.width, to)?;
+    let to = match checked(x, i.width, to) {
+        Ok(to) => to,
+        Err(fault) => {
+            // The faults of the push come first (Zen 4).
+            stack::check_push(x, i.width)?;
+            return Err(fault.into());
+        }
+    };
     stack::push(x, i.width, x.next_rip)?;
     x.next_rip = to;
     Ok(())
@@ -246,6 +253,14 @@ mod tests {
             assert_eq!(*m.cpu(), before);
             assert_eq!(m.load(STACK - 8, Width::Q), 0);
         }
+    }
+
+    #[test]
+    fn the_faults_of_a_calls_push_come_before_that_of_its_target() {
+        let mut m = Machine::long64(3, &[0xff, 0xd0]);
+        m.cpu().gpr[0] = 0x0000_8000_0000_0000;
+        m.cpu().gpr[Gpr::Rsp as usize] = 0x0000_8000_0000_1000;
+        assert_eq!(m.run(1), Exit::Exception(Fault::Ss(0)));
     }
 
     #[test]

@@ -4,6 +4,7 @@ use crate::cpu::{Attr, CpuState};
 use crate::interp::access::{self, is_long64};
 use crate::interp::{Exec, Step, Stop, operand};
 use crate::isa::{Gpr, Insn, Seg, Width};
+use crate::mem::Access;
 
 /// The stack-address size: 64 bits in 64-bit mode, else by the B flag of SS.
 #[inline(always)]
@@ -56,6 +57,20 @@ pub fn push(x: &mut Exec<'_>, w: Width, v: u64) -> Step {
     access::store(x, Seg::Ss, to, w, v)?;
     x.cpu.write(Gpr::Rsp, a, to);
     Ok(())
+}
+
+/// The faults that [`push`] would have; nothing is written.
+///
+/// # Errors
+/// #SS, #PF.
+#[cold]
+pub fn check_push(x: &mut Exec<'_>, w: Width) -> Step {
+    let to = current_width(x).cut(x.cpu.gpr[Gpr::Rsp as usize].wrapping_sub(w.bytes()));
+    if to & (w.bytes() - 1) != 0 && access::checks_alignment(x.cpu) {
+        access::linear(x, Seg::Ss, to, w.bytes(), Access::Write)?;
+        return Err(crate::cpu::Fault::Ac.into());
+    }
+    access::check_write(x, Seg::Ss, to, w.bytes())
 }
 
 /// Pops one value.
@@ -149,6 +164,9 @@ pub fn enter(x: &mut Exec<'_>, i: &Insn) -> Step {
     }
     // SDM 2A ENTER: a page fault if a write with the final stack pointer would fault.
     let end = a.cut(slot(level).wrapping_sub(size));
+    if end & (w.bytes() - 1) != 0 && access::checks_alignment(x.cpu) {
+        return Err(crate::cpu::Fault::Ac.into());
+    }
     access::check_write(x, Seg::Ss, end, 1)?;
     x.cpu.write(Gpr::Rbp, w, frame);
     set_pointer(x.cpu, end);

@@ -34,7 +34,7 @@ impl Form {
         let w = Width::from_bytes(i.iced.memory_size().size()).unwrap_or(i.width);
         let down = x.cpu.rflags.contains(Rflags::DF);
         let step = if down { w.bytes().wrapping_neg() } else { w.bytes() };
-        Form { w, address, source: Seg::from_iced(i.iced.memory_segment()).unwrap_or(Seg::Ds), step }
+        Form { w, address, source: i.implicit_segment(), step }
     }
 
     #[inline(always)]

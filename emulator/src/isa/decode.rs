@@ -9,7 +9,7 @@ pub const MAX_INSN_LEN: usize = 15;
 
 /// AMD and Hygon differ from the others in a few encodings of 64-bit code: a 66 prefix makes near branches 16 bits wide, far pointers
 /// have no 64-bit offset, UD0 has no ModRM byte. All engines follow the host, because two of them run guest code on it.
-fn options() -> u32 {
+pub fn options() -> u32 {
     static HOST: OnceLock<u32> = OnceLock::new();
     *HOST.get_or_init(|| {
         // "Auth" of AuthenticAMD, "Hygo" of HygonGenuine in EBX.

@@ -108,7 +108,6 @@ pub fn scatter(x: &mut Exec<'_>, i: &Insn) -> Step {
     let data = x.cpu.xsave.zmm(from.number());
     let k = i.iced.op_mask().number();
     let mut mask = x.cpu.xsave.opmask(k);
-    let Some(w) = Width::from_bytes(s.size) else { return Err(Fault::Ud.into()) };
     for n in 0..s.count {
         if mask >> n & 1 == 0 {
             continue;
@@ -116,7 +115,7 @@ pub fn scatter(x: &mut Exec<'_>, i: &Insn) -> Step {
         let offset = address(x, i, &m, base, &s, n);
         let mut v = [0; 8];
         v[..s.size].copy_from_slice(&data[n * s.size..(n + 1) * s.size]);
-        if let Err(stop) = access::store(x, m.seg, offset, w, u64::from_le_bytes(v)) {
+        if let Err(stop) = access::write_bytes(x, m.seg, offset, &v[..s.size]) {
             x.cpu.xsave.set_opmask(k, mask);
             return Err(stop);
         }

@@ -2,10 +2,10 @@
 //! VMASKMOV, VPMASKMOV, MASKMOVQ, MASKMOVDQU. What is not selected cannot fault.
 
 use crate::cpu::xsave::component;
-use crate::interp::native::{at, check, check_aligned, enter_x87, execute};
+use crate::interp::native::{at, check, check_aligned, check_alignment, enter_x87, execute};
 use crate::interp::operand::effective_address;
 use crate::interp::{Exec, Step, access};
-use crate::isa::{Gpr, Insn, MemRef, Operand, Seg, Width};
+use crate::isa::{Gpr, Insn, MemRef, Operand, Width};
 use crate::native::{Needs, Thunk, kind};
 use iced_x86::{Mnemonic, Register};
 
@@ -43,6 +43,10 @@ pub fn run(x: &mut Exec<'_>, i: &Insn, m: &MemRef, offset: u64, t: &Thunk) -> St
     // A processor looks at the alignment only if it accesses anything.
     if active.bits != 0 && t.needs.contains(Needs::ALIGNED) {
         check_aligned(x, t, m.seg, offset)?;
+    }
+    // Of elements of one or two bytes none is checked (Zen 4).
+    if active.bits != 0 && active.element >= 4 {
+        check_alignment(x, t, m.seg, offset)?;
     }
     x.env.native.operand().fill(0);
     if t.needs.contains(Needs::LOAD) {
@@ -182,7 +186,7 @@ pub fn maskmovq(x: &mut Exec<'_>, i: &Insn) -> Step {
 
 /// The implicit operand DS:rDI, with its override.
 fn destination(i: &Insn) -> MemRef {
-    let seg = Seg::from_iced(i.iced.memory_segment()).unwrap_or(Seg::Ds);
+    let seg = i.implicit_segment();
     let address = match i.iced.op0_kind() {
         iced_x86::OpKind::MemorySegDI => Width::W,
         iced_x86::OpKind::MemorySegEDI => Width::D,

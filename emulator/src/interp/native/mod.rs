@@ -118,6 +118,7 @@ fn run_bounced(x: &mut Exec<'_>, i: &Insn, m: &MemRef, offset: u64, t: &Thunk) -
     if t.needs.intersects(Needs::ALIGNED | Needs::ALIGNED_UNLESS_MM) {
         check_aligned(x, t, m.seg, offset)?;
     }
+    check_alignment(x, t, m.seg, offset)?;
     if t.needs.contains(Needs::STORE | Needs::POINTERS) && x.env.native.x87_unmasked() {
         return run_unmasked_store(x, i, m, offset, t);
     }
@@ -145,9 +146,9 @@ fn run_bounced(x: &mut Exec<'_>, i: &Insn, m: &MemRef, offset: u64, t: &Thunk) -
 #[cold]
 fn run_unmasked_store(x: &mut Exec<'_>, i: &Insn, m: &MemRef, offset: u64, t: &Thunk) -> Step {
     let len = usize::from(t.len);
+    access::check_write(x, m.seg, offset, len as u64)?;
     load(x, m.seg, offset, len)?;
     let old = *x.env.native.operand();
-    access::check_write(x, m.seg, offset, len as u64)?;
     execute(x, t, None)?;
     set_pointers(x, i, t, Some((m, offset)));
     if x.env.native.operand()[..len] == old[..len] { Ok(()) } else { store(x, m.seg, offset, len) }
@@ -180,11 +181,28 @@ fn execute_unmasked(x: &mut Exec<'_>, t: &Thunk, operand: Option<Reach>) -> Resu
 /// SDM 2A table 2-21 and following: explicitly aligned operands give #GP(0) if they are not.
 fn check_aligned(x: &Exec<'_>, t: &Thunk, seg: Seg, offset: u64) -> Step {
     let len = u64::from(t.len);
-    let laddr = access::linear(x, seg, offset, if t.needs.contains(Needs::MASKED) { 1 } else { len }, Access::Read)?;
+    // Looked at before the address is known to be canonical, as measured on Zen 4; segment bases are aligned in other modes, or not.
+    let laddr = x.cpu.segment(seg).base.wrapping_add(offset);
     if laddr & (len - 1) == 0 || t.needs.contains(Needs::ALIGNED_UNLESS_MM) && x.cpu.xsave.mxcsr() & MM != 0 {
         return Ok(());
     }
     Err(Fault::Gp(0).into())
+}
+
+/// SDM 3A 6.15, interrupt 17: with RFLAGS.AC and CR0.AM user code has its operands aligned to their size; images of the x87 unit to
+/// that of their fields.
+pub(super) fn check_alignment(x: &Exec<'_>, t: &Thunk, seg: Seg, offset: u64) -> Step {
+    if !access::checks_alignment(x.cpu) {
+        return Ok(());
+    }
+    let to = match t.len {
+        10 => 8,
+        14 | 94 => 2,
+        28 | 108 => 4,
+        len => u64::from(len),
+    };
+    let laddr = access::linear(x, seg, offset, u64::from(t.len), Access::Read)?;
+    if laddr & (to - 1) != 0 { Err(Fault::Ac.into()) } else { Ok(()) }
 }
 
 /// May 16 bytes be accessed as two halves: nothing can go wrong with the second that does not with the first.
@@ -297,8 +315,9 @@ fn at(m: &MemRef, offset: u64, delta: u64) -> u64 {
     m.address.cut(offset.wrapping_add(delta))
 }
 
-/// Reads one element of at most 8 bytes.
+/// Reads one element of at most 8 bytes; its alignment is not checked.
 fn element(x: &mut Exec<'_>, seg: Seg, offset: u64, size: u64) -> Result<u64, Stop> {
-    let w = Width::from_bytes(size as usize).expect("elements are 1, 2, 4 or 8 bytes");
-    access::load(x, seg, offset, w)
+    let mut bytes = [0; 8];
+    access::read_bytes(x, seg, offset, &mut bytes[..size as usize & 15])?;
+    Ok(u64::from_le_bytes(bytes))
 }

@@ -94,17 +94,26 @@ fn registers(cpu: &CpuState) -> usize {
     if access::is_long64(cpu) { 16 } else { 8 }
 }
 
-/// FXSAVE, FXRSTOR: CR0.EM and CR0.TS give #NM, a misaligned operand #GP(0).
+/// FXSAVE, FXRSTOR: CR0.EM and CR0.TS give #NM, a misaligned operand #AC where alignment is checked, else #GP(0).
 fn fx_checks(x: &Exec<'_>, m: &MemRef, offset: u64, access: Access) -> Step {
     if x.cpu.cr0.intersects(Cr0::EM | Cr0::TS) {
         return Err(Fault::Nm.into());
     }
-    aligned(x, m, offset, 512, 16, access)
+    let laddr = access::linear(x, m.seg, offset, 512, access)?;
+    match laddr & 15 {
+        0 => Ok(()),
+        _ if access::checks_alignment(x.cpu) => Err(Fault::Ac.into()),
+        _ => Err(Fault::Gp(0).into()),
+    }
 }
 
+/// XSAVE and its kin: a misaligned operand gives #GP(0), before the address is known to be canonical (Zen 4).
 fn aligned(x: &Exec<'_>, m: &MemRef, offset: u64, len: u64, to: u64, access: Access) -> Step {
-    let laddr = access::linear(x, m.seg, offset, len, access)?;
-    if laddr & (to - 1) != 0 { Err(Fault::Gp(0).into()) } else { Ok(()) }
+    if x.cpu.segment(m.seg).base.wrapping_add(offset) & (to - 1) != 0 {
+        return Err(Fault::Gp(0).into());
+    }
+    access::linear(x, m.seg, offset, len, access)?;
+    Ok(())
 }
 
 /// The legacy region as FXSAVE and XSAVE write it: with FCS and FDS instead of the high halves of the pointers in the 32-bit form.

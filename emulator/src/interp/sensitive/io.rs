@@ -111,9 +111,10 @@ pub fn ins(x: &mut Exec<'_>, i: &Insn) -> Step {
         OpKind::MemoryESEDI => Width::D,
         _ => Width::Q,
     };
+    let port = x.cpu.read(Gpr::Rdx, Width::W) as u16;
+    // Also if nothing is to be repeated.
+    check(x, port, w)?;
     repeat(x, i, address, |x| {
-        let port = x.cpu.read(Gpr::Rdx, Width::W) as u16;
-        check(x, port, w)?;
         let to = x.cpu.read(Gpr::Rdi, address);
         access::check_write(x, Seg::Es, to, w.bytes())?;
         let v = read_port(x, port, w);
@@ -131,10 +132,10 @@ pub fn outs(x: &mut Exec<'_>, i: &Insn) -> Step {
         OpKind::MemorySegESI => Width::D,
         _ => Width::Q,
     };
-    let source = Seg::from_iced(i.iced.memory_segment()).unwrap_or(Seg::Ds);
+    let source = i.implicit_segment();
+    let port = x.cpu.read(Gpr::Rdx, Width::W) as u16;
+    check(x, port, w)?;
     repeat(x, i, address, |x| {
-        let port = x.cpu.read(Gpr::Rdx, Width::W) as u16;
-        check(x, port, w)?;
         let from = x.cpu.read(Gpr::Rsi, address);
         let v = access::load(x, source, from, w)?;
         write_port(x, port, w, v);

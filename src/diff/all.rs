@@ -1,0 +1,141 @@
+//! `bivisor diff --all`: the campaign, divided among worker processes.
+
+use super::AllArgs;
+use anyhow::{Context, Result, anyhow, bail};
+use bivisor_testsuite::campaign::coordinator::{self, Options, Plan};
+use bivisor_testsuite::campaign::engine::Which;
+use bivisor_testsuite::campaign::tally::Tally;
+use bivisor_testsuite::campaign::worker::codes;
+use indicatif::{ProgressBar, ProgressStyle};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// Runs the campaign, or a worker's part of it.
+pub fn run(args: &AllArgs) -> Result<i32> {
+    if args.shard.0 >= args.shard.1 {
+        bail!("--shard {}/{}: the first number is from 0 to {}", args.shard.0, args.shard.1, args.shard.1 - 1);
+    }
+    for name in &args.engines {
+        if name != "host" && Which::named(name).is_none() {
+            bail!("no engine is called {name}: there are interp, bt, kvm, interp-paged, bt-paged and host");
+        }
+    }
+    let plan = Plan::new(args.seed, args.cases, args.shard, args.engines.clone());
+    if let Some((from, step)) = args.worker {
+        coordinator::work(&plan, from, step).map_err(|e| anyhow!(e))?;
+        return Ok(0);
+    }
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let options = Options {
+        jobs: if args.jobs == 0 { cpus } else { args.jobs },
+        time: args.time.map(Duration::from_secs_f64),
+        state: args.state.clone(),
+    };
+    let program = std::env::current_exe().context("where this program is")?;
+    let command = |from: u64, step: u64| {
+        let mut c = Command::new(&program);
+        c.args(["diff", "--all", "--worker", &format!("{from}/{step}"), "--seed", &args.seed.to_string()]);
+        c.args(["--cases", &args.cases.to_string(), "--shard", &format!("{}/{}", args.shard.0, args.shard.1)]);
+        c.args(["--engines", &args.engines.join(",")]);
+        c
+    };
+    // It shows itself on a terminal only.
+    let bar = ProgressBar::new(plan.share());
+    let style = "{bar:40} {percent}% {msg}, {eta} left";
+    bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let start = Instant::now();
+    let state = coordinator::resume(&plan, &options).map_err(|e| anyhow!(e))?;
+    let before = state.tally.cases;
+    let mut progress = |batches: u64, tally: &Tally| {
+        bar.set_position(batches);
+        bar.set_message(format!("{} cases, {} different", tally.cases, tally.different()));
+    };
+    let state = coordinator::run(state, &options, &command, &mut progress).map_err(|e| anyhow!(e))?;
+    bar.finish_and_clear();
+    let seconds = start.elapsed().as_secs_f64();
+    if let Some(dir) = &args.repro {
+        write_repros(dir, &state.tally)?;
+    }
+    if args.json {
+        println!("{}", serde_json::to_string(&state)?);
+        return Ok(status(&state.tally));
+    }
+    let rate = (state.tally.cases - before) as f64 / seconds;
+    println!(
+        "{} cases in {seconds:.1} s with {} workers: {rate:.0} a second",
+        state.tally.cases - before,
+        options.jobs
+    );
+    report(&state.tally);
+    coverage(&state.tally);
+    Ok(status(&state.tally))
+}
+
+/// 1 if something unexpected differs.
+pub fn status(tally: &Tally) -> i32 {
+    i32::from(tally.different() > 0)
+}
+
+/// What was found, for people.
+pub fn report(tally: &Tally) {
+    for engine in tally.counts.keys() {
+        let t = tally.total(engine);
+        println!(
+            "{engine:>12}: {} cases, {} equal, {} expected divergences, {} unexpected",
+            t.cases,
+            t.equal,
+            t.expected,
+            t.different()
+        );
+    }
+    for (row, n) in &tally.expected {
+        println!("    expected {n}: {row}");
+    }
+    for d in &tally.divergences {
+        println!(
+            "DIFFERS {} {} [{}] {}: {} (seed {}, batch {})",
+            d.engine, d.code, d.bytes, d.text, d.what, d.seed, d.batch
+        );
+    }
+}
+
+/// How many instructions were met, and which were not.
+fn coverage(tally: &Tally) {
+    let (wanted, without) = codes();
+    let mut cases: BTreeMap<String, u64> = BTreeMap::new();
+    for counts in tally.counts.values() {
+        for (code, count) in counts {
+            let n = cases.entry(code.clone()).or_default();
+            *n = (*n).max(count.cases);
+        }
+    }
+    let of = |c: &iced_x86::Code| cases.get(&format!("{c:?}")).copied().unwrap_or(0);
+    let met = wanted.iter().filter(|c| of(c) > 0).count();
+    let thousand = wanted.iter().filter(|c| of(c) >= 1000).count();
+    let all = wanted.len() + without.len();
+    println!(
+        "instructions: {met} of {all} ({:.1} %), {thousand} with 1000 cases or more",
+        100.0 * met as f64 / all as f64
+    );
+    let missing: Vec<String> = wanted.iter().filter(|c| of(c) == 0).map(|c| format!("{c:?}")).collect();
+    if !missing.is_empty() {
+        let shown = missing.iter().take(20).cloned().collect::<Vec<_>>().join(" ");
+        println!("    not met: {} ({shown}{})", missing.len(), if missing.len() > 20 { " ..." } else { "" });
+    }
+    let mut reasons: BTreeMap<&str, usize> = BTreeMap::new();
+    without.iter().for_each(|(_, why)| *reasons.entry(why).or_default() += 1);
+    for (why, n) in reasons {
+        println!("    left out: {n}: {why}");
+    }
+}
+
+fn write_repros(dir: &Path, tally: &Tally) -> Result<()> {
+    std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
+    for (n, d) in tally.divergences.iter().enumerate() {
+        let path = dir.join(format!("{:03}-{}-{}.json", n, d.engine, d.code));
+        std::fs::write(&path, serde_json::to_string_pretty(d)?).with_context(|| path.display().to_string())?;
+    }
+    Ok(())
+}

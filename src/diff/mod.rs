@@ -1,0 +1,93 @@
+//! `bivisor diff`: engines against each other and against the host CPU.
+
+mod all;
+mod merge;
+
+use anyhow::{Result, bail};
+use clap::{Args, Subcommand};
+use std::path::PathBuf;
+
+/// Arguments of `bivisor diff`.
+#[derive(Args)]
+#[command(
+    args_conflicts_with_subcommands = true,
+    after_help = "Examples:\n  bivisor diff --all --cases 1000000 --seed 7\n  \
+        bivisor diff --all --cases 100000000 --shard 3/16 --state shard3.json --json > shard3.result\n  \
+        bivisor diff merge shard*.result\n\n\
+        Exit status: 0 if nothing unexpected differs, 1 if something does."
+)]
+pub struct DiffArgs {
+    #[command(subcommand)]
+    command: Option<Sub>,
+    #[command(flatten)]
+    all: AllArgs,
+}
+
+#[derive(Subcommand)]
+enum Sub {
+    /// Join results of shards (files that --json wrote).
+    Merge {
+        /// One JSON object.
+        #[arg(long)]
+        json: bool,
+        /// The files.
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+    },
+}
+
+/// Arguments of the campaign.
+#[derive(Args, Clone)]
+struct AllArgs {
+    /// Every instruction of the host with random states on every engine: the campaign.
+    #[arg(long)]
+    all: bool,
+    /// About how many cases, of all shards together.
+    #[arg(long, value_name = "N", default_value = "1000000", value_parser = number)]
+    cases: u64,
+    /// The same seed gives the same cases.
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    seed: u64,
+    /// Only this part of the cases: 0/4 to 3/4 together are all.
+    #[arg(long, value_name = "I/N", default_value = "0/1", value_parser = shard)]
+    shard: (u64, u64),
+    /// Stop after so many seconds.
+    #[arg(long, value_name = "SECONDS")]
+    time: Option<f64>,
+    /// Which: interp, bt, kvm, interp-paged, bt-paged, and host, the judge.
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "interp,bt,host")]
+    engines: Vec<String>,
+    /// Worker processes; 0: one a CPU.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    jobs: usize,
+    /// Keep the state in this file, and go on from it.
+    #[arg(long, value_name = "FILE")]
+    state: Option<PathBuf>,
+    /// Write each example of a divergence into this directory: a request for `bivisor exec` and both results.
+    #[arg(long, value_name = "DIR")]
+    repro: Option<PathBuf>,
+    /// One JSON object with all results.
+    #[arg(long)]
+    json: bool,
+    #[arg(long, hide = true, value_parser = shard)]
+    worker: Option<(u64, u64)>,
+}
+
+fn number(s: &str) -> Result<u64, String> {
+    s.replace('_', "").parse().map_err(|_| "a number".to_string())
+}
+
+/// `i/n` with i below n. A worker's step may be less than where it begins.
+fn shard(s: &str) -> Result<(u64, u64), String> {
+    let pair = s.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
+    pair.filter(|&(_, n): &(u64, u64)| n > 0).ok_or("i/n, as in 0/4".into())
+}
+
+/// Runs it; 1 if something unexpected differs.
+pub fn run(args: &DiffArgs) -> Result<i32> {
+    match &args.command {
+        Some(Sub::Merge { json, files }) => merge::run(files, *json),
+        None if args.all.all => all::run(&args.all),
+        None => bail!("nothing to do: give --all, or merge FILE..."),
+    }
+}

@@ -1,0 +1,174 @@
+//! The pages a campaign's cases live in: the same addresses for the host CPU, for engines on flat memory, and behind page tables.
+//!
+//! | linear | what |
+//! | --- | --- |
+//! | [`NOTE`], [`EXIT`] | where an instruction came out, and where it then goes: the way back of each engine |
+//! | [`CODE`] | two executable pages, the last bytes a SYSCALL |
+//! | [`CODE_HOLE`], [`CODE_NX`] | an executable page each, before nothing and before a page that is not executable |
+//! | [`DATA`] | four pages readable and writable, then one only readable ([`ROM`]), then nothing ([`HOLE`]), then two pages again |
+//!
+//! All lies below 2 GiB, so that absolute 32-bit addresses reach it, and one shared memory object backs it: the campaign writes code
+//! and read-only pages through a view of its own.
+#![allow(unsafe_code)]
+
+use bivisor_emulator::isa::Width;
+use bivisor_emulator::mem::{FlatSpace, GuestMemory, Prot, Ram, Vma};
+use std::sync::OnceLock;
+
+/// First address.
+pub const BASE: u64 = 0x1000_0000;
+/// Bytes from [`BASE`] on in which cases live.
+pub const SIZE: u64 = 0x2_0000;
+/// The tail of an instruction stores its address here.
+pub const NOTE: u64 = BASE;
+/// Where the tails jump.
+pub const EXIT: u64 = BASE + 8;
+/// Code.
+pub const CODE: u64 = BASE + 0x2000;
+/// The SYSCALL that ends a case on an engine.
+pub const STUB: u64 = CODE + 0x1ff0;
+/// One page of code before a hole.
+pub const CODE_HOLE: u64 = BASE + 0x6000;
+/// One page of code before a page of data.
+pub const CODE_NX: u64 = BASE + 0x9000;
+/// Data.
+pub const DATA: u64 = BASE + 0x1_0000;
+/// A read-only page.
+pub const ROM: u64 = DATA + 0x4000;
+/// Nothing.
+pub const HOLE: u64 = DATA + 0x5000;
+/// Data behind nothing.
+pub const DATA2: u64 = DATA + 0x6000;
+
+const RW: Prot = Prot::READ.union(Prot::WRITE);
+const RX: Prot = Prot::READ.union(Prot::EXEC);
+
+/// What is mapped: start, length, rights.
+pub const PAGES: [(u64, u64, Prot); 8] = [
+    (NOTE, 0x1000, RW),
+    (CODE, 0x2000, RX),
+    (CODE_HOLE, 0x1000, RX),
+    (CODE_NX, 0x1000, RX),
+    (CODE_NX + 0x1000, 0x1000, RW),
+    (DATA, 0x4000, RW),
+    (ROM, 0x1000, Prot::READ),
+    (DATA2, 0x2000, RW),
+];
+
+/// The host's memory behind the cases' addresses.
+#[derive(Clone, Copy, Debug)]
+pub struct View(*mut u8);
+
+impl View {
+    fn at(self, addr: u64, len: usize) -> *mut u8 {
+        let offset = addr.wrapping_sub(BASE);
+        assert!(offset < SIZE && len as u64 <= SIZE - offset, "{addr:#x} is outside the arena");
+        // SAFETY: inside the SIZE bytes that whoever made the view promised.
+        unsafe { self.0.add(offset as usize) }
+    }
+
+    /// Copies bytes out.
+    ///
+    /// # Panics
+    /// If they are not in the arena; so do the others.
+    pub fn read(self, addr: u64, to: &mut [u8]) {
+        // SAFETY: checked; nobody else runs, and `to` is Rust's.
+        unsafe { std::ptr::copy_nonoverlapping(self.at(addr, to.len()), to.as_mut_ptr(), to.len()) }
+    }
+
+    /// Copies bytes in.
+    pub fn write(self, addr: u64, from: &[u8]) {
+        // SAFETY: as for `read`.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), self.at(addr, from.len()), from.len()) }
+    }
+
+    /// Reads a doubleword.
+    pub fn load32(self, addr: u64) -> u32 {
+        let mut b = [0; 4];
+        self.read(addr, &mut b);
+        u32::from_le_bytes(b)
+    }
+}
+
+/// Maps the arena into this process, once; gives the view of its memory and the flat space.
+///
+/// # Errors
+/// A sentence: the host has something at those addresses, or refuses.
+pub fn flat() -> Result<(View, GuestMemory), String> {
+    let view = flat_view()?;
+    let space = FlatSpace::new();
+    for (start, len, prot) in PAGES {
+        let end = start + len;
+        space.insert(Vma { start, end, prot, shared: false, name: "".into(), offset: 0, backing: None });
+    }
+    Ok((view, GuestMemory::Flat(space)))
+}
+
+/// The view of [`flat`].
+///
+/// # Errors
+/// As there.
+pub fn flat_view() -> Result<View, String> {
+    static ALIAS: OnceLock<Result<usize, String>> = OnceLock::new();
+    ALIAS.get_or_init(map).clone().map(|a| View(a as *mut u8))
+}
+
+fn map() -> Result<usize, String> {
+    let failed = |what: &str| Err(format!("no memory for the cases: {what}: {}", std::io::Error::last_os_error()));
+    // SAFETY: fresh mappings; MAP_FIXED_NOREPLACE takes nothing away from anybody. They stay for the life of the process.
+    unsafe {
+        let fd = libc::memfd_create(c"cases".as_ptr(), libc::MFD_CLOEXEC);
+        if fd < 0 || libc::ftruncate(fd, SIZE as i64) != 0 {
+            return failed("memfd_create");
+        }
+        let rw = libc::PROT_READ | libc::PROT_WRITE;
+        let alias = libc::mmap(std::ptr::null_mut(), SIZE as usize, rw, libc::MAP_SHARED, fd, 0);
+        if alias == libc::MAP_FAILED {
+            return failed("mmap");
+        }
+        for (start, len, prot) in PAGES {
+            // Populated: a fault shall tell of rights, not of a page that Linux has not yet given.
+            let flags = libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE | libc::MAP_POPULATE;
+            let at = libc::mmap(start as *mut _, len as usize, prot.bits(), flags, fd, (start - BASE) as i64);
+            if at as u64 != start {
+                return failed("mmap at a fixed address");
+            }
+        }
+        libc::close(fd);
+        Ok(alias as usize)
+    }
+}
+
+/// CR3 of [`ram`].
+pub const TABLES: u64 = SIZE;
+
+/// RAM of a machine with the same pages behind page tables.
+///
+/// # Errors
+/// The host's.
+pub fn ram() -> Result<(View, GuestMemory), String> {
+    let ram = Ram::new(SIZE + 0x4000).map_err(|e| e.to_string())?;
+    let view = View(ram.host_base());
+    let mem = GuestMemory::Ram(ram);
+    const PRESENT: u64 = 1;
+    const WRITABLE: u64 = 2;
+    const USER: u64 = 4;
+    // Accessed and dirty already: they are not what is tested.
+    const USED: u64 = 0x60;
+    const NX: u64 = 1 << 63;
+    let put = |at: u64, v: u64| mem.store(at, Width::Q, v).expect("inside RAM");
+    for level in 0..3 {
+        let table = TABLES + level * 0x1000;
+        let index = BASE >> (39 - 9 * level) & 0x1ff;
+        put(table + index * 8, (table + 0x1000) | PRESENT | WRITABLE | USER | USED);
+    }
+    for (start, len, prot) in PAGES {
+        let writable = if prot.contains(Prot::WRITE) { WRITABLE } else { 0 };
+        let nx = if prot.contains(Prot::EXEC) { 0 } else { NX };
+        for page in (start..start + len).step_by(0x1000) {
+            let rights = PRESENT | USER | USED | writable | nx;
+            put(TABLES + 0x3000 + (page >> 12 & 0x1ff) * 8, (page - BASE) | rights);
+        }
+    }
+    Ok((view, mem))
+}

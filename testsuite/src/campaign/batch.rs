@@ -1,0 +1,336 @@
+//! Batches: instructions put into the code pages at once, each run with many states. A batch is a function of seed and number.
+
+use super::aim::Plan;
+use super::arena::{self, BASE, CODE, CODE_HOLE, CODE_NX, DATA, EXIT, NOTE, STUB, View};
+use super::case::Case;
+use super::encode;
+use super::values::Pool;
+use crate::random::Random;
+use bivisor_emulator::cpu::cpuid::CpuModel;
+use bivisor_emulator::interp::alu::Vendor;
+use bivisor_emulator::isa::{Class, Gpr, Insn, decode, facts};
+use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, InstructionInfoFactory, Mnemonic as M, OpCodeInfo, OpKind};
+
+/// States for each instruction.
+pub const STATES: u64 = 32;
+/// States for one that raises the same exception with every state.
+const FEW: u64 = 4;
+/// Instructions on the first code page, each with a tail to branch back to, at a distance.
+const SLOTS: u64 = 62;
+const DISTANCE: u64 = 64;
+/// From a slot's start to its instruction.
+const HEAD: u64 = 20;
+/// Bytes of a tail.
+const TAIL: u64 = 18;
+
+/// An instruction in its place.
+pub struct Slot {
+    /// Where it stands.
+    pub at: u64,
+    /// Its bytes, all of them.
+    pub bytes: Vec<u8>,
+    /// iced's code.
+    pub code: Code,
+    plan: Option<Plan>,
+    native: bool,
+    /// How many states.
+    pub states: u64,
+    undefined_flags: u64,
+}
+
+/// A batch.
+pub struct Batch {
+    /// The instructions.
+    pub slots: Vec<Slot>,
+    /// The arena's contents.
+    pub pristine: Vec<u8>,
+    random: Random,
+    pool: Pool,
+    places: Vec<u64>,
+}
+
+/// What batches are made from.
+pub struct Source {
+    codes: Vec<(Code, &'static OpCodeInfo)>,
+    model: CpuModel,
+    factory: InstructionInfoFactory,
+    amd: bool,
+}
+
+/// A good seed of seed and number.
+fn mixed(seed: u64, n: u64) -> u64 {
+    let mut z = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ n.wrapping_mul(0xd1b5_4a32_d192_ed03);
+    z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ z >> 31
+}
+
+impl Source {
+    /// For these codes.
+    pub fn new(codes: &[Code]) -> Source {
+        Source {
+            codes: codes.iter().map(|c| (*c, c.op_code())).collect(),
+            model: CpuModel::host(),
+            factory: InstructionInfoFactory::new(),
+            amd: Vendor::host() == Vendor::Amd,
+        }
+    }
+
+    /// Batch number `n`.
+    pub fn batch(&mut self, seed: u64, n: u64) -> Batch {
+        let mut r = Random::new(mixed(seed, n));
+        let pool = Pool::new(&mut r);
+        let mut pristine = vec![0xcc; arena::SIZE as usize];
+        for (page, len, prot) in arena::PAGES {
+            let from = (page - BASE) as usize;
+            if !prot.contains(bivisor_emulator::mem::Prot::EXEC) && page != NOTE {
+                for chunk in pristine[from..from + len as usize].chunks_exact_mut(64) {
+                    chunk.copy_from_slice(pool.line(&mut r));
+                }
+            }
+        }
+        let places: Vec<u64> = (0..SLOTS).map(|i| CODE + DISTANCE * i).collect();
+        let mut put = |at: u64, bytes: &[u8]| {
+            let from = (at - BASE) as usize;
+            pristine[from..from + bytes.len()].copy_from_slice(bytes);
+        };
+        put(STUB, &[0x0f, 0x05]);
+        let mut slots = Vec::new();
+        for i in 0..SLOTS + 3 {
+            let next = self.codes[((n * (SLOTS + 3) + i) % self.codes.len() as u64) as usize];
+            let slot = match i {
+                _ if i < SLOTS => {
+                    let head = CODE + DISTANCE * i;
+                    put(head, &tail(head));
+                    let wild = r.once_in(24);
+                    self.slot(&mut r, next, &places, |_| head + HEAD, wild)
+                }
+                SLOTS => self.slot(&mut r, next, &places, |len| CODE + 0x1000 - len.div_ceil(2), false),
+                n if n == SLOTS + 1 => {
+                    self.slot(&mut r, next, &places, |len| CODE_HOLE + 0x1000 - len.div_ceil(2), false)
+                }
+                _ => self.slot(&mut r, next, &places, |len| CODE_NX + 0x1000 - len.div_ceil(2), false),
+            };
+            let Some(mut slot) = slot else { continue };
+            let end = slot.at + slot.bytes.len() as u64;
+            match i {
+                _ if i <= SLOTS => {
+                    put(slot.at, &slot.bytes);
+                    if slot.code != Code::INVALID {
+                        put(end, &tail(end));
+                    }
+                }
+                _ => {
+                    // It goes on where it may not, or with nothing.
+                    slot.states = FEW;
+                    let room = (0x1000 - slot.at % 0x1000) as usize;
+                    let there = if i == SLOTS + 1 { room } else { slot.bytes.len() };
+                    if room == slot.bytes.len() {
+                        continue;
+                    }
+                    put(slot.at, &slot.bytes[..there]);
+                }
+            }
+            slots.push(slot);
+        }
+        Batch { slots, pristine, random: r, pool, places }
+    }
+
+    fn slot(
+        &mut self,
+        r: &mut Random,
+        (code, op): (Code, &OpCodeInfo),
+        places: &[u64],
+        at: impl Fn(u64) -> u64,
+        wild: bool,
+    ) -> Option<Slot> {
+        for _ in 0..40 {
+            let mut bytes = if wild && r.once_in(2) { encode::wild(r) } else { encode::attempt(r, op) };
+            match decode(&bytes, 64) {
+                Ok(insn) if insn.iced.code() == code || wild => {
+                    let found = insn.iced.code();
+                    if !self.model.supports(found) || super::reason_against(found).is_some() {
+                        continue;
+                    }
+                    let at = at(u64::from(insn.len));
+                    if let Some(slot) = self.valid(r, &mut bytes, insn, at, places) {
+                        return Some(slot);
+                    }
+                }
+                Err(_) if wild && harmless(&bytes) => {
+                    let at = at(15);
+                    let mut bytes = bytes[..15].to_vec();
+                    stop_behind(&mut bytes);
+                    return Some(Slot {
+                        at,
+                        bytes,
+                        code: Code::INVALID,
+                        plan: None,
+                        native: false,
+                        states: FEW,
+                        undefined_flags: 0,
+                    });
+                }
+                _ => {}
+            }
+        }
+        None
+    }
+
+    fn valid(&mut self, r: &mut Random, bytes: &mut [u8; 24], insn: Insn, at: u64, places: &[u64]) -> Option<Slot> {
+        let end = at + u64::from(insn.len);
+        let options = if self.amd { DecoderOptions::AMD } else { DecoderOptions::NONE };
+        let mut decoder = Decoder::with_ip(64, &bytes[..], 0, options);
+        let iced = decoder.decode();
+        let constants = decoder.get_constant_offsets(&iced);
+        let near = matches!(
+            iced.flow_control(),
+            FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch | FlowControl::Call
+        );
+        let mut insn = insn;
+        if iced.mnemonic() == M::Enter {
+            // Its frame ends inside the arena, or just below the data.
+            bytes[constants.immediate_offset() + 1] &= 0x0f;
+            insn = decode(&bytes[..], 64).ok()?;
+        }
+        if near && iced.op0_kind() == OpKind::NearBranch64 {
+            let (offset, n) = (constants.immediate_offset(), constants.immediate_size());
+            // Eight bits reach back to the own head.
+            let to = if n == 1 { at - at % DISTANCE } else { r.one_of(places) };
+            let distance = to.wrapping_sub(end);
+            if n == 1 && !(-128..128).contains(&(distance as i64)) || !places.contains(&to) {
+                return None;
+            }
+            bytes[offset..offset + n].copy_from_slice(&distance.to_le_bytes()[..n]);
+            insn = decode(&bytes[..], 64).ok()?;
+        }
+        let mut plan = Plan::new(&mut self.factory, &insn, at)?;
+        if plan.absolute().is_some() {
+            let target = DATA + 0x400 + if r.once_in(2) { 64 * r.below(0x90) } else { r.below(0x2400) };
+            let (offset, n) = (constants.displacement_offset(), constants.displacement_size());
+            let v = if iced.is_ip_rel_memory_operand() { target.wrapping_sub(end) } else { target };
+            if n < 4 {
+                return None;
+            }
+            bytes[offset..offset + n].copy_from_slice(&v.to_le_bytes()[..n]);
+            insn = decode(&bytes[..], 64).ok()?;
+            plan = Plan::new(&mut self.factory, &insn, at)?;
+        }
+        let code = insn.iced.code();
+        Some(Slot {
+            at,
+            bytes: bytes[..usize::from(insn.len)].to_vec(),
+            code,
+            plan: Some(plan),
+            native: facts(code).class == Class::Native,
+            states: STATES,
+            undefined_flags: if self.amd { 0 } else { undefined(&insn) },
+        })
+    }
+}
+
+/// Flags that Intel's manual leaves open and that nobody models.
+fn undefined(insn: &Insn) -> u64 {
+    use iced_x86::RflagsBits as B;
+    let undefined = insn.iced.rflags_undefined();
+    let bits = [(B::CF, 1), (B::PF, 4), (B::AF, 0x10), (B::ZF, 0x40), (B::SF, 0x80), (B::OF, 0x800)];
+    bits.iter().filter(|(b, _)| undefined & b != 0).map(|(_, f)| *f).sum()
+}
+
+/// Could the host not take these bytes for something that leaves the process? They are no instruction by our decoder.
+fn harmless(bytes: &[u8]) -> bool {
+    !bytes.windows(2).any(|w| matches!(w, [0x0f, 0x00 | 0x01 | 0x05 | 0x07 | 0x20 | 0x22 | 0x34 | 0x35] | [0xcd, _]))
+}
+
+/// Where a decoder that is not strict sees the end of an instruction INT3s follow: a processor that is not strict runs into them.
+fn stop_behind(bytes: &mut [u8]) {
+    let len = Decoder::new(64, bytes, DecoderOptions::NO_INVALID_CHECK).decode().len();
+    if len > 0 && len < bytes.len() {
+        bytes[len..].fill(0xcc);
+    }
+}
+
+/// What follows an instruction: MOV DWORD [NOTE], its own address; JMP [EXIT].
+fn tail(at: u64) -> [u8; TAIL as usize] {
+    let mut out = [0; TAIL as usize];
+    out[..3].copy_from_slice(&[0xc7, 0x04, 0x25]);
+    out[3..7].copy_from_slice(&(NOTE as u32).to_le_bytes());
+    out[7..11].copy_from_slice(&(at as u32).to_le_bytes());
+    out[11..14].copy_from_slice(&[0xff, 0x24, 0x25]);
+    out[14..].copy_from_slice(&(EXIT as u32).to_le_bytes());
+    out
+}
+
+impl Batch {
+    /// Puts the contents into an engine's memory.
+    pub fn load(&self, view: View) {
+        view.write(BASE, &self.pristine);
+    }
+
+    /// Is the memory of data as it was?
+    pub fn is_pristine(&self, view: View, buffer: &mut Vec<u8>) -> Option<u64> {
+        buffer.resize((BASE + arena::SIZE - DATA) as usize, 0);
+        view.read(DATA, buffer);
+        let at = (DATA - BASE) as usize;
+        if buffer[..] == self.pristine[at..] {
+            return None;
+        }
+        buffer.iter().zip(&self.pristine[at..]).position(|(a, b)| a != b).map(|n| DATA + n as u64)
+    }
+
+    /// Draws the next state for a slot. False if the dice gave none that is safe.
+    pub fn state(&mut self, slot: usize, case: &mut Case) -> bool {
+        let (slot, r) = (&self.slots[slot], &mut self.random);
+        case.insn = slot.code;
+        case.code.clone_from(&slot.bytes);
+        case.rip = slot.at;
+        case.undefined_flags = slot.undefined_flags;
+        case.windows.clear();
+        case.puts.clear();
+        for v in &mut case.gpr {
+            *v = r.edgy();
+        }
+        let dice = r.next();
+        case.rflags = 0x202 | dice & 0x8d5;
+        if dice >> 20 & 31 == 0 {
+            case.rflags |= 0x400;
+        }
+        if dice >> 30 & 63 == 0 {
+            // AC, ID.
+            case.rflags |= 0x4_0000 | dice >> 40 & 0x20_0000;
+        }
+        case.fs_base = DATA + 0x1000;
+        if slot.native || dice >> 50 & 31 == 0 {
+            self.pool.fill(r, &mut case.xsave);
+        } else {
+            case.xsave.set_xstate_bv(0);
+            case.xsave.set_mxcsr(0x1f80);
+        }
+        case.gpr[Gpr::Rsp as usize] = DATA + 0x2000 + 8 * r.below(64);
+        let Some(plan) = &slot.plan else {
+            // If a CPU knows it all the same: some look at memory before they complain.
+            case.gpr.iter_mut().for_each(|v| *v = DATA + 0x1800);
+            case.gpr[Gpr::Rax as usize] = 0xdead_0000;
+            case.window(DATA + 0x800, DATA + 0x2800);
+            return true;
+        };
+        special(r, slot.code.mnemonic(), case);
+        plan.aim(r, case, &self.places)
+    }
+}
+
+/// Registers that an instruction looks at in a way of its own.
+fn special(r: &mut Random, m: M, case: &mut Case) {
+    match m {
+        M::Div | M::Idiv if !r.once_in(4) => {
+            let rax = case.gpr[Gpr::Rax as usize];
+            case.gpr[Gpr::Rdx as usize] = if m == M::Idiv { (rax as i64 >> 63) as u64 } else { r.below(16) };
+        }
+        // XCR0; XINUSE is the processor's own.
+        M::Xgetbv => case.gpr[Gpr::Rcx as usize] = if r.once_in(2) { 0 } else { 2 + r.below(9) },
+        M::Wrfsbase if !r.once_in(3) => {
+            case.gpr.iter_mut().for_each(|v| *v = DATA + r.below(0x1000));
+        }
+        _ => {}
+    }
+}

@@ -1,0 +1,86 @@
+//! A case of a campaign: an instruction at an address, the registers before it, and the memory it may touch.
+
+use super::arena::{self, View};
+use bivisor_emulator::cpu::XsaveArea;
+use iced_x86::Code;
+
+/// One run of one instruction.
+#[derive(Clone, Debug)]
+pub struct Case {
+    /// iced's code of it; [`Code::INVALID`] if it is none.
+    pub insn: Code,
+    /// Its bytes.
+    pub code: Vec<u8>,
+    /// Where it stands.
+    pub rip: u64,
+    /// General registers.
+    pub gpr: [u64; 16],
+    /// Flags.
+    pub rflags: u64,
+    /// FS base.
+    pub fs_base: u64,
+    /// x87 and vector registers.
+    pub xsave: Box<XsaveArea>,
+    /// Memory it may touch: address and length. All else in the arena must stay.
+    pub windows: Vec<(u64, u16)>,
+    /// What stands in memory instead of the batch's contents.
+    pub puts: Vec<(u64, Vec<u8>)>,
+    /// RFLAGS bits that this host's manual leaves open and that no engine models.
+    pub undefined_flags: u64,
+}
+
+impl Default for Case {
+    fn default() -> Case {
+        Case {
+            insn: Code::INVALID,
+            code: Vec::new(),
+            rip: 0,
+            gpr: [0; 16],
+            rflags: 0x202,
+            fs_base: 0,
+            xsave: Box::default(),
+            windows: Vec::new(),
+            puts: Vec::new(),
+            undefined_flags: 0,
+        }
+    }
+}
+
+impl Case {
+    /// Adds the mapped part of a range to the windows.
+    pub fn window(&mut self, start: u64, end: u64) {
+        for (page, len, _) in arena::PAGES.into_iter().filter(|p| p.0 >= arena::DATA) {
+            let (from, to) = (start.max(page), end.min(page + len));
+            if from < to {
+                self.windows.push((from, (to - from) as u16));
+            }
+        }
+    }
+
+    /// Puts bytes into data memory; what of them lies outside is dropped.
+    pub fn put(&mut self, addr: u64, bytes: &[u8]) {
+        for (page, len, _) in arena::PAGES.into_iter().filter(|p| p.0 >= arena::DATA) {
+            let (from, to) = (addr.max(page), (addr + bytes.len() as u64).min(page + len));
+            if from < to {
+                self.puts.push((from, bytes[(from - addr) as usize..(to - addr) as usize].to_vec()));
+            }
+        }
+        self.window(addr, addr + bytes.len() as u64);
+    }
+
+    /// Sets the memory up.
+    pub fn fill(&self, view: View, pristine: &[u8]) {
+        self.clean(view, pristine);
+        for (addr, bytes) in &self.puts {
+            view.write(*addr, bytes);
+        }
+    }
+
+    /// Puts the batch's contents back.
+    pub fn clean(&self, view: View, pristine: &[u8]) {
+        for &(addr, len) in &self.windows {
+            let at = (addr - arena::BASE) as usize;
+            view.write(addr, &pristine[at..at + usize::from(len)]);
+        }
+    }
+}

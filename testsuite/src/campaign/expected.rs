@@ -1,0 +1,169 @@
+//! The list of expected divergences, `testsuite/expected.txt`: what differs from this host's CPU, for which reason.
+
+use super::case::Case;
+use super::outcome::{End, Outcome, Part};
+use bivisor_emulator::cpu::Fault;
+use bivisor_emulator::interp::alu::Vendor;
+use bivisor_emulator::isa::{Class, facts};
+use iced_x86::{Code, CpuidFeature, EncodingKind};
+
+/// One line.
+#[derive(Clone, Debug)]
+pub struct Row {
+    engines: Vec<String>,
+    mnemonics: Vec<String>,
+    part: String,
+    when: String,
+    /// Why.
+    pub reason: String,
+    /// By code: is it meant?
+    codes: Vec<bool>,
+}
+
+/// The list.
+#[derive(Clone, Debug)]
+pub struct Expected(pub Vec<Row>);
+
+const TEXT: &str = include_str!("../../expected.txt");
+
+impl Default for Expected {
+    /// The committed list.
+    fn default() -> Expected {
+        Expected::parse(TEXT).expect("a test reads it")
+    }
+}
+
+fn is_x87(code: Code) -> bool {
+    code.cpuid_features().iter().any(|f| matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387))
+}
+
+/// A group of instructions by a word in lower case, or a mnemonic.
+fn is_meant(words: &[String], code: Code) -> bool {
+    let mnemonic = format!("{:?}", code.mnemonic());
+    words.iter().any(|w| match w.as_str() {
+        "*" => true,
+        "x87" => is_x87(code),
+        "vector" => facts(code).class == Class::Native && !is_x87(code),
+        "string" => facts(code).class == Class::String,
+        "invalid" => code == Code::INVALID,
+        "vex" => matches!(code.encoding(), EncodingKind::VEX | EncodingKind::EVEX),
+        w => w == mnemonic.to_lowercase(),
+    })
+}
+
+impl Expected {
+    /// Reads a list: `engines | instructions | part | when | reason`, `#` comments.
+    ///
+    /// # Errors
+    /// The line that is wrong.
+    pub fn parse(text: &str) -> Result<Expected, String> {
+        let mut rows = Vec::new();
+        for line in text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#')) {
+            let cells: Vec<&str> = line.split('|').map(str::trim).collect();
+            let [engines, instructions, part, when, reason] = cells[..] else {
+                return Err(format!("`{line}`: five columns"));
+            };
+            let list =
+                |s: &str| s.split([' ', ',']).filter(|s| !s.is_empty()).map(str::to_lowercase).collect::<Vec<_>>();
+            let mnemonics = list(instructions);
+            if !Part::ALL.iter().any(|p| p.name() == part) {
+                return Err(format!("`{line}`: no part {part}"));
+            }
+            if holds(when, None).is_none() {
+                return Err(format!("`{line}`: no condition {when}"));
+            }
+            let codes = Code::values().map(|c| is_meant(&mnemonics, c)).collect::<Vec<_>>();
+            if !codes.contains(&true) {
+                return Err(format!("`{line}`: no such instruction"));
+            }
+            rows.push(Row {
+                engines: list(engines),
+                codes,
+                mnemonics,
+                part: part.into(),
+                when: when.into(),
+                reason: reason.into(),
+            });
+        }
+        Ok(Expected(rows))
+    }
+
+    /// The row that says why `engine` may differ so.
+    pub fn find(&self, engine: &str, case: &Case, part: Part, is: &Outcome, should: &Outcome) -> Option<usize> {
+        self.0.iter().position(|r| {
+            r.part == part.name()
+                && r.engines.iter().any(|e| e == "*" || e == engine)
+                && r.codes[case.insn as usize]
+                && holds(&r.when, Some((case, is, should))) == Some(true)
+        })
+    }
+}
+
+impl Row {
+    /// The row without its reason.
+    pub fn what(&self) -> String {
+        format!("{} on {}: {}, {}", self.mnemonics.join(" "), self.engines.join(" "), self.part, self.when)
+    }
+}
+
+/// Does a condition hold? `None`: there is no such condition.
+fn holds(when: &str, about: Option<(&Case, &Outcome, &Outcome)>) -> Option<bool> {
+    let pf = |o: &Outcome| match o.end {
+        End::Fault(Fault::Pf { addr, code }) => Some((addr, code)),
+        _ => None,
+    };
+    let amd = Vendor::host() == Vendor::Amd;
+    Some(match (when, about) {
+        (
+            "always"
+            | "amd"
+            | "alignment check"
+            | "another byte of the operand"
+            | "another exception"
+            | "in a hypervisor"
+            | "at the canonical edge",
+            None,
+        ) => true,
+        ("always", _) => true,
+        ("amd", _) => amd,
+        // RFLAGS.AC is set at the start.
+        ("alignment check", Some((case, is, should))) => {
+            let ac = |o: &Outcome| o.end == End::Fault(Fault::Ac);
+            case.rflags & 0x4_0000 != 0 && (ac(is) || ac(should))
+        }
+        // Both #PF, with the same error code but for the address.
+        ("another byte of the operand", Some((case, is, should))) => match (pf(is), pf(should)) {
+            (Some(a), Some(b)) => {
+                let near = a.0.abs_diff(b.0) < 0x1000 || !case.code.is_empty() && a.0.abs_diff(b.0) < 0x2000;
+                a.1 & !2 == b.1 & !2 && near
+            }
+            _ => false,
+        },
+        // Both raise one, but not the same: which comes first is the processor's choice.
+        ("another exception", Some((_, is, should))) => {
+            matches!((is.end, should.end), (End::Fault(_), End::Fault(_)))
+        }
+        // An operand that begins on the last page of the lower half and ends behind it.
+        ("at the canonical edge", Some((_, is, should))) => {
+            let edge = |o: &Outcome| pf(o).is_some_and(|f| (0x7fff_ffff_f000..0x8000_0000_0000).contains(&f.0));
+            matches!((is.end, should.end), (End::Fault(_), End::Fault(_))) && (edge(is) || edge(should))
+        }
+        ("in a hypervisor", _) => std::arch::x86_64::__cpuid(1).ecx >> 31 != 0,
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_committed_list_reads_and_wrong_lines_do_not() {
+        Expected::parse(TEXT).expect("the committed list");
+        for wrong in
+            ["a | b", "* | mov | flags | never | x", "* | mov | colour | always | x", "* | nosuch | flags | always | x"]
+        {
+            assert!(Expected::parse(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! What came out of a case, and the comparison of two outcomes: full state.
+
+use super::arena::View;
+use super::case::Case;
+use bivisor_emulator::cpu::xsave::{Layout, component};
+use bivisor_emulator::cpu::{Fault, XsaveArea};
+use bivisor_emulator::isa::Gpr;
+
+/// How an instruction ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It came to a tail; RIP is the tail's address.
+    Left,
+    /// With an exception; RIP is what the handler would see.
+    Fault(Fault),
+}
+
+/// After a case: registers, and the memory of its windows.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// How.
+    pub end: End,
+    /// Instruction pointer.
+    pub rip: u64,
+    /// General registers.
+    pub gpr: [u64; 16],
+    /// Flags.
+    pub rflags: u64,
+    /// FS base.
+    pub fs_base: u64,
+    /// x87 and vector registers.
+    pub xsave: Box<XsaveArea>,
+    /// The windows' bytes, one after the other.
+    pub memory: Vec<u8>,
+    /// What else changed, in words; empty if nothing.
+    pub other: String,
+}
+
+impl Default for Outcome {
+    fn default() -> Outcome {
+        Outcome {
+            end: End::Left,
+            rip: 0,
+            gpr: [0; 16],
+            rflags: 0,
+            fs_base: 0,
+            xsave: Box::default(),
+            memory: Vec::new(),
+            other: String::new(),
+        }
+    }
+}
+
+/// A part of the state that can differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Part {
+    /// One raised an exception, the other did not or another one, or with another error code or CR2.
+    Fault,
+    /// RIP.
+    Rip,
+    /// General registers.
+    Gpr,
+    /// RFLAGS.
+    Flags,
+    /// x87 control, status, tags, stack.
+    X87,
+    /// FOP, FIP, FDP.
+    Pointers,
+    /// MXCSR.
+    Mxcsr,
+    /// XMM, YMM, ZMM.
+    Vector,
+    /// Opmasks.
+    Mask,
+    /// Memory.
+    Memory,
+    /// Segments and system registers.
+    Other,
+}
+
+impl Part {
+    /// All of them.
+    pub const ALL: [Part; 11] = [
+        Part::Fault,
+        Part::Rip,
+        Part::Gpr,
+        Part::Flags,
+        Part::X87,
+        Part::Pointers,
+        Part::Mxcsr,
+        Part::Vector,
+        Part::Mask,
+        Part::Memory,
+        Part::Other,
+    ];
+
+    /// As reports and the list of expected divergences call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Part::Fault => "fault",
+            Part::Rip => "rip",
+            Part::Gpr => "gpr",
+            Part::Flags => "flags",
+            Part::X87 => "x87",
+            Part::Pointers => "pointers",
+            Part::Mxcsr => "mxcsr",
+            Part::Vector => "vector",
+            Part::Mask => "mask",
+            Part::Memory => "memory",
+            Part::Other => "other",
+        }
+    }
+}
+
+/// Compares an outcome with the judge's: which part differs first, and how.
+pub type Compare = fn(case: &Case, is: &Outcome, should: &Outcome) -> Option<(Part, String)>;
+
+/// Of its own half of the address space Linux says that a page is there; behind page tables of our own none is.
+fn without_kernel(end: End) -> End {
+    match end {
+        End::Fault(Fault::Pf { addr, code }) if addr >= 0x7fff_ffff_f000 => {
+            End::Fault(Fault::Pf { addr, code: code & !1 })
+        }
+        // A host says neither the vectors of #DB's causes nor a selector.
+        End::Fault(Fault::Db(_)) => End::Fault(Fault::Db(0)),
+        other => other,
+    }
+}
+
+/// See [`Compare`]: everything.
+pub fn compare(case: &Case, is: &Outcome, should: &Outcome) -> Option<(Part, String)> {
+    if is.end != should.end && without_kernel(is.end) != without_kernel(should.end) {
+        return Some((Part::Fault, format!("{:x?}, not {:x?}", is.end, should.end)));
+    }
+    if is.rip != should.rip {
+        return Some((Part::Rip, format!("RIP is {:#x}, not {:#x}", is.rip, should.rip)));
+    }
+    if is.gpr != should.gpr {
+        let i = (0..16).find(|&i| is.gpr[i] != should.gpr[i]).unwrap_or(0);
+        return Some((Part::Gpr, format!("{} is {:#x}, not {:#x}", Gpr::NAMES[i], is.gpr[i], should.gpr[i])));
+    }
+    if (is.rflags ^ should.rflags) & !case.undefined_flags != 0 {
+        return Some((Part::Flags, format!("RFLAGS is {:#x}, not {:#x}", is.rflags, should.rflags)));
+    }
+    if is.fs_base != should.fs_base {
+        return Some((Part::Other, format!("FS base is {:#x}, not {:#x}", is.fs_base, should.fs_base)));
+    }
+    if !same_image(&is.xsave, &should.xsave)
+        && let Some(found) = image(&is.xsave, &should.xsave)
+    {
+        return Some(found);
+    }
+    if is.memory != should.memory {
+        let mut at = case.windows.iter().flat_map(|w| w.0..w.0 + u64::from(w.1));
+        let bytes = is.memory.iter().zip(&should.memory).position(|(a, b)| a != b).unwrap_or(0);
+        let addr = at.nth(bytes).unwrap_or(0);
+        let (a, b) = (is.memory.get(bytes), should.memory.get(bytes));
+        return Some((Part::Memory, format!("byte at {addr:#x} is {a:#x?}, not {b:#x?}")));
+    }
+    (!is.other.is_empty()).then(|| (Part::Other, format!("changed besides: {}", is.other)))
+}
+
+/// Are two images the same bytes where bytes mean something? If not they may still be equal as registers.
+fn same_image(a: &XsaveArea, b: &XsaveArea) -> bool {
+    let bv = a.xstate_bv();
+    if bv != b.xstate_bv() || a.mxcsr() != b.mxcsr() {
+        return false;
+    }
+    let l = Layout::host();
+    let same = |bit: u64, at: usize, len: usize| bv & bit == 0 || a.bytes[at..at + len] == b.bytes[at..at + len];
+    same(component::X87, 0, 24)
+        && same(component::X87, 32, 128)
+        && same(component::SSE, 160, 256)
+        && same(component::AVX, l.avx, 256)
+        && same(component::OPMASK, l.opmask, 64)
+        && same(component::ZMM_HI256, l.zmm_hi256, 512)
+        && same(component::HI16_ZMM, l.hi16_zmm, 1024)
+}
+
+fn image(a: &XsaveArea, b: &XsaveArea) -> Option<(Part, String)> {
+    let x87 = |x: &XsaveArea| (x.fcw(), x.fsw(), x.ftw_abridged());
+    if x87(a) != x87(b) {
+        return Some((Part::X87, format!("FCW, FSW, tags are {:x?}, not {:x?}", x87(a), x87(b))));
+    }
+    if let Some(i) = (0..8).find(|&i| a.st(i) != b.st(i)) {
+        return Some((Part::X87, format!("ST{i} is {:02x?}, not {:02x?}", a.st(i), b.st(i))));
+    }
+    let pointers = |x: &XsaveArea| (x.fop(), x.fip(), x.fdp());
+    if pointers(a) != pointers(b) {
+        return Some((Part::Pointers, format!("FOP, FIP, FDP are {:x?}, not {:x?}", pointers(a), pointers(b))));
+    }
+    if a.mxcsr() != b.mxcsr() {
+        return Some((Part::Mxcsr, format!("MXCSR is {:#x}, not {:#x}", a.mxcsr(), b.mxcsr())));
+    }
+    if let Some(i) = (0..8).find(|&i| a.opmask(i) != b.opmask(i)) {
+        return Some((Part::Mask, format!("k{i} is {:#x}, not {:#x}", a.opmask(i), b.opmask(i))));
+    }
+    let i = (0..32).find(|&i| a.zmm(i) != b.zmm(i))?;
+    Some((Part::Vector, format!("zmm{i} is {:02x?}, not {:02x?}", a.zmm(i), b.zmm(i))))
+}
+
+/// Copies the case's windows out of memory.
+pub fn take_memory(case: &Case, view: View, out: &mut Outcome) {
+    let len: usize = case.windows.iter().map(|w| usize::from(w.1)).sum();
+    out.memory.resize(len, 0);
+    let mut at = 0;
+    for &(addr, n) in &case.windows {
+        let n = usize::from(n);
+        view.read(addr, &mut out.memory[at..at + n]);
+        at += n;
+    }
+}
