@@ -14,6 +14,7 @@ use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Vcpu};
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -127,11 +128,101 @@ fn start(mem: &GuestMemory, entry: u64) -> Option<CpuState> {
     Some(s)
 }
 
+/// A guest on an engine.
+struct Run<'a> {
+    engine: &'a mut dyn Vcpu,
+    mem: GuestMemory,
+    ports: Ports,
+}
+
+impl<'a> Run<'a> {
+    fn new(engine: &'a mut dyn Vcpu, elf: &[u8]) -> Result<Run<'a>, String> {
+        let mem = GuestMemory::Ram(Ram::new(RAM).map_err(|e| e.to_string())?);
+        let entry = load(&mem, elf)?;
+        *engine.state() = start(&mem, entry).ok_or("no room for page tables")?;
+        engine.set_intercepts(Intercepts::empty());
+        Ok(Run { engine, mem, ports: Ports::default() })
+    }
+
+    fn some(&mut self, budget: u64) -> Exit {
+        self.engine.run(Board { mem: &self.mem, bus: &self.ports }, budget)
+    }
+
+    fn ended(&self) -> bool {
+        lock(&self.ports.status).is_some()
+    }
+
+    fn page(&self, n: u64) -> [u8; 4096] {
+        let mut bytes = [0; 4096];
+        // All pages below RAM's end are there.
+        let _ = self.mem.read(n << 12, &mut bytes);
+        bytes
+    }
+}
+
+/// Runs a guest on two engines fresh from their constructors, as many instructions as `budget` says at a time, and compares the whole
+/// state each time and all of memory in the end; gives how often that was. Their times must be repeatable.
+///
+/// # Errors
+/// The first difference.
+pub fn lockstep(
+    a: &mut dyn Vcpu,
+    b: &mut dyn Vcpu,
+    elf: &[u8],
+    mut budget: impl FnMut() -> u64,
+) -> Result<u64, String> {
+    let (mut a, mut b) = (Run::new(a, elf)?, Run::new(b, elf)?);
+    let mut rounds = 0;
+    while !a.ended() {
+        let n = budget();
+        let from = a.engine.state().rip;
+        let exits = (a.some(n), b.some(n));
+        let (x, y) = (a.engine.state().clone(), b.engine.state().clone());
+        if exits.0 != exits.1 || x != y {
+            return Err(format!(
+                "{n} instructions from {from:#x}, round {rounds}: {:?} at {:#x}, {:?} at {:#x}\n{x:x?}\n{y:x?}",
+                exits.0, x.rip, exits.1, y.rip
+            ));
+        }
+        rounds += 1;
+    }
+    let differs = (0..RAM >> 12).find(|n| a.page(*n) != b.page(*n));
+    match differs {
+        Some(page) => Err(format!("the page at {:#x} differs", page << 12)),
+        None if *lock(&a.ports.output) != *lock(&b.ports.output) => Err("what they wrote differs".into()),
+        None => Ok(rounds),
+    }
+}
+
 /// Runs a guest to its end on an engine fresh from its constructor, at most this long.
 ///
 /// # Errors
 /// A sentence: what went wrong, where, and what the guest had written until then.
 pub fn run(engine: &mut dyn Vcpu, elf: &[u8], limit: Duration) -> Result<Report, String> {
+    run_by(engine, elf, limit, SLICE)
+}
+
+/// As [`run`], without a budget: another thread kicks the engine every few milliseconds.
+///
+/// # Errors
+/// As for [`run`].
+pub fn run_kicked(engine: &mut dyn Vcpu, elf: &[u8], limit: Duration) -> Result<Report, String> {
+    let kicker = engine.kicker();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(3));
+                kicker.kick();
+            }
+        });
+        let report = run_by(engine, elf, limit, u64::MAX);
+        done.store(true, Ordering::Relaxed);
+        report
+    })
+}
+
+fn run_by(engine: &mut dyn Vcpu, elf: &[u8], limit: Duration, slice: u64) -> Result<Report, String> {
     let mem = GuestMemory::Ram(Ram::new(RAM).map_err(|e| e.to_string())?);
     let entry = load(&mem, elf)?;
     *engine.state() = start(&mem, entry).ok_or("no room for page tables")?;
@@ -141,7 +232,7 @@ pub fn run(engine: &mut dyn Vcpu, elf: &[u8], limit: Duration) -> Result<Report,
     // Not every engine counts instructions, so the clock says when it is enough.
     let start = Instant::now();
     loop {
-        let exit = engine.run(board, SLICE);
+        let exit = engine.run(board, slice);
         let output = || String::from_utf8_lossy(&lock(&ports.output)).into_owned();
         let status = *lock(&ports.status);
         if let Some(status) = status {
@@ -151,7 +242,7 @@ pub fn run(engine: &mut dyn Vcpu, elf: &[u8], limit: Duration) -> Result<Report,
         match exit {
             Exit::Budget if start.elapsed() < limit => {}
             Exit::Halt if waits => {}
-            Exit::Kicked => {}
+            Exit::Kicked if start.elapsed() < limit => {}
             exit => {
                 let rip = engine.state().rip;
                 return Err(format!("{exit:?} at {rip:#x} after:\n{}", output()));

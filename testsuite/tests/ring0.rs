@@ -4,9 +4,11 @@
 
 use bivisor_emulator::cpu::CpuModel;
 use bivisor_emulator::interp::Interpreter;
+use bivisor_emulator::interp::sensitive::time::TimeSource;
 use bivisor_emulator::vcpu::Vcpu;
 use bivisor_kvm_backend::{KvmVm, host};
 use bivisor_testsuite::guest;
+use bivisor_testsuite::random::Random;
 use bivisor_translator::Translator;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -64,10 +66,66 @@ fn interpreter() {
     check("interp", &mut Interpreter::new(model()));
 }
 
-/// The translator does ring 0 by its interpreter until it translates it.
 #[test]
 fn translator() {
     check("translator", &mut Translator::new(model()).expect("executable memory"));
+}
+
+/// Without a budget, as machines run: blocks lead to each other, and kicks come at any time.
+#[test]
+fn translator_kicked() {
+    let Some(elf) = guest_file() else { return };
+    let mut engine = Translator::new(model()).expect("executable memory");
+    let report = guest::run_kicked(&mut engine, elf, LIMIT).unwrap_or_else(|e| panic!("{e}"));
+    let want = std::fs::read_to_string(expected_file()).expect("guests/ring0.txt is in the tree");
+    assert_eq!(difference(&want, &report.output), None);
+}
+
+/// Code pages that are mapped elsewhere or overwritten, interrupts that wait, loops that are kicked.
+#[test]
+fn mapping() {
+    let elf = match guest::assemble("mapping.S", Path::new(env!("CARGO_TARGET_TMPDIR"))) {
+        Ok(elf) => elf,
+        Err(why) => return println!("SKIPPED: the guest cannot be assembled: {why}"),
+    };
+    let lines = [
+        "remapped by INVLPG",
+        "remapped by CR3",
+        "overwritten",
+        "string ends",
+        "string bytes",
+        "waited for STI",
+        "held by CLI",
+        "taken at POPF",
+        "held after STI",
+        "and taken",
+        "carried",
+        "end",
+    ];
+    let good = |name: &str, report: Result<guest::Report, String>| {
+        let report = report.unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert_eq!(report.output.lines().collect::<Vec<_>>(), lines, "{name}");
+        assert_eq!(report.status, 0, "{name}");
+    };
+    let translator = || Translator::new(model()).expect("executable memory");
+    good("interp", guest::run(&mut Interpreter::new(model()), &elf, LIMIT));
+    good("counted", guest::run(&mut translator(), &elf, LIMIT));
+    good("kicked", guest::run_kicked(&mut translator(), &elf, LIMIT));
+}
+
+/// Interpreter and translator side by side: by single instructions, and by stretches of random length.
+#[test]
+fn lockstep() {
+    let Some(elf) = guest_file() else { return };
+    for most in [1, 3, 40, 3000] {
+        let mut random = Random::new(most);
+        let (mut a, mut b) = (Interpreter::new(model()), Translator::new(model()).expect("executable memory"));
+        a.env().time = TimeSource::deterministic(1);
+        b.env().time = TimeSource::deterministic(1);
+        let rounds = guest::lockstep(&mut a, &mut b, elf, || 1 + random.below(most));
+        let rounds = rounds.unwrap_or_else(|e| panic!("at most {most} at a time: {e}"));
+        println!("{rounds} rounds of at most {most} instructions");
+    }
 }
 
 /// Only where the hardware virtualizes every mode. On a host whose KVM runs kernel code by other means the guest may see that host's

@@ -315,6 +315,8 @@ impl Lower<'_> {
                 self.e.store_u32(At::slot(at::INTERRUPTS), 0);
                 Some(true)
             }
+            // The shadow shows when it is asked for after each instruction.
+            Way::Sti if self.block.mode.is_counted() => None,
             Way::Sti => Some(self.sti(item)),
             Way::ReadControl => self.read_control(item),
             Way::ReadSelector => self.read_selector(item),
@@ -416,8 +418,11 @@ impl Lower<'_> {
         Some(())
     }
 
-    /// Do status flags matter before the instruction is done?
+    /// Do status flags matter before the instruction is done? Where instructions are counted each one's are shown exactly.
     fn flags_live(&self, item: &Item) -> bool {
+        if self.block.mode.is_counted() {
+            return true;
+        }
         let live = match item.way {
             Way::Plain | Way::Memory => item.live & !item.flags_out | item.flags_in,
             Way::PushFlags | Way::PopFlags | Way::Step | Way::Sti => STATUS,
