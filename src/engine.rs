@@ -149,16 +149,19 @@ pub fn for_machine(backend: Backend, model: Arc<CpuModel>, repeatable: bool) -> 
     })
 }
 
-/// The way to make an engine for each thread of a Linux process; `backend` has been [chosen](choose).
+/// The way to make an engine for each thread of a Linux process, and the translator's code cache if it is that; `backend` has been
+/// [chosen](choose).
 ///
 /// # Errors
 /// A sentence: the engine is not to be had here.
-pub fn for_process(backend: Backend, model: &Arc<CpuModel>) -> Result<VcpuFactory, String> {
+pub fn for_process(backend: Backend, model: &Arc<CpuModel>) -> Result<(VcpuFactory, Option<Arc<Cache>>), String> {
     let model = model.clone();
-    Ok(match backend {
+    let mut code = None;
+    let factory: VcpuFactory = match backend {
         Backend::Auto | Backend::Interp => Arc::new(move || Ok(Box::new(Interpreter::new(model.clone())))),
         Backend::Bt => {
             let cache = Cache::new(model, Policy::default(), DEFAULT_SIZE).map_err(no_code_memory)?;
+            code = Some(cache.clone());
             Arc::new(move || Ok(Box::new(Translator::with_cache(cache.clone()))))
         }
         Backend::Kvm => {
@@ -166,5 +169,6 @@ pub fn for_process(backend: Backend, model: &Arc<CpuModel>) -> Result<VcpuFactor
             Arc::new(move || Ok(Box::new(vm.vcpu())))
         }
         Backend::Trap => return Err("--backend trap is for kernel code only: see `bivisor demo`".into()),
-    })
+    };
+    Ok((factory, code))
 }

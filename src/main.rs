@@ -14,6 +14,7 @@ mod forms;
 mod guest;
 mod native;
 mod run;
+mod stats;
 mod terminal;
 mod text;
 mod trap;

@@ -1,10 +1,11 @@
 //! `bivisor run`: a Linux program under an engine, with its exit status as ours.
 
 use crate::engine::{self, Backend};
+use crate::stats::{self, Format};
 use anyhow::{Result, bail};
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::host::{fds, fork::exit_thread};
-use bivisor_emulator::linux::{self, ExitStatus, Image, LoadError, Options, Why, host, run, start};
+use bivisor_emulator::linux::{self, ExitStatus, Image, LastWords, LoadError, Options, Why, host, run, start};
 use clap::Args;
 use clap::error::ErrorKind;
 use std::ffi::{OsStr, OsString};
@@ -30,6 +31,12 @@ pub struct RunArgs {
     /// Print each system call to standard error.
     #[arg(long)]
     strace: bool,
+    /// When the program ends, print what the translator did; `--stats=json` for machines.
+    #[arg(long, value_enum, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "text")]
+    stats: Option<Format>,
+    /// When the program ends, write the addresses of its translated blocks to /tmp/perf-PID.map for `perf report`.
+    #[arg(long)]
+    perf: bool,
     /// Say which engine runs and why.
     #[arg(short, long)]
     verbose: bool,
@@ -60,13 +67,20 @@ pub fn run(args: &RunArgs) -> Result<i32> {
     };
     let chosen = engine::choose(args.backend, engine::Purpose::Process)
         .and_then(|(backend, why)| Ok((backend, why, engine::for_process(backend, &model)?)));
-    let (backend, why, factory) = match chosen {
+    let (backend, why, (factory, cache)) = match chosen {
         Ok(found) => found,
         Err(why) => bail!("{why}"),
     };
     if args.verbose {
         eprintln!("bivisor: {why}");
     }
+    let last_words = match &cache {
+        Some(cache) => stats::last_words(cache, args.stats, args.perf),
+        None if args.stats.is_some() || args.perf => {
+            bail!("--stats and --perf show what the translator does: use --backend bt")
+        }
+        None => LastWords::default(),
+    };
     let mut command = args.command.clone();
     let path = if args.exact { Ok(PathBuf::from(&command[0])) } else { find(&command[0]) };
     let started = path.and_then(|path| {
@@ -78,9 +92,13 @@ pub fn run(args: &RunArgs) -> Result<i32> {
     let options = Options {
         strace: args.strace,
         // Only then: a copy of standard error would keep a pipe open that the program closes.
-        log: args.strace.then(|| std::io::stderr().as_fd().try_clone_to_owned().ok()).flatten().map(fds::keep),
+        log: (args.strace || args.stats.is_some())
+            .then(|| std::io::stderr().as_fd().try_clone_to_owned().ok())
+            .flatten()
+            .map(fds::keep),
         verbose: args.verbose,
         reexec: again(args, backend),
+        last_words,
     };
     let task = started.and_then(|image| start::start(image, environment(&args.env), options, &model, factory));
     let mut task = match task {
@@ -89,8 +107,14 @@ pub fn run(args: &RunArgs) -> Result<i32> {
     };
     match run::run_task(&mut task) {
         // The other tasks of the process may go on.
-        ExitStatus::Code(code) => exit_thread(code),
-        ExitStatus::Signal(sig) => host::die_of(sig),
+        ExitStatus::Code(code) => {
+            task.process.finish();
+            exit_thread(code)
+        }
+        ExitStatus::Signal(sig) => {
+            task.process.finish();
+            host::die_of(sig)
+        }
     }
 }
 
@@ -99,7 +123,9 @@ fn again(args: &RunArgs, backend: Backend) -> Vec<OsString> {
     let mut words = vec!["run", "--backend", backend.name(), "--cpu", &args.cpu];
     words.extend(args.strace.then_some("--strace"));
     words.extend(args.verbose.then_some("--verbose"));
-    words.into_iter().map(OsString::from).collect()
+    words.extend(args.perf.then_some("--perf"));
+    let stats = args.stats.map(|format| format!("--stats={}", format.name()));
+    words.into_iter().map(OsString::from).chain(stats.map(OsString::from)).collect()
 }
 
 fn environment(changes: &[OsString]) -> Vec<OsString> {

@@ -13,7 +13,7 @@ use crate::fault::kick;
 use crate::lower::Leave;
 use crate::marks::Registers;
 use crate::route::{Policy, Routes};
-use crate::stats::CacheStats;
+use crate::stats::{CacheStats, Stats};
 use crate::store::{MAX_BLOCK, Store};
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::host::thread::ThreadBlock;
@@ -21,6 +21,7 @@ use bivisor_emulator::mem::GuestMemory;
 use iced_x86::Mnemonic;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::time::Instant;
 
 /// Bytes of code a cache holds unless told otherwise.
 pub const DEFAULT_SIZE: usize = 64 << 20;
@@ -31,6 +32,8 @@ pub struct Member {
     pub active: AtomicBool,
     /// Its host thread.
     pub tid: AtomicI32,
+    /// What it has done, as of the last time it came back, if the cache [counts](Cache::count).
+    pub stats: Mutex<Stats>,
 }
 
 /// How a thread came to need a block.
@@ -75,6 +78,9 @@ pub struct Cache {
     /// Takes our place in a forked child if another thread was at work in here at the time of the fork.
     successor: OnceLock<Arc<Cache>>,
     model: Arc<CpuModel>,
+    counting: AtomicBool,
+    /// What members did that have left.
+    gone: Mutex<Stats>,
 }
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
@@ -103,6 +109,8 @@ impl Cache {
             fork: ForkMark::new()?,
             successor: OnceLock::new(),
             model,
+            counting: AtomicBool::new(false),
+            gone: Mutex::new(Stats::default()),
         }))
     }
 
@@ -160,6 +168,31 @@ impl Cache {
         self.lock().stats
     }
 
+    /// From now on, time is taken and what threads do is summed up.
+    pub fn count(&self) {
+        self.counting.store(true, Ordering::Relaxed);
+    }
+
+    /// Was [`Cache::count`] called?
+    pub fn counts(&self) -> bool {
+        self.counting.load(Ordering::Relaxed)
+    }
+
+    /// Host address, size and guest address of each block there is, a line each in perf(1)'s format for generated code
+    /// (tools/perf/Documentation/jit-interface.txt).
+    pub fn map(&self) -> String {
+        self.lock().map(self.range.0)
+    }
+
+    /// What all threads together have done, up to the last time each came back.
+    pub fn totals(&self) -> Stats {
+        let mut all = *self.gone.lock().expect("no panic under the lock");
+        for m in self.members.lock().expect("no panic under the lock").iter() {
+            all.add(&m.stats.lock().expect("no panic under the lock"));
+        }
+        all
+    }
+
     /// A thread that will run its code.
     pub fn join(&self, member: &Arc<Member>) {
         self.members.lock().expect("no panic under the lock").push(member.clone());
@@ -168,6 +201,12 @@ impl Cache {
     /// It will no more.
     pub fn part(&self, member: &Arc<Member>) {
         self.members.lock().expect("no panic under the lock").retain(|m| !Arc::ptr_eq(m, member));
+        if self.counts() {
+            self.gone
+                .lock()
+                .expect("no panic under the lock")
+                .add(&member.stats.lock().expect("no panic under the lock"));
+        }
     }
 
     /// Says that `member` goes in. False if `entry` is no longer good.
@@ -213,9 +252,11 @@ impl Cache {
         let mut store = self.lock();
         loop {
             if let Some(found) = store.get(rip) {
+                store.stats.found += 1;
                 return Some(self.connect(&mut store, found, via));
             }
             drop(store);
+            let begin = self.counts().then(Instant::now);
             let epoch = source.epoch();
             if !scratch.decode(source, rip, &self.routes, most) {
                 return None;
@@ -232,6 +273,9 @@ impl Cache {
                 continue;
             }
             let found = store.insert(&self.exits, &scratch.block, via == Via::Indirect);
+            if let Some(begin) = begin {
+                store.stats.nanoseconds += begin.elapsed().as_nanos() as u64;
+            }
             return Some(self.connect(&mut store, found, via));
         }
     }
@@ -337,7 +381,10 @@ impl Cache {
                 let size = (self.range.1 - self.range.0) as usize;
                 self.successor
                     .get_or_init(|| {
-                        Cache::new(self.model.clone(), self.policy, size).expect("memory for the code cache")
+                        let next =
+                            Cache::new(self.model.clone(), self.policy, size).expect("memory for the code cache");
+                        next.counting.store(self.counts(), Ordering::Relaxed);
+                        next
                     })
                     .clone()
             }

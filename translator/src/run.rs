@@ -168,6 +168,9 @@ impl Translator {
         block.scratch[slot::CACHE_START].set(0);
         block.scratch[slot::CACHE_END].set(0);
         self.kicker.left();
+        if self.cache.counts() {
+            *self.member.stats.lock().expect("no panic under the lock") = self.stats;
+        }
         exit
     }
 

@@ -19,6 +19,10 @@ pub struct CacheStats {
     pub stale: u64,
     /// Times everything was thrown away.
     pub flushes: u64,
+    /// Blocks that were there when they were looked for from outside the code.
+    pub found: u64,
+    /// Nanoseconds spent translating, if [`crate::Cache::count`] was called.
+    pub nanoseconds: u64,
 }
 
 /// Counters of one virtual CPU.
@@ -42,4 +46,20 @@ pub struct Stats {
     pub tlb_misses: u64,
     /// Kicks and other signals.
     pub signals: u64,
+}
+
+impl Stats {
+    /// Adds another virtual CPU's.
+    pub fn add(&mut self, other: &Stats) {
+        let Stats { entries, to_block, misses, steps, syscalls, faults, code_writes, tlb_misses, signals } = other;
+        self.entries += entries;
+        self.to_block += to_block;
+        self.misses += misses;
+        self.steps += steps;
+        self.syscalls += syscalls;
+        self.faults += faults;
+        self.code_writes += code_writes;
+        self.tlb_misses += tlb_misses;
+        self.signals += signals;
+    }
 }

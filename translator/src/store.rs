@@ -6,7 +6,7 @@ use crate::emit::Emitter;
 use crate::exits::{Exits, MAX_EXITS, Place};
 use crate::index::Index;
 use crate::lower::{
-    Landing, Leave, Surroundings, Unit, emit_landing, emit_stub, emit_trampolines, lower, stub_at, stub_before,
+    Landing, Leave, STUB, Surroundings, Unit, emit_landing, emit_stub, emit_trampolines, lower, stub_at, stub_before,
 };
 use crate::marks::{self, Mark, Registers};
 use crate::stats::CacheStats;
@@ -194,7 +194,7 @@ impl Store {
         self.stats.blocks += 1;
         self.stats.insns += u64::from(unit.insns);
         self.stats.guest_bytes += u64::from(unit.guest_len);
-        self.stats.host_bytes += unit.code.len() as u64;
+        self.stats.host_bytes += (unit.code.len() + unit.exits.len() * STUB) as u64;
         self.push(start, at, unit.code.len(), unit.body, unit.guest_len, &unit.marks)
     }
 
@@ -380,6 +380,12 @@ impl Store {
     pub fn guest_address(&self, offset: u32, exits: &Exits) -> Option<u64> {
         let (block, _) = self.at(offset)?;
         (offset < block.end).then(|| self.recover(offset, &mut NoRegisters, exits))
+    }
+
+    /// See [`crate::Cache::map`].
+    pub fn map(&self, base: u64) -> String {
+        let line = |b: &Block| format!("{:x} {:x} guest:{:x}\n", base + u64::from(b.at), b.end - b.at, b.start);
+        self.blocks.iter().skip(1).map(line).collect()
     }
 
     /// The code of the block at a guest address, with its code offset.

@@ -84,6 +84,18 @@ pub struct Options {
     /// The arguments between `bivisor` and `--argv0 X -- PATH ARGS` with which a guest's exec starts the next program, e.g.
     /// `run --backend interp`.
     pub reexec: Vec<OsString>,
+    /// Asked when the process ends; what it gives goes to the log.
+    pub last_words: LastWords,
+}
+
+/// What is to be said when a process ends, by exit_group(2), by a signal or with its first thread.
+#[derive(Clone, Default)]
+pub struct LastWords(pub Option<Arc<dyn Fn() -> String + Send + Sync>>);
+
+impl std::fmt::Debug for LastWords {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "LastWords({})", self.0.is_some())
+    }
 }
 
 /// The guest's address space, shared by tasks with CLONE_VM.
@@ -132,7 +144,14 @@ impl Process {
     }
 
     /// Before the host process ends without coming back: what is left to say.
-    pub fn finish(&self) {}
+    pub fn finish(&self) {
+        if let Some(words) = &self.options.last_words.0 {
+            let words = words();
+            if !words.is_empty() {
+                strace::say(self, &words);
+            }
+        }
+    }
 
     /// What an engine of this process is plugged into.
     pub fn board(&self) -> Board<'_> {

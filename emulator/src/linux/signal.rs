@@ -291,6 +291,7 @@ fn force(task: &mut Task, sig: i32, info: &Info, why: &str) {
 fn die(task: &mut Task, sig: i32, why: &str) -> ! {
     host_signal::set_mask(u64::MAX);
     crash::report(task, sig, why);
+    task.process.finish();
     host::die_of(sig)
 }
 

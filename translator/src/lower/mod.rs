@@ -196,7 +196,7 @@ impl Lowering<'_> {
 }
 
 /// Bytes from stub to stub.
-const STUB: usize = 20;
+pub const STUB: usize = 20;
 
 /// Where the stub of an exit lies in a space for stubs that ends at `end`.
 pub fn stub_before(end: u64, exit: u32) -> u64 {

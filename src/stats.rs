@@ -1,0 +1,91 @@
+//! `bivisor run --stats` and `--perf`: what the translator did, and the names of its code for perf(1).
+
+use bivisor_emulator::linux::LastWords;
+use bivisor_translator::Cache;
+use clap::ValueEnum;
+use serde_json::json;
+use std::sync::Arc;
+
+/// How the numbers are printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people.
+    Text,
+    /// One object, one line.
+    Json,
+}
+
+impl Format {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Format::Text => "text",
+            Format::Json => "json",
+        }
+    }
+}
+
+/// What is done and said when the process ends.
+pub fn last_words(cache: &Arc<Cache>, format: Option<Format>, perf: bool) -> LastWords {
+    if format.is_none() && !perf {
+        return LastWords::default();
+    }
+    cache.count();
+    let cache = cache.clone();
+    LastWords(Some(Arc::new(move || {
+        let cache = cache.current();
+        let path = format!("/tmp/perf-{}.map", std::process::id());
+        let failed = perf.then(|| std::fs::write(&path, cache.map()).err()).flatten();
+        match (failed, format) {
+            (Some(error), _) => format!("bivisor: --perf cannot write {path}: {error}"),
+            (_, Some(Format::Text)) => text(&cache),
+            (_, Some(Format::Json)) => json(&cache),
+            (_, None) => String::new(),
+        }
+    })))
+}
+
+fn json(cache: &Cache) -> String {
+    let (c, t) = (cache.stats(), cache.totals());
+    json!({
+        "pid": std::process::id(),
+        "translated": {
+            "blocks": c.blocks, "instructions": c.insns, "guest_bytes": c.guest_bytes, "host_bytes": c.host_bytes,
+            "nanoseconds": c.nanoseconds,
+        },
+        "links": c.links, "landings": c.landings, "stale": c.stale, "flushes": c.flushes, "found": c.found,
+        "entries": t.entries,
+        "exits": {
+            "unlinked": t.to_block, "indirect": t.misses, "syscall": t.syscalls, "interpreter": t.steps,
+            "fault": t.faults, "code_write": t.code_writes, "signal": t.signals,
+        },
+    })
+    .to_string()
+}
+
+fn text(cache: &Cache) -> String {
+    let (c, t) = (cache.stats(), cache.totals());
+    let each = |total: u64, n: u64| total as f64 / n.max(1) as f64;
+    [
+        format!("bivisor: what the translator did for process {}", std::process::id()),
+        format!("  translated   {} blocks, {} instructions, {} bytes", c.blocks, c.insns, c.guest_bytes),
+        format!("  made         {} bytes of code, {:.1} for one", c.host_bytes, each(c.host_bytes, c.guest_bytes)),
+        format!(
+            "  took         {:.2} ms, {:.0} ns an instruction",
+            c.nanoseconds as f64 / 1e6,
+            each(c.nanoseconds, c.insns)
+        ),
+        format!("  connected    {} jumps, {} targets of indirect branches", c.links, c.landings),
+        format!("  looked up    {} blocks that were there", c.found),
+        format!("  thrown away  {} blocks stale, {} times all", c.stale, c.flushes),
+        format!("  went in      {} times; came out because of", t.entries),
+        format!("    {:>10}  a block not yet linked", t.to_block),
+        format!("    {:>10}  an indirect branch to a new target", t.misses),
+        format!("    {:>10}  a system call", t.syscalls),
+        format!("    {:>10}  an instruction for the interpreter", t.steps),
+        format!("    {:>10}  an exception", t.faults),
+        format!("    {:>10}  a write to translated code", t.code_writes),
+        format!("    {:>10}  a signal", t.signals),
+    ]
+    .join("\n")
+}
