@@ -26,6 +26,8 @@ pub enum Command {
     Doctor(crate::doctor::DoctorArgs),
     /// Classify instructions as Popek and Goldberg did, and say whether x86 is virtualizable.
     Classify(crate::classify::ClassifyArgs),
+    /// See what becomes of an instruction or a block: its class, its functions, its host code.
+    Explain(crate::explain::ExplainArgs),
     /// Measure operations and programs natively and on every engine, as Adams and Agesen did.
     Compare(crate::compare::CompareArgs),
     /// See trap-and-emulate fail where the three engines do not.

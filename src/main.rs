@@ -10,6 +10,7 @@ mod diff;
 mod doctor;
 mod engine;
 mod exec;
+mod explain;
 mod forms;
 mod guest;
 mod native;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         cli::Command::Doctor(args) => doctor::run(&args),
         cli::Command::Diff(args) => diff::run(&args),
         cli::Command::Exec(args) => exec::run(&args),
+        cli::Command::Explain(args) => explain::run(&args),
         cli::Command::Run(args) => run::run(&args),
     };
     match outcome {

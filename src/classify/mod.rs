@@ -72,11 +72,14 @@ pub struct Entry {
 /// How each engine does it.
 #[derive(Debug, PartialEq, Serialize)]
 pub struct Engines {
-    interp: &'static str,
+    /// The interpreter.
+    pub interp: &'static str,
     /// Where, for the interpreter.
-    interp_at: String,
-    bt: &'static str,
-    kvm: &'static str,
+    pub interp_at: String,
+    /// The translator, in a process.
+    pub bt: &'static str,
+    /// KVM, on hardware.
+    pub kvm: &'static str,
 }
 
 /// A way in one or two words.

@@ -78,7 +78,7 @@ fn ledger(out: &mut String, r: &Report) {
 }
 
 /// The whole page.
-pub fn page(r: &Report) -> String {
+pub(super) fn page(r: &Report) -> String {
     let mut out = head("Software and hardware virtualization on this machine");
     let _ = writeln!(out, "<p>{}. {}.</p>", html(&r.cpu), html(&r.kvm));
     let _ = writeln!(

@@ -1,7 +1,7 @@
 //! `bivisor compare`: Adams and Agesen's comparison on the reader's machine: operations and programs, natively and on every engine.
 
-mod html;
-mod nano;
+pub mod html;
+pub mod nano;
 mod program;
 mod show;
 

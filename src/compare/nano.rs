@@ -407,6 +407,11 @@ impl Bench {
         Ok(Bench { guest: guest(nano)?, engine: Engine::new(engine)? })
     }
 
+    /// Of a guest that does something as often as [`PARAM`] says.
+    pub fn of(guest: Guest, engine: Engine) -> Bench {
+        Bench { guest, engine }
+    }
+
     fn time(&mut self, turns: u64) -> Result<f64> {
         self.guest.poke(PARAM, turns);
         let (start, cpu) = (Instant::now(), processor_time());

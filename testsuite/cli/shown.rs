@@ -62,6 +62,7 @@ fn the_json_is_as_documented() {
         ("classify", &["classify", "popf", "--json"]),
         ("demo", &["demo", "popf", "--json"]),
         ("compare", &["compare", "popf", "--json"]),
+        ("explain", &["explain", "popfq", "--json"]),
     ] {
         assert_eq!(keys(&json(args)), documented(command), "{command}");
     }
@@ -287,4 +288,56 @@ fn comparison() {
     assert!(page.contains("call/ret") && page.contains("viewport"));
     fits(&text(&["compare", "rdtsc", "cpu"]));
     assert_eq!(bivisor(&["compare", "nonsense"]).status.code(), Some(2));
+}
+
+/// Guest and host code side by side: what is called identical is, every place named is there, all engines' functions too.
+#[test]
+fn explanations() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let exists = |place: &str| {
+        let (file, function) = place.split_once(": ").unwrap_or_else(|| panic!("{place}"));
+        let source = std::fs::read_to_string(root.join(file)).unwrap_or_else(|e| panic!("{file}: {e}"));
+        assert!(source.contains(&format!("fn {function}(")), "{file} has no fn {function}");
+    };
+    // add rax, rcx; popfq; mov rax, [rbx]; cpuid. And a loop: add rax, [rbx]; jnz back; ret.
+    let cases = [
+        (
+            &["explain", "4801c8 9d 488b03 0fa2", "--json"][..],
+            "kernel",
+            &["identical", "rewritten", "rewritten", "call-out"][..],
+        ),
+        (&["explain", "480303 75fb c3", "--json"], "process", &["identical", "rewritten", "rewritten"]),
+        (&["explain", "89c8 0f05", "--json"], "kernel", &["identical", "call-out"]),
+        (&["explain", "89c8 0f05", "--for", "process", "--json"], "process", &["identical", "leaves"]),
+    ];
+    for (args, target, made) in cases {
+        let report = json(args);
+        let block = &report["blocks"][0];
+        assert_eq!(block["target"], target, "{args:?}");
+        let lines = block["lines"].as_array().expect("a list");
+        let seen: Vec<&str> = lines.iter().map(|l| l["made"].as_str().expect("a word")).collect();
+        assert_eq!(seen, made, "{args:?}");
+        for l in lines {
+            exists(l["place"].as_str().expect("a place"));
+            assert!(!l["host"].as_array().expect("a list").is_empty(), "{l}");
+            if l["made"] == "identical" {
+                assert_eq!(l["host"], serde_json::json!([l["text"]]), "{l}");
+            }
+        }
+        for e in block["instructions"].as_array().expect("a list") {
+            exists(e["engines"]["interp_at"].as_str().expect("a place"));
+        }
+        fits(&text(&args[..args.len() - 1]));
+    }
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("page.html");
+    let own = format!("{}@main", env!("CARGO_BIN_EXE_bivisor"));
+    text(&["explain", &own, "--html", path.to_str().expect("plain")]);
+    let page = std::fs::read_to_string(&path).expect("the page");
+    assert!(!page.contains("http") && !page.contains("<script"), "self-contained");
+    // All forms of a name.
+    let forms = json(&["explain", "sldt", "--no-cost", "--json"]);
+    assert_eq!(forms["blocks"].as_array().expect("a list").len(), 3);
+    let cost = json(&["explain", "popfq", "--json"])["blocks"][0]["cost_ns"].clone();
+    assert!(cost["interp"].is_number() && cost["bt"].is_number(), "{cost}");
+    assert_eq!(bivisor(&["explain", "nonsense"]).status.code(), Some(2));
 }

@@ -15,6 +15,7 @@
 //! | [`code_buffer`] | executable memory (unsafe) |
 //! | [`enter`] | the way in and out (unsafe) |
 //! | [`system`] | guest RAM behind page tables, all privilege levels |
+//! | [`explain`] | one block for people to read |
 //! | [`fault`] | signals that arrive in the cache (unsafe) |
 //!
 //! Processes (flat memory, guest address = host address) and machines ([`system`]) have translators of their own: the former copies
@@ -27,6 +28,7 @@ pub mod code_buffer;
 pub mod emit;
 pub mod enter;
 pub mod exits;
+pub mod explain;
 pub mod fault;
 pub mod index;
 pub mod lower;

@@ -165,6 +165,11 @@ pub(super) struct Lower<'a> {
 
 /// Lowers a block.
 pub fn lower(block: &GuestBlock, around: &Around) -> Unit {
+    lower_noting(block, around, |_| {})
+}
+
+/// As [`lower`]; tells the offsets at which the instructions' own code begins, and where the last one's ends.
+pub fn lower_noting(block: &GuestBlock, around: &Around, mut note: impl FnMut(usize)) -> Unit {
     let mut l = Lower {
         e: Emitter::new(around.at),
         block,
@@ -185,9 +190,11 @@ pub fn lower(block: &GuestBlock, around: &Around) -> Unit {
     while open && l.n < block.items.len() {
         let item = &block.items[l.n];
         l.busy = 0;
+        note(l.e.len());
         open = l.one(item);
         l.n += 1;
     }
+    note(l.e.len());
     let insns = l.n as u16;
     if open {
         let last = &block.items[block.items.len() - 1];
