@@ -341,3 +341,48 @@ fn explanations() {
     assert!(cost["interp"].is_number() && cost["bt"].is_number(), "{cost}");
     assert_eq!(bivisor(&["explain", "nonsense"]).status.code(), Some(2));
 }
+
+/// The course's commands, those in its blocks, in order, each once: they end well and print something.
+#[test]
+fn the_course_runs() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/course");
+    let index = std::fs::read_to_string(dir.join("README.md")).expect("the index");
+    let mut pages = 0;
+    let mut done: Vec<Vec<String>> = Vec::new();
+    for entry in std::fs::read_dir(&dir).expect("the course") {
+        let path = entry.expect("an entry").path();
+        let name = path.file_name().expect("a name").to_string_lossy().into_owned();
+        let page = std::fs::read_to_string(&path).expect("a page");
+        if name != "README.md" {
+            assert!(index.contains(&format!("]({name})")), "{name} is not in the index");
+            pages += 1;
+        }
+        for line in page.lines().filter_map(|l| l.strip_prefix("    bivisor ")) {
+            let args = words(line);
+            if done.contains(&args) {
+                continue;
+            }
+            let args_: Vec<&str> = args.iter().map(String::as_str).collect();
+            let printed = text(&args_);
+            assert!(!printed.is_empty(), "{name}: {line}");
+            if !args_.contains(&"--json") {
+                fits(&printed);
+            }
+            done.push(args);
+        }
+    }
+    assert_eq!(pages, 10);
+    assert!(done.len() >= 15, "only {} commands: are they still found?", done.len());
+}
+
+/// A command line's words; quotes hold some together.
+fn words(line: &str) -> Vec<String> {
+    let mut out = Vec::new();
+    for (i, part) in line.split('\'').enumerate() {
+        match i % 2 {
+            0 => out.extend(part.split_whitespace().map(str::to_string)),
+            _ => out.push(part.to_string()),
+        }
+    }
+    out
+}
