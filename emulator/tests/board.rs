@@ -22,7 +22,7 @@ enum Access {
 
 /// Ports that something answers at, most of the time.
 fn port() -> impl Strategy<Value = u16> {
-    const KNOWN: [std::ops::Range<u16>; 13] = [
+    const KNOWN: [std::ops::Range<u16>; 14] = [
         0x20..0x22,
         0x40..0x44,
         0x60..0x65,
@@ -34,6 +34,7 @@ fn port() -> impl Strategy<Value = u16> {
         0x4d0..0x4d2,
         0x510..0x514,
         0x600..0x610,
+        0xcf8..0xcf9,
         0xcf8..0xd00,
         0x2000..0x2019,
     ];

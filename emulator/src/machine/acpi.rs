@@ -1,10 +1,12 @@
 //! ACPI tables (ACPI 6.4, 5.2): RSDP, XSDT, FADT, MADT, and a DSDT that says how to turn the machine off and what is on the board.
 
 use crate::devices::pm::OFF;
-use crate::machine::pc::{IOAPIC, LAPIC, PM_BASE, SCI, gsi};
+use crate::machine::pc::{IOAPIC, LAPIC, PM_BASE, RAM_END, SCI, gsi};
 use crate::mem::GuestMemory;
 use acpi_tables::Aml;
-use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Name, Package, Path, ResourceTemplate, Scope};
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Name, Package, Path, ResourceTemplate, Scope,
+};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
@@ -47,7 +49,16 @@ fn dsdt() -> Sdt {
     let keyboard_irq = Interrupt::new(true, true, false, false, 1);
     let keyboard_resources = Name::new("_CRS".into(), &ResourceTemplate::new(vec![&data, &command, &keyboard_irq]));
     let keyboard = Device::new("KBD_".into(), vec![&keyboard_id, &keyboard_resources]);
-    let board = Scope::new(Path::new("\\_SB_"), vec![&com1, &rtc, &keyboard]);
+    let pci_id = Name::new("_HID".into(), &EISAName::new("PNP0A03"));
+    let pci_bus = AddressSpace::new_bus_number(0u16, 0);
+    let pci_config = IO::new(0xcf8, 0xcf8, 1, 8);
+    let (pci_low, pci_high) = (AddressSpace::new_io(0u16, 0xcf7, None), AddressSpace::new_io(0xd00u16, 0xffff, None));
+    let pci_memory =
+        AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, RAM_END as u32, 0xfebf_ffff, None);
+    let pci_windows = ResourceTemplate::new(vec![&pci_bus, &pci_config, &pci_low, &pci_high, &pci_memory]);
+    let pci_resources = Name::new("_CRS".into(), &pci_windows);
+    let pci = Device::new("PCI0".into(), vec![&pci_id, &pci_resources]);
+    let board = Scope::new(Path::new("\\_SB_"), vec![&pci, &com1, &rtc, &keyboard]);
     let mut t = table(*b"DSDT", 36, 2);
     for part in [&s5 as &dyn Aml, &board] {
         t.append_slice(&bytes(part));

@@ -6,6 +6,7 @@ use crate::devices::fw_cfg::FwCfg;
 use crate::devices::i8042::I8042;
 use crate::devices::ioapic::IoApic;
 use crate::devices::lapic::Lapic;
+use crate::devices::pci::PciHost;
 use crate::devices::pic::Pic;
 use crate::devices::pit::Pit;
 use crate::devices::pm::{self, Pm};
@@ -45,6 +46,7 @@ pub struct Chips {
     pub(super) ioapic: IoApic,
     pub(super) pm: Pm,
     pub(super) fw_cfg: FwCfg,
+    pci: PciHost,
     pub(super) test: Option<TestDevice>,
     /// Where the local APIC's page is.
     lapic_base: u64,
@@ -107,6 +109,7 @@ impl Chips {
             ioapic: IoApic::default(),
             pm,
             fw_cfg: FwCfg::new(),
+            pci: PciHost::default(),
             test: None,
             lapic_base: LAPIC,
             speaker: false,
@@ -235,9 +238,10 @@ impl Chips {
             }
             0x4d0 | 0x4d1 => self.pic.elcr(port & 1 != 0),
             0x511 => self.fw_cfg.read(),
+            0xcfc..=0xcff => self.pci.read(port as u8 & 3),
             PM_BASE..0x610 => self.pm.read((port - PM_BASE) as u8, now),
-            // A port with a console tells that it is there by its own number.
-            _ if self.debugcon.iter().any(|(p, _)| *p == port) => port as u8,
+            // A debug console tells that it is there by 0xE9, wherever it is (QEMU's isa-debugcon).
+            _ if self.debugcon.iter().any(|(p, _)| *p == port) => 0xe9,
             _ => 0xff,
         }
     }
@@ -270,6 +274,7 @@ impl Chips {
                 }
             }
             0x4d0 | 0x4d1 => self.pic.set_elcr(port & 1 != 0, v),
+            0xcfc..=0xcff => self.pci.write(port as u8 & 3, v),
             PM_BASE..0x610 => {
                 self.pm.write((port - PM_BASE) as u8, v);
                 if self.pm.take_sleep() == Some(pm::OFF) {
@@ -285,6 +290,10 @@ impl Chips {
 
     /// Ports whose accesses are one whatever their width. False: none of them.
     fn read_wide(&mut self, port: u16, data: &mut [u8]) -> bool {
+        if port == 0xcf8 && data.len() == 4 {
+            data.copy_from_slice(&self.pci.address().to_le_bytes());
+            return true;
+        }
         self.test.as_mut().is_some_and(|t| t.read_port(port, data))
     }
 
@@ -304,6 +313,10 @@ impl Chips {
                 if data[0] & 4 != 0 {
                     self.end = Some(End::Reset);
                 }
+                true
+            }
+            0xcf8 if data.len() == 4 => {
+                self.pci.set_address(u32::from_le_bytes([data[0], data[1], data[2], data[3]]));
                 true
             }
             0x510 if data.len() == 2 => {
