@@ -16,7 +16,7 @@ h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2rem}h3{font-size:1rem;margin
 table{border-collapse:collapse;font-size:.9rem;display:block;overflow-x:auto}td,th{padding:.15rem .6rem;border-bottom:1px solid #e0e0e4;text-align:left}\
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}pre{overflow-x:auto;background:#f6f6f8;padding:.5rem;font-size:.85rem}\
 @media(prefers-color-scheme:dark){body{color:#e6e6ea;background:#16161a}.track,pre{background:#26262c}.note{color:#a0a0a8}td,th{border-color:#33333a}}\
-@media(max-width:30rem){.bar b{flex-basis:4.3rem;font-size:.85rem}.bar span{flex-basis:6.2rem;font-size:.85rem}}";
+@media(max-width:30rem){.bar b{flex-basis:4.3rem;font-size:.85rem}.bar span{flex-basis:6.8rem;font-size:.85rem}}";
 
 /// The start of a page.
 pub fn head(title: &str) -> String {
@@ -42,7 +42,10 @@ fn chart(out: &mut String, row: &Row, columns: &[&'static str], unit: f64) {
         let ns = v.median * unit;
         // From 1 ns to 10 s.
         let width = (ns.max(1.0).log10() * 10.0).clamp(0.5, 100.0);
-        let ratio = v.to_native.filter(|_| *c != "native").map_or(String::new(), |n| format!(" · {n:.1}×"));
+        let ratio = v
+            .to_native
+            .filter(|_| *c != "native")
+            .map_or(String::new(), |n| if n < 100.0 { format!(" · {n:.1}×") } else { format!(" · {n:.0}×") });
         let spread = format!("{} to {}", duration(v.spread[0] * unit), duration(v.spread[1] * unit));
         let _ = writeln!(
             out,

@@ -386,3 +386,37 @@ fn words(line: &str) -> Vec<String> {
     }
     out
 }
+
+/// Both pages in a real browser, as wide as a phone: they render, and nothing goes to the console.
+#[test]
+fn pages_in_a_browser() {
+    let browser = ["chromium", "chromium-browser", "google-chrome"]
+        .into_iter()
+        .find(|b| Command::new(b).arg("--version").output().is_ok_and(|o| o.status.success()));
+    let Some(browser) = browser else {
+        println!("SKIPPED in a browser: there is no chromium");
+        return;
+    };
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let (report, page) = (dir.join("browser-report.html"), dir.join("browser-page.html"));
+    text(&["compare", "popf", "--html", report.to_str().expect("plain")]);
+    text(&["explain", "4801c8 9d 0fa2", "--html", page.to_str().expect("plain")]);
+    for (file, word) in [(report, "Operations of a ring-0 guest"), (page, "call-out")] {
+        let output = Command::new(browser)
+            .args([
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--window-size=400,1600",
+                "--enable-logging=stderr",
+                "--dump-dom",
+            ])
+            .arg(format!("file://{}", file.display()))
+            .stdin(Stdio::null())
+            .output()
+            .expect("the browser runs");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!said.contains("CONSOLE"), "{}: {said}", file.display());
+        assert!(String::from_utf8_lossy(&output.stdout).contains(word), "{}: {said}", file.display());
+    }
+}
