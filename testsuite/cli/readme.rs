@@ -132,6 +132,8 @@ fn the_examples_of_exec_s_help_run() {
             _ => examples.push(line.to_string()),
         }
     }
+    // Hardware's vectors are not in the tree; testsuite/tests/sst80286.rs runs them where they are.
+    examples.retain(|example| !example.contains("--moo"));
     assert!(!examples.is_empty(), "{help}");
     for example in examples {
         let response: Value = serde_json::from_str(&shell(&example)).expect("a JSON line");
