@@ -365,3 +365,31 @@ fn single_steps_from_branch_to_branch() {
     assert_eq!(m.run(1), Exit::Exception(Fault::Db(1 << 14)));
     assert_eq!(m.cpu().rip, CODE + 0x15);
 }
+
+/// Alignment checks of wide operands, as an AMD EPYC has them at CPL 3: vectors lie on 16 bytes, 80-bit values and quadwords on 8.
+#[test]
+fn alignment_of_wide_operands() {
+    let movups: &[u8] = &[0x0f, 0x10, 0x00];
+    let store: &[u8] = &[0x0f, 0x11, 0x00];
+    let fld: &[u8] = &[0xdb, 0x28];
+    let movq: &[u8] = &[0xf3, 0x0f, 0x7e, 0x00];
+    for (code, offset, refused) in [
+        (movups, 0, false),
+        (movups, 8, true),
+        (movups, 0xff8, true),
+        (store, 8, true),
+        (store, 16, false),
+        (fld, 8, false),
+        (fld, 4, true),
+        (movq, 8, false),
+        (movq, 12, true),
+    ] {
+        for cpl in [0, 3] {
+            let mut m = Machine::long64(cpl, code);
+            m.cpu().gpr[RAX] = DATA + offset;
+            m.cpu().rflags |= Rflags::AC;
+            let want = if refused && cpl == 3 { Exit::Exception(Fault::Ac) } else { Exit::Budget };
+            assert_eq!(m.run(1), want, "{code:x?} {offset:#x} CPL {cpl}");
+        }
+    }
+}

@@ -1,8 +1,8 @@
 //! The page walk: a function of the control registers and of memory (SDM 3A 4.3 to 4.8).
 //!
 //! All forms: 32-bit, PAE, 4-level, 5-level. Accessed and dirty flags are set, atomically, only when the access is allowed. The
-//! PDPTEs of PAE paging are read at each walk and not held in registers since the write of CR3: only a guest that changes them without
-//! writing CR3 can tell.
+//! PDPTEs of PAE paging are read at each walk, as AMD's processors do, and not held in registers since the write of CR3; where the offered
+//! CPU is Intel's they are at least checked then.
 
 use crate::cpu::cpuid::PHYSICAL_BITS;
 use crate::cpu::{CpuState, Cr0, Cr4, Efer, Fault, Rflags};
@@ -105,6 +105,14 @@ impl Form {
         };
         laddr >> self.shift(level) & mask
     }
+}
+
+/// Is a reserved bit set in a present PDPTE of PAE paging? Intel's processors load all four with CR3 and refuse such (SDM 3A 4.4.1).
+pub fn bad_pdpte(cpu: &CpuState, mem: &GuestMemory, cr3: u64) -> bool {
+    (0..4).any(|n| {
+        let entry = mem.load(Form::Pae.root(cr3) + 8 * n, Width::Q).unwrap_or(u64::MAX);
+        entry & P != 0 && entry & (reserved(cpu, Form::Pae, 3, false) | XD) != 0
+    })
 }
 
 /// Bits MAXPHYADDR-1:12 of an entry.
@@ -401,6 +409,27 @@ mod tests {
         // PS in a level-4 entry is reserved.
         mem.store(ROOT, Width::Q, L3 | 0x87).expect("in RAM");
         assert_eq!(gpa(&cpu, &mem, Access::Read, By::User), pf(13));
+    }
+
+    #[test]
+    fn reserved_bits_of_pdptes() {
+        let mem = GuestMemory::Ram(Ram::new(1 << 20).expect("1 MiB"));
+        let mut cpu = CpuState::reset();
+        cpu.efer |= Efer::NXE;
+        // SDM 3A table 4-8: bits 2:1, 8:5 and 63:MAXPHYADDR; only of present entries.
+        for (entry, bad) in [
+            (0x2001, false),
+            (0x2e19, false),
+            (0x2003, true),
+            (0x2021, true),
+            (0x2101, true),
+            (XD | 0x2001, true),
+            (1 << 52 | 0x2001, true),
+            (0x21e6, false),
+        ] {
+            mem.store(0x1058, Width::Q, entry).expect("in RAM");
+            assert_eq!(bad_pdpte(&cpu, &mem, 0x1040), bad, "{entry:#x}");
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::interp::access::{self, is_canonical, is_long64};
 use crate::interp::sensitive::time::set_edx_eax;
 use crate::interp::{Exec, Step, Stop, native, operand};
 use crate::isa::{Gpr, Insn, Seg, Width};
-use crate::mem::Access;
+use crate::mem::{Access, paging};
 use iced_x86::{OpKind, Register};
 
 const GP0: Stop = Stop::Fault(Fault::Gp(0));
@@ -141,6 +141,9 @@ fn write_cr0(x: &mut Exec<'_>, v: u64) -> Step {
             return Err(GP0);
         }
     }
+    if pages && !paged {
+        check_pdptes(x, new, x.cpu.cr4, x.cpu.cr3)?;
+    }
     x.cpu.cr0 = new;
     x.cpu.efer.set(Efer::LMA, pages && x.cpu.efer.contains(Efer::LME));
     if new.contains(Cr0::PE) && !old.contains(Cr0::PE) {
@@ -170,11 +173,18 @@ fn write_cr3(x: &mut Exec<'_>, v: u64) -> Step {
     load_cr3(x, v)
 }
 
+/// "If ... loading the PDPTEs ... and a reserved bit is set in any present PDPTE": #GP(0). AMD's processors look at them only in a walk.
+fn check_pdptes(x: &Exec<'_>, cr0: Cr0, cr4: Cr4, cr3: u64) -> Step {
+    let pae = cr0.contains(Cr0::PG) && cr4.contains(Cr4::PAE) && !x.cpu.efer.contains(Efer::LME);
+    if pae && x.env.cpu_model.is_intel() && paging::bad_pdpte(x.cpu, x.mem, cr3) { Err(GP0) } else { Ok(()) }
+}
+
 /// Makes `v` the root of the page tables: MOV to CR3 and task switches.
 ///
 /// # Errors
 /// #GP(0).
 pub fn load_cr3(x: &mut Exec<'_>, v: u64) -> Step {
+    check_pdptes(x, x.cpu.cr0, x.cpu.cr4, v)?;
     x.cpu.cr3 = v;
     x.mmu.flush_non_global();
     Ok(())
@@ -208,6 +218,9 @@ fn write_cr4(x: &mut Exec<'_>, v: u64) -> Step {
         if !x.cpu.efer.contains(Efer::LMA) || x.cpu.cr3 & 0xfff != 0 {
             return Err(GP0);
         }
+    }
+    if (old ^ new).intersects(CR4_PAGING) {
+        check_pdptes(x, x.cpu.cr0, new, x.cpu.cr3)?;
     }
     x.cpu.cr4 = new;
     if (old ^ new).intersects(CR4_PAGING) {
