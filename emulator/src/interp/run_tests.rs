@@ -372,6 +372,7 @@ fn alignment_of_wide_operands() {
     let movups: &[u8] = &[0x0f, 0x10, 0x00];
     let store: &[u8] = &[0x0f, 0x11, 0x00];
     let fld: &[u8] = &[0xdb, 0x28];
+    let vmovups: &[u8] = &[0xc5, 0xfc, 0x10, 0x00]; // ymm0
     let movq: &[u8] = &[0xf3, 0x0f, 0x7e, 0x00];
     for (code, offset, refused) in [
         (movups, 0, false),
@@ -383,7 +384,13 @@ fn alignment_of_wide_operands() {
         (fld, 4, true),
         (movq, 8, false),
         (movq, 12, true),
+        (vmovups, 16, false),
+        (vmovups, 8, true),
     ] {
+        if code == vmovups && !std::arch::is_x86_feature_detected!("avx") {
+            println!("SKIPPED: VMOVUPS: the host has no AVX");
+            continue;
+        }
         for cpl in [0, 3] {
             let mut m = Machine::long64(cpl, code);
             m.cpu().gpr[RAX] = DATA + offset;
