@@ -3,11 +3,12 @@
 use super::all::{report, status};
 use anyhow::{Context, Result, bail};
 use bivisor_testsuite::campaign::coordinator::State;
+use bivisor_testsuite::campaign::matrix;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 /// Joins the files.
-pub fn run(files: &[PathBuf], json: bool) -> Result<i32> {
+pub fn run(files: &[PathBuf], json: bool, summary: bool) -> Result<i32> {
     let mut joined: Option<State> = None;
     let mut shards = BTreeSet::new();
     for file in files {
@@ -25,6 +26,8 @@ pub fn run(files: &[PathBuf], json: bool) -> Result<i32> {
     let Some(all) = joined else { bail!("no file") };
     if json {
         println!("{}", serde_json::to_string(&all)?);
+    } else if summary {
+        print!("{}", matrix::summary(&all));
     } else {
         println!("{} cases of {} shards", all.tally.cases, shards.len());
         report(&all.tally);

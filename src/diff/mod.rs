@@ -4,6 +4,7 @@ mod all;
 mod merge;
 
 use anyhow::{Result, bail};
+use bivisor_testsuite::campaign::matrix;
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
 
@@ -19,6 +20,12 @@ use std::path::PathBuf;
 pub struct DiffArgs {
     #[command(subcommand)]
     command: Option<Sub>,
+    /// Print the results of the campaign that is on record, by instruction.
+    #[arg(long, conflicts_with = "all")]
+    matrix: bool,
+    /// As one HTML file.
+    #[arg(long, requires = "matrix")]
+    html: bool,
     #[command(flatten)]
     all: AllArgs,
 }
@@ -30,6 +37,9 @@ enum Sub {
         /// One JSON object.
         #[arg(long)]
         json: bool,
+        /// The lines of testsuite/fidelity.txt, from which docs/fidelity.md is made.
+        #[arg(long, conflicts_with = "json")]
+        summary: bool,
         /// The files.
         #[arg(required = true, value_name = "FILE")]
         files: Vec<PathBuf>,
@@ -86,8 +96,12 @@ fn shard(s: &str) -> Result<(u64, u64), String> {
 /// Runs it; 1 if something unexpected differs.
 pub fn run(args: &DiffArgs) -> Result<i32> {
     match &args.command {
-        Some(Sub::Merge { json, files }) => merge::run(files, *json),
+        Some(Sub::Merge { json, summary, files }) => merge::run(files, *json, *summary),
+        None if args.matrix => {
+            print!("{}", if args.html { matrix::html() } else { matrix::page() });
+            Ok(0)
+        }
         None if args.all.all => all::run(&args.all),
-        None => bail!("nothing to do: give --all, or merge FILE..."),
+        None => bail!("nothing to do: give --all, --matrix, or merge FILE..."),
     }
 }

@@ -43,6 +43,39 @@ fn the_page_of_instructions_is_the_facts_table() {
 }
 
 #[test]
+fn the_page_of_fidelity_is_the_summary() {
+    must_be("docs/fidelity.md", &bivisor_testsuite::campaign::matrix::page());
+}
+
+/// Tests that the checklist names are there.
+#[test]
+fn the_checklist_names_tests_that_exist() {
+    fn sources(dir: &std::path::Path, out: &mut String) {
+        for entry in std::fs::read_dir(dir).expect("a directory") {
+            let path = entry.expect("an entry").path();
+            let name = path.file_name().expect("a name").to_string_lossy().into_owned();
+            if path.is_dir() && name != "target" && !name.starts_with('.') {
+                sources(&path, out);
+            } else if name.ends_with(".rs") {
+                *out += &std::fs::read_to_string(&path).expect("readable");
+            }
+        }
+    }
+    let mut all = String::new();
+    sources(&root(), &mut all);
+    let text = read("docs/checklist.md");
+    let rows: Vec<&str> = text.lines().filter(|l| l.starts_with("| ")).skip(2).collect();
+    assert!(rows.len() >= 12, "{} classes", rows.len());
+    for row in rows {
+        let tests: Vec<&str> = row.split('`').skip(1).step_by(2).collect();
+        assert!(!tests.is_empty(), "{row}");
+        for test in tests {
+            assert!(all.contains(&format!("fn {test}()")), "no test {test}");
+        }
+    }
+}
+
+#[test]
 fn the_readme_quotes_the_totals() {
     let readme = read("README.md");
     let (before, rest) = readme.split_once(BEGIN).expect("where the totals begin");

@@ -16,6 +16,7 @@
 //! | [`expected`] | the list of expected divergences |
 //! | [`worker`] | runs batches |
 //! | [`coordinator`] | divides them among processes |
+//! | [`matrix`] | the page of results |
 //! | [`repro`] | a case for `bivisor exec` |
 
 pub mod aim;
@@ -26,6 +27,7 @@ pub mod coordinator;
 pub mod encode;
 pub mod engine;
 pub mod expected;
+pub mod matrix;
 pub mod oracle;
 pub mod outcome;
 pub mod repro;
