@@ -1,6 +1,6 @@
 //! Single pieces of 64-bit code under this host's KVM, as it is: what arrives, what is raised, what it costs.
 //!
-//! The guest is the probe's ([`crate::host`]): its GDT, IDT and task register are known, so a value that is not theirs is the host's.
+//! The guest is the probe's ([`mod@crate::host`]): its GDT, IDT and task register are known, so a value that is not theirs is the host's.
 
 use crate::host::{CS3, FS3, GDT, IDT, Left, Sandbox, TR, leave};
 use bivisor_emulator::cpu::Rflags;

@@ -132,7 +132,7 @@ fn the_examples_of_exec_s_help_run() {
             _ => examples.push(line.to_string()),
         }
     }
-    // Hardware's vectors are not in the tree; testsuite/tests/sst80286.rs runs them where they are.
+    // Hardware's vectors are not in the tree; testsuite/cli/sst80286.rs runs them where they are.
     examples.retain(|example| !example.contains("--moo"));
     assert!(!examples.is_empty(), "{help}");
     for example in examples {
