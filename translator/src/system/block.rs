@@ -294,7 +294,8 @@ pub fn decode(
                 | Way::RepStos(_)
                 | Way::RepMovs(_)
         );
-        live = if leaves { STATUS } else { live & !i.flags_out | i.flags_in };
+        // Where instructions are counted the flags are shown after each.
+        live = if leaves || mode.is_counted() { STATUS } else { live & !i.flags_out | i.flags_in };
     }
     let flags_dead = live == 0;
     (!items.is_empty()).then_some((GuestBlock { start, mode, items, bytes, flags_dead }, crossing))
