@@ -40,9 +40,7 @@ pub fn decode(bytes: &[u8], bitness: u32) -> Result<Insn, DecodeError> {
     let mut iced = Instruction::default();
     decoder.decode_out(&mut iced);
     if !iced.is_invalid() {
-        if iced.code() == Code::Pause {
-            xchg_r8_not_pause(&mut iced, window);
-        }
+        correct(&mut iced, window);
         return Ok(Insn::new(iced));
     }
     if bitness == 64 && no_opcode_in_64_bit_code(window) {
@@ -54,6 +52,13 @@ pub fn decode(bytes: &[u8], bitness: u32) -> Result<Insn, DecodeError> {
             Err(DecodeError::TooLong)
         }
         _ => Err(DecodeError::Invalid),
+    }
+}
+
+/// For those who use iced's decoder themselves: makes of an instruction what processors make of its bytes, which `window` begins with.
+pub fn correct(iced: &mut Instruction, window: &[u8]) {
+    if iced.code() == Code::Pause {
+        xchg_r8_not_pause(iced, window);
     }
 }
 

@@ -3,11 +3,12 @@
 
 use crate::route::{Route, Routes};
 use crate::system::Mode;
+use bivisor_emulator::isa::decode::{correct, options};
 use bivisor_emulator::isa::{Class, Gpr, MAX_INSN_LEN, Sensitivity, facts};
 use bivisor_emulator::mem::{PAGE_SIZE, Ram};
 use iced_x86::{
-    Code, CpuidFeature, Decoder, DecoderOptions, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
-    OpKind, Register, RflagsBits,
+    Code, CpuidFeature, Decoder, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind,
+    Register, RflagsBits,
 };
 
 /// Most instructions in a block.
@@ -246,9 +247,10 @@ pub fn decode(
     let mut factory = InstructionInfoFactory::new();
     let (mut at, mut branches, mut crossing) = (0, 0, false);
     while items.len() < most && branches < MAX_BRANCHES {
-        let mut decoder = Decoder::with_ip(64, &bytes[at..], start.wrapping_add(at as u64), DecoderOptions::NONE);
+        let mut decoder = Decoder::with_ip(64, &bytes[at..], start.wrapping_add(at as u64), options());
         let mut iced = Instruction::default();
         decoder.decode_out(&mut iced);
+        correct(&mut iced, &bytes[at..]);
         if iced.is_invalid() {
             // Only a block's first instruction may cross the end of the page.
             if !items.is_empty() || crossing || bytes.len() >= MAX_INSN_LEN || bytes.len() != rest {
