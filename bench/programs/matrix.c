@@ -1,4 +1,4 @@
-/* Product of double matrices, SSE2 by the compiler's vectorizer. */
+/* Product of double matrices by the compiler's vectorizer: SSE2, or AVX2 and FMA with -mavx2 -mfma. */
 #include <stdio.h>
 #include <stdlib.h>
 

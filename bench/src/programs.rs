@@ -67,7 +67,7 @@ pub const ALL: &[Program] = &[
     c("sha256",      1.03, &["50"],              &["1"]),
     c("matrix",      1.03, &["300"],             &["3"]),
     Program { name: "matrix-avx2", system: false, target: Some(1.03),
-        source: C { file: "matrix-avx2", flags: &["-mavx2", "-mfma"], large: &["300"], small: &["3"] } },
+        source: C { file: "matrix", flags: &["-mavx2", "-mfma"], large: &["300"], small: &["3"] } },
     c("memory",      1.00, &["4000000"],         &["400000"]),
     c("calls",       1.15, &["2000000"],         &["20000"]),
     c("fib",         1.15, &["41"],              &["30"]),
