@@ -257,34 +257,42 @@ unsafe fn hook(_: &ThreadBlock, _: i32, _: *mut libc::siginfo_t, context: *mut l
     if !(start..=end).contains(&reg(libc::REG_RIP)) {
         return false;
     }
-    #[rustfmt::skip]
-    const ORDER: [i32; 16] = [
-        libc::REG_RAX, libc::REG_RCX, libc::REG_RDX, libc::REG_RBX, libc::REG_RSP, libc::REG_RBP, libc::REG_RSI, libc::REG_RDI,
-        libc::REG_R8, libc::REG_R9, libc::REG_R10, libc::REG_R11, libc::REG_R12, libc::REG_R13, libc::REG_R14, libc::REG_R15,
-    ];
-    let regs = Regs { gpr: ORDER.map(reg), rflags: reg(libc::REG_EFL) };
-    let code = reg(libc::REG_ERR) as u16;
-    let fault = match reg(libc::REG_TRAPNO) {
-        0 => Fault::De,
-        1 => Fault::Db(0),
-        3 => Fault::Bp,
-        4 => Fault::Of,
-        5 => Fault::Br,
-        6 => Fault::Ud,
-        11 => Fault::Np(code),
-        12 => Fault::Ss(code),
-        14 => Fault::Pf { addr: reg(libc::REG_CR2), code },
-        16 => Fault::Mf,
-        17 => Fault::Ac,
-        19 => Fault::Xm,
-        _ => Fault::Gp(code),
-    };
+    let regs = Regs { gpr: GPRS.map(reg), rflags: reg(libc::REG_EFL) };
+    let fault = fault(reg(libc::REG_TRAPNO), reg(libc::REG_ERR), reg(libc::REG_CR2));
     CAUGHT.set(Some((fault, regs)));
     FAULT_RIP.set(reg(libc::REG_RIP));
     gregs[libc::REG_RIP as usize] = out as i64;
     gregs[libc::REG_CSGSFS as usize] = (gregs[libc::REG_CSGSFS as usize] & !0xffff) | i64::from(CODE64);
     gregs[libc::REG_EFL as usize] &= !0x4_0500; // TF, DF, AC
     true
+}
+
+/// Where a signal's frame has the general registers, in the order of their numbers.
+#[rustfmt::skip]
+pub(crate) const GPRS: [i32; 16] = [
+    libc::REG_RAX, libc::REG_RCX, libc::REG_RDX, libc::REG_RBX, libc::REG_RSP, libc::REG_RBP, libc::REG_RSI, libc::REG_RDI,
+    libc::REG_R8, libc::REG_R9, libc::REG_R10, libc::REG_R11, libc::REG_R12, libc::REG_R13, libc::REG_R14, libc::REG_R15,
+];
+
+/// The exception that the kernel's trap number, error code and CR2 in a signal's frame tell of.
+pub(crate) fn fault(trap: u64, error: u64, cr2: u64) -> Fault {
+    let code = error as u16;
+    match trap {
+        0 => Fault::De,
+        1 => Fault::Db(0),
+        3 => Fault::Bp,
+        4 => Fault::Of,
+        5 => Fault::Br,
+        6 => Fault::Ud,
+        7 => Fault::Nm,
+        11 => Fault::Np(code),
+        12 => Fault::Ss(code),
+        14 => Fault::Pf { addr: cr2, code },
+        16 => Fault::Mf,
+        17 => Fault::Ac,
+        19 => Fault::Xm,
+        _ => Fault::Gp(code),
+    }
 }
 
 #[cfg(test)]

@@ -7,8 +7,9 @@
 use super::arena::{EXIT, NOTE, View};
 use super::case::Case;
 use super::outcome::{End, Outcome};
+use crate::host::{GPRS, fault};
+use bivisor_emulator::cpu::XsaveArea;
 use bivisor_emulator::cpu::xsave::Layout;
-use bivisor_emulator::cpu::{Fault, XsaveArea};
 use bivisor_emulator::host::signal;
 use bivisor_emulator::host::thread::{SCRATCH_OFFSET, ThreadBlock};
 use std::arch::global_asm;
@@ -196,26 +197,6 @@ impl Oracle {
     }
 }
 
-fn fault(trap: u64, error: u64, cr2: u64) -> Fault {
-    let code = error as u16;
-    match trap {
-        0 => Fault::De,
-        1 => Fault::Db(0),
-        3 => Fault::Bp,
-        4 => Fault::Of,
-        5 => Fault::Br,
-        6 => Fault::Ud,
-        7 => Fault::Nm,
-        11 => Fault::Np(code),
-        12 => Fault::Ss(code),
-        14 => Fault::Pf { addr: cr2, code },
-        16 => Fault::Mf,
-        17 => Fault::Ac,
-        19 => Fault::Xm,
-        _ => Fault::Gp(code),
-    }
-}
-
 /// The hook of the signal handler while a case runs.
 ///
 /// # Safety
@@ -228,12 +209,7 @@ unsafe fn hook(block: &ThreadBlock, _sig: i32, info: *mut libc::siginfo_t, uc: *
         }
         let frame = &mut *(block.scratch[FRAME].get() as *mut Frame);
         let regs = &mut (*uc).uc_mcontext.gregs;
-        #[rustfmt::skip]
-        const ORDER: [i32; 16] = [
-            libc::REG_RAX, libc::REG_RCX, libc::REG_RDX, libc::REG_RBX, libc::REG_RSP, libc::REG_RBP, libc::REG_RSI, libc::REG_RDI,
-            libc::REG_R8, libc::REG_R9, libc::REG_R10, libc::REG_R11, libc::REG_R12, libc::REG_R13, libc::REG_R14, libc::REG_R15,
-        ];
-        frame.gpr = ORDER.map(|i| regs[i as usize] as u64);
+        frame.gpr = GPRS.map(|i| regs[i as usize] as u64);
         frame.rflags = regs[libc::REG_EFL as usize] as u64;
         frame.trap = regs[libc::REG_TRAPNO as usize] as u64;
         frame.error = regs[libc::REG_ERR as usize] as u64;
