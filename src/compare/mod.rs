@@ -142,7 +142,7 @@ fn operations(args: &CompareArgs, report: &mut Report, bar: &ProgressBar) {
             match nano::Bench::new(engine, Some(n)).and_then(|mut b| b.measure(samples, least)) {
                 Ok(cost) => {
                     let loop_ = empty.get(engine).copied().unwrap_or(0.0);
-                    let less = |v: f64| (v - loop_).max(0.0);
+                    let less = |v: f64| (v - loop_).max(0.0) / f64::from(n.copies);
                     let median = less(cost.median);
                     let to_native = own.filter(|o| *o > 0.0).map(|o| median / o);
                     let value = Value { median, spread: cost.spread.map(less), to_native };

@@ -24,6 +24,8 @@ pub struct Nano {
     pub paper: Option<[u32; 3]>,
     /// The same code at CPL 3 on the host, if that makes sense.
     pub native: Option<&'static [u8]>,
+    /// How often it stands in one turn of the loop, so that the loop itself hardly counts.
+    pub copies: u32,
     /// Emits the operation; R15 is the loop's, R14 and R13 are prepared.
     body: fn(&mut CodeAssembler) -> Result<()>,
     /// Runs in ring 3.
@@ -31,6 +33,10 @@ pub struct Nano {
 }
 
 const VECTOR: u8 = 0x40;
+
+/// Operations of one instruction that can stand many times in a row; PUSHF and POPF move the stack by [`COPIES`] words a turn.
+const ALONE: [&str; 9] = ["in", "out", "cr8wr", "pushf", "popf", "cli", "sti", "cpuid", "rdtsc"];
+const COPIES: u32 = 16;
 
 fn seq(
     a: &mut CodeAssembler,
@@ -42,7 +48,10 @@ fn seq(
 
 /// All, in the paper's order, then ours.
 pub fn all() -> Vec<Nano> {
-    let n = |name, what, why, vtx, paper, native, body, user| Nano { name, what, why, vtx, paper, native, body, user };
+    let n = |name, what, why, vtx, paper, native, body, user| {
+        let copies = if ALONE.contains(&name) { COPIES } else { 1 };
+        Nano { name, what, why, vtx, paper, native, copies, body, user }
+    };
     vec![
         n(
             "syscall",
@@ -152,37 +161,47 @@ pub fn all() -> Vec<Nano> {
         ),
         n(
             "pushf",
-            "PUSHF and POP",
+            "PUSHF",
             "never exits under VT-x; at CPL 3 it shows the wrong flags",
             None,
             None,
             Some(&[0x9c, 0x58]),
-            |a| {
-                seq(a, |a| {
-                    a.pushfq()?;
-                    a.pop(rax)
-                })
-            },
+            |a| seq(a, |a| a.pushfq()),
             false,
         ),
         n(
             "popf",
-            "PUSH and POPF",
+            "POPF with IF set",
             "never exits under VT-x; at CPL 3 it is silently wrong, whatever it costs",
             None,
             None,
             Some(&[0x9c, 0x9d]),
-            |a| {
-                seq(a, |a| {
-                    a.push(rbx)?;
-                    a.popfq()
-                })
-            },
+            |a| seq(a, |a| a.popfq()),
+            false,
+        ),
+        n(
+            "cli",
+            "CLI",
+            "never exits under VT-x; the translator clears a bit in memory; trap-and-emulate traps",
+            None,
+            None,
+            None,
+            |a| seq(a, |a| a.cli()),
+            false,
+        ),
+        n(
+            "sti",
+            "STI with IF set",
+            "never exits under VT-x; the translator sets a bit in memory; trap-and-emulate traps",
+            None,
+            None,
+            None,
+            |a| seq(a, |a| a.sti()),
             false,
         ),
         n(
             "cli/sti",
-            "CLI and STI",
+            "CLI, then STI",
             "never exits under VT-x; the translator sets a bit in memory; trap-and-emulate traps twice",
             None,
             None,
@@ -326,8 +345,14 @@ fn guest(body: Option<&Nano>) -> Result<Guest> {
                 a.pushfq()?;
                 a.pop(rbx)?;
                 // The entry as it is, for an unchanged store; flags with IF, for POPF.
-                if body.is_some_and(|b| b.name == "ptemod") {
-                    a.mov(rbx, qword_ptr(r12))?;
+                match body.map(|b| b.name) {
+                    Some("ptemod") => a.mov(rbx, qword_ptr(r12))?,
+                    Some("popf") => {
+                        for _ in 0..COPIES {
+                            a.push(rbx)?;
+                        }
+                    }
+                    _ => {}
                 }
                 a.jmp(user_code)?;
             }
@@ -336,7 +361,15 @@ fn guest(body: Option<&Nano>) -> Result<Guest> {
         a.nop()?;
         a.set_label(&mut again)?;
         if let Some(b) = body {
-            (b.body)(a)?;
+            for _ in 0..b.copies {
+                (b.body)(a)?;
+            }
+            // The stack is for the next turn as it was for this one.
+            match b.name {
+                "pushf" => a.lea(rsp, qword_ptr(rsp + 8 * b.copies))?,
+                "popf" => a.lea(rsp, qword_ptr(rsp - 8 * b.copies))?,
+                _ => {}
+            }
         }
         a.dec(r15)?;
         a.jnz(again)?;
@@ -396,6 +429,7 @@ fn processor_time() -> f64 {
 pub struct Bench {
     guest: Guest,
     engine: Engine,
+    copies: u32,
 }
 
 impl Bench {
@@ -404,12 +438,12 @@ impl Bench {
     /// # Errors
     /// The engine is not to be had here.
     pub fn new(engine: &str, nano: Option<&Nano>) -> Result<Bench> {
-        Ok(Bench { guest: guest(nano)?, engine: Engine::new(engine)? })
+        Ok(Bench { guest: guest(nano)?, engine: Engine::new(engine)?, copies: nano.map_or(1, |n| n.copies) })
     }
 
     /// Of a guest that does something as often as [`PARAM`] says.
     pub fn of(guest: Guest, engine: Engine) -> Bench {
-        Bench { guest, engine }
+        Bench { guest, engine, copies: 1 }
     }
 
     fn time(&mut self, turns: u64) -> Result<f64> {
@@ -438,7 +472,7 @@ impl Bench {
         for _ in 0..samples {
             seen.push((self.time(turns)? - base).max(0.0) / (turns - 1) as f64);
         }
-        let done = (turns * samples as u64) as f64;
+        let done = (turns * samples as u64 * u64::from(self.copies)) as f64;
         let ledger = self.engine.ledger().into_iter().filter_map(|(reason, n)| {
             let new = (n - before.get(&reason).copied().unwrap_or(0)) as f64 / done;
             (new > 0.2).then_some((reason, new))
