@@ -228,6 +228,16 @@ pub fn populate(start: u64, len: u64, write: bool) {
     unsafe { libc::madvise(start as *mut libc::c_void, len as usize, advice) };
 }
 
+/// Makes one huge page of private anonymous memory of the guest's that is aligned to it; false where the host cannot (transparent huge
+/// pages switched off, no memory in one piece, Linux before 6.1: madvise(2) MADV_COLLAPSE).
+pub fn huge_page(start: u64, len: u64) -> bool {
+    let advise = |advice| {
+        // SAFETY: how memory is backed, not what it holds: nothing the guest or anybody else reads changes.
+        unsafe { libc::madvise(start as *mut libc::c_void, len as usize, advice) == 0 }
+    };
+    advise(libc::MADV_HUGEPAGE) && advise(libc::MADV_POPULATE_WRITE) && advise(libc::MADV_COLLAPSE)
+}
+
 /// A port access that left the guest: one instruction, for INS and OUTS perhaps several elements.
 pub struct PortAccess<'a> {
     /// The port.

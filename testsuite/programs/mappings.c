@@ -197,6 +197,56 @@ static void code_with_two_views(void) {
     SHOW(CALL(x));
 }
 
+// Memory that may lie in huge pages, and what happens to parts of it.
+static void huge_pages(void) {
+    enum { SIZE = 16 << 20, MIDDLE = SIZE / 2 + 5 * PAGE };
+    char *p = mmap(0, SIZE, 3, ANON, -1, 0), *m = p + MIDDLE;
+    for (int i = 0; i < SIZE; i += PAGE)
+        p[i] = i / PAGE;
+    SHOW(m[0]);
+    mprotect(m, PAGE, PROT_READ);
+    TRY(m[0] = 1);
+    TRY(m[PAGE] = 1);
+    memcpy(m - PAGE, SEVEN, 6);
+    TRY(CALL(m - PAGE));
+    mprotect(m - PAGE, PAGE, 5);
+    SHOW(CALL(m - PAGE));
+    m[-2 * PAGE] = 21;
+    SHOW(m[-2 * PAGE]);
+    TRY(CALL(m - 2 * PAGE));
+    munmap(m + 2 * PAGE, PAGE);
+    TRY(m[2 * PAGE] = 1);
+    int fd = memfd_create("file", 0);
+    ftruncate(fd, PAGE);
+    pwrite(fd, "f", 1, 0);
+    mmap(m + 2 * PAGE, PAGE, 3, MAP_SHARED | MAP_FIXED, fd, 0);
+    SHOW(m[2 * PAGE]);
+    m[2 * PAGE] = 'g';
+    char c;
+    pread(fd, &c, 1, 0);
+    SHOW(c);
+    madvise(m + 4 * PAGE, PAGE, MADV_DONTNEED);
+    SHOW(m[4 * PAGE]);
+    char *q = mremap(m + 8 * PAGE, 2 * PAGE, 4 * PAGE, MREMAP_MAYMOVE);
+    SHOW(q[PAGE] == (char)(MIDDLE / PAGE + 9));
+    fflush(stdout);
+    pid_t child = fork();
+    if (!child) {
+        for (int i = 0; i < MIDDLE - 4 * PAGE; i += PAGE)
+            p[i] = 1;
+        _exit(p[PAGE]);
+    }
+    int status;
+    waitpid(child, &status, 0);
+    SHOW(WEXITSTATUS(status));
+    int sum = 0;
+    for (int i = 0; i < MIDDLE - 4 * PAGE; i += PAGE)
+        sum += p[i];
+    SHOW(sum);
+    munmap(p, SIZE);
+    TRY(p[0] = 1);
+}
+
 int main(void) {
     struct sigaction action = {.sa_sigaction = fault, .sa_flags = SA_SIGINFO};
     sigaction(SIGSEGV, &action, 0);
@@ -206,5 +256,6 @@ int main(void) {
     files();
     generated_code();
     code_with_two_views();
+    huge_pages();
     return 0;
 }
