@@ -8,6 +8,9 @@ mod decode;
 mod demo;
 mod diff;
 mod doctor;
+// --drive and --cdrom come with their controllers.
+#[allow(dead_code)]
+mod drive;
 mod engine;
 mod exec;
 mod explain;

@@ -2,6 +2,7 @@
 //! it hands it offsets, bytes and the time.
 
 pub mod cmos;
+pub mod disk;
 pub mod fw_cfg;
 pub mod i8042;
 pub mod ioapic;
