@@ -57,7 +57,7 @@ fn json(cache: &Cache) -> String {
         "entries": t.entries,
         "exits": {
             "unlinked": t.to_block, "indirect": t.misses, "syscall": t.syscalls, "interpreter": t.steps,
-            "fault": t.faults, "code_write": t.code_writes, "signal": t.signals,
+            "fault": t.faults, "code_write": t.code_writes, "changed": t.changes, "signal": t.signals,
         },
     })
     .to_string()
@@ -85,6 +85,7 @@ fn text(cache: &Cache) -> String {
         format!("    {:>10}  an instruction for the interpreter", t.steps),
         format!("    {:>10}  an exception", t.faults),
         format!("    {:>10}  a write to translated code", t.code_writes),
+        format!("    {:>10}  code that has changed where writes are not watched", t.changes),
         format!("    {:>10}  a signal", t.signals),
     ]
     .join("\n")

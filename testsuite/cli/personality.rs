@@ -7,7 +7,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 const PROGRAMS: &[&str] =
-    &["signals", "restart", "threads", "processes", "stacks", "storm", "notify", "mappings", "self"];
+    &["signals", "restart", "threads", "processes", "stacks", "storm", "notify", "mappings", "self", "rewriting"];
 
 /// Compiles a program; `None` without a compiler.
 fn compile(name: &str, dir: &Path) -> Option<PathBuf> {

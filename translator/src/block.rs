@@ -4,7 +4,7 @@ use crate::route::{Route, Routes};
 use bivisor_emulator::isa::MAX_INSN_LEN;
 use bivisor_emulator::isa::decode::options;
 use bivisor_emulator::mem::{GuestMemory, PAGE_SIZE};
-use iced_x86::{Decoder, DecoderError, Instruction};
+use iced_x86::{Decoder, DecoderError, Instruction, InstructionInfoFactory, OpAccess};
 
 /// Most instructions in a block.
 pub const MAX_INSNS: usize = 64;
@@ -33,6 +33,11 @@ pub struct GuestBlock {
     pub items: Vec<Item>,
     /// Their bytes.
     pub bytes: Vec<u8>,
+    /// Nobody tells when its bytes are written: its code must compare them whenever it is entered. It ends with the first instruction
+    /// that writes memory, so that such a write is seen by the next one.
+    pub compared: bool,
+    /// Which of its bytes have been seen to change, if it is compared.
+    pub changed: Vec<bool>,
 }
 
 impl GuestBlock {
@@ -71,10 +76,21 @@ impl GuestBlock {
     }
 }
 
+/// What became of a page that code is to be fetched from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Opened {
+    /// It must not be executed.
+    No,
+    /// A write to it will be told.
+    Watched,
+    /// It will not: see [`GuestBlock::compared`].
+    Unwatched,
+}
+
 /// Where guest code is read from.
 pub trait CodeSource {
-    /// May code be fetched from the page of this linear address? If so, the page is watched from now on.
-    fn open(&mut self, at: u64) -> bool;
+    /// Prepares the page of this linear address for code to be fetched from it.
+    fn open(&mut self, at: u64) -> Opened;
     /// Reads bytes of a page that was opened.
     fn read(&mut self, at: u64, to: &mut [u8]) -> bool;
     /// Raised when anything watched was written.
@@ -86,12 +102,12 @@ pub trait CodeSource {
 }
 
 impl CodeSource for &GuestMemory {
-    fn open(&mut self, at: u64) -> bool {
-        let may = self.may_execute(at);
-        if may {
-            self.watch_code(at);
+    fn open(&mut self, at: u64) -> Opened {
+        match self.may_execute(at) {
+            false => Opened::No,
+            true if self.watch_or_compare(at) => Opened::Watched,
+            true => Opened::Unwatched,
         }
-        may
     }
     fn read(&mut self, at: u64, to: &mut [u8]) -> bool {
         GuestMemory::read(self, at, to).is_some()
@@ -105,12 +121,16 @@ impl CodeSource for &GuestMemory {
 }
 
 /// What is decoded into, and what is known from last time; one for each virtual CPU.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Scratch {
     /// The block.
     pub block: GuestBlock,
     /// A page that was opened, the epoch then, and the source.
     known: Option<(u64, u64, usize)>,
+    /// What became of it.
+    opened: Option<Opened>,
+    /// Finds out what writes memory.
+    info: Option<InstructionInfoFactory>,
 }
 
 const PIECE: u64 = 128;
@@ -124,10 +144,13 @@ impl Scratch {
         if old == 0 || at.is_multiple_of(PAGE_SIZE) {
             let now = source.identity().map(|id| (at & !(PAGE_SIZE - 1), source.epoch(), id));
             if now.is_none() || now != self.known {
-                if !source.open(at) {
-                    return false;
-                }
-                self.known = now;
+                let opened = source.open(at);
+                (self.known, self.opened) = (now, Some(opened));
+            }
+            match self.opened {
+                Some(Opened::No) | None => return false,
+                Some(Opened::Watched) => {}
+                Some(Opened::Unwatched) => self.block.compared = true,
             }
         }
         bytes.resize(old + PIECE.min(PAGE_SIZE - at % PAGE_SIZE) as usize, 0);
@@ -140,9 +163,20 @@ impl Scratch {
     /// Decodes the block of at most `most` instructions at `start` in 64-bit code. False if the first instruction cannot be fetched or
     /// decoded: the interpreter then finds out why.
     pub fn decode(&mut self, source: &mut dyn CodeSource, start: u64, routes: &Routes, most: usize) -> bool {
+        self.block.compared = false;
+        self.attempt(source, start, routes, most);
+        if self.block.compared {
+            // It may be the second page, and what comes before was decoded with writes in its middle.
+            self.attempt(source, start, routes, most);
+        }
+        !self.block.items.is_empty()
+    }
+
+    fn attempt(&mut self, source: &mut dyn CodeSource, start: u64, routes: &Routes, most: usize) {
         self.block.start = start;
         self.block.bytes.clear();
         self.block.items.clear();
+        self.block.changed.clear();
         let mut at = 0;
         let mut branches = 0;
         'fetch: while self.more(source) {
@@ -163,7 +197,7 @@ impl Scratch {
                 let route = routes.of(&iced);
                 items.push(Item { iced, at: at as u16, len: len as u8, route });
                 at += len;
-                if route.ends_block() {
+                if route.ends_block() || self.block.compared && writes(&mut self.info, &iced) {
                     break 'fetch;
                 }
                 branches += usize::from(route == Route::Conditional);
@@ -171,6 +205,11 @@ impl Scratch {
             break;
         }
         self.block.bytes.truncate(at);
-        !self.block.items.is_empty()
     }
+}
+
+/// May the instruction write memory?
+fn writes(info: &mut Option<InstructionInfoFactory>, iced: &Instruction) -> bool {
+    let reads = |access| matches!(access, OpAccess::None | OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess);
+    !info.get_or_insert_with(InstructionInfoFactory::new).info(iced).used_memory().iter().all(|m| reads(m.access()))
 }

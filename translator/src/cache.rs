@@ -272,6 +272,9 @@ impl Cache {
                 store = self.lock();
                 continue;
             }
+            if scratch.block.compared {
+                store.note_compared(&mut scratch.block);
+            }
             let found = store.insert(&self.exits, &scratch.block, via == Via::Indirect);
             if let Some(begin) = begin {
                 store.stats.nanoseconds += begin.elapsed().as_nanos() as u64;
@@ -286,6 +289,8 @@ impl Cache {
         if !scratch.decode(&mut { mem }, rip, &self.routes, 1) {
             return None;
         }
+        // It is executed at once.
+        scratch.block.compared = false;
         let pushes = matches!(scratch.block.items[0].iced.mnemonic(), Mnemonic::Pushf | Mnemonic::Pushfq);
         if pushes && !may_push_flags {
             return None;
@@ -317,6 +322,11 @@ impl Cache {
         if self.lock().stale(&self.exits, page) {
             self.version.fetch_add(1, Ordering::SeqCst);
         }
+    }
+
+    /// See [`Store::changed`].
+    pub fn changed(&self, rip: u64) {
+        self.lock().changed(&self.exits, rip);
     }
 
     /// Throws everything away, after all threads have left the code, unless that has been done since there were `seen` flushes. The

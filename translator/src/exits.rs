@@ -26,7 +26,7 @@ pub struct Place {
 #[derive(Default)]
 struct Record {
     rip: AtomicU64,
-    /// 0: to a block; 1: step; else 2 + length of SYSCALL.
+    /// 0: to a block; 1: step; 2: changed code; else 3 + length of SYSCALL.
     kind: AtomicU32,
     /// Its highest bit says that the displacement is short.
     site: AtomicU32,
@@ -70,7 +70,8 @@ impl Exits {
         match r.kind.load(Ordering::Relaxed) {
             0 => Leave::To(rip),
             1 => Leave::Step(rip),
-            n => Leave::Syscall(rip, (n - 2) as u8),
+            2 => Leave::Changed(rip),
+            n => Leave::Syscall(rip, (n - 3) as u8),
         }
     }
 
@@ -113,7 +114,8 @@ impl Exits {
         let (rip, kind) = match leave {
             Leave::To(rip) => (rip, 0),
             Leave::Step(rip) => (rip, 1),
-            Leave::Syscall(rip, len) => (rip, 2 + u32::from(len)),
+            Leave::Changed(rip) => (rip, 2),
+            Leave::Syscall(rip, len) => (rip, 3 + u32::from(len)),
         };
         r.rip.store(rip, Ordering::Relaxed);
         r.kind.store(kind, Ordering::Relaxed);

@@ -1,7 +1,7 @@
 //! What the translator makes of one block, for people to read: which host code belongs to which guest instruction, and in which way it
 //! was lowered. Nothing is run and nothing is cached.
 
-use crate::block::{CodeSource, Scratch};
+use crate::block::{CodeSource, Opened, Scratch};
 use crate::lower::{Leave, Surroundings, Unit, lower};
 use crate::marks::{Mark, What};
 use crate::route::{Policy, Route, Routes};
@@ -67,8 +67,8 @@ struct Bytes<'a> {
 }
 
 impl CodeSource for Bytes<'_> {
-    fn open(&mut self, _: u64) -> bool {
-        true
+    fn open(&mut self, _: u64) -> Opened {
+        Opened::Watched
     }
     fn read(&mut self, at: u64, to: &mut [u8]) -> bool {
         to.fill(0);
@@ -139,6 +139,7 @@ fn process(bytes: &[u8], start: u64, model: Arc<CpuModel>) -> Option<Explained> 
         Leave::To(rip) => (format!("to the block at {rip:#x}"), true),
         Leave::Step(rip) => (format!("one interpreter step at {rip:#x}"), false),
         Leave::Syscall(rip, _) => (format!("the system call at {rip:#x}"), false),
+        Leave::Changed(rip) => (format!("the code at {rip:#x} has changed"), false),
     });
     Some(Explained {
         start,
@@ -162,7 +163,7 @@ fn starts(marks: &[Mark], unit: &Unit, start: u64) -> Vec<(u16, usize)> {
             What::At(d) | What::Undo(d, _) | What::Probe(d) | What::UndoBoth(d) => out.push((d, at)),
             What::Exit(id) => {
                 let rip = match unit.exits[id as usize].leave {
-                    Leave::Step(rip) | Leave::Syscall(rip, _) => rip,
+                    Leave::Step(rip) | Leave::Syscall(rip, _) | Leave::Changed(rip) => rip,
                     Leave::To(_) => continue,
                 };
                 out.push((rip.wrapping_sub(start) as u16, at));

@@ -20,6 +20,8 @@ pub enum What {
     Probe(u16),
     /// As [`What::At`], but RCX and R11 are in their slots.
     UndoBoth(u16),
+    /// As [`What::UndoBoth`] at the start of the block; a fault here says that the code cannot be read.
+    Compare,
     /// RIP is in RCX; the guest's RCX and R11 are in their slots.
     Target,
     /// As [`What::Target`], but RCX holds RIP minus the block's start.
@@ -73,10 +75,10 @@ pub trait Registers {
     fn slot(&self, i: usize) -> u64;
 }
 
-/// Does the instruction `at` bytes into a piece of code only look whether the target of a branch can be read?
+/// Does the instruction `at` bytes into a piece of code only look at guest code, or whether the target of a branch can be read?
 pub fn probes(marks: &[Mark], at: usize) -> bool {
     let i = marks.partition_point(|m| usize::from(m.at) <= at);
-    i.checked_sub(1).is_some_and(|i| matches!(marks[i].what, What::Probe(_)))
+    i.checked_sub(1).is_some_and(|i| matches!(marks[i].what, What::Probe(_) | What::Compare))
 }
 
 /// Mends the registers of a thread stopped `at` bytes into a piece of code translated from `start`; gives RIP.
@@ -105,6 +107,10 @@ pub fn recover(marks: &[Mark], start: u64, at: usize, regs: &mut dyn Registers, 
         What::UndoBoth(d) => {
             both(regs);
             start.wrapping_add(u64::from(d))
+        }
+        What::Compare => {
+            both(regs);
+            start
         }
         What::Target => {
             let rip = regs.gpr(Gpr::Rcx);

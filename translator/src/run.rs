@@ -120,7 +120,7 @@ impl Translator {
             self.version = version;
             self.flushes = self.cache.flushes();
         }
-        let i = (rip ^ rip >> 10) as usize % LOOKASIDE;
+        let i = lookaside(rip);
         if via == Via::Start && self.lookaside[i].0 == rip {
             return Some(Entry { host: self.lookaside[i].1, flushes: self.flushes });
         }
@@ -255,6 +255,13 @@ impl Translator {
                     self.cpu.rip = rip;
                     Some(Act::Step)
                 }
+                Leave::Changed(rip) => {
+                    self.stats.changes += 1;
+                    self.cpu.rip = rip;
+                    self.cache.changed(rip);
+                    self.lookaside[lookaside(rip)] = (u64::MAX, 0);
+                    None
+                }
                 Leave::Syscall(rip, len) => {
                     self.cpu.rip = rip;
                     Some(Act::Syscall(len))
@@ -327,6 +334,10 @@ impl Translator {
             area.set_fip(rip);
         }
     }
+}
+
+fn lookaside(rip: u64) -> usize {
+    (rip ^ rip >> 10) as usize % LOOKASIDE
 }
 
 fn is_canonical(address: u64) -> bool {

@@ -42,6 +42,8 @@ pub struct Stats {
     pub faults: u64,
     /// Writes to watched pages.
     pub code_writes: u64,
+    /// Blocks that found their bytes changed.
+    pub changes: u64,
     /// Accesses that were not in the inline TLB.
     pub tlb_misses: u64,
     /// Kicks and other signals.
@@ -51,7 +53,8 @@ pub struct Stats {
 impl Stats {
     /// Adds another virtual CPU's.
     pub fn add(&mut self, other: &Stats) {
-        let Stats { entries, to_block, misses, steps, syscalls, faults, code_writes, tlb_misses, signals } = other;
+        let Stats { entries, to_block, misses, steps, syscalls, faults, code_writes, changes, tlb_misses, signals } =
+            other;
         self.entries += entries;
         self.to_block += to_block;
         self.misses += misses;
@@ -59,6 +62,7 @@ impl Stats {
         self.syscalls += syscalls;
         self.faults += faults;
         self.code_writes += code_writes;
+        self.changes += changes;
         self.tlb_misses += tlb_misses;
         self.signals += signals;
     }

@@ -54,6 +54,8 @@ pub struct Store {
     blocks: Vec<Block>,
     marks: Vec<Mark>,
     index: Index,
+    /// The bytes of blocks that compare them, and which of them have been seen to change.
+    compared: HashMap<u64, (Vec<u8>, Vec<bool>)>,
     /// The first block of a page.
     by_page: HashMap<u64, u32>,
     /// For each table entry the first block whose landing is tried; 0, which is the trampolines, for none.
@@ -83,6 +85,7 @@ impl Store {
             blocks: Vec::with_capacity(1 << 15),
             marks: Vec::with_capacity(1 << 16),
             index: Index::default(),
+            compared: HashMap::new(),
             by_page: HashMap::new(),
             landings: vec![0; TABLE_ENTRIES],
             landed: false,
@@ -152,6 +155,28 @@ impl Store {
         }
         self.unit = unit;
         (b, body)
+    }
+
+    /// Notes the bytes of a block that compares them, and tells it which have changed since it was noted last.
+    pub fn note_compared(&mut self, block: &mut GuestBlock) {
+        let (then, changed) = self.compared.entry(block.start).or_default();
+        if then.len() == block.bytes.len() {
+            for ((changed, then), now) in changed.iter_mut().zip(&*then).zip(&block.bytes) {
+                *changed |= then != now;
+            }
+        } else {
+            *changed = vec![false; block.bytes.len()];
+        }
+        then.clone_from(&block.bytes);
+        block.changed.clone_from(changed);
+    }
+
+    /// The block at `rip` was found to be made from other bytes than are there now. Who is still in it, or knows of it, finds out the
+    /// same way.
+    pub fn changed(&mut self, exits: &Exits, rip: u64) {
+        if let Some((b, _)) = self.index.get(rip) {
+            self.kill(exits, b);
+        }
     }
 
     /// Lowers a block that is linked to nothing and found by nobody; gives the code offset of its body.
@@ -325,6 +350,7 @@ impl Store {
         self.marks.truncate(self.keep.1);
         self.index.clear();
         self.by_page.clear();
+        self.compared.clear();
         self.exits_used = 0;
     }
 

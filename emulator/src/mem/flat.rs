@@ -2,7 +2,8 @@
 //!
 //! Pages the guest maps PROT_EXEC are mapped readable only: guest code is decoded or translated, never executed in place. A writable
 //! page from which code was cached is write-protected; the fault of the first write ([`FlatSpace::write_fault`]) takes the
-//! protection away and makes the cached code stale.
+//! protection away and makes the cached code stale. A page to which that happens again and again is not worth it: who caches code from
+//! it may be told to compare bytes instead ([`FlatSpace::watch_or_compare`]).
 #![allow(unsafe_code)]
 
 use crate::host::probe::{self, Reach};
@@ -71,9 +72,14 @@ pub struct FlatSpace {
 /// Told the address of each page whose cached code became stale; false: not interested any more.
 pub type Listener = Box<dyn Fn(u64) -> bool + Send + Sync>;
 
+/// After so many faults of writes a page is not protected any more for who can compare.
+const MOST_FAULTS: u32 = 32;
+
 #[derive(Default)]
 struct Watch {
     generation: u64,
+    /// Faults of writes.
+    faults: u32,
     /// Code was cached since the last write: the page is write-protected if the guest may write it.
     armed: bool,
     /// Other pages with the same contents from which code was cached.
@@ -188,6 +194,7 @@ impl FlatSpace {
         // Not armed: another thread was first, the page is writable already; or a change of rights met the watching of the page half
         // way, then the rights are set right here.
         if watch.armed {
+            watch.faults += 1;
             let mut pages = std::mem::take(&mut watch.code);
             pages.push(page);
             // Before the page is writable: nobody may write it and then run what was cached.
@@ -273,14 +280,30 @@ impl FlatSpace {
 
     /// See [`crate::mem::GuestMemory::watch_code`].
     pub fn watch_code(&self, addr: u64) {
+        self.watch(addr, u32::MAX);
+    }
+
+    /// See [`crate::mem::GuestMemory::watch_or_compare`].
+    pub fn watch_or_compare(&self, addr: u64) -> bool {
+        self.watch(addr, MOST_FAULTS)
+    }
+
+    fn watch(&self, addr: u64, most_faults: u32) -> bool {
         let page = page_of(addr);
         let mut watched = self.watched.lock().expect("no panic under the lock");
         let watch = watched.entry(page).or_default();
         if watch.armed {
-            return;
+            return true;
+        }
+        let Some(vma) = self.find(page) else {
+            watch.armed = true;
+            return true;
+        };
+        // Another view of what is shared may be the one that is written; the faults there are not counted here.
+        if watch.faults >= most_faults && vma.prot.contains(Prot::WRITE) && !vma.shared {
+            return false;
         }
         watch.armed = true;
-        let Some(vma) = self.find(page) else { return };
         if vma.prot.contains(Prot::WRITE) {
             host_protect(page, FlatSpace::host_prot(vma.prot - Prot::WRITE));
         }
@@ -292,6 +315,7 @@ impl FlatSpace {
             }
             host_protect(view, FlatSpace::host_prot(prot - Prot::WRITE));
         }
+        true
     }
 
     /// See [`crate::mem::GuestMemory::epoch_cell`].

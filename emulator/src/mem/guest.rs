@@ -129,6 +129,18 @@ impl GuestMemory {
         each!(self, m => m.watch_code(gpa))
     }
 
+    /// As [`GuestMemory::watch_code`], for who can also compare code with what it was before it is executed: false if that is asked for,
+    /// because the page is written too often. Writes to it then go unnoticed; its end and changes of its rights do not.
+    pub fn watch_or_compare(&self, gpa: u64) -> bool {
+        match self {
+            GuestMemory::Ram(ram) => {
+                ram.watch_code(gpa);
+                true
+            }
+            GuestMemory::Flat(flat) => flat.watch_or_compare(gpa),
+        }
+    }
+
     /// Raised whenever any watched page was written, unmapped or changed rights.
     #[inline(always)]
     pub fn code_epoch(&self) -> u64 {

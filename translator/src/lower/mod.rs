@@ -4,6 +4,7 @@
 //! optional *landing* (the way in for indirect branches), the body, the stubs of its exits, and constants.
 
 mod branch;
+mod compare;
 mod copy;
 pub mod memory;
 
@@ -24,6 +25,8 @@ pub enum Leave {
     Step(u64),
     /// SYSCALL at this address, of this length.
     Syscall(u64, u8),
+    /// The block at this address was made from other bytes than are there now.
+    Changed(u64),
 }
 
 /// One exit of a piece of code.
@@ -249,6 +252,7 @@ fn attempt_lower(
         body: around.at,
         short,
     };
+    let failure = block.compared.then(|| compare::emit_failure(&mut l));
     let landing = landing.then(|| emit_landing(&mut l.e, &mut l.marks, block.start, around.miss));
     if around.linked && block.is_loop() {
         // As the compiler has laid it out with regard to the lines of the host's caches.
@@ -257,6 +261,9 @@ fn attempt_lower(
     }
     let body = l.e.len() as u32;
     l.body = l.e.here();
+    if let Some(failure) = failure {
+        compare::emit(&mut l, failure);
+    }
     let mut end = 0;
     let mut insns = 0;
     let mut open = true;
@@ -270,7 +277,7 @@ fn attempt_lower(
         end = usize::from(item.at) + usize::from(item.len);
         open = match item.route {
             Route::Copy | Route::CopyAndEnd => {
-                let copied = copy::copy(&mut l, item);
+                let copied = compare::load_immediate(&mut l, item) || copy::copy(&mut l, item);
                 if !copied {
                     l.leave(Leave::Step(block.rip(item)));
                 }
