@@ -1,8 +1,9 @@
 //! `bivisor boot`: a whole machine under an engine, with its console on the terminal.
 
+use crate::display::Display;
 use crate::engine::{self, Backend};
 use crate::exec::response;
-use crate::terminal::Terminal;
+use crate::terminal::{Input, Terminal};
 use anyhow::{Context, Result, anyhow, bail};
 use bivisor_emulator::cpu::CpuState;
 use bivisor_emulator::cpu::cpuid::CpuModel;
@@ -10,7 +11,7 @@ use bivisor_emulator::machine::boot::{self, Payload};
 use bivisor_emulator::machine::{Config, End, Machine, Sink};
 use clap::{Args, ValueEnum};
 use std::fs::File;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -36,6 +37,12 @@ pub struct BootArgs {
     /// A BIOS image of 64, 128 or 256 KiB, which gets the machine as after RESET.
     #[arg(long, value_name = "FILE", conflicts_with = "flat")]
     bios: Option<PathBuf>,
+    /// The VGA's BIOS: an option ROM that SeaBIOS runs first [default: vgabios-isavga.bin beside the BIOS, if it is there].
+    #[arg(long, value_name = "FILE", requires = "bios")]
+    vgabios: Option<PathBuf>,
+    /// Another option ROM for the BIOS to run. May be repeated.
+    #[arg(long, value_name = "FILE", requires = "bios")]
+    option_rom: Vec<PathBuf>,
     /// Bytes to put at an address and to start there, in --mode: code.bin@0x7c00.
     #[arg(long, value_name = "FILE@ADDRESS")]
     flat: Option<String>,
@@ -60,9 +67,13 @@ pub struct BootArgs {
     /// The engine.
     #[arg(long, value_enum, default_value = "auto")]
     backend: Backend,
-    /// The first serial port: stdio, none, or file:PATH.
-    #[arg(long, value_name = "WHERE", default_value = "stdio")]
-    serial: String,
+    /// The first serial port: stdio, none, or file:PATH [default: stdio, or none with --display text].
+    #[arg(long, value_name = "WHERE")]
+    serial: Option<String>,
+    /// The VGA's text screen: drawn in the terminal, where what is typed then goes to the PC's keyboard; if standard output is no
+    /// terminal, the rows that change are printed. [default: text for --bios on a terminal without --serial, else none]
+    #[arg(long, value_enum)]
+    display: Option<Screen>,
     /// A port whose bytes go to a file: 0xe9=file:PATH, or 0xe9=stdio. May be repeated.
     #[arg(long, value_name = "PORT=WHERE")]
     debugcon: Vec<String>,
@@ -125,6 +136,27 @@ fn sink(option: &str, place: &str) -> Result<Sink> {
     }
 }
 
+/// What becomes of the VGA's text screen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Screen {
+    /// It is drawn in the terminal.
+    Text,
+    /// It is not shown.
+    None,
+}
+
+impl BootArgs {
+    fn display(&self) -> Screen {
+        let shown = self.bios.is_some() && self.serial.is_none() && std::io::stdout().is_terminal();
+        self.display.unwrap_or(if shown { Screen::Text } else { Screen::None })
+    }
+
+    fn serial(&self) -> &str {
+        let other = if self.display() == Screen::Text { "none" } else { "stdio" };
+        self.serial.as_deref().unwrap_or(other)
+    }
+}
+
 /// The modes of --flat.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum FlatMode {
@@ -147,6 +179,7 @@ enum Start {
 struct Inputs {
     start: Start,
     initrd: Option<Vec<u8>>,
+    option_roms: Vec<(String, Vec<u8>)>,
     model: Arc<CpuModel>,
     backend: Backend,
 }
@@ -162,16 +195,23 @@ pub fn run(args: &BootArgs) -> Result<i32> {
         eprintln!("bivisor: {why}");
     }
     let initrd = args.initrd.as_ref().map(|path| read(path, "--initrd")).transpose()?;
-    let inputs = Inputs { start: start(args)?, initrd, model, backend };
+    let inputs = Inputs { start: start(args)?, initrd, option_roms: option_roms(args)?, model, backend };
     let limit = args.timeout.map(Duration::try_from_secs_f64).transpose().context("--timeout")?;
-    let terminal = (args.serial == "stdio").then(Terminal::take);
+    let shown = args.display() == Screen::Text;
+    if shown && args.serial() == "stdio" {
+        bail!("--display text and --serial stdio both want the terminal: use --serial file:PATH or none");
+    }
+    let input = if shown { Some(Input::Keyboard) } else { (args.serial() == "stdio").then_some(Input::Serial) };
+    let terminal = input.map(Terminal::take);
     let started = Instant::now();
     loop {
         let mut machine = build(args, &inputs)?;
         if let Some(terminal) = &terminal {
             terminal.attach(machine.remote());
         }
+        let display = shown.then(|| Display::start(machine.remote()));
         let end = machine.run(limit.map(|l| l.saturating_sub(started.elapsed())));
+        drop(display);
         if let Some(terminal) = &terminal {
             terminal.detach();
         }
@@ -215,6 +255,26 @@ fn start(args: &BootArgs) -> Result<Start> {
     Ok(Start::Kernel(read(path, "--kernel")?))
 }
 
+/// The option ROMs, by the names by which SeaBIOS finds them.
+fn option_roms(args: &BootArgs) -> Result<Vec<(String, Vec<u8>)>> {
+    let beside = args.bios.as_ref().map(|bios| bios.with_file_name("vgabios-isavga.bin")).filter(|path| path.is_file());
+    let vga = args.vgabios.clone().or(beside);
+    let mut roms = Vec::new();
+    let others = args.option_rom.iter().map(|path| ("--option-rom", "genroms", path));
+    for (option, directory, path) in vga.iter().map(|path| ("--vgabios", "vgaroms", path)).chain(others) {
+        let bytes = read(path, option)?;
+        if !bytes.starts_with(&[0x55, 0xaa]) {
+            bail!("{option} {}: not an option ROM: it does not begin with 55 AA", path.display());
+        }
+        let name = path.file_name().map(|n| n.to_string_lossy()).unwrap_or_default();
+        if name.len() > 40 {
+            bail!("{option} {}: a name of at most 40 bytes", path.display());
+        }
+        roms.push((format!("{directory}/{name}"), bytes));
+    }
+    Ok(roms)
+}
+
 fn complaint(end: End) -> Option<&'static str> {
     match end {
         End::Shutdown => Some("the guest died of a triple fault at"),
@@ -250,11 +310,12 @@ fn build(args: &BootArgs, inputs: &Inputs) -> Result<Machine> {
         memory: args.memory,
         epoch: if args.deterministic { 0 } else { now },
         counted_time: args.deterministic,
-        serial: sink("--serial", &args.serial)?,
+        serial: sink("--serial", args.serial())?,
         debugcon,
         debug_exit: args.debug_exit,
         test_device: args.testdev,
         rom: if let Start::Bios(rom) = &inputs.start { rom.clone() } else { Vec::new() },
+        firmware_files: inputs.option_roms.clone(),
     };
     let vcpu =
         engine::for_machine(inputs.backend, inputs.model.clone(), args.deterministic).map_err(anyhow::Error::msg)?;

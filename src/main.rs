@@ -7,6 +7,7 @@ mod compare;
 mod decode;
 mod demo;
 mod diff;
+mod display;
 mod doctor;
 // --drive and --cdrom come with their controllers.
 #[allow(dead_code)]
@@ -16,6 +17,7 @@ mod exec;
 mod explain;
 mod forms;
 mod guest;
+mod keyboard;
 mod native;
 mod run;
 mod stats;

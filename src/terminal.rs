@@ -1,25 +1,60 @@
-//! The user's terminal as the machine's serial console: raw mode, restored whatever happens, and a menu behind Ctrl-A.
+//! The user's terminal as the machine's console: raw mode, restored whatever happens, and a menu behind Ctrl-A.
 
-use bivisor_emulator::machine::{End, Remote};
+use crate::keyboard;
+use bivisor_emulator::machine::{End, Remote, Screen};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 use std::io::{Read, Write};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 /// Ctrl-A.
 const ESCAPE: u8 = 1;
 
-const HELP: &str =
-    "\r\nCtrl-A h  this help\r\nCtrl-A x  quit\r\nCtrl-A p  press the power button\r\nCtrl-A a  send Ctrl-A\r\n";
+const HELP: &str = "\r\nCtrl-A h  this help\r\nCtrl-A x  quit\r\nCtrl-A p  press the power button\r\nCtrl-A t  show the text screen\r\n\
+    Ctrl-A k  type on the keyboard, or on the serial line again\r\nCtrl-A a  send Ctrl-A\r\n";
+
+/// Where what is typed goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Input {
+    /// The first serial port.
+    Serial,
+    /// The PC's keyboard.
+    Keyboard,
+}
 
 /// The terminal while a machine has it.
 pub struct Terminal {
     before: Option<Termios>,
-    machine: Arc<Mutex<Option<Remote>>>,
+    machine: Arc<Attached>,
+}
+
+/// The machine that what is typed goes to.
+#[derive(Default)]
+struct Attached {
+    machine: Mutex<Option<Remote>>,
+    changed: Condvar,
+}
+
+impl Attached {
+    /// The machine; while there is none, what is typed waits.
+    fn wait(&self) -> Remote {
+        let mut machine = self.machine.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            match &*machine {
+                Some(machine) => return machine.clone(),
+                None => machine = self.changed.wait(machine).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+
+    fn set(&self, machine: Option<Remote>) {
+        *self.machine.lock().unwrap_or_else(PoisonError::into_inner) = machine;
+        self.changed.notify_all();
+    }
 }
 
 impl Terminal {
     /// Takes standard input: raw if it is a terminal, else as it is.
-    pub fn take() -> Terminal {
+    pub fn take(input: Input) -> Terminal {
         let stdin = std::io::stdin();
         let before = isatty(&stdin).then(|| tcgetattr(&stdin).ok()).flatten();
         if let Some(before) = &before {
@@ -27,21 +62,21 @@ impl Terminal {
             raw.make_raw();
             let _ = tcsetattr(&stdin, OptionalActions::Now, &raw);
         }
-        let machine = Arc::new(Mutex::new(None::<Remote>));
+        let machine = Arc::<Attached>::default();
         let (with_menu, to) = (before.is_some(), machine.clone());
         // Reading cannot be interrupted: the thread ends with the program or its input.
-        std::thread::spawn(move || pump(&to, with_menu));
+        std::thread::spawn(move || pump(&to, input, with_menu));
         Terminal { before, machine }
     }
 
     /// From now on what is typed goes to this machine.
     pub fn attach(&self, machine: Remote) {
-        *self.machine.lock().unwrap_or_else(PoisonError::into_inner) = Some(machine);
+        self.machine.set(Some(machine));
     }
 
-    /// What is typed goes nowhere.
+    /// What is typed waits for the next machine.
     pub fn detach(&self) {
-        *self.machine.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.machine.set(None);
     }
 }
 
@@ -53,15 +88,34 @@ impl Drop for Terminal {
     }
 }
 
-fn pump(to: &Mutex<Option<Remote>>, with_menu: bool) {
+fn send(machine: &Remote, input: Input, typed: &[u8]) {
+    match input {
+        Input::Serial => machine.type_serial(typed),
+        Input::Keyboard => machine.press_keys(&keyboard::scan_codes(typed)),
+    }
+}
+
+fn say(text: &str) {
+    let mut out = std::io::stdout();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+/// The text screen as lines for a terminal in raw mode.
+fn screen(machine: &Remote) -> String {
+    let Some(screen) = machine.screen() else { return "\r\n(the screen shows no text)\r\n".into() };
+    let mut rows: Vec<String> = screen.rows().map(Screen::text).collect();
+    rows.truncate(rows.iter().rposition(|r| !r.is_empty()).map_or(0, |last| last + 1));
+    format!("\r\n{}\r\n", rows.join("\r\n"))
+}
+
+fn pump(to: &Attached, mut input: Input, with_menu: bool) {
     let mut stdin = std::io::stdin().lock();
     let mut buffer = [0; 256];
     let mut escaped = false;
     while let Ok(n @ 1..) = stdin.read(&mut buffer) {
-        let machine = to.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let Some(machine) = machine else { continue };
+        let machine = to.wait();
         if !with_menu {
-            machine.type_serial(&buffer[..n]);
+            send(&machine, input, &buffer[..n]);
             continue;
         }
         let mut typed = Vec::new();
@@ -72,13 +126,15 @@ fn pump(to: &Mutex<Option<Remote>>, with_menu: bool) {
                 (true, b'x') => machine.end(End::Quit),
                 (true, b'p') => machine.press_power_button(),
                 (true, b'a' | ESCAPE) => typed.push(ESCAPE),
-                (true, b'h' | b'?') => {
-                    let mut out = std::io::stdout();
-                    let _ = out.write_all(HELP.as_bytes()).and_then(|()| out.flush());
+                (true, b't') => say(&screen(&machine)),
+                (true, b'k') => {
+                    send(&machine, input, &std::mem::take(&mut typed));
+                    input = if input == Input::Serial { Input::Keyboard } else { Input::Serial };
                 }
+                (true, b'h' | b'?') => say(HELP),
                 (true, _) => {}
             }
         }
-        machine.type_serial(&typed);
+        send(&machine, input, &typed);
     }
 }

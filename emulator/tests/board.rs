@@ -17,12 +17,14 @@ enum Access {
     Priority(u8),
     Take,
     Type(u8),
+    Press(u8),
+    Look,
     Wait(u64),
 }
 
 /// Ports that something answers at, most of the time.
 fn port() -> impl Strategy<Value = u16> {
-    const KNOWN: [std::ops::Range<u16>; 14] = [
+    const KNOWN: [std::ops::Range<u16>; 15] = [
         0x20..0x22,
         0x40..0x44,
         0x60..0x65,
@@ -30,6 +32,7 @@ fn port() -> impl Strategy<Value = u16> {
         0x92..0x93,
         0xa0..0xa2,
         0xe0..0xea,
+        0x3b0..0x3e0,
         0x3f8..0x400,
         0x4d0..0x4d2,
         0x510..0x514,
@@ -63,6 +66,8 @@ fn access() -> impl Strategy<Value = Access> {
         1 => (0..16u8).prop_map(Access::Priority),
         2 => Just(Access::Take),
         1 => any::<u8>().prop_map(Access::Type),
+        1 => any::<u8>().prop_map(Access::Press),
+        1 => Just(Access::Look),
         1 => (0..40u32).prop_map(|n| Access::Wait(1 << n)),
     ]
 }
@@ -77,6 +82,7 @@ fn machine() -> Machine {
         debug_exit: Some(0xf4),
         test_device: true,
         rom: vec![0x90; 0x1_0000],
+        firmware_files: vec![("genroms/some".into(), vec![0x55; 512])],
     };
     Machine::new(Box::<Interpreter>::default(), config).expect("a small machine")
 }
@@ -99,6 +105,11 @@ fn perform(bus: &dyn Bus, remote: &bivisor_emulator::machine::Remote, access: Ac
             bus.take_nmi();
         }
         Access::Type(byte) => remote.type_serial(&[byte]),
+        Access::Press(code) => remote.press_keys(&[code]),
+        Access::Look => {
+            let screen = remote.screen();
+            assert!(screen.is_none_or(|s| s.cells.len() <= 0x4000), "more than video memory holds");
+        }
         Access::Wait(ns) => remote.pass_time(ns),
     }
 }

@@ -1,5 +1,6 @@
 //! `bivisor boot`: guests of our own print the same on each engine, and what cannot be booted is said in a line.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
@@ -88,6 +89,27 @@ fn a_real_mode_program_ends_with_its_status() {
     }
 }
 
+/// A program of real mode writes to the text screen, waits for a key and writes its scan code as a character: Q is 0x10, shown as ►.
+#[test]
+fn the_text_screen_is_shown_and_the_keyboard_is_read() {
+    // mov ax, b800; mov es, ax; mov es:[0], 'H' on blue; wait for port 64 bit 0; in al, 60; mov es:[2], al; out f4, al
+    let program = [
+        &[0xb8, 0, 0xb8, 0x8e, 0xc0, 0x26, 0xc7, 6, 0, 0, b'H', 0x1f][..],
+        &[0xe4, 0x64, 0xa8, 1, 0x74, 0xfa, 0xe4, 0x60, 0x26, 0xa2, 2, 0, 0xe6, 0xf4],
+    ];
+    let flat = format!("{}@0x7c00", file("screen", &program.concat()));
+    for engine in ENGINES {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bivisor"));
+        command.args(["boot", "--backend", engine, "--flat", &flat, "--display", "text", "--debug-exit", "0xf4"]);
+        command.args(["--timeout", "60"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().expect("bivisor starts");
+        child.stdin.take().expect("piped").write_all(b"q").expect("written");
+        let output = child.wait_with_output().expect("ended");
+        let last = text(&output.stdout).lines().last().unwrap_or_default().to_owned();
+        assert_eq!((last.as_str(), output.status.code()), ("H►", Some(0x21)), "{engine}");
+    }
+}
+
 /// A BIOS begins at F000:FFF0 of its image: here with OUT 0xE9, a far jump, and an end.
 #[test]
 fn a_bios_starts_at_the_reset_vector() {
@@ -131,6 +153,9 @@ fn bad_input_is_said_in_a_line() {
     fails(&["--kernel", &kernel, "--initrd", &large, "--memory", "16"], 1, &["does not fit", "16 MiB"]);
     fails(&["--kernel", &kernel, "--memory", "5000"], 1, &["memory", "3072 MiB"]);
     fails(&["--kernel", &kernel, "--smp", "2"], 1, &["--smp 2"]);
+    fails(&["--kernel", &kernel, "--display", "text", "--serial", "stdio"], 1, &["both want the terminal"]);
+    let bios = file("bios", &vec![0; 0x1_0000]);
+    fails(&["--bios", &bios, "--option-rom", &text], 1, &["--option-rom", "55 AA"]);
     fails(&["--bios", &text], 1, &["64, 128 or 256 KiB"]);
     fails(&["--flat", &format!("{text}@0x7c01234")], 1, &["real mode cannot start"]);
     fails(&["--kernel", &kernel, "--serial", "carrier-pigeon"], 1, &["stdio, none, file:PATH"]);

@@ -54,6 +54,11 @@ impl I8042 {
         }
     }
 
+    /// How many scan codes the queue still takes.
+    pub fn room(&self) -> usize {
+        QUEUE.saturating_sub(self.keys.len())
+    }
+
     fn keyboard_byte(&self) -> Option<u8> {
         self.keys.front().copied().filter(|_| self.config & CONFIG_DISABLED == 0)
     }

@@ -13,6 +13,7 @@ pub mod pit;
 pub mod pm;
 pub mod testdev;
 pub mod uart;
+pub mod vga;
 
 /// A binary-coded decimal byte.
 fn bcd(v: u8) -> u8 {

@@ -4,6 +4,7 @@ mod acpi;
 pub mod boot;
 pub mod clock;
 mod pc;
+mod screen;
 mod sink;
 
 use crate::bus::Ns;
@@ -15,6 +16,7 @@ use crate::vcpu::{Board, Exit, Vcpu};
 use clock::Clock;
 use pc::Chips;
 pub use pc::{Pc, RAM_END};
+pub use screen::Screen;
 pub use sink::Sink;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -65,12 +67,14 @@ pub struct Config {
     pub test_device: bool,
     /// The BIOS image that ends at 4 GiB; empty: none.
     pub rom: Vec<u8>,
+    /// Files that firmware is offered by fw_cfg: name and content. SeaBIOS runs those under `vgaroms/` and `genroms/` as option ROMs.
+    pub firmware_files: Vec<(String, Vec<u8>)>,
 }
 
 /// The machine.
 pub struct Machine {
     vcpu: Box<dyn Vcpu + Send>,
-    mem: GuestMemory,
+    mem: Arc<GuestMemory>,
     pc: Arc<Pc>,
     off: Arc<AtomicBool>,
     instructions: u64,
@@ -90,6 +94,21 @@ impl Remote {
         chips.typed.extend(bytes);
         chips.advance(now);
         self.pc.publish_from_outside(&mut chips);
+    }
+
+    /// Scan codes (set 1) from the keyboard.
+    pub fn press_keys(&self, codes: &[u8]) {
+        let now = self.pc.clock.now();
+        let mut chips = self.pc.lock();
+        chips.keys.extend(codes);
+        chips.advance(now);
+        self.pc.publish_from_outside(&mut chips);
+    }
+
+    /// What is on the text screen; `None` while it is dark or shows graphics.
+    pub fn screen(&self) -> Option<Screen> {
+        let mode = self.pc.lock().vga.text_mode()?;
+        Some(Screen::read(&self.pc.mem, mode))
     }
 
     /// Lets counted time pass and carries out what is due then; the host's time passes by itself.
@@ -138,10 +157,13 @@ impl Machine {
         chips.fw_cfg.set(key::NB_CPUS, &1u16.to_le_bytes());
         chips.fw_cfg.set(key::MAX_CPUS, &1u16.to_le_bytes());
         tell_memory(&mut chips, config.memory);
-        let mem = GuestMemory::Ram(ram);
+        for (name, bytes) in &config.firmware_files {
+            chips.fw_cfg.add_file(name, bytes);
+        }
+        let mem = Arc::new(GuestMemory::Ram(ram));
         put_rom(&mem, &config.rom);
         chips.rom = config.rom;
-        let pc = Arc::new(Pc::new(chips, clock, vcpu.kicker()));
+        let pc = Arc::new(Pc::new(chips, mem.clone(), clock, vcpu.kicker()));
         Ok(Machine { vcpu, mem, pc, off: Arc::default(), instructions: 0 })
     }
 
@@ -318,9 +340,9 @@ fn keep_time(pc: &Pc, off: &AtomicBool, limit: Option<Ns>) {
     }
 }
 
-/// A BIOS is below 1 MiB too: at most its last 256 KiB.
+/// A BIOS is below 1 MiB too: at most its last 128 KiB, for option ROMs are before that.
 fn put_rom(mem: &GuestMemory, rom: &[u8]) {
-    let low = &rom[rom.len() - rom.len().min(0x4_0000)..];
+    let low = &rom[rom.len() - rom.len().min(0x2_0000)..];
     let _ = mem.write(0x10_0000 - low.len() as u64, low);
 }
 

@@ -12,13 +12,15 @@ use crate::devices::pit::Pit;
 use crate::devices::pm::{self, Pm};
 use crate::devices::testdev::TestDevice;
 use crate::devices::uart::Uart;
+use crate::devices::vga::Vga;
 use crate::machine::End;
 use crate::machine::clock::Clock;
 use crate::machine::sink::Sink;
+use crate::mem::GuestMemory;
 use crate::vcpu::Kicker;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Guest-physical address of the I/O APIC.
 pub const IOAPIC: u64 = 0xfec0_0000;
@@ -47,6 +49,7 @@ pub struct Chips {
     pub(super) pm: Pm,
     pub(super) fw_cfg: FwCfg,
     pci: PciHost,
+    pub(super) vga: Vga,
     pub(super) test: Option<TestDevice>,
     /// Where the local APIC's page is.
     lapic_base: u64,
@@ -61,6 +64,8 @@ pub struct Chips {
     seen: Ns,
     /// Bytes on the way to the serial port's receiver.
     pub(super) typed: VecDeque<u8>,
+    /// Scan codes on the way to the keyboard's queue.
+    pub(super) keys: VecDeque<u8>,
     pub(super) serial: Sink,
     /// Ports that write raw bytes somewhere.
     pub(super) debugcon: Vec<(u16, Sink)>,
@@ -79,6 +84,8 @@ pub struct Pc {
     /// What is waiting for the processor: asked at every turn, so outside the lock.
     lines: AtomicU8,
     pub(super) clock: Clock,
+    /// The RAM, for devices that access it by themselves.
+    pub(super) mem: Arc<GuestMemory>,
     /// Wakes a halted processor.
     pub(super) wake: Condvar,
     /// Wakes the timer thread.
@@ -110,6 +117,7 @@ impl Chips {
             pm,
             fw_cfg: FwCfg::new(),
             pci: PciHost::default(),
+            vga: Vga::default(),
             test: None,
             lapic_base: LAPIC,
             speaker: false,
@@ -118,6 +126,7 @@ impl Chips {
             lint0: false,
             seen: 0,
             typed: VecDeque::new(),
+            keys: VecDeque::new(),
             serial,
             debugcon: Vec::new(),
             debug_exit: None,
@@ -192,6 +201,15 @@ impl Chips {
         self.wire(4, self.com1.irq());
     }
 
+    fn feed_keyboard(&mut self) {
+        while self.keyboard.room() > 0
+            && let Some(code) = self.keys.pop_front()
+        {
+            self.keyboard.press(&[code]);
+        }
+        self.wire(1, self.keyboard.irq());
+    }
+
     /// Carries out what the timers have due up to `now`.
     pub(super) fn advance(&mut self, now: Ns) {
         let from = std::mem::replace(&mut self.seen, now);
@@ -206,6 +224,7 @@ impl Chips {
             self.settle();
         }
         self.feed_serial();
+        self.feed_keyboard();
         self.wire_chips(now);
         self.settle();
     }
@@ -220,7 +239,14 @@ impl Chips {
         match port {
             0x20 | 0x21 => self.pic.read(false, port & 1 != 0),
             0x40..=0x43 => self.pit.read(port as u8 & 3, now),
-            0x60 => self.keyboard.data(),
+            0x60 => {
+                let v = self.keyboard.data();
+                // The line falls before it rises for the next code: the controllers want an edge for each.
+                self.wire(1, false);
+                self.settle();
+                self.feed_keyboard();
+                v
+            }
             // Refresh toggles with the time, as BIOSes wait for it.
             0x61 => {
                 let out = self.pit.output(2, now);
@@ -231,6 +257,7 @@ impl Chips {
             0x71 => self.cmos.read(now),
             0x92 => u8::from(self.keyboard.a20()) << 1,
             0xa0 | 0xa1 => self.pic.read(true, port & 1 != 0),
+            0x3b0..=0x3df => self.vga.read(port, now),
             0x3f8..=0x3ff => {
                 let v = self.com1.read(port as u8 & 7);
                 self.feed_serial();
@@ -265,6 +292,7 @@ impl Chips {
                 }
             }
             0xa0 | 0xa1 => self.pic.write(true, port & 1 != 0, v),
+            0x3b0..=0x3df => self.vga.write(port, v),
             0x3f8..=0x3ff => {
                 self.com1.write(port as u8 & 7, v);
                 self.feed_serial();
@@ -379,9 +407,10 @@ fn has_timer(port: u16) -> bool {
 }
 
 impl Pc {
-    pub(super) fn new(chips: Chips, clock: Clock, kicker: Kicker) -> Pc {
+    pub(super) fn new(chips: Chips, mem: Arc<GuestMemory>, clock: Clock, kicker: Kicker) -> Pc {
         Pc {
             chips: Mutex::new(chips),
+            mem,
             lines: AtomicU8::new(0),
             clock,
             wake: Condvar::new(),
