@@ -364,8 +364,8 @@ fn text(r: &Report) -> String {
         out += &paint.bold(&format!("\n{name}: why the guest was left"));
         out.push('\n');
         for (reason, what, n) in ledger {
-            let number = reason.map_or("-".into(), |n| format!("exit reason {n}"));
-            out += &format!("{n:>8}  {what:42} {number}\n");
+            let number = reason.map_or("-".into(), |n| n.to_string());
+            out += &wrap(&format!("{n:>8}  VT-x {number:>2}  "), what);
         }
     }
     for (name, why) in &r.failed {

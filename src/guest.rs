@@ -1,5 +1,6 @@
-//! Small ring-0 guests, assembled here and now: a flat address space, tables of their own, a board of few ports, any engine.
+//! Small ring-0 guests, assembled here and now: a flat address space, tables of their own, the testsuite's board, any engine.
 
+use crate::classify::theorem::name;
 pub use crate::trap::Reason;
 use crate::trap::TrapVcpu;
 use anyhow::{Result, anyhow, bail};
@@ -7,13 +8,16 @@ use bivisor_emulator::bus::Bus;
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::cpu::{CpuState, Rflags};
 use bivisor_emulator::interp::Interpreter;
-use bivisor_emulator::isa::{Gpr, Width};
+use bivisor_emulator::isa::{Gpr, Sensitivity, Width, decode, exits};
 use bivisor_emulator::mem::{GuestMemory, Ram};
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Kicker, Vcpu};
-use bivisor_kvm_backend::KvmVm;
+use bivisor_kvm_backend::{KvmVcpu, KvmVm};
+use bivisor_testsuite::board::Ports;
+pub use bivisor_testsuite::board::{EXIT, RAISE, REPORT};
 use bivisor_translator::Translator;
+use iced_x86::Code;
 use iced_x86::code_asm::CodeAssembler;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, Once, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -53,66 +57,16 @@ pub const USER_STACK: u64 = 0xb_0000;
 
 /// A port that does nothing, at once.
 pub const FAST: u16 = 0x80;
-/// Ports of the board: OUT of a value to [`REPORT`] + n is the n-th of the report.
-pub const REPORT: u16 = 0x500;
-/// Raises an interrupt of the vector written.
-pub const RAISE: u16 = 0xe8;
-/// The end.
-pub const EXIT: u16 = 0xf4;
-
-/// The board.
-#[derive(Default)]
-pub struct Ports {
-    report: Mutex<BTreeMap<u16, u32>>,
-    raised: Mutex<VecDeque<u8>>,
-    ended: Mutex<bool>,
-}
-
-fn lock<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Bus for Ports {
-    fn read_port(&self, _: u16, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-
-    fn write_port(&self, port: u16, data: &[u8]) {
-        let mut value = [0; 4];
-        value[..data.len().min(4)].copy_from_slice(&data[..data.len().min(4)]);
-        match port {
-            RAISE => lock(&self.raised).push_back(value[0]),
-            EXIT => *lock(&self.ended) = true,
-            REPORT.. => {
-                lock(&self.report).insert(port - REPORT, u32::from_le_bytes(value));
-            }
-            _ => {}
-        }
-    }
-
-    fn read_mmio(&self, _: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-
-    fn write_mmio(&self, _: u64, _: &[u8]) {}
-
-    fn interrupt_pending(&self) -> bool {
-        !lock(&self.raised).is_empty()
-    }
-
-    fn take_interrupt(&self) -> Option<u8> {
-        lock(&self.raised).pop_front()
-    }
-}
-
 /// An engine for these guests.
 pub enum Engine {
-    /// Any of the three.
-    Plain(Box<dyn Vcpu>),
+    /// The interpreter.
+    Interp(Box<Interpreter>),
     /// The translator, for its counters.
     Bt(Box<Translator>),
     /// Trap-and-emulate, for its ledger.
     Trap(Box<TrapVcpu>),
+    /// KVM, for its counters.
+    Kvm(Box<KvmVcpu>),
 }
 
 /// The names of all, in the order of pages and tables.
@@ -126,47 +80,74 @@ impl Engine {
     pub fn new(name: &str) -> Result<Engine> {
         let model = Arc::new(CpuModel::host());
         Ok(match name {
-            "interp" => Engine::Plain(Box::new(Interpreter::new(model))),
+            "interp" => Engine::Interp(Box::new(Interpreter::new(model))),
             "bt" => Engine::Bt(Box::new(Translator::new(model)?)),
             "trap" => Engine::Trap(Box::new(TrapVcpu::new(model))),
-            "kvm" => Engine::Plain(Box::new(KvmVm::new(model).map_err(|e| anyhow!(e))?.vcpu())),
+            "kvm" => Engine::Kvm(Box::new(KvmVm::new(model).map_err(|e| anyhow!(e))?.vcpu())),
             _ => bail!("there is no engine {name}"),
         })
     }
 
     fn vcpu(&mut self) -> &mut dyn Vcpu {
         match self {
-            Engine::Plain(v) => &mut **v,
+            Engine::Interp(v) => &mut **v,
             Engine::Bt(v) => &mut **v,
             Engine::Trap(v) => &mut **v,
+            Engine::Kvm(v) => &mut **v,
         }
     }
 
-    /// Why and how often the guest was left, where the engine counts it.
+    /// Why and how often the guest was left, by the engine's own counters. The interpreter never enters a guest: what it does there is
+    /// [`Guest::profile`].
     pub fn ledger(&self) -> BTreeMap<Reason, u64> {
-        match self {
-            Engine::Plain(_) => BTreeMap::new(),
+        let mut out = match self {
+            Engine::Interp(_) => BTreeMap::new(),
             Engine::Trap(v) => v.ledger.clone(),
-            Engine::Bt(v) => {
-                let s = v.stats();
-                [
-                    ("call-out: one interpreter step", s.steps),
-                    ("not in the inline TLB", s.tlb_misses),
-                    ("to a block not linked yet", s.to_block),
-                    ("target of an indirect branch not found", s.misses),
-                    ("exception in translated code", s.faults),
-                ]
-                .into_iter()
-                .filter(|(_, n)| *n > 0)
-                .map(|(name, n)| ((None, name.to_string()), n))
-                .collect()
+            Engine::Kvm(v) => {
+                let mut out: BTreeMap<Reason, u64> =
+                    v.counts().into_iter().map(|(c, n)| ((c.vtx, format!("{} ({})", c.what, c.name)), n)).collect();
+                out.insert((None, "KVM cannot do it: one step of the interpreter".into()), v.assists());
+                out
             }
-        }
+            Engine::Bt(v) => {
+                let called = v.called();
+                let s = v.stats();
+                let known: u64 = called.values().sum();
+                let mut out: BTreeMap<Reason, u64> = BTreeMap::new();
+                for (code, n) in called {
+                    let (reason, name) = reason_of(code);
+                    *out.entry((reason, format!("call-out: {name}"))).or_default() += n;
+                }
+                out.extend(
+                    [
+                        ("call-out: a stretch that is not translated", s.steps.saturating_sub(known)),
+                        ("not in the inline TLB", s.tlb_misses),
+                        ("to a block not linked yet", s.to_block),
+                        ("target of an indirect branch not found", s.misses),
+                        ("exception in translated code", s.faults),
+                    ]
+                    .map(|(name, n)| ((None, name.to_string()), n)),
+                );
+                out
+            }
+        };
+        out.retain(|_, n| *n > 0);
+        out
     }
+}
+
+/// What leaving at an instruction is called, with the basic exit reason of VT-x. (Task switches, for which far transfers leave hardware,
+/// are not what these guests do.)
+pub fn reason_of(code: Code) -> Reason {
+    (exits::hardware(code).vtx.reason.filter(|r| *r != 9), name(code))
 }
 
 /// When which engine is to be stopped, though its guest does nothing that leaves it.
 static DEADLINE: Mutex<Option<(Instant, Kicker)>> = Mutex::new(None);
+
+fn lock() -> std::sync::MutexGuard<'static, Option<(Instant, Kicker)>> {
+    DEADLINE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// One thread for all guests that looks whether a deadline has come.
 fn watch(deadline: Option<(Instant, Kicker)>) {
@@ -175,7 +156,7 @@ fn watch(deadline: Option<(Instant, Kicker)>) {
         std::thread::spawn(|| {
             loop {
                 std::thread::sleep(Duration::from_millis(50));
-                let guard = lock(&DEADLINE);
+                let guard = lock();
                 if let Some((at, kicker)) = guard.as_ref()
                     && Instant::now() > *at
                 {
@@ -184,7 +165,7 @@ fn watch(deadline: Option<(Instant, Kicker)>) {
             }
         });
     });
-    *lock(&DEADLINE) = deadline;
+    *lock() = deadline;
 }
 
 /// A guest in memory.
@@ -192,6 +173,8 @@ pub struct Guest {
     mem: GuestMemory,
     entry: u64,
     ports: Ports,
+    /// Addresses of the handlers, and their vectors.
+    handlers: BTreeMap<u64, u8>,
 }
 
 /// A 64-bit gate.
@@ -213,8 +196,10 @@ impl Guest {
         let mem = GuestMemory::Ram(Ram::shared(RAM)?);
         let put = |at: u64, v: u64| mem.store(at, Width::Q, v).ok_or_else(|| anyhow!("no RAM at {at:#x}"));
         mem.write(CODE, &made.inner.code_buffer).ok_or_else(|| anyhow!("the code is too long"))?;
+        let mut handlers = BTreeMap::new();
         for g in gates {
             let address = made.label_ip(&g.label)?;
+            handlers.insert(address, g.vector);
             let [low, high] = gate(address, g.dpl);
             put(IDT + 16 * u64::from(g.vector), low)?;
             put(IDT + 16 * u64::from(g.vector) + 8, high)?;
@@ -240,7 +225,7 @@ impl Guest {
             put(GDT + u64::from(selector & !7), v)?;
         }
         mem.write(TSS + 4, &STACK.to_le_bytes()).ok_or_else(|| anyhow!("no TSS"))?;
-        Ok(Guest { mem, entry: CODE, ports: Ports::default() })
+        Ok(Guest { mem, entry: CODE, ports: Ports::default(), handlers })
     }
 
     /// Stores a number in its memory.
@@ -253,10 +238,69 @@ impl Guest {
     /// # Errors
     /// What went wrong, and where.
     pub fn run(&self, engine: &mut Engine, limit: Duration) -> Result<BTreeMap<u16, u32>> {
-        lock(&self.ports.report).clear();
-        lock(&self.ports.raised).clear();
-        *lock(&self.ports.ended) = false;
         let vcpu = engine.vcpu();
+        self.power_on(vcpu);
+        let board = Board { mem: &self.mem, bus: &self.ports };
+        let start = Instant::now();
+        watch(Some((start + limit, vcpu.kicker())));
+        loop {
+            let exit = vcpu.run(board, u64::MAX);
+            if self.ports.status().is_some() {
+                watch(None);
+                return Ok(self.ports.report());
+            }
+            match exit {
+                Exit::Budget | Exit::Kicked if start.elapsed() < limit => {}
+                Exit::Halt if self.ports.interrupt_pending() && start.elapsed() < limit => {}
+                exit => {
+                    watch(None);
+                    let rip = vcpu.state().rip;
+                    bail!("{exit:?} at {rip:#x} after {:?}", start.elapsed());
+                }
+            }
+        }
+    }
+
+    /// What it does, counted by single steps of the interpreter: sensitive instructions, and exceptions and interrupts delivered.
+    ///
+    /// # Errors
+    /// It does not come to its end within `most` instructions.
+    pub fn profile(&self, most: u64) -> Result<BTreeMap<Reason, u64>> {
+        let mut out: BTreeMap<Reason, u64> = BTreeMap::new();
+        let mut vcpu = Interpreter::new(Arc::new(CpuModel::host()));
+        self.power_on(&mut vcpu);
+        let board = Board { mem: &self.mem, bus: &self.ports };
+        for _ in 0..most {
+            let s = vcpu.state();
+            let due = s.rflags.contains(Rflags::IF) && !s.interrupt_shadow && self.ports.interrupt_pending();
+            // An interrupt is taken before the next instruction, which then is its handler's first.
+            let taken = self.handlers.iter().find(|(_, vector)| due && **vector >= 32);
+            let before = taken.map_or(s.rip, |(handler, _)| *handler);
+            let mut bytes = [0; 15];
+            // Its code is where it was put, mapped one to one.
+            let insn = self.mem.read(before, &mut bytes).and_then(|()| decode(&bytes, 64).ok());
+            let exit = vcpu.run(board, 1);
+            if let Some((_, vector)) = taken {
+                *out.entry((Some(1), format!("interrupt {vector} delivered"))).or_default() += 1;
+            }
+            if let Some(vector) = self.handlers.get(&vcpu.state().rip).filter(|v| **v < 32) {
+                *out.entry((Some(0), format!("exception {vector} delivered"))).or_default() += 1;
+            }
+            if let Some(i) = insn.filter(|i| i.facts.sensitivity != Sensitivity::Innocuous) {
+                *out.entry(reason_of(i.iced.code())).or_default() += 1;
+            }
+            match exit {
+                _ if self.ports.status().is_some() => return Ok(out),
+                Exit::Budget => {}
+                exit => bail!("{exit:?} at {before:#x}"),
+            }
+        }
+        bail!("not done after {most} instructions")
+    }
+
+    /// The state it starts in.
+    fn power_on(&self, vcpu: &mut dyn Vcpu) {
+        self.ports.reset();
         let mut s = CpuState::long64(0);
         s.seg[1].selector = KCODE;
         s.seg[2].selector = KDATA;
@@ -274,25 +318,6 @@ impl Guest {
         s.rflags = Rflags::FIXED;
         *vcpu.state() = s;
         vcpu.set_intercepts(Intercepts::empty());
-        let board = Board { mem: &self.mem, bus: &self.ports };
-        let start = Instant::now();
-        watch(Some((start + limit, vcpu.kicker())));
-        loop {
-            let exit = vcpu.run(board, u64::MAX);
-            if *lock(&self.ports.ended) {
-                watch(None);
-                return Ok(lock(&self.ports.report).clone());
-            }
-            match exit {
-                Exit::Budget | Exit::Kicked if start.elapsed() < limit => {}
-                Exit::Halt if self.ports.interrupt_pending() && start.elapsed() < limit => {}
-                exit => {
-                    watch(None);
-                    let rip = vcpu.state().rip;
-                    bail!("{exit:?} at {rip:#x} after {:?}", start.elapsed());
-                }
-            }
-        }
     }
 }
 

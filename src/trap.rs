@@ -4,12 +4,13 @@
 //! The guest's linear addresses are mapped in a [`Vessel`] page by page as they fault (a shadow of the guest's page tables, thrown away
 //! when the guest flushes its TLB): hidden faults; faults that the guest's own tables ask for are true ones. Not for real work.
 
+use crate::guest::reason_of;
 use crate::vessel::{LOWEST, Registers, STUB, Stop, Vessel};
 use anyhow::Result;
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::cpu::{CpuState, Mode, Rflags};
 use bivisor_emulator::interp::{Core, Env};
-use bivisor_emulator::isa::{Class, Gpr, Seg, decode, exits, facts};
+use bivisor_emulator::isa::{Class, Gpr, Seg, decode, facts};
 use bivisor_emulator::mem::paging::{allowed, peek, walk};
 use bivisor_emulator::mem::{Access, By, GuestMemory, PAGE_SIZE};
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Kicker, Vcpu};
@@ -252,9 +253,8 @@ impl TrapVcpu {
     fn emulate(&mut self, board: Board<'_>, trapped: bool) -> Exit {
         let iced = self.instruction(board.mem);
         if let (Some(i), true) = (iced, trapped) {
-            // Hardware leaves at IRET and the like only to switch tasks.
-            let reason = exits::hardware(i.code()).vtx.reason.filter(|r| *r != 9);
-            self.count(reason, format!("{:?}", i.mnemonic()).to_uppercase());
+            let (reason, name) = reason_of(i.code());
+            self.count(reason, name);
         }
         if iced.is_none_or(|i| facts(i.code()).class == Class::Native) {
             self.fetch_extended();

@@ -1,5 +1,6 @@
 //! The hardware-assisted engine over KVM.
 
+mod counts;
 mod exit;
 pub mod host;
 mod intercept;
@@ -13,6 +14,7 @@ pub mod sample;
 mod space;
 mod vm;
 
+pub use counts::Counter;
 pub use exit::how;
 pub use host::{HostKvm, Kind, host};
 pub use run::{KvmVcpu, KvmVm};

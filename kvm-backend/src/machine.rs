@@ -4,6 +4,7 @@
 //! with the state as it was before, and one step of the interpreter says exactly which it was. Small budgets, and intercepts that
 //! hardware has not, go one instruction at a time (KVM_GUESTDBG_SINGLESTEP).
 
+use crate::counts::{self, Counter, Returns};
 use crate::exit::{self, Left, Wiring};
 use crate::host::{Kind, host};
 use crate::kick::{Alarm, Kickable};
@@ -18,8 +19,8 @@ use bivisor_emulator::mem::{Access, GuestMemory, PAGE_SIZE, Ram};
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts};
 use iced_x86::Mnemonic as M;
 use kvm_bindings::{
-    KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS,
-    kvm_guest_debug, kvm_sregs,
+    KVM_EXIT_INTR, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS,
+    KVM_SYNC_X86_SREGS, kvm_guest_debug, kvm_sregs,
 };
 use kvm_ioctls::VcpuFd;
 use std::io;
@@ -50,6 +51,7 @@ pub(crate) struct Machine {
     /// The interrupt table is hidden: its true base and limit.
     hidden: Option<bivisor_emulator::cpu::Table>,
     stepping: bool,
+    returns: Returns,
 }
 
 impl Machine {
@@ -80,6 +82,7 @@ impl Machine {
                 injecting: None,
                 hidden: None,
                 stepping: false,
+                returns: Returns::default(),
             })
         };
         make().map_err(|e| format!("KVM: no virtual machine: {e}"))
@@ -104,6 +107,23 @@ impl Machine {
         // Whoever looks may change RIP: an exception on its way is raised again, if the instruction still is to be executed.
         self.events_stale = true;
         Ok(())
+    }
+
+    /// Why the guest was left: returns to the monitor, then the kernel's counters, where it has some.
+    pub fn counts(&self) -> Vec<(Counter, u64)> {
+        self.returns.all().chain(counts::read(&self.fd).unwrap_or_default()).collect()
+    }
+
+    /// KVM_RUN, once.
+    fn enter(&mut self, wiring: Wiring<'_>) -> Left {
+        let left = exit::run(&mut self.fd, wiring);
+        let reason = match left {
+            // EINTR leaves an older reason there.
+            Left::Interrupted => KVM_EXIT_INTR,
+            _ => self.fd.get_kvm_run().exit_reason,
+        };
+        self.returns.note(reason);
+        left
     }
 
     /// The state into the hardware.
@@ -322,10 +342,10 @@ impl KvmVcpu {
             return Ok(Left::Interrupted);
         }
         let wiring = Wiring::Bus(board.bus);
-        let mut left = exit::run(&mut m.fd, wiring);
+        let mut left = m.enter(wiring);
         // I/O needs nothing of the state: straight back, unless somebody wants something.
         while left == Left::Served && !m.stepping && !kicker.requested() && !board.bus.interrupt_pending() {
-            left = exit::run(&mut m.fd, wiring);
+            left = m.enter(wiring);
         }
         if left == Left::Interrupted {
             kickable.rearm();

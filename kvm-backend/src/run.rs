@@ -1,5 +1,6 @@
 //! [`KvmVm`] and [`KvmVcpu`]: which of the two ways a guest is run, and the state that goes in and out.
 
+use crate::counts::Counter;
 use crate::host::host;
 use crate::machine::Machine;
 use crate::process::Process;
@@ -67,6 +68,7 @@ impl KvmVm {
             kicker: Kicker::default(),
             hardware: Hardware::None,
             reason: None,
+            assists: 0,
         }
     }
 
@@ -121,12 +123,27 @@ pub struct KvmVcpu {
     pub(crate) kicker: Kicker,
     pub(crate) hardware: Hardware,
     pub(crate) reason: Option<String>,
+    assists: u64,
 }
 
 impl KvmVcpu {
     /// Why the last [`Exit::Unsupported`].
     pub fn reason(&self) -> Option<&str> {
         self.reason.as_deref()
+    }
+
+    /// Why and how often the guest of a machine was left, by KVM's counters too where it has some (Linux 5.14); empty before the
+    /// first run.
+    pub fn counts(&self) -> Vec<(Counter, u64)> {
+        match &self.hardware {
+            Hardware::Machine(m) => m.counts(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// How often the interpreter did an instruction of the guest's.
+    pub fn assists(&self) -> u64 {
+        self.assists
     }
 
     /// Remembers why, for [`Exit::Unsupported`].
@@ -137,6 +154,7 @@ impl KvmVcpu {
 
     /// One instruction by the interpreter, on a complete state.
     pub(crate) fn assist(&mut self, board: Board<'_>) -> Exit {
+        self.assists += 1;
         self.core.mmu.flush();
         self.core.step(&mut self.cpu, board)
     }

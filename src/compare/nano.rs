@@ -425,6 +425,9 @@ fn processor_time() -> f64 {
     t.tv_sec as f64 * 1e9 + t.tv_nsec as f64
 }
 
+/// Turns that the interpreter is stepped through, for its ledger.
+const STEPPED: u64 = 8;
+
 /// One guest on one engine.
 pub struct Bench {
     guest: Guest,
@@ -455,6 +458,17 @@ impl Bench {
         Ok(if apart { start.elapsed().as_nanos() as f64 } else { processor_time() - cpu })
     }
 
+    /// What the engine has counted; of the interpreter, what that many turns are made of.
+    fn ledger(&self, turns: u64) -> Result<BTreeMap<Reason, u64>> {
+        match self.engine {
+            Engine::Interp(_) => {
+                self.guest.poke(PARAM, turns);
+                self.guest.profile(100_000)
+            }
+            _ => Ok(self.engine.ledger()),
+        }
+    }
+
     /// Nanoseconds a turn, `samples` times, each of at least `least`.
     ///
     /// # Errors
@@ -467,15 +481,16 @@ impl Bench {
             turns *= 4;
             elapsed = self.time(turns)?;
         }
-        let before = self.engine.ledger();
+        let before = self.ledger(1)?;
         let mut seen: Vec<f64> = Vec::new();
         for _ in 0..samples {
             seen.push((self.time(turns)? - base).max(0.0) / (turns - 1) as f64);
         }
-        let done = (turns * samples as u64 * u64::from(self.copies)) as f64;
-        let ledger = self.engine.ledger().into_iter().filter_map(|(reason, n)| {
-            let new = (n - before.get(&reason).copied().unwrap_or(0)) as f64 / done;
-            (new > 0.2).then_some((reason, new))
+        let counted = if matches!(self.engine, Engine::Interp(_)) { STEPPED } else { turns * samples as u64 };
+        let done = (counted * u64::from(self.copies)) as f64;
+        let ledger = self.ledger(1 + STEPPED)?.into_iter().filter_map(|(reason, n)| {
+            let new = n.saturating_sub(before.get(&reason).copied().unwrap_or(0)) as f64 / done;
+            (new > 0.01).then_some((reason, new))
         });
         seen.sort_by(f64::total_cmp);
         Ok(Cost { median: seen[seen.len() / 2], spread: [seen[0], seen[seen.len() - 1]], ledger: ledger.collect() })

@@ -60,12 +60,13 @@ pub fn text(r: &Report) -> String {
         let _ = writeln!(out, "\n{}", paint.bold("Ledger: times that an engine was left for one operation"));
         for e in &r.ledger {
             let number = e.vtx_reason.map_or("-".into(), |n| n.to_string());
-            let _ =
-                writeln!(out, "  {:10} {:5} {:>8.2}  VT-x {number:>3}  {}", e.operation, e.engine, e.times, e.reason);
+            out +=
+                &wrap(&format!("  {:10} {:6} {:>7.2}  VT-x {number:>2}  ", e.operation, e.engine, e.times), &e.reason);
         }
         out += &wrap(
             "  ",
-            "KVM does not tell how often its kernel part was entered; the exit reason of hardware for an operation is in the JSON.",
+            "VT-x is Intel's basic exit reason for it, - where there is none. interp: sensitive instructions and events, each a function; \
+             bt: exits of translated code; trap: signals; kvm: returns of KVM_RUN and, with their kernel names, KVM's own counters.",
         );
     }
     let papers: Vec<&Row> = r.operations.iter().filter(|o| o.paper.is_some()).collect();

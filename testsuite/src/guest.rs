@@ -1,29 +1,16 @@
-//! Guests of our own that run in ring 0: assembled by the host's `cc`, loaded at their addresses, on a board of three ports.
-//!
-//! | port | what |
-//! | --- | --- |
-//! | [`OUTPUT`] | a character of the report |
-//! | [`RAISE`] | raises the external interrupt whose vector is written |
-//! | [`EXIT`] | the end, with a status |
+//! Guests of our own that run in ring 0: assembled by the host's `cc`, loaded at their addresses, on the [board](crate::board).
 
+use crate::board::Ports;
+pub use crate::board::{EXIT, OUTPUT, RAISE};
 use bivisor_emulator::bus::Bus;
 use bivisor_emulator::cpu::{CpuState, Rflags};
 use bivisor_emulator::isa::{Gpr, Width};
 use bivisor_emulator::mem::{GuestMemory, Ram};
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Vcpu};
-use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
-
-/// A character of the report.
-pub const OUTPUT: u16 = 0xe9;
-/// Raises an interrupt.
-pub const RAISE: u16 = 0xe8;
-/// The end.
-pub const EXIT: u16 = 0xf4;
 
 /// RAM of a guest.
 const RAM: u64 = 16 << 20;
@@ -61,48 +48,6 @@ pub struct Report {
     pub output: String,
     /// The status it ended with.
     pub status: u8,
-}
-
-/// The chips of the board.
-#[derive(Default)]
-struct Ports {
-    output: Mutex<Vec<u8>>,
-    raised: Mutex<VecDeque<u8>>,
-    status: Mutex<Option<u8>>,
-}
-
-fn lock<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Bus for Ports {
-    fn read_port(&self, _port: u16, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-
-    fn write_port(&self, port: u16, data: &[u8]) {
-        let Some(&v) = data.first() else { return };
-        match port {
-            OUTPUT => lock(&self.output).push(v),
-            RAISE => lock(&self.raised).push_back(v),
-            EXIT => *lock(&self.status) = Some(v),
-            _ => {}
-        }
-    }
-
-    fn read_mmio(&self, _gpa: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-
-    fn write_mmio(&self, _gpa: u64, _data: &[u8]) {}
-
-    fn interrupt_pending(&self) -> bool {
-        !lock(&self.raised).is_empty()
-    }
-
-    fn take_interrupt(&self) -> Option<u8> {
-        lock(&self.raised).pop_front()
-    }
 }
 
 /// Puts the guest's segments into RAM; gives the entry point.
@@ -149,7 +94,7 @@ impl<'a> Run<'a> {
     }
 
     fn ended(&self) -> bool {
-        lock(&self.ports.status).is_some()
+        self.ports.status().is_some()
     }
 
     fn page(&self, n: u64) -> [u8; 4096] {
@@ -189,7 +134,7 @@ pub fn lockstep(
     let differs = (0..RAM >> 12).find(|n| a.page(*n) != b.page(*n));
     match differs {
         Some(page) => Err(format!("the page at {:#x} differs", page << 12)),
-        None if *lock(&a.ports.output) != *lock(&b.ports.output) => Err("what they wrote differs".into()),
+        None if a.ports.output() != b.ports.output() => Err("what they wrote differs".into()),
         None => Ok(rounds),
     }
 }
@@ -233,10 +178,8 @@ fn run_by(engine: &mut dyn Vcpu, elf: &[u8], limit: Duration, slice: u64) -> Res
     let start = Instant::now();
     loop {
         let exit = engine.run(board, slice);
-        let output = || String::from_utf8_lossy(&lock(&ports.output)).into_owned();
-        let status = *lock(&ports.status);
-        if let Some(status) = status {
-            return Ok(Report { output: output(), status });
+        if let Some(status) = ports.status() {
+            return Ok(Report { output: ports.output(), status });
         }
         let waits = engine.state().rflags.contains(Rflags::IF) && ports.interrupt_pending();
         match exit {
@@ -245,7 +188,7 @@ fn run_by(engine: &mut dyn Vcpu, elf: &[u8], limit: Duration, slice: u64) -> Res
             Exit::Kicked if start.elapsed() < limit => {}
             exit => {
                 let rip = engine.state().rip;
-                return Err(format!("{exit:?} at {rip:#x} after:\n{}", output()));
+                return Err(format!("{exit:?} at {rip:#x} after:\n{}", ports.output()));
             }
         }
     }

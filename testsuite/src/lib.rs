@@ -1,5 +1,6 @@
 //! Differential fidelity tests: cases as text, the engines they run on, the host CPU as one of them.
 
+pub mod board;
 pub mod campaign;
 pub mod case;
 pub mod dispatch;

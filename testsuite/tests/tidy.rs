@@ -45,6 +45,7 @@ const UNSAFE: &[&str] = &[
     "emulator/src/native/code.rs",
     "emulator/src/native/x87.rs",
     "emulator/tests/native/raw.rs",
+    "kvm-backend/src/counts.rs",
     "kvm-backend/src/kick.rs",
     "kvm-backend/src/vm.rs",
     "src/vessel.rs",

@@ -22,6 +22,8 @@ use bivisor_emulator::interp::sensitive::time::TimeSource;
 use bivisor_emulator::isa::{Seg, decode};
 use bivisor_emulator::mem::{Access, By, PAGE_SIZE, Ram};
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts};
+use iced_x86::Code;
+use std::collections::BTreeMap;
 
 /// State components above x87 and XMM.
 const UPPER: u64 = component::AVX | component::AVX512;
@@ -47,6 +49,8 @@ pub struct System {
     store: Option<(u64, u64)>,
     /// By exit: what it calls the interpreter for.
     calls: Vec<Option<Box<Call>>>,
+    /// How often, of those that were thrown away.
+    called: BTreeMap<Code, u64>,
     flushes: u64,
     /// Components above XMM are in use.
     upper: bool,
@@ -61,6 +65,8 @@ pub struct System {
 /// An instruction that the interpreter does, and what followed it last.
 struct Call {
     insn: Prepared,
+    code: Code,
+    times: u64,
     next: u64,
     block: u32,
     /// [`bivisor_emulator::mem::Mmu::generation`] then.
@@ -110,6 +116,7 @@ impl System {
             watches: 0,
             store: None,
             calls: Vec::new(),
+            called: BTreeMap::new(),
             flushes: 0,
             upper: false,
             wants_upper: false,
@@ -121,6 +128,15 @@ impl System {
     /// Counters of the cache.
     pub fn counts(&self) -> crate::system::cache::Counts {
         self.cache.counts
+    }
+
+    /// How often the interpreter was called, by instruction.
+    pub fn called(&self) -> BTreeMap<Code, u64> {
+        let mut all = self.called.clone();
+        for c in self.calls.iter().flatten() {
+            *all.entry(c.code).or_default() += c.times;
+        }
+        all
     }
 
     fn flush_mapping(&mut self) {
@@ -283,6 +299,7 @@ impl System {
             }
             if self.flushes != self.cache.counts.flushes {
                 self.flushes = self.cache.counts.flushes;
+                self.called = self.called();
                 self.calls.clear();
                 via = Via::Start;
             }
@@ -394,11 +411,15 @@ impl System {
         if self.calls[n].is_none() {
             let insn = self.cache.bytes(ram, id, t.cpu.rip).and_then(|b| decode(&b, 64).ok());
             let Some(insn) = insn else { return t.core.run(&mut t.cpu, board, 1, None) };
+            let code = insn.iced.code();
             let insn = t.core.prepare(&mut t.cpu, board, insn);
-            self.calls[n] = Some(Box::new(Call { insn, next: 0, block: u32::MAX, mapping: 0 }));
+            self.calls[n] = Some(Box::new(Call { insn, code, times: 0, next: 0, block: u32::MAX, mapping: 0 }));
         }
-        match &self.calls[n] {
-            Some(c) => t.core.execute(&mut t.cpu, board, &c.insn),
+        match &mut self.calls[n] {
+            Some(c) => {
+                c.times += 1;
+                t.core.execute(&mut t.cpu, board, &c.insn)
+            }
             None => t.core.run(&mut t.cpu, board, 1, None),
         }
     }
@@ -562,6 +583,11 @@ impl System {
 }
 
 impl Translator {
+    /// How often a machine's guest called the interpreter, by instruction; steps in what is not translated are not among them.
+    pub fn called(&self) -> BTreeMap<Code, u64> {
+        self.system.as_ref().map(|s| s.called()).unwrap_or_default()
+    }
+
     /// Runs at most `budget` instructions on guest RAM.
     pub(crate) fn run_system(&mut self, board: Board<'_>, ram: &Ram, budget: u64) -> Exit {
         let mut system = match self.system.take() {
