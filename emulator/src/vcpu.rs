@@ -69,6 +69,21 @@ pub trait Vcpu {
     /// Runs at most `budget` instructions (`u64::MAX`: no limit; an engine that cannot count exactly when the budget is large may
     /// overshoot, but `1` is always exact).
     fn run(&mut self, board: Board<'_>, budget: u64) -> Exit;
+    /// Runs a stretch of at most `most` instructions as the engine runs at full speed where it can, and comes back at the end of what
+    /// it takes as one: at the latest after a branch. Also how many instructions were completed; an engine that does not count takes
+    /// each element of a repetition for one.
+    fn run_stretch(&mut self, board: Board<'_>, most: u64) -> (Exit, u64) {
+        match self.instructions() {
+            Some(before) => {
+                let exit = self.run(board, most);
+                (exit, self.instructions().unwrap_or(before) - before)
+            }
+            None => {
+                let exit = self.run(board, 1);
+                (exit, u64::from(exit == Exit::Budget))
+            }
+        }
+    }
     /// The state, to read and to change; `run` goes on from it.
     fn state(&mut self) -> &mut CpuState;
     /// The state without what is costly to fetch from hardware: `xsave` may be stale, and changes of it may be lost. For system

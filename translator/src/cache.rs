@@ -14,7 +14,7 @@ use crate::lower::Leave;
 use crate::marks::Registers;
 use crate::route::{Policy, Routes};
 use crate::stats::{CacheStats, Stats};
-use crate::store::{MAX_BLOCK, Store};
+use crate::store::{Apart, MAX_BLOCK, Store};
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::host::thread::ThreadBlock;
 use bivisor_emulator::mem::GuestMemory;
@@ -283,10 +283,17 @@ impl Cache {
         }
     }
 
-    /// Code for the one instruction at `rip`, linked to nothing and found by nobody else; `None` if it cannot be translated, or
-    /// pushes flags and must not.
-    pub fn single(&self, mem: &GuestMemory, rip: u64, may_push_flags: bool, scratch: &mut Scratch) -> Option<Entry> {
-        if !scratch.decode(&mut { mem }, rip, &self.routes, 1) {
+    /// Code for at most `most` instructions at `rip`, linked to nothing and found by nobody else; `None` if the first cannot be
+    /// translated, or pushes flags and must not.
+    pub fn apart(
+        &self,
+        mem: &GuestMemory,
+        rip: u64,
+        most: usize,
+        may_push_flags: bool,
+        scratch: &mut Scratch,
+    ) -> Option<(Entry, Apart)> {
+        if !scratch.decode(&mut { mem }, rip, &self.routes, most.min(MAX_INSNS)) {
             return None;
         }
         // It is executed at once.
@@ -299,8 +306,8 @@ impl Cache {
             let mut store = self.lock();
             let flushes = self.flushes();
             if !store.is_full() {
-                let body = store.insert_apart(&self.exits, &scratch.block);
-                return Some(Entry { host: self.range.0 + u64::from(body), flushes });
+                let apart = store.insert_apart(&self.exits, &scratch.block);
+                return Some((Entry { host: self.range.0 + u64::from(apart.body), flushes }, apart));
             }
             drop(store);
             self.flush(flushes);

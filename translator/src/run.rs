@@ -162,9 +162,9 @@ impl Translator {
         block
     }
 
-    fn run_flat(&mut self, board: Board<'_>, single: bool) -> Exit {
+    fn run_flat<T>(&mut self, board: Board<'_>, body: impl FnOnce(&mut Self, &ThreadBlock) -> T) -> T {
         let block = self.prepare(board);
-        let exit = self.dispatch(board, block, single);
+        let exit = body(self, block);
         block.scratch[slot::CACHE_START].set(0);
         block.scratch[slot::CACHE_END].set(0);
         self.kicker.left();
@@ -174,23 +174,73 @@ impl Translator {
         exit
     }
 
-    /// Runs until there is a reason to return; if `single`, after one instruction.
-    fn dispatch(&mut self, board: Board<'_>, block: &ThreadBlock, single: bool) -> Exit {
+    /// At most `most` instructions in code that is linked to nothing, up to where that is left; and how many were completed.
+    fn apart(&mut self, board: Board<'_>, block: &ThreadBlock, most: u64) -> (Exit, u64) {
+        loop {
+            if self.kicker.requested() && self.kicker.take() {
+                return (Exit::Kicked, 0);
+            }
+            let interrupts = self.cpu.rflags & Rflags::IF;
+            let before = self.core.instructions();
+            let (rip, most, may_push) = (self.cpu.rip, most as usize, !interrupts.is_empty());
+            let found = match self.translatable(most == 1) {
+                true => self.cache.apart(board.mem, rip, most, may_push, &mut self.scratch),
+                false => None,
+            };
+            let Some((entry, apart)) = found else {
+                let exit = self.step(board);
+                return (exit, self.core.instructions() - before);
+            };
+            if !self.cache.go_in(&self.member, entry) {
+                std::thread::yield_now();
+                continue;
+            }
+            self.stats.entries += 1;
+            let exit = enter::run(block, &mut self.cpu, entry.host);
+            let next = self.left(block, exit, &mut Via::Start);
+            self.member.active.store(false, Ordering::Release);
+            self.cpu.rflags.replace(Rflags::IF, interrupts);
+            let done = match exit {
+                ABORTED => continue,
+                MISS => apart.insns,
+                CAPTURED => {
+                    let b = &self.scratch.block;
+                    b.items.iter().position(|i| b.rip(i) == self.cpu.rip).map_or(apart.insns, |n| n as u16)
+                }
+                id => apart.begun(id).unwrap_or(apart.insns) - u16::from(next.is_some()),
+            };
+            let exit = next.and_then(|act| self.act(board, act)).unwrap_or(Exit::Budget);
+            return (exit, u64::from(done) + self.core.instructions() - before);
+        }
+    }
+
+    /// Exactly one instruction, or all elements of a repetition.
+    fn single(&mut self, board: Board<'_>, block: &ThreadBlock) -> Exit {
+        loop {
+            let rip = self.cpu.rip;
+            match self.apart(board, block, 1) {
+                (Exit::Budget, 0) if self.cpu.rip == rip => {}
+                (exit, _) => return exit,
+            }
+        }
+    }
+
+    /// Runs until there is a reason to return.
+    fn dispatch(&mut self, board: Board<'_>, block: &ThreadBlock) -> Exit {
         let mut via = Via::Start;
         loop {
             if self.kicker.requested() && self.kicker.take() {
                 return Exit::Kicked;
             }
             let interrupts = self.cpu.rflags & Rflags::IF;
-            let entry = match self.translatable(single) {
-                true if single => self.cache.single(board.mem, self.cpu.rip, !interrupts.is_empty(), &mut self.scratch),
+            let entry = match self.translatable(false) {
                 true => self.find(board.mem, via),
                 false => None,
             };
             via = Via::Start;
             let Some(entry) = entry else {
                 match self.step(board) {
-                    Exit::Budget if !single => continue,
+                    Exit::Budget => continue,
                     exit => return exit,
                 }
             };
@@ -203,12 +253,8 @@ impl Translator {
             let next = self.left(block, exit, &mut via);
             self.member.active.store(false, Ordering::Release);
             self.cpu.rflags.replace(Rflags::IF, interrupts);
-            let early = exit == ABORTED || matches!(next, Some(Act::Again));
             if let Some(exit) = next.and_then(|act| self.act(board, act)) {
                 return exit;
-            }
-            if single && !early {
-                return Exit::Budget;
             }
         }
     }
@@ -378,12 +424,22 @@ impl Vcpu for Translator {
     fn run(&mut self, board: Board<'_>, budget: u64) -> Exit {
         if let Some(ram) = board.mem.ram() {
             self.run_system(board, ram, budget)
-        } else if matches!(budget, 1 | u64::MAX) {
-            self.run_flat(board, budget == 1)
+        } else if budget == u64::MAX {
+            self.run_flat(board, |t, block| t.dispatch(board, block))
+        } else if budget == 1 {
+            self.run_flat(board, |t, block| t.single(board, block))
         } else {
             // Translated code does not count.
             self.core.run(&mut self.cpu, board, budget, Some(&self.kicker))
         }
+    }
+
+    fn run_stretch(&mut self, board: Board<'_>, most: u64) -> (Exit, u64) {
+        if board.mem.ram().is_some() {
+            let exit = self.run(board, 1);
+            return (exit, u64::from(exit == Exit::Budget));
+        }
+        self.run_flat(board, |t, block| t.apart(board, block, most))
     }
 
     fn state(&mut self) -> &mut CpuState {

@@ -47,6 +47,24 @@ impl Block {
     }
 }
 
+/// A block that nobody else finds.
+#[derive(Debug)]
+pub struct Apart {
+    /// Code offset of its body.
+    pub body: u32,
+    /// Guest instructions.
+    pub insns: u16,
+    first_exit: u32,
+    begun: Box<[u16]>,
+}
+
+impl Apart {
+    /// Instructions that have begun when this exit is taken, the one that takes it included; `None` if it is none of the block's.
+    pub fn begun(&self, exit: u32) -> Option<u16> {
+        self.begun.get(exit.checked_sub(self.first_exit)? as usize).copied()
+    }
+}
+
 /// The content.
 pub struct Store {
     pub(crate) buffer: CodeBuffer,
@@ -180,13 +198,16 @@ impl Store {
     }
 
     /// Lowers a block that is linked to nothing and found by nobody; gives the code offset of its body.
-    pub fn insert_apart(&mut self, exits: &Exits, block: &GuestBlock) -> u32 {
+    pub fn insert_apart(&mut self, exits: &Exits, block: &GuestBlock) -> Apart {
         self.lower(block, false, false);
         let unit = std::mem::take(&mut self.unit);
+        let first_exit = self.exits_used;
         let b = self.append(exits, block.start, &unit) as usize;
         self.blocks[b].live = false;
+        let begun = unit.exits.iter().map(|e| e.begun).collect();
+        let insns = unit.insns;
         self.unit = unit;
-        self.blocks[b].body
+        Apart { body: self.blocks[b].body, insns, first_exit, begun }
     }
 
     fn lower(&mut self, block: &GuestBlock, landing: bool, linked: bool) {

@@ -132,6 +132,13 @@ fn probe(l: &mut Lowering<'_>, item: &Item) {
 /// With the target in RCX.
 fn dispatch(l: &mut Lowering<'_>) {
     l.mark(What::Target);
+    if !l.around.linked {
+        l.e.push(0xe9);
+        let site = l.e.len();
+        l.e.push_u32(0);
+        l.e.set_rel32(site, l.around.miss);
+        return;
+    }
     dynasm!(l.e
         ; .arch x64
         ; movzx r11d, cx

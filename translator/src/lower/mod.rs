@@ -42,6 +42,8 @@ pub struct Exit {
     pub step: u32,
     /// The code the jump leads to already, if not to the stub: a code address.
     pub linked: Option<u64>,
+    /// Instructions of the block that have begun when it is taken, the one that takes it included.
+    pub begun: u16,
 }
 
 /// What lowering wants to know about the cache.
@@ -93,6 +95,8 @@ pub(crate) struct Lowering<'a> {
     pub body: u64,
     /// May the jumps that close a loop be short ones?
     pub short: bool,
+    /// Instructions lowered, the one at work included.
+    pub begun: u16,
 }
 
 impl Lowering<'_> {
@@ -110,7 +114,7 @@ impl Lowering<'_> {
 
     /// Records an exit; gives its number.
     pub fn exit(&mut self, leave: Leave, site: usize, linked: Option<u64>) -> u32 {
-        self.exits.push(Exit { leave, site: site as u32, short: false, step: 0, linked });
+        self.exits.push(Exit { leave, site: site as u32, short: false, step: 0, linked, begun: self.begun });
         self.around.first_exit + self.exits.len() as u32 - 1
     }
 
@@ -251,6 +255,7 @@ fn attempt_lower(
         around,
         body: around.at,
         short,
+        begun: 0,
     };
     let failure = block.compared.then(|| compare::emit_failure(&mut l));
     let landing = landing.then(|| emit_landing(&mut l.e, &mut l.marks, block.start, around.miss));
@@ -274,6 +279,7 @@ fn attempt_lower(
             break;
         }
         insns += 1;
+        l.begun = insns as u16;
         end = usize::from(item.at) + usize::from(item.len);
         open = match item.route {
             Route::Copy | Route::CopyAndEnd => {
