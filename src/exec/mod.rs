@@ -1,5 +1,6 @@
 //! `bivisor exec`: state in, state out, on any engine, one JSON object a line.
 
+mod flat;
 mod moo;
 mod number;
 mod request;
@@ -17,13 +18,13 @@ use bivisor_emulator::interp::deliver::Event;
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Vcpu};
 use clap::Args;
 use number::Num;
-use request::{Range, Request, Unmapped, Want, WantItem};
+use request::{Model, Range, Request, Unmapped, Want, WantItem};
 use response::{Exception, Response, Stop};
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
-use world::World;
+use world::{Refusal, World};
 
 /// Arguments of `bivisor exec`.
 #[derive(Args)]
@@ -208,13 +209,21 @@ impl Worker {
         if let Err(why) = self.engine(&cpu) {
             return Ok(Response::bare(r.id, Stop::Unsupported, Some(why)));
         }
-        if let Err(why) = self.world.set_up(&r, &mut state) {
+        if let Err(refusal) = self.world.set_up(&r, &mut state) {
             self.world.finish(&[], false);
-            return Err(why);
+            return match refusal {
+                Refusal::Malformed(why) => Err(why),
+                Refusal::NotHere(why) => Ok(Response::bare(r.id, Stop::Unsupported, Some(why))),
+            };
         }
         let engine = self.engines.get_mut(&cpu).and_then(|e| e.as_mut().ok()).expect("made above");
         *engine.state() = state;
-        engine.set_intercepts(Intercepts::EXCEPTIONS);
+        let calls = match r.memory {
+            Model::Ram => Intercepts::empty(),
+            // A process has no kernel below it that they could enter.
+            Model::Flat => Intercepts::SYSCALL | Intercepts::SYSENTER,
+        };
+        engine.set_intercepts(Intercepts::EXCEPTIONS | calls);
         let (stop, insns, exception) = run_case(engine.as_mut(), &mut self.monitor, &mut self.world, &r);
         let (names, ranges) = wanted(&r.want)?;
         let want = |name: &str| names.iter().any(|n| n == name);
@@ -272,13 +281,12 @@ fn run_case(vcpu: &mut dyn Vcpu, monitor: &mut Core, world: &mut World, r: &Requ
         if r.stop.rip.is_some_and(|Num(rip)| vcpu.state().rip == rip) {
             return (Stop::Rip, done, exception);
         }
-        let board = Board { mem: &world.mem, bus: &world.ports };
-        // Stopping at an address, and counting on an engine that does not count, go one instruction at a time.
-        let before = vcpu.instructions();
-        let step = if r.stop.rip.is_some() || before.is_none() { 1 } else { limit - done };
-        let exit = vcpu.run(board, step);
-        let counted = vcpu.instructions().zip(before).map(|(after, before)| after - before);
-        done += counted.unwrap_or(u64::from(matches!(exit, Exit::Budget | Exit::Halt)));
+        let board = Board { mem: world.memory(), bus: &world.ports };
+        // Stopping at an address goes one instruction at a time.
+        let step = if r.stop.rip.is_some() { 1 } else { limit - done };
+        let counts = vcpu.instructions().is_some();
+        let (exit, counted) = vcpu.run_stretch(board, step);
+        done += counted + u64::from(exit == Exit::Halt && !counts);
         match exit {
             Exit::Budget | Exit::Kicked => {}
             Exit::Halt => return (Stop::Hlt, done, exception),
@@ -294,7 +302,7 @@ fn run_case(vcpu: &mut dyn Vcpu, monitor: &mut Core, world: &mut World, r: &Requ
                 if !r.deliver {
                     return (Stop::Exception, done, exception);
                 }
-                let board = Board { mem: &world.mem, bus: &world.ports };
+                let board = Board { mem: world.memory(), bus: &world.ports };
                 match monitor.deliver(vcpu.state(), board, Event::Fault(fault)) {
                     Ok(()) => {}
                     Err(Exit::Shutdown) => return (Stop::TripleFault, done, exception),

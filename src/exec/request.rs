@@ -1,6 +1,7 @@
 //! One case, as JSON: the state to start from, when to stop, what to tell.
 
 use super::number::{Hex, Num, Wide};
+use bivisor_emulator::mem::Prot;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 
@@ -47,6 +48,23 @@ pub struct Request {
     pub max_insns: u64,
     #[serde(default)]
     pub want: Option<Want>,
+    /// In whose memory it runs.
+    #[serde(default)]
+    pub memory: Model,
+    /// For people and for programs that keep cases: not looked at.
+    #[serde(default, rename = "note")]
+    pub _note: serde_json::Value,
+}
+
+/// What guest addresses mean.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum Model {
+    /// RAM of its own, behind page tables where the mode has them.
+    #[default]
+    Ram,
+    /// A process's: the pages of `mem` at their addresses of the host process, as `bivisor run` has them.
+    Flat,
 }
 
 fn a_million() -> u64 {
@@ -127,6 +145,30 @@ pub struct Memory {
     pub len: Option<Num>,
     #[serde(default)]
     pub file: Option<String>,
+    /// Of the pages that hold it; the last entry that says something about a page counts.
+    #[serde(default)]
+    pub rights: Option<Rights>,
+}
+
+/// Rights of pages: letters of `rwx` in this order, or `none`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rights(pub Prot);
+
+impl<'de> Deserialize<'de> for Rights {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Rights, D::Error> {
+        let text = String::deserialize(d)?;
+        let prot = match text.as_str() {
+            "none" => Prot::empty(),
+            "r" => Prot::READ,
+            "rw" => Prot::READ | Prot::WRITE,
+            "rx" => Prot::READ | Prot::EXEC,
+            "rwx" => Prot::all(),
+            _ => {
+                return Err(serde::de::Error::custom(format!("rights `{text}` are none of r, rw, rx, rwx, none")));
+            }
+        };
+        Ok(Rights(prot))
+    }
 }
 
 /// What lies outside `mem`.

@@ -1,15 +1,17 @@
 //! The memory and the ports of a case, kept from one case to the next: only pages that were written are put back.
 //!
 //! Without paging an address is physical. With paging and no CR3 in the request, every page named in `mem` is mapped user RWX at its
-//! own address: identically below [`IDENTITY`] bytes, else onto a page of the pool above. Page tables lie in the pool.
+//! own address, with less rights if the entry says so: identically below [`IDENTITY`] bytes, else onto a page of the pool above. Page
+//! tables lie in the pool.
 
+use super::flat::Flat;
 use super::number::{Hex, Num};
-use super::request::{Range, Request, Unmapped};
+use super::request::{Model, Range, Request, Rights, Unmapped};
 use super::response::{Bytes, IoOut};
 use bivisor_emulator::bus::Bus;
 use bivisor_emulator::cpu::{CpuState, Cr0, Efer};
 use bivisor_emulator::isa::Width;
-use bivisor_emulator::mem::{GuestMemory, PAGE_SIZE, Ram};
+use bivisor_emulator::mem::{GuestMemory, PAGE_SIZE, Prot, Ram};
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
@@ -20,10 +22,33 @@ const POOL: u64 = 4 << 20;
 /// The most RAM a case may ask for.
 const MOST: u64 = (4 << 30) + (1 << 20);
 
+/// Why a case cannot be set up.
+pub enum Refusal {
+    /// It makes no sense.
+    Malformed(String),
+    /// It does, but not here.
+    NotHere(String),
+}
+
+impl From<String> for Refusal {
+    fn from(why: String) -> Refusal {
+        Refusal::Malformed(why)
+    }
+}
+
+impl From<&str> for Refusal {
+    fn from(why: &str) -> Refusal {
+        Refusal::Malformed(why.to_owned())
+    }
+}
+
 /// Memory of cases.
 pub struct World {
     /// The RAM.
-    pub mem: GuestMemory,
+    mem: GuestMemory,
+    /// A process's memory, and whether the case at hand has that; made when it is needed.
+    flat: Option<Flat>,
+    in_flat: bool,
     /// The ports.
     pub ports: Ports,
     identity: u64,
@@ -94,6 +119,8 @@ impl World {
         ram.track_dirty();
         Ok(World {
             mem: GuestMemory::Ram(ram),
+            flat: None,
+            in_flat: false,
             ports: Ports::default(),
             identity,
             pool_next: identity,
@@ -109,19 +136,29 @@ impl World {
         World::with(IDENTITY, POOL)
     }
 
+    /// What the case at hand has.
+    pub fn memory(&self) -> &GuestMemory {
+        self.flat.as_ref().filter(|_| self.in_flat).map_or(&self.mem, Flat::memory)
+    }
+
     fn ram(&self) -> &Ram {
         self.mem.ram().expect("made with RAM")
     }
 
     /// Lays out the memory of a case and, if paging is on and the request has no CR3, makes page tables and sets CR3.
-    pub fn set_up(&mut self, r: &Request, s: &mut CpuState) -> Result<(), String> {
+    pub fn set_up(&mut self, r: &Request, s: &mut CpuState) -> Result<(), Refusal> {
         let contents = contents(r, s)?;
+        self.in_flat = r.memory == Model::Flat;
+        if self.in_flat {
+            *self.ports.answer.lock().expect("no panic under the lock") = r.io_in.clone().unwrap_or_default().0;
+            return self.flat.get_or_insert_default().set_up(r, s, &contents);
+        }
         let own_tables = paged(s) && r.sys.cr3.is_none();
-        let highest = contents.iter().map(|(a, b)| a.saturating_add(b.len() as u64)).max().unwrap_or(0);
+        let highest = contents.iter().map(|c| c.addr.saturating_add(c.bytes.len() as u64)).max().unwrap_or(0);
         let needed = if own_tables { IDENTITY } else { highest };
-        let pool = contents.iter().map(|(_, b)| b.len() as u64 + 4 * PAGE_SIZE).sum::<u64>() * 2 + POOL;
+        let pool = contents.iter().map(|c| c.bytes.len() as u64 + 4 * PAGE_SIZE).sum::<u64>() * 2 + POOL;
         if needed > MOST || pool > MOST {
-            return Err(format!("mem: {highest:#x} is beyond the {MOST:#x} bytes a case may have"));
+            return Err(format!("mem: {highest:#x} is beyond the {MOST:#x} bytes a case may have").into());
         }
         if needed > self.identity || (own_tables && pool > POOL * 2 && pool > self.ram().size() - self.identity) {
             *self = World::with(needed.next_multiple_of(IDENTITY).max(self.identity), pool)?;
@@ -145,12 +182,24 @@ impl World {
             s.cr3 = root;
             if r.unmapped == Some(Unmapped::Ram) {
                 for at in (0..self.identity).step_by(2 << 20) {
-                    self.map(at, at, true)?;
+                    self.map(at, at, ALL | LARGE)?;
                 }
             }
         }
-        for (addr, bytes) in contents {
-            self.put(addr, &bytes, own_tables)?;
+        if contents.iter().any(|c| c.rights.is_some()) && (!own_tables || r.unmapped == Some(Unmapped::Ram)) {
+            return Err(
+                "mem: `rights` are for page tables made for the case: paging, no `sys.cr3`, no `unmapped: ram`".into(),
+            );
+        }
+        for c in &contents {
+            self.put(c.addr, &c.bytes, own_tables)?;
+        }
+        for c in &contents {
+            let Some(rights) = c.rights else { continue };
+            for page in c.pages() {
+                let physical = self.page(page)?;
+                self.map(page, physical, leaf(rights))?;
+            }
         }
         for page in self.ram().take_dirty() {
             let mut copy = Box::new([0; PAGE_SIZE as usize]);
@@ -183,7 +232,7 @@ impl World {
         }
         let physical = if page < self.identity { page } else { self.allocate(self.fill)? };
         self.mapped.insert(page, physical);
-        self.map(page, physical, false)?;
+        self.map(page, physical, ALL)?;
         Ok(physical)
     }
 
@@ -199,19 +248,18 @@ impl World {
         Ok(at)
     }
 
-    fn map(&mut self, linear: u64, physical: u64, large: bool) -> Result<(), String> {
-        const PRESENT_WRITE_USER: u64 = 7;
+    fn map(&mut self, linear: u64, physical: u64, bits: u64) -> Result<(), String> {
+        let large = bits & LARGE != 0;
         let mut table = self.root.expect("only called with a root");
         for level in (if large { 2..=4 } else { 1..=4 }).rev() {
             let slot = table + (linear >> (12 + 9 * (level - 1)) & 511) * 8;
             let entry = self.mem.load(slot, Width::Q).expect("tables lie in RAM");
             if level == if large { 2 } else { 1 } {
-                let leaf = physical | PRESENT_WRITE_USER | if large { 1 << 7 } else { 0 };
-                self.mem.store(slot, Width::Q, leaf);
+                self.mem.store(slot, Width::Q, physical | bits);
             } else if entry & 1 == 0 {
                 table = self.allocate(0)?;
-                self.mem.store(slot, Width::Q, table | PRESENT_WRITE_USER);
-            } else if entry & (1 << 7) != 0 && level == 2 {
+                self.mem.store(slot, Width::Q, table | ALL);
+            } else if entry & LARGE != 0 && level == 2 {
                 return Ok(()); // already in a large page
             } else {
                 table = entry & 0x000f_ffff_ffff_f000;
@@ -223,6 +271,9 @@ impl World {
     /// What changed since the case started, as runs of bytes, and everything put back for the next case.
     pub fn finish(&mut self, ranges: &[Range], want_delta: bool) -> (Vec<Bytes>, Vec<Bytes>) {
         let asked = ranges.iter().map(|r| self.range(r)).collect();
+        if let Some(flat) = self.flat.as_mut().filter(|_| self.in_flat) {
+            return (flat.finish(want_delta), asked);
+        }
         let back: BTreeMap<u64, u64> = self.mapped.iter().map(|(l, p)| (*p, *l)).collect();
         let dirty = self.ram().take_dirty();
         let mut delta: BTreeMap<u64, Vec<u8>> = BTreeMap::new();
@@ -233,16 +284,7 @@ impl World {
                 let mut now = [0; PAGE_SIZE as usize];
                 self.mem.read(at, &mut now);
                 let fresh = [self.fill; PAGE_SIZE as usize];
-                let was = self.initial.get(&page).map_or(&fresh, |b| b);
-                for (i, (n, w)) in now.iter().zip(was).enumerate() {
-                    if n != w {
-                        let addr = linear + i as u64;
-                        match delta.last_entry().filter(|e| e.key() + e.get().len() as u64 == addr) {
-                            Some(mut run) => run.get_mut().push(*n),
-                            None => _ = delta.insert(addr, vec![*n]),
-                        }
-                    }
-                }
+                note_changes(&mut delta, linear, &now, self.initial.get(&page).map_or(&fresh[..], |b| &b[..]));
             }
         }
         for page in dirty.into_iter().chain(self.initial.keys().copied().collect::<Vec<_>>()) {
@@ -253,8 +295,7 @@ impl World {
         self.mapped.clear();
         self.root = None;
         self.pool_next = self.identity;
-        let delta = delta.into_iter().map(|(addr, b)| Bytes { addr: Num(addr), hex: Hex(b) }).collect();
-        (delta, asked)
+        (runs(delta), asked)
     }
 
     fn clear(&self, page: u64) {
@@ -266,15 +307,69 @@ impl World {
         let byte = |i: u64| {
             let at = r.addr.0.wrapping_add(i);
             let page = at & !(PAGE_SIZE - 1);
-            let physical = self.mapped.get(&page).map_or(at, |p| p | (at % PAGE_SIZE));
-            self.mem.load(physical, Width::B).unwrap_or(0xff) as u8
+            let mapped = self.mapped.get(&page).filter(|_| !self.in_flat);
+            let physical = mapped.map_or(at, |p| p | (at % PAGE_SIZE));
+            self.memory().load(physical, Width::B).unwrap_or(0xff) as u8
         };
         Bytes { addr: r.addr, hex: Hex((0..len).map(byte).collect()) }
     }
 }
 
-/// The bytes of `mem` and of the ELF file, which also sets RIP unless the request does.
-fn contents(r: &Request, s: &mut CpuState) -> Result<Vec<(u64, Vec<u8>)>, String> {
+/// Adds what changed of a page, in order of address, to runs of bytes.
+pub fn note_changes(delta: &mut BTreeMap<u64, Vec<u8>>, page: u64, now: &[u8], was: &[u8]) {
+    for (i, (n, w)) in now.iter().zip(was).enumerate() {
+        if n != w {
+            let addr = page + i as u64;
+            match delta.last_entry().filter(|e| e.key() + e.get().len() as u64 == addr) {
+                Some(mut run) => run.get_mut().push(*n),
+                None => _ = delta.insert(addr, vec![*n]),
+            }
+        }
+    }
+}
+
+/// As responses show them.
+pub fn runs(delta: BTreeMap<u64, Vec<u8>>) -> Vec<Bytes> {
+    delta.into_iter().map(|(addr, b)| Bytes { addr: Num(addr), hex: Hex(b) }).collect()
+}
+
+/// Present, writable, user (SDM 3A 4.5).
+const ALL: u64 = 7;
+/// In a directory: it maps a large page.
+const LARGE: u64 = 1 << 7;
+
+/// The entry of a page with these rights.
+fn leaf(Rights(prot): Rights) -> u64 {
+    const WRITE: u64 = 2;
+    const NO_EXECUTE: u64 = 1 << 63;
+    if prot.is_empty() {
+        return 0;
+    }
+    let write = if prot.contains(Prot::WRITE) { 0 } else { WRITE };
+    let execute = if prot.contains(Prot::EXEC) { 0 } else { NO_EXECUTE };
+    ALL & !write | execute
+}
+
+/// An entry of `mem`, or a segment.
+pub struct Content {
+    /// Its address.
+    pub addr: u64,
+    /// Its bytes.
+    pub bytes: Vec<u8>,
+    /// Of the pages that hold it, if it says.
+    pub rights: Option<Rights>,
+}
+
+impl Content {
+    /// The pages that hold it.
+    pub fn pages(&self) -> impl Iterator<Item = u64> + use<> {
+        let last = self.addr.saturating_add((self.bytes.len() as u64).max(1) - 1);
+        (self.addr & !(PAGE_SIZE - 1)..=last).step_by(PAGE_SIZE as usize)
+    }
+}
+
+/// What `mem` and the ELF file hold; the latter also sets RIP unless the request does.
+pub fn contents(r: &Request, s: &mut CpuState) -> Result<Vec<Content>, String> {
     let mut out = Vec::new();
     if let Some(path) = &r.elf {
         let image = std::fs::read(path).map_err(|e| format!("elf: {path}: {e}"))?;
@@ -287,7 +382,7 @@ fn contents(r: &Request, s: &mut CpuState) -> Result<Vec<(u64, Vec<u8>)>, String
             let file = end.and_then(|end| image.get(p.p_offset as usize..end as usize));
             let mut bytes = file.ok_or_else(|| format!("elf: {path}: a segment lies outside the file"))?.to_vec();
             bytes.resize(bytes.len().max(p.p_memsz as usize), 0);
-            out.push((p.p_vaddr, bytes));
+            out.push(Content { addr: p.p_vaddr, bytes, rights: None });
         }
     }
     for m in &r.mem {
@@ -297,7 +392,7 @@ fn contents(r: &Request, s: &mut CpuState) -> Result<Vec<(u64, Vec<u8>)>, String
             (None, None, None, Some(path)) => std::fs::read(path).map_err(|e| format!("mem: {path}: {e}"))?,
             _ => return Err("mem: one of `hex`, `fill` (one byte) with `len`, or `file`".into()),
         };
-        out.push((m.addr.0, bytes));
+        out.push(Content { addr: m.addr.0, bytes, rights: m.rights });
     }
     Ok(out)
 }

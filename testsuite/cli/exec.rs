@@ -96,6 +96,71 @@ fn faults_are_told_and_the_state_is_that_before() {
     }
 }
 
+/// Rights of pages, behind page tables and in a process's memory.
+#[test]
+fn pages_have_rights() {
+    // mov [rbx], eax to a read-only page, over the end of a page before one, and to one that is not there; a jump to data
+    let at = |memory: &str, hex: &str, rbx: &str| {
+        json!({"memory": memory, "cpl": 3, "regs": {"rbx": rbx, "rax": "0x11223344", "rip": "0x10001000", "rflags": "0x202"},
+            "mem": [{"addr": "0x10001000", "hex": hex, "rights": "rx"}, {"addr": "0x10002000", "hex": "90", "rights": "rw"},
+                {"addr": "0x10003000", "hex": "90", "rights": "r"}, {"addr": "0x10004000", "hex": "90", "rights": "none"}],
+            "stop": {"insns": 2}, "want": ["regs", "memdelta"]})
+    };
+    let cases = |memory: &str| {
+        [
+            ("8903", "0x10003010"),
+            ("8903", "0x10002ffe"),
+            ("8b03", "0x10004000"),
+            ("ffe390", "0x10002000"),
+            ("890390", "0x10002010"),
+        ]
+        .map(|(hex, rbx)| at(memory, hex, rbx))
+    };
+    // Present, write, user, and fetch of the error code, by SDM 3A 4.7.
+    let faults = [
+        json!({"vector": 14, "error": "0x7", "cr2": "0x10003010"}),
+        json!({"vector": 14, "error": "0x7", "cr2": "0x10003000"}),
+        json!({"vector": 14, "error": "0x4", "cr2": "0x10004000"}),
+        json!({"vector": 14, "error": "0x15", "cr2": "0x10002000"}),
+        Value::Null,
+    ];
+    for memory in ["ram", "flat"] {
+        let r = exec_all(&cases(memory));
+        for (n, (r, fault)) in r.iter().zip(&faults).enumerate() {
+            assert_eq!(&r["exception"], fault, "{memory} {n}: {r}");
+        }
+        assert_eq!(r[1]["memdelta"], json!([]), "{memory}: nothing of a store over a page end");
+        assert_eq!(r[4]["memdelta"], json!([{"addr": "0x10002010", "hex": "44332211"}]), "{memory}");
+    }
+}
+
+#[test]
+fn flat_memory_is_where_the_process_has_room() {
+    let r = exec_on(
+        &["--backend", "bt"],
+        &[
+            json!({"memory": "flat", "cpl": 3, "regs": {"rip": "0x7ffffffff000"}, "mem": [{"addr": "0x7ffffffff000", "hex": "90"}], "stop": {"insns": 1}}),
+            // A system call is nobody's; five instructions in one block, a branch out of its middle among them.
+            json!({"memory": "flat", "cpl": 3, "regs": {"rip": "0x10001000", "rflags": "0x202"},
+                "mem": [{"addr": "0x10001000", "hex": "0f05", "rights": "rx"}], "want": ["regs"]}),
+            json!({"memory": "flat", "cpl": 3, "regs": {"rip": "0x10001000", "rflags": "0x202", "rcx": 1},
+                "mem": [{"addr": "0x10001000", "hex": "ffc0e305ffc1e301f4ffc2e3f9ffc0", "rights": "rx"}],
+                "stop": {"insns": 5}, "want": ["regs"], "note": {"any": "thing"}}),
+        ],
+    );
+    assert_eq!(
+        (&r[0]["stop"], r[0]["reason"].as_str().map(|s| s.contains("0x7ffffffff000"))),
+        (&json!("unsupported"), Some(true))
+    );
+    assert_eq!(r[1]["stop"], "unsupported");
+    assert_eq!((&r[2]["stop"], &r[2]["insns"]), (&json!("exception"), &json!(4)), "{}", r[2]);
+    assert_eq!((&r[2]["exception"]["vector"], &r[2]["regs"]["rip"]), (&json!(13), &json!("0x10001008")));
+    assert_eq!(
+        (&r[2]["regs"]["rax"], &r[2]["regs"]["rcx"], &r[2]["regs"]["rdx"]),
+        (&json!("0x1"), &json!("0x2"), &json!("0x0"))
+    );
+}
+
 #[test]
 fn unmapped_ram_appears_when_touched() {
     let r = exec(json!({"unmapped": "ram", "ram_fill": "5a", "regs": {"rbx": "0x123456789000", "rip": "0x1000"},
@@ -188,6 +253,9 @@ fn malformed_input_is_a_usage_error_and_earlier_results_are_kept() {
         r#"{"mem":[{"addr":0}]}"#,
         r#"{"mem":[{"addr":0,"hex":"0"}]}"#,
         r#"{"nonsense":1}"#,
+        r#"{"memory":"flat"}"#,
+        r#"{"mem":[{"addr":0,"hex":"00","rights":"w"}]}"#,
+        r#"{"mode":"prot32","mem":[{"addr":0,"hex":"00","rights":"r"}]}"#,
         r#"{"cpl":4}"#,
         r#"{"want":["everything"]}"#,
         r#"{"mem":[{"addr":"0x8000000000000000","hex":"00"}]}"#,

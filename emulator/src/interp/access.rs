@@ -362,7 +362,9 @@ fn flat_fault(x: &Exec<'_>, flat: &FlatSpace, laddr: u64, len: u64, access: Acce
     let addr = if crosses(laddr, len) && !refused(laddr) && refused(next) { next } else { laddr };
     // Linux says of its own half, which the guest could not map, that a page is there (arch/x86/mm/fault.c hides which are).
     const TASK_SIZE_MAX: u64 = 0x7fff_ffff_f000;
-    let mut code = u16::from(addr >= TASK_SIZE_MAX || flat.find(addr).is_some());
+    // A page without rights is not present (PROT_NONE).
+    let present = addr >= TASK_SIZE_MAX || flat.find(addr).is_some_and(|v| !v.prot.is_empty());
+    let mut code = u16::from(present);
     code |= match access {
         Access::Read => 0,
         Access::Write => 2,

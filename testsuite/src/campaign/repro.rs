@@ -1,7 +1,9 @@
 //! A case as a request of `bivisor exec`: what is needed to see a divergence again, without the campaign.
 
+use super::arena::PAGES;
 use super::case::Case;
 use super::outcome::Outcome;
+use bivisor_emulator::mem::{PAGE_SIZE, Prot};
 use serde_json::{Value, json};
 
 fn hex(v: u64) -> String {
@@ -18,7 +20,13 @@ fn bytes(b: &[u8]) -> String {
     b.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-/// The request. Page rights are not part of it: a case on a read-only or missing page needs the campaign (`seed`, `batch`).
+/// Rights as requests write them.
+fn rights(prot: Prot) -> String {
+    let letters = [(Prot::READ, 'r'), (Prot::WRITE, 'w'), (Prot::EXEC, 'x')];
+    letters.iter().filter(|(p, _)| prot.contains(*p)).map(|(_, c)| c).collect()
+}
+
+/// The request: the pages that the case can touch with their rights, its code and its data.
 pub fn request(case: &Case, pristine: &[u8]) -> Value {
     let names = ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"];
     let mut regs = serde_json::Map::new();
@@ -28,7 +36,16 @@ pub fn request(case: &Case, pristine: &[u8]) -> Value {
     }
     regs.insert("rip".into(), hex(case.rip).into());
     regs.insert("rflags".into(), hex(case.rflags).into());
-    let mut mem = vec![json!({ "addr": hex(case.rip), "hex": bytes(&case.code) })];
+    let windows = case.windows.iter().map(|w| (w.0, u64::from(w.1)));
+    let touched: Vec<_> = windows.chain([(case.rip, case.code.len() as u64 + 1)]).collect();
+    let near = |page: u64| touched.iter().any(|&(at, len)| page <= at + len && at < page + PAGE_SIZE);
+    let pages = PAGES.iter().flat_map(|&(start, len, prot)| {
+        (start..start + len).step_by(PAGE_SIZE as usize).filter(|p| near(*p)).map(move |p| (p, prot))
+    });
+    let mut mem: Vec<Value> = pages
+        .map(|(p, prot)| json!({ "addr": hex(p), "fill": "00", "len": PAGE_SIZE, "rights": rights(prot) }))
+        .collect();
+    mem.push(json!({ "addr": hex(case.rip), "hex": bytes(&case.code) }));
     for &(addr, len) in &case.windows {
         let at = (addr - super::arena::BASE) as usize;
         let mut content = pristine[at..at + usize::from(len)].to_vec();
