@@ -5,7 +5,7 @@
 //! interpreter's.
 
 use crate::exit::{self, Left, Wiring};
-use crate::host::host;
+use crate::host::{Kind, host};
 use crate::intercept::{self, HOLE, HOLE_GPA, PORT};
 use crate::kick::{Alarm, Kickable};
 use crate::regs;
@@ -353,6 +353,8 @@ impl KvmVcpu {
             8 => Fault::Df,
             10 => Fault::Ts(frame.error as u16),
             11 => Fault::Np(frame.error as u16),
+            // A software KVM takes an SS prefix for a segment, which 64-bit code does not.
+            12 if host().kind == Kind::Software => return self.by_interpreter(board),
             12 => Fault::Ss(frame.error as u16),
             13 => return self.general_protection(board, flat, frame.error as u16),
             16 => Fault::Mf,
@@ -381,10 +383,12 @@ impl KvmVcpu {
         Exit::Intercept { what: Intercepts::INT_N, next_rip, vector }
     }
 
-    /// #UD: also what a software KVM makes of INT n, and a processor of SYSENTER where it has none.
+    /// #UD: also what a software KVM makes of INT n, of any exception while RSP is not canonical, and of the #GP and #SS of instructions
+    /// that it cannot emulate; and a processor of SYSENTER where it has none.
     fn undefined(&mut self, board: Board<'_>, flat: &FlatSpace) -> io::Result<Option<Exit>> {
+        let software = host().kind == Kind::Software;
         match self.instruction(flat) {
-            Some(i) if matches!(i.iced.mnemonic(), M::Int | M::Sysenter) => self.by_hand(board, &i),
+            Some(i) if software || matches!(i.iced.mnemonic(), M::Int | M::Sysenter) => self.by_hand(board, &i),
             _ => self.raise(board, Fault::Ud),
         }
     }
