@@ -3,7 +3,7 @@
 //! | linear | what |
 //! | --- | --- |
 //! | [`NOTE`], [`EXIT`] | where an instruction came out, and where it then goes: the way back of each engine |
-//! | [`CODE`] | two executable pages, the last bytes a SYSCALL |
+//! | [`CODE`] | two executable pages, the last bytes a SYSCALL and an INT3 |
 //! | [`CODE_HOLE`], [`CODE_NX`] | an executable page each, before nothing and before a page that is not executable |
 //! | [`DATA`] | four pages readable and writable, then one only readable ([`ROM`]), then nothing ([`HOLE`]), then two pages again |
 //!
@@ -27,6 +27,8 @@ pub const EXIT: u64 = BASE + 8;
 pub const CODE: u64 = BASE + 0x2000;
 /// The SYSCALL that ends a case on an engine.
 pub const STUB: u64 = CODE + 0x1ff0;
+/// The INT3 that ends a case on an engine whose SYSCALL does not leave the registers alone.
+pub const BREAK: u64 = STUB + 8;
 /// One page of code before a hole.
 pub const CODE_HOLE: u64 = BASE + 0x6000;
 /// One page of code before a page of data.

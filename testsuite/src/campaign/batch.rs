@@ -1,7 +1,7 @@
 //! Batches: instructions put into the code pages at once, each run with many states. A batch is a function of seed and number.
 
 use super::aim::Plan;
-use super::arena::{self, BASE, CODE, CODE_HOLE, CODE_NX, DATA, EXIT, NOTE, STUB, View};
+use super::arena::{self, BASE, BREAK, CODE, CODE_HOLE, CODE_NX, DATA, EXIT, NOTE, STUB, View};
 use super::case::Case;
 use super::encode;
 use super::values::Pool;
@@ -95,6 +95,7 @@ impl Source {
             pristine[from..from + bytes.len()].copy_from_slice(bytes);
         };
         put(STUB, &[0x0f, 0x05]);
+        put(BREAK, &[0xcc]);
         let mut slots = Vec::new();
         for i in 0..SLOTS + 3 {
             let next = self.codes[((n * (SLOTS + 3) + i) % self.codes.len() as u64) as usize];

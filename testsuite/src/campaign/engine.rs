@@ -1,11 +1,11 @@
 //! The engines under test in a campaign: each on its memory, driven through the contract, SYSCALL and exceptions intercepted.
 
-use super::arena::{self, EXIT, NOTE, STUB, TABLES, View};
+use super::arena::{self, BREAK, EXIT, NOTE, STUB, TABLES, View};
 use super::case::Case;
 use super::outcome::{End, Outcome};
 use bivisor_emulator::bus::EmptyBus;
 use bivisor_emulator::cpu::cpuid::CpuModel;
-use bivisor_emulator::cpu::{CpuState, Rflags};
+use bivisor_emulator::cpu::{CpuState, Fault, Rflags};
 use bivisor_emulator::interp::Interpreter;
 use bivisor_emulator::isa::{Gpr, Seg};
 use bivisor_emulator::mem::{GuestMemory, Prot};
@@ -94,6 +94,8 @@ impl Engine {
         vcpu.set_intercepts(Intercepts::EXCEPTIONS | Intercepts::SYSCALL);
         let mut template = CpuState::long64(3);
         template.cr3 = TABLES;
+        // No I/O permission map: ports are closed.
+        template.tr.limit = 0;
         *vcpu.state() = template.clone();
         Ok(Engine { which, vcpu, view, mem, template, planted: None })
     }
@@ -117,7 +119,9 @@ impl Engine {
     /// # Errors
     /// The engine left in a way that no instruction of a case can cause.
     pub fn run(&mut self, case: &Case, out: &mut Outcome) -> Result<(), String> {
-        self.view.write(EXIT, &STUB.to_le_bytes());
+        // Hardware's SYSCALL takes RCX and R11.
+        let stub = if self.which == Which::Kvm { BREAK } else { STUB };
+        self.view.write(EXIT, &stub.to_le_bytes());
         self.view.write(NOTE, &[0; 4]);
         let s = self.vcpu.state();
         s.gpr = case.gpr;
@@ -141,6 +145,7 @@ impl Engine {
             Exit::Intercept { what: Intercepts::SYSCALL, .. } if s.rip == STUB => {
                 (End::Left, u64::from(self.view.load32(NOTE)))
             }
+            Exit::Exception(Fault::Bp) if s.rip == BREAK + 1 => (End::Left, u64::from(self.view.load32(NOTE))),
             Exit::Exception(fault) => (End::Fault(fault), s.rip),
             other => {
                 let why = format!("{} left with {other:?} at {:#x}", self.which.name(), s.rip);

@@ -5,6 +5,7 @@ use super::outcome::{End, Outcome, Part};
 use bivisor_emulator::cpu::Fault;
 use bivisor_emulator::interp::alu::Vendor;
 use bivisor_emulator::isa::{Class, facts};
+use bivisor_kvm_backend::Kind;
 use iced_x86::{Code, CpuidFeature, EncodingKind};
 
 /// One line.
@@ -121,7 +122,8 @@ fn holds(when: &str, about: Option<(&Case, &Outcome, &Outcome)>) -> Option<bool>
             | "another byte of the operand"
             | "another exception"
             | "in a hypervisor"
-            | "at the canonical edge",
+            | "at the canonical edge"
+            | "software kvm",
             None,
         ) => true,
         ("always", _) => true,
@@ -148,6 +150,7 @@ fn holds(when: &str, about: Option<(&Case, &Outcome, &Outcome)>) -> Option<bool>
             let edge = |o: &Outcome| pf(o).is_some_and(|f| (0x7fff_ffff_f000..0x8000_0000_0000).contains(&f.0));
             matches!((is.end, should.end), (End::Fault(_), End::Fault(_))) && (edge(is) || edge(should))
         }
+        ("software kvm", _) => bivisor_kvm_backend::host().kind == Kind::Software,
         ("in a hypervisor", _) => std::arch::x86_64::__cpuid(1).ecx >> 31 != 0,
         _ => return None,
     })
