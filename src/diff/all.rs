@@ -4,10 +4,9 @@ use super::AllArgs;
 use anyhow::{Context, Result, anyhow, bail};
 use bivisor_testsuite::campaign::coordinator::{self, Options, Plan};
 use bivisor_testsuite::campaign::engine::Which;
+use bivisor_testsuite::campaign::matrix::Coverage;
 use bivisor_testsuite::campaign::tally::Tally;
-use bivisor_testsuite::campaign::worker::codes;
 use indicatif::{ProgressBar, ProgressStyle};
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -103,31 +102,12 @@ pub fn report(tally: &Tally) {
 
 /// How many instructions were met, and which were not.
 fn coverage(tally: &Tally) {
-    let (wanted, without) = codes();
-    let mut cases: BTreeMap<String, u64> = BTreeMap::new();
-    for counts in tally.counts.values() {
-        for (code, count) in counts {
-            let n = cases.entry(code.clone()).or_default();
-            *n = (*n).max(count.cases);
-        }
-    }
-    let of = |c: &iced_x86::Code| cases.get(&format!("{c:?}")).copied().unwrap_or(0);
-    let met = wanted.iter().filter(|c| of(c) > 0).count();
-    let thousand = wanted.iter().filter(|c| of(c) >= 1000).count();
-    let all = wanted.len() + without.len();
-    println!(
-        "instructions: {met} of {all} ({:.1} %), {thousand} with 1000 cases or more",
-        100.0 * met as f64 / all as f64
-    );
-    let missing: Vec<String> = wanted.iter().filter(|c| of(c) == 0).map(|c| format!("{c:?}")).collect();
-    if !missing.is_empty() {
-        let shown = missing.iter().take(20).cloned().collect::<Vec<_>>().join(" ");
-        println!("    not met: {} ({shown}{})", missing.len(), if missing.len() > 20 { " ..." } else { "" });
-    }
-    let mut reasons: BTreeMap<&str, usize> = BTreeMap::new();
-    without.iter().for_each(|(_, why)| *reasons.entry(why).or_default() += 1);
-    for (why, n) in reasons {
-        println!("    left out: {n}: {why}");
+    let c = Coverage::of(tally);
+    let share = 100.0 * c.met as f64 / c.all.max(1) as f64;
+    println!("instructions: {} of {} ({share:.1} %), {} with 1000 cases or more", c.met, c.all, c.thousand);
+    for (why, codes) in c.without {
+        let more = if codes.len() > 8 { " ..." } else { "" };
+        println!("    {}: {why} ({}{more})", codes.len(), codes[..codes.len().min(8)].join(" "));
     }
 }
 

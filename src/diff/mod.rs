@@ -37,9 +37,9 @@ enum Sub {
         /// One JSON object.
         #[arg(long)]
         json: bool,
-        /// The lines of testsuite/fidelity.txt, from which docs/fidelity.md is made.
-        #[arg(long, conflicts_with = "json")]
-        summary: bool,
+        /// The lines of testsuite/fidelity.txt, from which docs/fidelity.md is made; REVISION is what was run.
+        #[arg(long, conflicts_with = "json", value_name = "REVISION")]
+        summary: Option<String>,
         /// The files.
         #[arg(required = true, value_name = "FILE")]
         files: Vec<PathBuf>,
@@ -96,7 +96,7 @@ fn shard(s: &str) -> Result<(u64, u64), String> {
 /// Runs it; 1 if something unexpected differs.
 pub fn run(args: &DiffArgs) -> Result<i32> {
     match &args.command {
-        Some(Sub::Merge { json, summary, files }) => merge::run(files, *json, *summary),
+        Some(Sub::Merge { json, summary, files }) => merge::run(files, *json, summary.as_deref()),
         None if args.matrix => {
             print!("{}", if args.html { matrix::html() } else { matrix::page() });
             Ok(0)

@@ -3,6 +3,7 @@
 
 use super::arena::{self, DATA, DATA2, HOLE, ROM};
 use super::case::Case;
+use super::far::{self, Far};
 use crate::random::Random;
 use bivisor_emulator::cpu::xsave::Layout;
 use bivisor_emulator::isa::{Gpr, Insn};
@@ -35,6 +36,7 @@ pub struct Plan {
     bit: Option<Gpr>,
     repeats: bool,
     counter: u64,
+    far: Option<Far>,
 }
 
 const NO_SEGMENT: [Register; 5] = [Register::CS, Register::DS, Register::ES, Register::SS, Register::None];
@@ -86,6 +88,7 @@ impl Plan {
             return None;
         }
         Some(Plan {
+            far: far::of(i),
             mnemonic: iced.mnemonic(),
             flow,
             target: if indirect && iced.op0_kind() == OpKind::Register {
@@ -121,6 +124,9 @@ impl Plan {
     pub fn aim(&self, r: &mut Random, case: &mut Case, places: &[u64]) -> bool {
         if self.repeats {
             case.gpr[Gpr::Rcx as usize] = r.below(12);
+        }
+        if let Some(Far::Operand(Some(g))) = self.far {
+            far::register(r, case, g);
         }
         if let Some(bit) = self.bit {
             case.gpr[bit as usize] = r.below(0x1000).wrapping_sub(0x800);
@@ -165,8 +171,10 @@ impl Plan {
             around = 0x110;
         } else if self.repeats {
             around = 12 * self.counter.max(8) + 16;
-        } else if matches!(self.mnemonic, M::Enter) {
+        } else if self.mnemonic == M::Enter {
             around = 0x120;
+        } else if self.mnemonic == M::Retf {
+            around = 0x900;
         }
         if !is_safe(ea, a.size + around, around) {
             return false;
@@ -174,6 +182,12 @@ impl Plan {
         if (DATA - 0x1000..DATA2 + 0x4000).contains(&ea) {
             case.window(ea.saturating_sub(around), ea + a.size + around);
             content(r, self.mnemonic, case, ea);
+            if let Some(far @ (Far::Operand(None) | Far::Load(_))) = self.far {
+                far::content(r, far, case, ea, 0);
+            }
+            if is_own(self.mnemonic) {
+                case.free_memory = Some((ea, a.size));
+            }
         }
         true
     }
@@ -207,7 +221,10 @@ impl Plan {
         let faults = !canonical(ea) || (HOLE..DATA2 - 8).contains(&ea) || ea > 0xffff_8000_0000_0000;
         if inside {
             let to = place(r, places);
-            case.put(ea, &to.to_le_bytes());
+            match self.far {
+                Some(far) => far::content(r, far, case, ea, to),
+                None => case.put(ea, &to.to_le_bytes()),
+            }
         }
         inside || faults
     }
@@ -260,10 +277,16 @@ fn place(r: &mut Random, places: &[u64]) -> u64 {
 
 fn is_place(a: u64, places: &[u64]) -> bool {
     places.contains(&a)
+        || a < 0x1_0000
         || !canonical(a)
         || (HOLE..DATA2).contains(&a)
         || a >= 0xffff_8000_0000_0000
         || (DATA..DATA + 0x4000).contains(&a)
+}
+
+/// Does it store what is the machine's own, or the processor's choice?
+fn is_own(m: M) -> bool {
+    matches!(m, M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw | M::Xsaveopt | M::Xsaveopt64)
 }
 
 /// Small indexes in a vector register.
@@ -283,6 +306,9 @@ fn size(m: M, size: MemorySize) -> u64 {
             Layout::host().size as u64
         }
         M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64 => 512,
+        M::Sgdt | M::Sidt => 10,
+        M::Iret | M::Iretd | M::Iretq => 40,
+        M::Retf => 16,
         _ => (size.size() as u64).max(1),
     }
 }

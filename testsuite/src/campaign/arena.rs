@@ -11,6 +11,7 @@
 //! and read-only pages through a view of its own.
 #![allow(unsafe_code)]
 
+use bivisor_emulator::interp::sensitive::selector::linux_descriptor;
 use bivisor_emulator::isa::Width;
 use bivisor_emulator::mem::{FlatSpace, GuestMemory, Prot, Ram, Vma};
 use std::sync::OnceLock;
@@ -143,13 +144,17 @@ fn map() -> Result<usize, String> {
 
 /// CR3 of [`ram`].
 pub const TABLES: u64 = SIZE;
+/// Linear address of the GDT of [`ram`], for the kernel's eyes only: what a Linux process finds at its selectors.
+pub const GDT: u64 = BASE + 0x1000;
+/// Its limit.
+pub const GDT_LIMIT: u16 = 0x7f;
 
 /// RAM of a machine with the same pages behind page tables.
 ///
 /// # Errors
 /// The host's.
 pub fn ram() -> Result<(View, GuestMemory), String> {
-    let ram = Ram::new(SIZE + 0x4000).map_err(|e| e.to_string())?;
+    let ram = Ram::new(SIZE + 0x5000).map_err(|e| e.to_string())?;
     let view = View(ram.host_base());
     let mem = GuestMemory::Ram(ram);
     const PRESENT: u64 = 1;
@@ -171,6 +176,10 @@ pub fn ram() -> Result<(View, GuestMemory), String> {
             let rights = PRESENT | USER | USED | writable | nx;
             put(TABLES + 0x3000 + (page >> 12 & 0x1ff) * 8, (page - BASE) | rights);
         }
+    }
+    put(TABLES + 0x3000 + (GDT >> 12 & 0x1ff) * 8, (TABLES + 0x4000) | PRESENT | USED | NX);
+    for selector in (0..=GDT_LIMIT).step_by(8) {
+        put(TABLES + 0x4000 + u64::from(selector), linux_descriptor(selector).unwrap_or(0));
     }
     Ok((view, mem))
 }

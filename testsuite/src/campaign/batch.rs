@@ -3,13 +3,15 @@
 use super::aim::Plan;
 use super::arena::{self, BASE, BREAK, CODE, CODE_HOLE, CODE_NX, DATA, EXIT, NOTE, STUB, View};
 use super::case::Case;
-use super::encode;
 use super::values::Pool;
+use super::{encode, far};
 use crate::random::Random;
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::interp::alu::Vendor;
 use bivisor_emulator::isa::{Class, Gpr, Insn, decode, facts};
-use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, InstructionInfoFactory, Mnemonic as M, OpCodeInfo, OpKind};
+use iced_x86::{
+    Code, Decoder, DecoderOptions, FlowControl, InstructionInfoFactory, Mnemonic as M, OpAccess, OpCodeInfo, OpKind,
+};
 
 /// States for each instruction.
 pub const STATES: u64 = 32;
@@ -36,6 +38,7 @@ pub struct Slot {
     /// How many states.
     pub states: u64,
     undefined_flags: u64,
+    free_gpr: [u64; 16],
 }
 
 /// A batch.
@@ -170,6 +173,7 @@ impl Source {
                         native: false,
                         states: FEW,
                         undefined_flags: 0,
+                        free_gpr: [0; 16],
                     });
                 }
                 _ => {}
@@ -189,9 +193,17 @@ impl Source {
             FlowControl::UnconditionalBranch | FlowControl::ConditionalBranch | FlowControl::Call
         );
         let mut insn = insn;
-        if iced.mnemonic() == M::Enter {
-            // Its frame ends inside the arena, or just below the data.
-            bytes[constants.immediate_offset() + 1] &= 0x0f;
+        if far::loads_gs(&insn) {
+            return None;
+        }
+        if iced.mnemonic() == M::Int && matches!(iced.immediate8(), 3 | 4 | 0x80) {
+            // Gates that users may go through: a system call, and others with instructions of their own.
+            bytes[constants.immediate_offset()] ^= 0x40;
+            insn = decode(&bytes[..], 64).ok()?;
+        }
+        if matches!(iced.mnemonic(), M::Enter | M::Retf) && constants.immediate_size() > 0 {
+            // Its frame ends inside the arena, or just beside the data.
+            bytes[constants.immediate_offset() + 1] &= if iced.mnemonic() == M::Retf { 7 } else { 15 };
             insn = decode(&bytes[..], 64).ok()?;
         }
         if near && iced.op0_kind() == OpKind::NearBranch64 {
@@ -226,8 +238,32 @@ impl Source {
             native: facts(code).class == Class::Native,
             states: STATES,
             undefined_flags: if self.amd { 0 } else { undefined(&insn) },
+            free_gpr: free(&mut self.factory, &insn),
         })
     }
+}
+
+/// Bits of registers that get what is the machine's own, or differs from run to run.
+fn free(factory: &mut InstructionInfoFactory, insn: &Insn) -> [u64; 16] {
+    let mut out = [0; 16];
+    if matches!(
+        insn.iced.mnemonic(),
+        M::Cpuid | M::Rdtsc | M::Rdtscp | M::Rdpid | M::Rdrand | M::Rdseed | M::Smsw | M::Sldt | M::Str
+    ) {
+        for u in factory.info(&insn.iced).used_registers() {
+            let writes = matches!(u.access(), OpAccess::Write | OpAccess::ReadWrite);
+            if let Some(g) = Gpr::from_iced(u.register()).filter(|_| writes) {
+                out[g as usize] |= match u.register().size() {
+                    2 => 0xffff,
+                    4 => 0xffff_ffff,
+                    // Where the result is narrower the rest is zero.
+                    _ if matches!(insn.iced.mnemonic(), M::Rdrand | M::Rdseed) => u64::MAX,
+                    _ => 0xffff_ffff,
+                };
+            }
+        }
+    }
+    out
 }
 
 /// Flags that Intel's manual leaves open and that nobody models.
@@ -286,6 +322,8 @@ impl Batch {
         case.code.clone_from(&slot.bytes);
         case.rip = slot.at;
         case.undefined_flags = slot.undefined_flags;
+        case.free_gpr = slot.free_gpr;
+        case.free_memory = None;
         case.windows.clear();
         case.puts.clear();
         for v in &mut case.gpr {

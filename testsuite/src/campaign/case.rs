@@ -27,6 +27,10 @@ pub struct Case {
     pub puts: Vec<(u64, Vec<u8>)>,
     /// RFLAGS bits that this host's manual leaves open and that no engine models.
     pub undefined_flags: u64,
+    /// Bits of general registers that get what is the machine's own (CPUID, RDTSC): any value is good.
+    pub free_gpr: [u64; 16],
+    /// The same of memory: address and length.
+    pub free_memory: Option<(u64, u64)>,
 }
 
 impl Default for Case {
@@ -42,6 +46,8 @@ impl Default for Case {
             windows: Vec::new(),
             puts: Vec::new(),
             undefined_flags: 0,
+            free_gpr: [0; 16],
+            free_memory: None,
         }
     }
 }

@@ -221,7 +221,7 @@ pub fn codes(supports: impl Fn(Code) -> bool) -> (Vec<Code>, Vec<(Code, &'static
         if !op.mode64() || !op.is_instruction() {
             continue;
         }
-        if !supports(code) {
+        if !supports(code) || super::never_decodes(code) {
             continue;
         }
         match super::reason_against(code) {

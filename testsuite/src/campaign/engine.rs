@@ -2,10 +2,10 @@
 
 use super::arena::{self, BREAK, EXIT, NOTE, STUB, TABLES, View};
 use super::case::Case;
-use super::outcome::{End, Outcome};
+use super::outcome::{End, NORMAL, Outcome};
 use bivisor_emulator::bus::EmptyBus;
 use bivisor_emulator::cpu::cpuid::CpuModel;
-use bivisor_emulator::cpu::{CpuState, Fault, Rflags};
+use bivisor_emulator::cpu::{CpuState, Fault, Rflags, Table};
 use bivisor_emulator::interp::Interpreter;
 use bivisor_emulator::isa::{Gpr, Seg};
 use bivisor_emulator::mem::{GuestMemory, Prot};
@@ -96,6 +96,9 @@ impl Engine {
         template.cr3 = TABLES;
         // No I/O permission map: ports are closed.
         template.tr.limit = 0;
+        template.gdtr = Table { base: arena::GDT, limit: arena::GDT_LIMIT };
+        // No gate: INT n is #GP, as through a gate that is the kernel's.
+        template.idtr.limit = 0;
         *vcpu.state() = template.clone();
         Ok(Engine { which, vcpu, view, mem, template, planted: None })
     }
@@ -140,6 +143,7 @@ impl Engine {
         out.rflags = s.rflags.bits();
         out.fs_base = s.seg[Seg::Fs as usize].base;
         out.xsave.bytes.copy_from_slice(&s.xsave.bytes);
+        out.selectors = [Seg::Es, Seg::Cs, Seg::Ss, Seg::Ds, Seg::Fs].map(|g| s.seg[g as usize].selector);
         out.other.clear();
         (out.end, out.rip) = match exit {
             Exit::Intercept { what: Intercepts::SYSCALL, .. } if s.rip == STUB => {
@@ -153,21 +157,22 @@ impl Engine {
                 return Err(why);
             }
         };
-        others(&mut self.template, s, &mut out.other);
+        others(&mut self.template, s, out);
         Ok(())
     }
 }
 
 /// What else changed; puts it back.
-fn others(template: &mut CpuState, s: &mut CpuState, out: &mut String) {
+fn others(template: &mut CpuState, s: &mut CpuState, out: &mut Outcome) {
     let fs = s.seg[Seg::Fs as usize].base;
     template.seg[Seg::Fs as usize].base = fs;
     let system = |s: &CpuState| (s.cr0, s.cr3, s.cr4, s.cr8, s.xcr0, s.efer, s.dr, s.dr6, s.dr7, s.activity);
-    if s.seg != template.seg {
-        *out = format!("segments {:x?}", s.seg);
+    let loaded = out.selectors != NORMAL;
+    if s.seg != template.seg && !loaded {
+        out.other = format!("segments {:x?}", s.seg);
     } else if system(s) != system(template) || s.interrupt_shadow || s.ldtr != template.ldtr || s.tr != template.tr {
-        *out = "system registers or activity".into();
-    } else {
+        out.other = "system registers or activity".into();
+    } else if !loaded {
         return;
     }
     let gpr = s.gpr[Gpr::Rax as usize];

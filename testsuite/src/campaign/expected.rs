@@ -13,7 +13,7 @@ use iced_x86::{Code, CpuidFeature, EncodingKind};
 pub struct Row {
     engines: Vec<String>,
     mnemonics: Vec<String>,
-    part: String,
+    parts: Vec<String>,
     when: String,
     /// Why.
     pub reason: String,
@@ -67,7 +67,8 @@ impl Expected {
             let list =
                 |s: &str| s.split([' ', ',']).filter(|s| !s.is_empty()).map(str::to_lowercase).collect::<Vec<_>>();
             let mnemonics = list(instructions);
-            if !Part::ALL.iter().any(|p| p.name() == part) {
+            let parts = list(part);
+            if !parts.iter().all(|part| Part::ALL.iter().any(|p| p.name() == part)) {
                 return Err(format!("`{line}`: no part {part}"));
             }
             if holds(when, None).is_none() {
@@ -81,7 +82,7 @@ impl Expected {
                 engines: list(engines),
                 codes,
                 mnemonics,
-                part: part.into(),
+                parts,
                 when: when.into(),
                 reason: reason.into(),
             });
@@ -92,7 +93,7 @@ impl Expected {
     /// The row that says why `engine` may differ so.
     pub fn find(&self, engine: &str, case: &Case, part: Part, is: &Outcome, should: &Outcome) -> Option<usize> {
         self.0.iter().position(|r| {
-            r.part == part.name()
+            r.parts.iter().any(|p| p == part.name())
                 && r.engines.iter().any(|e| e == "*" || e == engine)
                 && r.codes[case.insn as usize]
                 && holds(&r.when, Some((case, is, should))) == Some(true)
@@ -103,7 +104,7 @@ impl Expected {
 impl Row {
     /// The row without its reason.
     pub fn what(&self) -> String {
-        format!("{} on {}: {}, {}", self.mnemonics.join(" "), self.engines.join(" "), self.part, self.when)
+        format!("{} on {}: {}, {}", self.mnemonics.join(" "), self.engines.join(" "), self.parts.join(" "), self.when)
     }
 }
 
@@ -123,7 +124,8 @@ fn holds(when: &str, about: Option<(&Case, &Outcome, &Outcome)>) -> Option<bool>
             | "another exception"
             | "in a hypervisor"
             | "at the canonical edge"
-            | "software kvm",
+            | "software kvm"
+            | "far call with rex.w",
             None,
         ) => true,
         ("always", _) => true,
@@ -149,6 +151,10 @@ fn holds(when: &str, about: Option<(&Case, &Outcome, &Outcome)>) -> Option<bool>
         ("at the canonical edge", Some((_, is, should))) => {
             let edge = |o: &Outcome| pf(o).is_some_and(|f| (0x7fff_ffff_f000..0x8000_0000_0000).contains(&f.0));
             matches!((is.end, should.end), (End::Fault(_), End::Fault(_))) && (edge(is) || edge(should))
+        }
+        ("far call with rex.w", Some((case, ..))) => {
+            let opcode = case.code.windows(2).any(|w| matches!(w, [0x48..=0x4f, 0xff]));
+            amd && case.insn == Code::Call_m1632 && opcode
         }
         ("software kvm", _) => bivisor_kvm_backend::host().kind == Kind::Software,
         ("in a hypervisor", _) => std::arch::x86_64::__cpuid(1).ecx >> 31 != 0,

@@ -1,7 +1,10 @@
 //! The fidelity matrix: a committed summary of a campaign by mnemonic, and the page made of it.
 
 use super::coordinator::State;
+use super::engine::Which;
 use super::expected::Expected;
+use super::tally::Tally;
+use super::worker::codes;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
@@ -10,14 +13,25 @@ const SUMMARY: &str = include_str!("../../fidelity.txt");
 /// What surrounds the table: written by hand.
 const TEXT: &str = include_str!("../../fidelity.head.md");
 
-/// A campaign's results as the lines of the summary: `key value` pairs, then `mnemonic engine forms cases equal expected unexpected`.
-pub fn summary(state: &State) -> String {
-    let t = &state.tally;
-    let mut out = format!("seed {}\ncases {}\nseconds {:.0}\n", state.plan.seed, t.cases, t.seconds);
+/// Results of campaigns as the lines of the summary: one `campaign` line each (seed, engines, cases, seconds, revision), which
+/// instructions were met and which not, expected divergences, then `mnemonic engine forms cases equal expected unexpected`.
+pub fn summary(states: &[State], revision: &str) -> String {
+    let mut out = String::new();
+    let mut t = Tally::default();
+    for s in states {
+        let (engines, cases, seconds) = (s.plan.engines.join(","), s.tally.cases, s.tally.seconds);
+        let _ = writeln!(out, "campaign {} {engines} {cases} {seconds:.0} {revision}", s.plan.seed);
+        t.add(&s.tally);
+    }
     let vendor = std::arch::x86_64::__cpuid(0);
     let name: Vec<u8> = [vendor.ebx, vendor.edx, vendor.ecx].iter().flat_map(|w| w.to_le_bytes()).collect();
     let signature = std::arch::x86_64::__cpuid(1).eax;
     let _ = writeln!(out, "cpu {} {signature:#x}", String::from_utf8_lossy(&name));
+    let c = Coverage::of(&t);
+    let _ = writeln!(out, "instructions {} {} {} {}", c.met, c.thousand, c.least, c.all);
+    for (why, codes) in c.without {
+        let _ = writeln!(out, "without {why}: {}", codes.join(" "));
+    }
     for (row, n) in &t.expected {
         let _ = writeln!(out, "expected {n} {row}");
     }
@@ -36,6 +50,47 @@ pub fn summary(state: &State) -> String {
         let _ = writeln!(out, "{mnemonic} {engine} {} {} {} {} {}", n[0], n[1], n[2], n[3], n[4]);
     }
     out
+}
+
+/// How many instructions a campaign met.
+pub struct Coverage {
+    /// That decode in 64-bit mode and that the offered CPU has.
+    pub all: usize,
+    /// Met by a case on every engine.
+    pub met: usize,
+    /// With a thousand cases or more on every engine.
+    pub thousand: usize,
+    /// The fewest cases of one that was met, on the engine that had fewest.
+    pub least: u64,
+    /// Those without a case, by the reason.
+    pub without: BTreeMap<String, Vec<String>>,
+}
+
+impl Coverage {
+    /// Of results.
+    pub fn of(t: &Tally) -> Coverage {
+        let (wanted, left_out) = codes();
+        let mut c = Coverage { all: 0, met: 0, thousand: 0, least: u64::MAX, without: BTreeMap::new() };
+        c.all = wanted.len() + left_out.len();
+        for code in wanted {
+            let name = format!("{code:?}");
+            // Only engines that ran instructions of this kind: a comparison of its own is none.
+            let engines = t.counts.iter().filter(|(e, _)| Which::named(e).is_some());
+            let n = engines.map(|(_, by_code)| by_code.get(&name).map_or(0, |n| n.cases)).min().unwrap_or(0);
+            match n {
+                0 => c.without.entry("not met".into()).or_default().push(name),
+                _ => (c.met, c.least) = (c.met + 1, c.least.min(n)),
+            }
+            c.thousand += usize::from(n >= 1000);
+        }
+        for (code, why) in left_out {
+            c.without.entry(why.into()).or_default().push(format!("{code:?}"));
+        }
+        if c.met == 0 {
+            c.least = 0;
+        }
+        c
+    }
 }
 
 /// A line of the matrix: engine, mnemonic, forms, cases, equal, expected, unexpected.
@@ -59,12 +114,22 @@ fn lines() -> Vec<Line<'static>> {
     SUMMARY.lines().filter_map(line).collect()
 }
 
+/// The campaigns: seed, engines, cases, seconds, revision.
+fn campaigns() -> Vec<(&'static str, &'static str, u64, u64, &'static str)> {
+    let one = |l: &'static str| {
+        let words: Vec<&str> = l.strip_prefix("campaign ")?.split(' ').collect();
+        let [seed, engines, cases, seconds, revision] = words[..] else { return None };
+        Some((seed, engines, cases.parse().ok()?, seconds.parse().ok()?, revision))
+    };
+    SUMMARY.lines().filter_map(one).collect()
+}
+
 /// Cases, unexpected divergences, expected ones, instructions (forms) of the engines together: for the README.
 pub fn totals() -> (u64, u64, u64, u64) {
     let lines = lines();
     let sum = |i: usize| lines.iter().map(|l| l.n[i]).sum::<u64>();
     let forms = lines.iter().filter(|l| l.engine == "interp" && l.mnemonic != "invalid").map(|l| l.n[0]).sum();
-    (value("cases").parse().unwrap_or(0), sum(4), sum(3), forms)
+    (campaigns().iter().map(|c| c.2).sum(), sum(4), sum(3), forms)
 }
 
 /// By mnemonic, by engine.
@@ -82,16 +147,37 @@ fn pairs() -> (BTreeSet<&'static str>, Rows) {
 /// `docs/fidelity.md`.
 pub fn page() -> String {
     let (cases, unexpected, expected, forms) = totals();
-    let seconds: u64 = value("seconds").parse().unwrap_or(1);
-    let mut out = TEXT
-        .replace("{cases}", &cases.to_string())
-        .replace("{seconds}", &seconds.to_string())
-        .replace("{rate}", &(cases / seconds.max(1)).to_string())
-        .replace("{seed}", value("seed"))
-        .replace("{cpu}", value("cpu"))
-        .replace("{forms}", &forms.to_string())
-        .replace("{unexpected}", &unexpected.to_string())
-        .replace("{expected}", &expected.to_string());
+    let mut table = String::new();
+    for (seed, engines, cases, seconds, revision) in campaigns() {
+        let rate = cases / seconds.max(1);
+        let _ = writeln!(table, "| {engines} | {seed} | {cases} | {seconds} | {rate} | {revision} |");
+    }
+    let covered: Vec<u64> = value("instructions").split(' ').filter_map(|w| w.parse().ok()).collect();
+    let covered: [u64; 4] = covered.try_into().unwrap_or([0, 0, 0, 1]);
+    let [met, thousand, least, all] = covered;
+    let share = format!("{:.1}", 100.0 * met as f64 / all.max(1) as f64);
+    let mut without = String::new();
+    for l in SUMMARY.lines().filter_map(|l| l.strip_prefix("without ")) {
+        let (why, codes) = l.split_once(": ").unwrap_or((l, ""));
+        let _ = writeln!(without, "| {why} | {} | {codes} |", codes.split(' ').count());
+    }
+    let mut out = TEXT.to_string();
+    for (key, text) in [
+        ("{campaigns}\n", table),
+        ("{without}\n", without),
+        ("{cases}", cases.to_string()),
+        ("{cpu}", value("cpu").into()),
+        ("{forms}", forms.to_string()),
+        ("{unexpected}", unexpected.to_string()),
+        ("{expected}", expected.to_string()),
+        ("{met}", met.to_string()),
+        ("{all}", all.to_string()),
+        ("{share}", share),
+        ("{thousand}", thousand.to_string()),
+        ("{least}", least.to_string()),
+    ] {
+        out = out.replace(key, &text);
+    }
     out += "\n## What may differ from the host CPU, and why\n\n| instructions, engines, part, when | why |\n| --- | --- |\n";
     for row in Expected::default().0 {
         let _ = writeln!(out, "| {} | {} |", row.what().replace('*', "all"), row.reason);
@@ -125,8 +211,7 @@ pub fn html() -> String {
     let (cases, unexpected, expected, forms) = totals();
     let _ = writeln!(
         out,
-        "<h1>Fidelity</h1>\n<p>{cases} cases of {forms} instructions, seed {}, on {}: {expected} expected divergences, {unexpected} unexpected.</p>",
-        value("seed"),
+        "<h1>Fidelity</h1>\n<p>{cases} cases of {forms} instructions on {}: {expected} expected divergences, {unexpected} unexpected.</p>",
         value("cpu")
     );
     out += "<table>\n<tr><th>instruction<th>forms";
@@ -156,7 +241,10 @@ mod tests {
         for l in lines() {
             assert_eq!(l.n[1], l.n[2] + l.n[3] + l.n[4], "{} on {}", l.mnemonic, l.engine);
         }
-        let by_engine = |e: &str| lines().iter().filter(|l| l.engine == e).map(|l| l.n[1]).sum::<u64>();
-        assert_eq!((by_engine("interp"), by_engine("bt")), (totals().0, totals().0));
+        for e in ["interp", "bt"] {
+            let by_engine: u64 = lines().iter().filter(|l| l.engine == e).map(|l| l.n[1]).sum();
+            let runs = campaigns().into_iter().filter(|c| c.1.split(',').any(|name| name == e));
+            assert_eq!(by_engine, runs.map(|c| c.2).sum::<u64>(), "{e}");
+        }
     }
 }

@@ -8,6 +8,7 @@
 //! | [`encode`] | bytes for an instruction |
 //! | [`values`] | register values |
 //! | [`aim`] | memory operands and branch targets |
+//! | [`far`] | selectors and far pointers |
 //! | [`batch`] | instructions in their places, states for them |
 //! | [`oracle`] | the host CPU (unsafe) |
 //! | [`engine`] | the engines |
@@ -27,6 +28,7 @@ pub mod coordinator;
 pub mod encode;
 pub mod engine;
 pub mod expected;
+pub mod far;
 pub mod matrix;
 pub mod oracle;
 pub mod outcome;
@@ -36,40 +38,33 @@ pub mod values;
 pub mod worker;
 
 use bivisor_emulator::interp::alu::Vendor;
-use bivisor_emulator::isa::{Class, facts};
 use iced_x86::{Code, Mnemonic as M};
 
 /// Why no case of a campaign shows this instruction; `None`: cases do.
 pub fn reason_against(code: Code) -> Option<&'static str> {
     match code.mnemonic() {
-        M::Syscall | M::Sysenter | M::Int => return Some("a system call on the host"),
-        M::Cpuid | M::Rdtsc | M::Rdtscp | M::Rdpid | M::Rdpmc | M::Rdrand | M::Rdseed => {
-            return Some("its result is the machine's own, or differs from run to run");
+        M::Syscall => Some("a system call: what it does is the kernel's"),
+        M::Sysenter if Vendor::host() == Vendor::Intel => Some("a system call: what it does is the kernel's"),
+        M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw if umip() => {
+            Some("the host has UMIP: its kernel carries it out for users, in a way of its own")
         }
-        M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw => {
-            return Some("the host's kernel emulates it for users (UMIP)");
-        }
-        M::Lar | M::Lsl | M::Verr | M::Verw | M::Lfs | M::Lgs | M::Lss => {
-            return Some("depends on the host's descriptor tables");
-        }
-        M::Rdgsbase | M::Wrgsbase => return Some("GS is the host thread's own while a case runs"),
-        M::Xsaveopt | M::Xsaveopt64 => return Some("what it leaves out is the processor's choice"),
-        _ => {}
+        M::Rdgsbase | M::Wrgsbase | M::Lgs => Some("GS is the host thread's own while a case runs"),
+        _ if matches!(code, Code::Popw_GS | Code::Popq_GS) => Some("GS is the host thread's own while a case runs"),
+        _ => None,
     }
-    if code.op_code().fwait() {
-        return Some("WAIT and another instruction, which has its own cases");
-    }
-    if code.mnemonic() == M::Ud0 && Vendor::host() == Vendor::Amd && code != Code::Ud0 {
-        return Some("this vendor's UD0 has no ModRM byte");
-    }
-    if facts(code).class == Class::Segment {
-        let op = code.op_code();
-        let from_segment = match code.mnemonic() {
-            M::Mov => !matches!(op.op0_kind(), iced_x86::OpCodeOperandKind::seg_reg),
-            M::Push | M::Int1 | M::Int3 | M::Swapgs | M::Rdfsbase | M::Wrfsbase => true,
-            _ => false,
-        };
-        return (!from_segment).then_some("depends on the host's descriptor tables");
-    }
-    None
+}
+
+/// CPUID.(EAX=7,ECX=0).ECX.UMIP.
+fn umip() -> bool {
+    std::arch::x86_64::__cpuid_count(7, 0).ecx & 4 != 0
+}
+
+/// Does this host's decoder never give this code? WAIT and another instruction are two; AMD's UD0 has no ModRM byte, and its far pointers no
+/// offset of 64 bits.
+pub fn never_decodes(code: Code) -> bool {
+    let intel = matches!(
+        code,
+        Code::Call_m1664 | Code::Jmp_m1664 | Code::Lss_r64_m1664 | Code::Lfs_r64_m1664 | Code::Lgs_r64_m1664
+    ) || code.mnemonic() == M::Ud0 && code != Code::Ud0;
+    code.op_code().fwait() || intel && Vendor::host() == Vendor::Amd
 }

@@ -6,7 +6,7 @@
 
 use super::arena::{EXIT, NOTE, View};
 use super::case::Case;
-use super::outcome::{End, Outcome};
+use super::outcome::{End, NORMAL, Outcome};
 use crate::host::{GPRS, fault};
 use bivisor_emulator::cpu::XsaveArea;
 use bivisor_emulator::cpu::xsave::Layout;
@@ -38,6 +38,8 @@ struct Frame {
     error: u64,
     cr2: u64,
     rip: u64,
+    /// ES, CS, SS, DS, FS.
+    selectors: [u16; 5],
 }
 
 /// The host CPU.
@@ -104,6 +106,8 @@ global_asm!(
     "mov [rbx + {gpr} + 104], r13",
     "mov [rbx + {gpr} + 112], r14",
     "mov [rbx + {gpr} + 120], r15",
+    "mov [rbx + {selectors} + 2], cs",
+    "mov [rbx + {selectors} + 4], ss",
     "mov rsp, [rbx + {rsp}]",
     "pushfq",
     "pop qword ptr [rbx + {rflags}]",
@@ -116,6 +120,23 @@ global_asm!(
     "bivisor_oracle_left:",
     "rdfsbase rax",
     "mov [rbx + {fs_base}], rax",
+    "mov [rbx + {selectors}], es",
+    "mov [rbx + {selectors} + 6], ds",
+    "mov [rbx + {selectors} + 8], fs",
+    // Only what a case loaded is put back. SS is always Linux's or a twin of it.
+    "xor eax, eax",
+    "cmp ax, [rbx + {selectors}]",
+    "je 3f",
+    "mov es, eax",
+    "3:",
+    "cmp ax, [rbx + {selectors} + 6]",
+    "je 3f",
+    "mov ds, eax",
+    "3:",
+    "cmp ax, [rbx + {selectors} + 8]",
+    "je 3f",
+    "mov fs, eax",
+    "3:",
     "mov rdx, gs:[8]",
     "wrfsbase rdx",
     "fninit",
@@ -136,6 +157,7 @@ global_asm!(
     fs_base = const offset_of!(Frame, fs_base),
     entry = const offset_of!(Frame, entry),
     components = const offset_of!(Frame, components),
+    selectors = const offset_of!(Frame, selectors),
 );
 
 unsafe extern "sysv64" {
@@ -162,6 +184,7 @@ impl Oracle {
             error: 0,
             cr2: 0,
             rip: 0,
+            selectors: NORMAL,
         });
         Some(Oracle { frame, view })
     }
@@ -185,6 +208,7 @@ impl Oracle {
         out.gpr = f.gpr;
         out.rflags = f.rflags;
         out.fs_base = f.fs_base;
+        out.selectors = f.selectors;
         out.xsave.bytes.copy_from_slice(&f.xsave.bytes);
         (out.end, out.rip) = match f.trap {
             NO_TRAP => (End::Left, u64::from(self.view.load32(NOTE))),
@@ -215,6 +239,9 @@ unsafe fn hook(block: &ThreadBlock, _sig: i32, info: *mut libc::siginfo_t, uc: *
         frame.error = regs[libc::REG_ERR as usize] as u64;
         frame.cr2 = regs[libc::REG_CR2 as usize] as u64;
         frame.rip = regs[libc::REG_RIP as usize] as u64;
+        // CS, GS, FS, SS (asm/sigcontext.h).
+        let selectors = regs[libc::REG_CSGSFS as usize] as u64;
+        (frame.selectors[1], frame.selectors[2]) = (selectors as u16, (selectors >> 48) as u16);
         vectors(&mut frame.xsave, (*uc).uc_mcontext.fpregs.cast());
         regs[libc::REG_RIP as usize] = (&raw const bivisor_oracle_left) as i64;
         regs[libc::REG_RSP as usize] = frame.rsp as i64;

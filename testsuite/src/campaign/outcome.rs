@@ -6,6 +6,9 @@ use bivisor_emulator::cpu::xsave::{Layout, component};
 use bivisor_emulator::cpu::{Fault, XsaveArea};
 use bivisor_emulator::isa::Gpr;
 
+/// Selectors of ES, CS, SS, DS, FS before a case: Linux's of 64-bit code.
+pub const NORMAL: [u16; 5] = [0, 0x33, 0x2b, 0, 0];
+
 /// How an instruction ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
@@ -28,6 +31,8 @@ pub struct Outcome {
     pub rflags: u64,
     /// FS base.
     pub fs_base: u64,
+    /// Selectors of ES, CS, SS, DS, FS.
+    pub selectors: [u16; 5],
     /// x87 and vector registers.
     pub xsave: Box<XsaveArea>,
     /// The windows' bytes, one after the other.
@@ -44,6 +49,7 @@ impl Default for Outcome {
             gpr: [0; 16],
             rflags: 0,
             fs_base: 0,
+            selectors: NORMAL,
             xsave: Box::default(),
             memory: Vec::new(),
             other: String::new(),
@@ -135,8 +141,9 @@ pub fn compare(case: &Case, is: &Outcome, should: &Outcome) -> Option<(Part, Str
     if is.rip != should.rip {
         return Some((Part::Rip, format!("RIP is {:#x}, not {:#x}", is.rip, should.rip)));
     }
-    if is.gpr != should.gpr {
-        let i = (0..16).find(|&i| is.gpr[i] != should.gpr[i]).unwrap_or(0);
+    if is.gpr != should.gpr
+        && let Some(i) = (0..16).find(|&i| (is.gpr[i] ^ should.gpr[i]) & !case.free_gpr[i] != 0)
+    {
         return Some((Part::Gpr, format!("{} is {:#x}, not {:#x}", Gpr::NAMES[i], is.gpr[i], should.gpr[i])));
     }
     if (is.rflags ^ should.rflags) & !case.undefined_flags != 0 {
@@ -145,17 +152,22 @@ pub fn compare(case: &Case, is: &Outcome, should: &Outcome) -> Option<(Part, Str
     if is.fs_base != should.fs_base {
         return Some((Part::Other, format!("FS base is {:#x}, not {:#x}", is.fs_base, should.fs_base)));
     }
+    if is.selectors != should.selectors {
+        let (is, should) = (is.selectors, should.selectors);
+        return Some((Part::Other, format!("ES, CS, SS, DS, FS are {is:x?}, not {should:x?}")));
+    }
     if !same_image(&is.xsave, &should.xsave)
         && let Some(found) = image(&is.xsave, &should.xsave)
     {
         return Some(found);
     }
     if is.memory != should.memory {
-        let mut at = case.windows.iter().flat_map(|w| w.0..w.0 + u64::from(w.1));
-        let bytes = is.memory.iter().zip(&should.memory).position(|(a, b)| a != b).unwrap_or(0);
-        let addr = at.nth(bytes).unwrap_or(0);
-        let (a, b) = (is.memory.get(bytes), should.memory.get(bytes));
-        return Some((Part::Memory, format!("byte at {addr:#x} is {a:#x?}, not {b:#x?}")));
+        let at = case.windows.iter().flat_map(|w| w.0..w.0 + u64::from(w.1));
+        let free = |a: &u64| case.free_memory.is_some_and(|(from, len)| (from..from + len).contains(a));
+        let bytes = at.zip(is.memory.iter().zip(&should.memory));
+        if let Some((addr, (a, b))) = bytes.into_iter().find(|(at, (a, b))| a != b && !free(at)) {
+            return Some((Part::Memory, format!("byte at {addr:#x} is {a:#x}, not {b:#x}")));
+        }
     }
     (!is.other.is_empty()).then(|| (Part::Other, format!("changed besides: {}", is.other)))
 }

@@ -11,7 +11,7 @@ use crate::cpu::{Activity, CpuState, Efer, Fault, Rflags, Segment};
 use crate::interp::{Exec, Step, Stop, access};
 use crate::isa::{Seg, Width};
 use crate::mem::{Access, By};
-use crate::vcpu::Exit;
+use crate::vcpu::{Exit, Intercepts};
 
 /// What is delivered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +84,12 @@ pub fn deliver(x: &mut Exec<'_>, event: Event) -> Result<(), Stop> {
                 x.cpu.activity = Activity::Active;
                 x.attention();
                 return Ok(());
+            }
+            // Nothing but an instruction was under way: its fault is intercepted like any other's.
+            Err(Stop::Fault(second))
+                if matches!(event, Event::Software(_)) && x.intercepts.contains(Intercepts::EXCEPTIONS) =>
+            {
+                return Err(Stop::Fault(second));
             }
             Err(Stop::Fault(second)) => match combine(event, second) {
                 Some(fault) => event = Event::Fault(fault),

@@ -73,7 +73,7 @@ pub fn linear_in_table(cpu: &CpuState, laddr: u64) -> u64 {
 
 /// What a Linux process finds at a selector (arch/x86/include/asm/segment.h): the kernel's segments, its own, the CPU number.
 /// A process has no table in its memory, so this stands for it.
-fn linux_descriptor(selector: u16) -> Option<u64> {
+pub fn linux_descriptor(selector: u16) -> Option<u64> {
     Some(match selector & !3 {
         0x08 => 0x00cf_9b00_0000_ffff, // 32-bit kernel code
         0x10 => 0x00af_9b00_0000_ffff, // kernel code
