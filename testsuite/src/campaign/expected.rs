@@ -4,7 +4,7 @@ use super::case::Case;
 use super::outcome::{End, Outcome, Part};
 use bivisor_emulator::cpu::Fault;
 use bivisor_emulator::interp::alu::Vendor;
-use bivisor_emulator::isa::{Class, facts};
+use bivisor_emulator::isa::{Class, Gpr, facts};
 use bivisor_kvm_backend::Kind;
 use iced_x86::{Code, CpuidFeature, EncodingKind};
 
@@ -108,6 +108,10 @@ impl Row {
     }
 }
 
+fn software_kvm() -> bool {
+    bivisor_kvm_backend::host().kind == Kind::Software
+}
+
 /// Does a condition hold? `None`: there is no such condition.
 fn holds(when: &str, about: Option<(&Case, &Outcome, &Outcome)>) -> Option<bool> {
     let pf = |o: &Outcome| match o.end {
@@ -125,6 +129,8 @@ fn holds(when: &str, about: Option<(&Case, &Outcome, &Outcome)>) -> Option<bool>
             | "in a hypervisor"
             | "at the canonical edge"
             | "software kvm"
+            | "software kvm, rsp not canonical"
+            | "software kvm, another exception"
             | "far call with rex.w",
             None,
         ) => true,
@@ -156,7 +162,14 @@ fn holds(when: &str, about: Option<(&Case, &Outcome, &Outcome)>) -> Option<bool>
             let opcode = case.code.windows(2).any(|w| matches!(w, [0x48..=0x4f, 0xff]));
             amd && case.insn == Code::Call_m1632 && opcode
         }
-        ("software kvm", _) => bivisor_kvm_backend::host().kind == Kind::Software,
+        ("software kvm", _) => software_kvm(),
+        ("software kvm, rsp not canonical", Some((case, ..))) => {
+            let rsp = case.gpr[Gpr::Rsp as usize];
+            software_kvm() && (rsp << 16) as i64 >> 16 != rsp as i64
+        }
+        ("software kvm, another exception", Some((_, is, should))) => {
+            software_kvm() && matches!((is.end, should.end), (End::Fault(_), End::Fault(Fault::Gp(_) | Fault::Ss(_))))
+        }
         ("in a hypervisor", _) => std::arch::x86_64::__cpuid(1).ecx >> 31 != 0,
         _ => return None,
     })

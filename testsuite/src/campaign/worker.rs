@@ -227,7 +227,11 @@ impl Worker {
                 case.code.clone_from(&batch.slots[slot].bytes);
                 self.counts[e][case.insn as usize].cases += 1;
                 let what = format!("somebody wrote at {addr:#x}, outside the operand");
-                self.differs(&case, e, Part::Memory, what, n, &batch.pristine);
+                let name = self.engines[e].which.name();
+                match self.expected.find(name, &case, Part::Memory, &Outcome::default(), &Outcome::default()) {
+                    Some(_) => self.counts[e][case.insn as usize].expected += 1,
+                    None => self.differs(&case, e, Part::Memory, what, n, &batch.pristine),
+                }
                 self.case = case;
                 batch.load(view);
             }
