@@ -131,6 +131,7 @@ fn holds(when: &str, about: Option<(&Case, &Outcome, &Outcome)>) -> Option<bool>
             | "software kvm"
             | "software kvm, rsp not canonical"
             | "software kvm, another exception"
+            | "far call, another exception"
             | "far call with rex.w",
             None,
         ) => true,
@@ -157,6 +158,10 @@ fn holds(when: &str, about: Option<(&Case, &Outcome, &Outcome)>) -> Option<bool>
         ("at the canonical edge", Some((_, is, should))) => {
             let edge = |o: &Outcome| pf(o).is_some_and(|f| (0x7fff_ffff_f000..0x8000_0000_0000).contains(&f.0));
             matches!((is.end, should.end), (End::Fault(_), End::Fault(_))) && (edge(is) || edge(should))
+        }
+        ("far call, another exception", Some((case, is, should))) => {
+            let far = matches!(case.insn, Code::Call_m1616 | Code::Call_m1632 | Code::Call_m1664);
+            far && matches!((is.end, should.end), (End::Fault(_), End::Fault(_)))
         }
         ("far call with rex.w", Some((case, ..))) => {
             let opcode = case.code.windows(2).any(|w| matches!(w, [0x48..=0x4f, 0xff]));
