@@ -443,6 +443,7 @@ faults:
     TRY "fld1 after clts:", fld1
     fninit
     call page_faults
+    call frames
     call double_fault
     call single_step
     ret
@@ -476,6 +477,112 @@ page_faults:
     and eax, 0x60
     HEX rax
     SAY "\n"
+    ret
+
+# Status flags in the frame of a page fault, where the code overwrites them later. rsi: where the loads are, which end in the absent
+# page; rbx: a present place.
+.macro FRAME text, code
+    SAY "flags of \text in the frame:"
+    mov esi, PAGES + 0xf00
+    mov edi, 0x12345678
+    mov ebp, 0x80000003
+    lea rbx, [rip + scratch]
+    mov dword ptr [rbx], 0x90000001
+    xor edx, edx
+    xor ecx, ecx
+    mov r8d, 0x7fffffff
+    TRYQUIET \code
+    call report_frame
+.endm
+
+report_frame:
+    mov rax, [last_flags]
+    and eax, 0x8d5
+    SAY " "
+    HEX rax
+    call report
+    ret
+
+.macro COMPAREBEFORE               # by the block before, in registers that stay
+1:  mov eax, [rsi]
+    imul eax, [rbx]
+    add rsi, 4
+    add ecx, eax
+    cmp esi, edi
+    jne 1b
+.endm
+.macro COMPAREGONE                 # by the block before, in a register that changes
+    jmp 1f
+1:  mov r9d, [rbx]
+    mov r8d, [rsi]
+    add rsi, 4
+    cmp r8d, r9d
+    jno 1b
+    jmp 1b
+.endm
+.macro ADDHERE
+1:  add rsi, 4
+    add ebp, r8d
+    mov ecx, [rsi]
+    mov edx, [rsi]
+    cmp ecx, edx
+    je 1b
+.endm
+.macro ADDDOUBLE                   # cannot be told from the sum
+1:  add rsi, 4
+    lea eax, [esi + 0x7ffff000]
+    add eax, eax
+    mov ecx, [rsi]
+    cmp ecx, edx
+    jmp 1b
+.endm
+.macro INCKEEPS                    # CF of one, the rest of another
+1:  add rsi, 4
+    sub edx, 1
+    inc edx
+    mov ecx, [rsi]
+    xor ecx, ecx
+    jmp 1b
+.endm
+.macro MEMORYSUM
+1:  add rsi, 4
+    mov r9d, ebp
+    add r9d, [rbx]
+    mov ecx, [rsi]
+    xor ecx, ecx
+    jmp 1b
+.endm
+.macro SUBMOVED                    # its operand changes between two loads
+1:  add rsi, 4
+    sub ebp, edi
+    mov ecx, [rbx]
+    mov edi, [rbx]
+    mov eax, [rsi]
+    or eax, 1
+    jmp 1b
+.endm
+.macro FARTARGET
+1:  add rsi, 4
+    cmp edi, ebp
+    jmp load_far
+.endm
+.macro CALLED
+1:  add rsi, 4
+    cmp ebp, edi
+    call load_called
+    jmp 1b
+.endm
+
+frames:
+    FRAME "cmp before a loop's load", COMPAREBEFORE
+    FRAME "cmp of what was loaded over", COMPAREGONE
+    FRAME "add", ADDHERE
+    FRAME "add to itself", ADDDOUBLE
+    FRAME "inc after sub", INCKEEPS
+    FRAME "add of memory", MEMORYSUM
+    FRAME "sub whose operand changes", SUBMOVED
+    FRAME "cmp before a jump to another page", FARTARGET
+    FRAME "cmp before a call", CALLED
     ret
 
 # A stack that cannot be pushed to: #SS cannot be delivered, #DF comes on the stack of IST 1.
@@ -882,6 +989,18 @@ user_forbidden:
     syscall
     ud2
 
+    .p2align 12
+load_far:
+    mov eax, [rsi]
+    add rsi, 4
+    xor eax, edi
+    cmp edi, ebp
+    jmp load_far
+load_called:
+    mov rax, [rsi]
+    xor eax, eax
+    ret
+
 # ---------------------------------------------------------------- handlers
 
 .macro STUB vector
@@ -918,6 +1037,8 @@ common:
     mov [last_rip], rax
     mov rax, [rsp + 32]
     mov [last_cs], rax
+    mov rax, [rsp + 40]
+    mov [last_flags], rax
     mov rax, cr2
     mov [last_cr2], rax
     mov [handler_rsp], rsp
@@ -1112,6 +1233,7 @@ last_cs: .skip 8
 last_cr2: .skip 8
 handler_rsp: .skip 8
 handler_flags: .skip 8
+last_flags: .skip 8
 count: .skip 8
 seen_cs: .skip 8
 kernel_rsp: .skip 8

@@ -199,6 +199,7 @@ fn kernel(bytes: &[u8], start: u64, model: Arc<CpuModel>) -> Option<Explained> {
     let around = system::lower::Around {
         at: HOST,
         first_exit: 0,
+        first_recipe: 0,
         leave: OUT,
         targets: at::TARGETS,
         tlb: at::TLB + mode.context() * system::tlb::TABLE,

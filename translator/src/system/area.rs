@@ -60,6 +60,8 @@ pub mod at {
     pub const KERNEL_GS_BASE: usize = SLOTS + 0x120;
     /// Not 0: components above XMM may be in use.
     pub const UPPER: usize = SLOTS + 0x128;
+    /// How the status flags are told if they are not in their slot: number of a recipe, or 0.
+    pub const RECIPE: usize = SLOTS + 0x130;
     /// TSC offset.
     pub const TSC_OFFSET: usize = SLOTS + 0x110;
     /// XMM0 to XMM15.

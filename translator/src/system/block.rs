@@ -93,6 +93,32 @@ impl Way {
             Way::Jump | Way::Call | Way::JumpIndirect | Way::CallIndirect | Way::Return(_) | Way::Step | Way::Counted
         )
     }
+
+    /// May something else than the next instruction follow it, or read all flags?
+    pub fn leaves(self) -> bool {
+        !matches!(
+            self,
+            Way::Plain
+                | Way::Memory
+                | Way::Constant(_)
+                | Way::Nop
+                | Way::Push
+                | Way::Pop
+                | Way::Leave
+                | Way::PushMemory
+                | Way::Cli
+                | Way::ReadControl
+                | Way::SwapGs
+                | Way::ReadSelector
+                | Way::ReadTimeAndId
+                | Way::ReadTime
+                | Way::Stos(_)
+                | Way::Lods(_)
+                | Way::Movs(_)
+                | Way::RepStos(_)
+                | Way::RepMovs(_)
+        )
+    }
 }
 
 /// What a memory operand is relative to besides registers.
@@ -184,8 +210,12 @@ pub struct Item {
     pub flags_out: u8,
     /// Does it change any?
     pub changes_flags: bool,
-    /// Status flags that matter after it.
+    /// Status flags that matter after it to what is executed.
     pub live: u8,
+    /// Those that are read or shown in the frame of an exception.
+    pub shown: u8,
+    /// May it raise an exception?
+    pub can_fault: bool,
     /// Does its encoding exclude REX (AH to BH)?
     pub high: bool,
 }
@@ -201,7 +231,7 @@ pub struct GuestBlock {
     pub items: Vec<Item>,
     /// Their bytes.
     pub bytes: Vec<u8>,
-    /// No status flag matters at its start.
+    /// No status flag is read or shown before it is overwritten.
     pub flags_dead: bool,
 }
 
@@ -272,34 +302,15 @@ pub fn decode(
         }
     }
     bytes.truncate(at);
-    let mut live = STATUS;
+    let (mut live, mut shown) = (STATUS, STATUS);
     for i in items.iter_mut().rev() {
-        i.live = live;
-        let leaves = !matches!(
-            i.way,
-            Way::Plain
-                | Way::Memory
-                | Way::Constant(_)
-                | Way::Nop
-                | Way::Push
-                | Way::Pop
-                | Way::Leave
-                | Way::PushMemory
-                | Way::ReadControl
-                | Way::SwapGs
-                | Way::ReadSelector
-                | Way::ReadTimeAndId
-                | Way::ReadTime
-                | Way::Stos(_)
-                | Way::Lods(_)
-                | Way::Movs(_)
-                | Way::RepStos(_)
-                | Way::RepMovs(_)
-        );
+        (i.live, i.shown) = (live, shown);
         // Where instructions are counted the flags are shown after each.
-        live = if leaves || mode.is_counted() { STATUS } else { live & !i.flags_out | i.flags_in };
+        let all = i.way.leaves() || mode.is_counted();
+        live = if all { STATUS } else { live & !i.flags_out | i.flags_in };
+        shown = if all || i.can_fault { STATUS } else { shown & !i.flags_out | i.flags_in };
     }
-    let flags_dead = live == 0;
+    let flags_dead = shown == 0;
     (!items.is_empty()).then_some((GuestBlock { start, mode, items, bytes, flags_dead }, crossing))
 }
 
@@ -321,6 +332,10 @@ fn item(iced: &Instruction, at: usize, mode: Mode, routes: &Routes, factory: &mu
             }
             _ => reads |= bit,
         }
+    }
+    // Without shadow stacks it does nothing (SDM 2B RDSSPD).
+    if matches!(iced.mnemonic(), Mnemonic::Rdsspd | Mnemonic::Rdsspq) {
+        reads |= writes;
     }
     let (mut flags_in, flags_out) = flags(iced);
     let mut way = way(iced, mode, routes);
@@ -350,6 +365,14 @@ fn item(iced: &Instruction, at: usize, mode: Mode, routes: &Routes, factory: &mu
     if way == Way::Step {
         flags_in = STATUS;
     }
+    // Division, x87 and SIMD exceptions; all others have an access.
+    let plain = !matches!(iced.mnemonic(), Mnemonic::Div | Mnemonic::Idiv) && facts(iced.code()).class != Class::Native;
+    let can_fault = match way {
+        Way::Plain => !plain,
+        Way::Constant(_) | Way::Nop | Way::ReadControl | Way::ReadSelector | Way::ReadTime => false,
+        Way::ReadTimeAndId | Way::SwapGs | Way::Cli | Way::Jump | Way::Conditional => false,
+        _ => true,
+    };
     let adds = match way {
         Way::Push | Way::PushFlags | Way::PushMemory => Some((Gpr::Rsp, -8)),
         Way::Pop if iced.op0_register() != Register::RSP => Some((Gpr::Rsp, 8)),
@@ -372,6 +395,8 @@ fn item(iced: &Instruction, at: usize, mode: Mode, routes: &Routes, factory: &mu
         changes_flags: iced.rflags_modified() as u8 & STATUS != 0
             || matches!(iced.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr),
         live: STATUS,
+        shown: STATUS,
+        can_fault,
         high,
     }
 }
@@ -408,7 +433,10 @@ fn flags(iced: &Instruction) -> (u8, u8) {
     let set = iced.rflags_modified() as u8 & STATUS;
     let undefined = iced.rflags_undefined() as u8 & STATUS;
     match iced.mnemonic() {
-        M::Shl | M::Shr | M::Sar | M::Sal if iced.op1_kind() == OpKind::Immediate8 => (read, set),
+        M::Shl | M::Shr | M::Sar | M::Sal if iced.op1_kind() == OpKind::Immediate8 => {
+            let mask = if iced.op0_register().is_gpr64() || iced.memory_size().size() == 8 { 0x3f } else { 0x1f };
+            if iced.immediate8() & mask == 0 { (read, 0) } else { (read, set) }
+        }
         // Counts beyond the width are not modelled.
         M::Rcl | M::Rcr => (STATUS, 0),
         // A count of zero changes nothing.
@@ -527,6 +555,10 @@ fn way(iced: &Instruction, mode: Mode, routes: &Routes) -> Way {
         Code::Rdtsc if mode.time() && routes.base(code) == Route::Copy => return Way::ReadTime,
         Code::Cld if !mode.down() => return Way::Nop,
         Code::Endbr64 => return Way::Nop,
+        // PREFETCHW of a register: AMD has #UD.
+        Code::Reservednop_rm16_r16_0F0D | Code::Reservednop_rm32_r32_0F0D | Code::Reservednop_rm64_r64_0F0D => {
+            return Way::Step;
+        }
         _ => {}
     }
     let near = |w| if iced.op0_kind() == OpKind::NearBranch64 { w } else { Way::Step };

@@ -8,7 +8,7 @@ use crate::system::area::{self, Area, at};
 use crate::system::block::{GuestBlock, MAX_INSNS, Source, decode};
 use crate::system::hash::Map;
 use crate::system::lower::asm::{Assembler, At};
-use crate::system::lower::{Around, Entries, Exit, Flags, Kind, Point, Unit, lower};
+use crate::system::lower::{Around, Entries, Exit, Flags, Kind, Point, Replay, Told, Unit, lower};
 use crate::system::{enter, tlb};
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::isa::{Gpr, MAX_INSN_LEN};
@@ -55,7 +55,7 @@ pub struct Block {
     end: u32,
     /// The ways in, as code offsets.
     pub entries: Entries,
-    /// No status flag matters at its start.
+    /// No status flag is read or shown before it is overwritten.
     pub flags_dead: bool,
     /// Guest instructions.
     pub insns: u16,
@@ -126,6 +126,7 @@ pub struct Cache {
     by_key: Map<Key, u32>,
     pages: Map<u64, Page>,
     exits: Vec<Exit>,
+    recipes: Vec<Replay>,
     /// By exit: how it was linked, for jumps to other pages; and which exit this one stands for.
     links: Map<u32, Link>,
     origins: Map<u32, u32>,
@@ -163,6 +164,7 @@ impl Cache {
             by_key: Map::default(),
             pages: Map::default(),
             exits: Vec::new(),
+            recipes: Vec::new(),
             links: Map::default(),
             origins: Map::default(),
             hints: Map::default(),
@@ -223,6 +225,7 @@ impl Cache {
         self.by_key.clear();
         self.pages.clear();
         self.exits.clear();
+        self.recipes.clear();
         self.links.clear();
         self.origins.clear();
         self.cells.clear();
@@ -266,6 +269,7 @@ impl Cache {
         let around = Around {
             at: self.buffer.base() + self.buffer.next() as u64,
             first_exit: self.exits.len() as u32,
+            first_recipe: self.recipes.len() as u32,
             leave: self.leave,
             targets,
             tlb: at::TLB + mode.context() * tlb::TABLE,
@@ -291,7 +295,9 @@ impl Cache {
             e
         }));
         let points = unit.points.iter().map(|p| Point { from: p.from + offset, to: p.to + offset, ..*p }).collect();
+        self.recipes.extend_from_slice(&unit.recipes);
         let e = unit.entries;
+        let word = e.word.map(|(at, registers)| (at + offset, registers));
         self.counts.blocks += 1;
         self.counts.insns += u64::from(unit.insns);
         self.blocks.push(Block {
@@ -302,7 +308,7 @@ impl Cache {
             len: block.bytes.len() as u16,
             at: offset,
             end: offset + unit.code.len() as u32,
-            entries: Entries { host: e.host + offset, slot: e.slot + offset },
+            entries: Entries { host: e.host + offset, slot: e.slot + offset, word, ..e },
             flags_dead: block.flags_dead,
             insns: unit.insns,
             number,
@@ -358,7 +364,12 @@ impl Cache {
             && target.pages[0] == target.pages[1];
         if one_page {
             let e = target.entries;
-            let to = if exit.flags == Flags::Slot { e.slot } else { e.host };
+            let to = match (exit.flags, self.with_word(&exit, target)) {
+                (_, Some((to, _))) => to,
+                (Flags::Slot, _) => e.slot,
+                (Flags::Host, _) => e.host,
+                (Flags::Both, _) => e.both(),
+            };
             self.buffer.patch(site as usize, to as usize);
             let incoming = &mut self.blocks[b as usize].incoming;
             if !incoming.contains(&(site, exit.stub)) {
@@ -382,8 +393,9 @@ impl Cache {
         }
         last.made += 1;
         last.target = b;
-        let save = exit.flags != Flags::Slot && !target.flags_dead;
-        let at = self.way_in(b, save, Some(id));
+        let word = self.with_word(&exit, target);
+        let save = exit.flags == Flags::Host && !target.flags_dead && word.is_none();
+        let at = self.way_in(b, save, Some(id), word);
         if let Some(l) = self.links.get_mut(&id) {
             l.at = at;
         }
@@ -391,13 +403,26 @@ impl Cache {
         self.counts.links += 1;
     }
 
+    /// The way into a block that is told how the flags are made, instead of the flags themselves, if the exit can tell.
+    fn with_word(&self, exit: &Exit, target: &Block) -> Option<(u32, Replay)> {
+        let replay = *self.recipes.get(exit.recipe?.checked_sub(1)? as usize)?;
+        let (at, registers) = target.entries.word?;
+        (exit.flags == Flags::Host && registers & replay.needs() == 0).then_some((at, replay))
+    }
+
+    /// The recipe of a number.
+    pub fn recipe(&self, number: u64) -> Option<Replay> {
+        self.recipes.get((number as usize).checked_sub(1)?).copied()
+    }
+
     /// Code that asks the map of code pages and goes to block `b`; gives its offset. Without an origin it is for indirect branches, and
     /// looks whether somebody wants the code to be left.
-    fn way_in(&mut self, b: u32, save: bool, origin: Option<u32>) -> u32 {
+    fn way_in(&mut self, b: u32, save: bool, origin: Option<u32>, word: Option<(u32, Replay)>) -> u32 {
         let (rip, number, to) = {
             let t = &self.blocks[b as usize];
-            (t.rip, t.number, t.entries.slot)
+            (t.rip, t.number, word.map_or(t.entries.slot, |(at, _)| at))
         };
+        let told = word.map(|(_, replay)| Told::Here(replay));
         let offset = self.buffer.next() as u32;
         let mut e = Emitter::new(self.host(offset));
         if save {
@@ -440,6 +465,8 @@ impl Cache {
             rip,
             spilled: 0,
             flags: Flags::Slot,
+            told,
+            recipe: None,
             done: 0,
             site: None,
             stub,
@@ -463,7 +490,7 @@ impl Cache {
         let (rip, mode) = (target.rip, target.mode);
         let landing = match target.landing {
             Some(l) => l,
-            None => self.way_in(b, false, None),
+            None => self.way_in(b, false, None, None),
         };
         self.blocks[b as usize].landing = Some(landing);
         let Some(table) = self.targets(mode) else { return };

@@ -18,8 +18,9 @@
 //! write of CR3 costs. Indirect branches look their target up in a cache by linear address, and what they arrive at asks the code map.
 //!
 //! Guest registers are the host's; three of them are borrowed for an access, the guest's value in a slot until the block needs it or
-//! ends. Status flags stay in EFLAGS until a probe would destroy them, and are then kept in a slot if they still matter. Status flags
-//! that are overwritten before anything reads them may show an older value in what an exception in between pushes.
+//! ends. Status flags stay in EFLAGS until a probe would destroy them, and are then kept in a slot if they still matter. Flags that
+//! only the frame of an exception would show are told from what their instruction left in registers, in this block or in the one before
+//! ([`lower::Told`]); where that cannot be they are kept.
 
 pub mod area;
 pub mod block;

@@ -10,7 +10,7 @@ use crate::system::area::{Area, CELLS, at};
 use crate::system::block::Access as GuestAccess;
 use crate::system::cache::{Cache, cell_at};
 use crate::system::enter::{self, ABORTED, FAULT};
-use crate::system::lower::{Flags, Kind};
+use crate::system::lower::{Flags, Kind, Told};
 use crate::system::tlb::Tlb;
 use crate::system::{Mode, handler};
 use bivisor_emulator::cpu::xsave::component;
@@ -432,7 +432,7 @@ impl System {
     /// a counted block were done.
     fn once(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, b: u32) -> (Next, u16) {
         let entries = self.cache.block(b).entries;
-        let mut host = self.cache.host(entries.host);
+        let mut host = self.cache.host(entries.both());
         self.load(&t.cpu);
         if self.watches != ram.watches() {
             self.watches = ram.watches();
@@ -446,7 +446,7 @@ impl System {
                 if let Some(exit) = resumed {
                     let exit = *self.cache.exit(exit);
                     t.cpu.rip = exit.rip;
-                    self.mend(&mut t.cpu, exit.spilled, exit.flags);
+                    self.mend(&mut t.cpu, exit.spilled, exit.flags, exit.told);
                     return (Next::Go(Via::Start), exit.done);
                 }
                 return (Next::Go(Via::Start), 0);
@@ -475,7 +475,7 @@ impl System {
     }
 
     /// Registers and flags from slots back into the state.
-    fn mend(&self, cpu: &mut CpuState, spilled: u16, flags: Flags) {
+    fn mend(&self, cpu: &mut CpuState, spilled: u16, flags: Flags, told: Option<Told>) {
         let mut rest = spilled;
         while rest != 0 {
             let r = rest.trailing_zeros() as usize;
@@ -483,7 +483,15 @@ impl System {
             rest &= rest - 1;
         }
         let status = self.area.get(if flags == Flags::Slot { at::STATUS } else { at::EXIT_STATUS });
-        let status = Rflags::from_bits_retain(status >> 8 & 0xd5 | (status & 1) << 11);
+        let replay = match told {
+            Some(Told::Here(r)) => Some(r),
+            Some(Told::Before) => self.cache.recipe(self.area.get(at::RECIPE)),
+            None => None,
+        };
+        let status = match replay {
+            Some(r) if flags == Flags::Slot => r.status(cpu),
+            _ => Rflags::from_bits_retain(status >> 8 & 0xd5 | (status & 1) << 11),
+        };
         let own = Rflags::from_bits_retain(self.area.get(at::FLAGS) | self.area.get(at::INTERRUPTS));
         cpu.rflags = own | status;
         cpu.seg[Seg::Gs as usize].base = self.area.get(at::GS_BASE);
@@ -496,7 +504,7 @@ impl System {
             let (block, point) = self.cache.point(pc).expect("the host faults only where it may");
             let (rip, point) = (block.rip.wrapping_add(u64::from(point.at)), *point);
             t.cpu.rip = rip;
-            self.mend(&mut t.cpu, point.spilled, point.flags);
+            self.mend(&mut t.cpu, point.spilled, point.flags, point.told);
             t.stats.faults += 1;
             return (Next::Step(None, true, Via::Start), point.done);
         }
@@ -514,7 +522,7 @@ impl System {
             }
         }
         t.cpu.rip = exit.rip;
-        self.mend(&mut t.cpu, exit.spilled, exit.flags);
+        self.mend(&mut t.cpu, exit.spilled, exit.flags, exit.told);
         let next = match exit.kind {
             Kind::To => {
                 t.stats.to_block += 1;

@@ -41,16 +41,18 @@ impl Lower<'_> {
     /// Jcc.
     pub(super) fn conditional(&mut self, item: &Item) -> Option<bool> {
         self.restore_flags();
+        let recipe = self.leave_word();
         let opcode = [0x0f, 0x80 | condition(item.iced.condition_code())];
-        self.side_exit(&opcode, item);
+        self.side_exit(&opcode, item, recipe);
         Some(true)
     }
 
     /// A jump out of the block that may be taken, with everything home when it is.
-    fn side_exit(&mut self, opcode: &[u8], item: &Item) {
+    fn side_exit(&mut self, opcode: &[u8], item: &Item, recipe: Option<u32>) {
         self.e.align_patch(opcode.len());
         let site = self.branch(opcode);
-        let exit = self.exit(Kind::To, item.iced.near_branch_target(), self.exit_flags(), self.n + 1);
+        let exit = self.exit(Kind::To, item.iced.near_branch_target(), self.flags, self.n + 1);
+        self.exits[exit].recipe = recipe;
         if self.spilled == 0 {
             self.exits[exit].site = Some(site as u32);
         }
@@ -71,7 +73,7 @@ impl Lower<'_> {
         }
         self.e.bytes.extend_from_slice(&[opcode, 2, 0xeb, 5]);
         let site = self.branch(&[0xe9]);
-        let exit = self.exit(Kind::To, item.iced.near_branch_target(), self.exit_flags(), self.n + 1);
+        let exit = self.exit(Kind::To, item.iced.near_branch_target(), self.flags, self.n + 1);
         self.exits[exit].site = Some(site as u32);
         self.cold.push(Cold { site, reload: 0, exit });
         self.n += 1;

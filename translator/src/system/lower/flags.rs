@@ -2,7 +2,7 @@
 
 use super::asm::{Assembler, At, W};
 use super::scratch::bit;
-use super::{Flags, Kind, Lower};
+use super::{Flags, Kind, Lower, Told};
 use crate::system::area::at;
 use crate::system::block::Item;
 use bivisor_emulator::isa::Gpr;
@@ -43,6 +43,7 @@ impl Lower<'_> {
         if self.flags != Flags::Slot {
             return;
         }
+        debug_assert!(self.told.is_none(), "flags that are wanted are kept");
         self.with_rax(|l| {
             l.e.rm(W::D, &[0x0f, 0xb7], 0, At::slot(at::STATUS), &[]);
             dynasm!(l.e; .arch x64; add al, 0x7f; sahf);
@@ -52,8 +53,11 @@ impl Lower<'_> {
 
     /// What follows destroys EFLAGS.
     pub(super) fn give_up_flags(&mut self, item: &Item) {
-        if self.flags_live(item) {
-            self.save_flags();
+        if self.flags == Flags::Host {
+            self.told = if self.flags_live(item) { None } else { self.replayable().map(Told::Here) };
+            if self.told.is_none() {
+                self.save_flags();
+            }
         }
         self.flags = Flags::Slot;
     }

@@ -4,6 +4,7 @@ pub mod asm;
 mod branch;
 mod flags;
 mod memory;
+mod replay;
 mod scratch;
 mod sensitive;
 mod stack;
@@ -15,6 +16,8 @@ use crate::system::block::{Access, GuestBlock, Item, STATUS, Way};
 use asm::{Assembler, At};
 use bivisor_emulator::isa::{Class, Gpr, facts};
 use dynasmrt::DynasmApi;
+use replay::Producer;
+pub use replay::{Replay, Told};
 use scratch::Window;
 
 /// Where the guest's status flags are.
@@ -24,7 +27,7 @@ pub enum Flags {
     Host,
     /// In EFLAGS and in their slot.
     Both,
-    /// In their slot; or they do not matter.
+    /// In their slot, or to be told by a [`Replay`].
     Slot,
 }
 
@@ -67,6 +70,10 @@ pub struct Exit {
     pub spilled: u16,
     /// Where the flags are.
     pub flags: Flags,
+    /// How they are told if they are not kept.
+    pub told: Option<Told>,
+    /// In EFLAGS they are, and told by this recipe too.
+    pub recipe: Option<u32>,
     /// Instructions done since the start of the block.
     pub done: u16,
     /// Offset of the displacement to patch, if any.
@@ -92,6 +99,8 @@ pub struct Point {
     pub spilled: u16,
     /// Where the flags are.
     pub flags: Flags,
+    /// How they are told if they are not kept.
+    pub told: Option<Told>,
 }
 
 /// The ways into a block, as code offsets.
@@ -101,6 +110,17 @@ pub struct Entries {
     pub host: u32,
     /// Flags in their slot.
     pub slot: u32,
+    /// Flags by a recipe, and the registers that it must not need, if there is such a way in.
+    pub word: Option<(u32, u16)>,
+    /// Where those come in that have the flags in both places: [`Entries::host`]?
+    pub prefers_host: bool,
+}
+
+impl Entries {
+    /// For those that have the flags in both places.
+    pub fn both(&self) -> u32 {
+        if self.prefers_host { self.host } else { self.slot }
+    }
 }
 
 /// A lowered block. Offsets count from its first byte until the cache moves them.
@@ -112,6 +132,8 @@ pub struct Unit {
     pub exits: Vec<Exit>,
     /// Where the host may fault.
     pub points: Vec<Point>,
+    /// How flags are told in blocks that this one leads to.
+    pub recipes: Vec<Replay>,
     /// The ways in.
     pub entries: Entries,
     /// Guest instructions.
@@ -125,6 +147,8 @@ pub struct Around {
     pub at: u64,
     /// The number of its first exit.
     pub first_exit: u32,
+    /// Recipes there are already.
+    pub first_recipe: u32,
     /// Host address of the way out.
     pub leave: u64,
     /// Offset of the cache of branch targets.
@@ -156,6 +180,11 @@ pub(super) struct Lower<'a> {
     busy: u16,
     windows: Vec<Window>,
     flags: Flags,
+    /// How the flags are told where they are not kept.
+    told: Option<Told>,
+    recipes: Vec<Replay>,
+    /// What set them.
+    producer: Option<Producer>,
     /// Constants added to registers since the version began.
     moved: [i64; 16],
     version: [u32; 16],
@@ -181,6 +210,9 @@ pub fn lower_noting(block: &GuestBlock, around: &Around, mut note: impl FnMut(us
         busy: 0,
         windows: Vec::new(),
         flags: Flags::Slot,
+        told: None,
+        recipes: Vec::new(),
+        producer: None,
         moved: [0; 16],
         version: [0; 16],
         n: 0,
@@ -201,7 +233,7 @@ pub fn lower_noting(block: &GuestBlock, around: &Around, mut note: impl FnMut(us
         l.go_to(block.next(last));
     }
     l.finish();
-    Unit { code: l.e.bytes, exits: l.exits, points: l.points, entries, insns }
+    Unit { code: l.e.bytes, exits: l.exits, points: l.points, recipes: l.recipes, entries, insns }
 }
 
 impl Lower<'_> {
@@ -209,6 +241,7 @@ impl Lower<'_> {
     fn entries(&mut self) -> Entries {
         let mut entries = Entries::default();
         if self.block.flags_dead {
+            entries.word = Some((0, 0));
             return entries;
         }
         let wants_host = self.block.items.iter().find_map(|i| match i.way {
@@ -217,14 +250,20 @@ impl Lower<'_> {
             _ => Some(false),
         });
         if wants_host == Some(true) {
+            entries.prefers_host = true;
             self.restore_flags();
             entries.host = self.e.len() as u32;
             self.flags = Flags::Host;
-        } else {
-            self.flags = Flags::Host;
-            self.save_flags();
-            entries.slot = self.e.len() as u32;
-            self.flags = Flags::Slot;
+            return entries;
+        }
+        self.flags = Flags::Host;
+        self.save_flags();
+        entries.slot = self.e.len() as u32;
+        self.flags = Flags::Slot;
+        if let Some(registers) = replay::changed(&self.block.items).filter(|_| !self.block.mode.is_counted()) {
+            self.e.store_u32(At::slot(at::RECIPE), 0);
+            entries.word = Some((self.e.len() as u32, registers));
+            self.told = Some(Told::Before);
         }
         entries
     }
@@ -239,7 +278,18 @@ impl Lower<'_> {
 
     /// Defines an exit; gives its index.
     fn exit(&mut self, kind: Kind, rip: u64, flags: Flags, done: usize) -> usize {
-        self.exits.push(Exit { kind, rip, spilled: 0, flags, done: done as u16, site: None, stub: 0, native: false });
+        self.exits.push(Exit {
+            kind,
+            rip,
+            spilled: 0,
+            flags,
+            told: self.told,
+            recipe: None,
+            done: done as u16,
+            site: None,
+            stub: 0,
+            native: false,
+        });
         self.exits.len() - 1
     }
 
@@ -289,23 +339,22 @@ impl Lower<'_> {
     /// The end of a block: everything at home, then to another.
     fn go_to(&mut self, rip: u64) {
         self.home();
+        let recipe = self.leave_word();
         self.e.align_patch(1);
         let site = self.branch(&[0xe9]);
         let next = self.e.here();
         self.e.set_rel32(site, next);
-        let exit = self.exit(Kind::To, rip, self.exit_flags(), self.n);
+        let exit = self.exit(Kind::To, rip, self.flags, self.n);
         self.exits[exit].site = Some(site as u32);
+        self.exits[exit].recipe = recipe;
         self.stub(exit);
-    }
-
-    fn exit_flags(&self) -> Flags {
-        if self.flags == Flags::Slot { Flags::Slot } else { Flags::Host }
     }
 
     /// One instruction; false: nothing follows it.
     fn one(&mut self, item: &Item) -> bool {
         self.fetch(item);
         let before = (self.e.len(), self.exits.len(), self.cold.len(), self.points.len(), self.spilled, self.flags);
+        let told = self.told;
         let windows = self.windows.clone();
         let done = match item.way {
             Way::Plain => self.plain(item),
@@ -357,6 +406,7 @@ impl Lower<'_> {
                 self.cold.truncate(before.2);
                 self.points.truncate(before.3);
                 (self.spilled, self.flags, self.windows) = (before.4, before.5, windows);
+                self.told = told;
                 self.leave_here(item, Kind::Step)
             }
         }
@@ -387,6 +437,7 @@ impl Lower<'_> {
             done: self.n as u16,
             spilled: self.spilled,
             flags: self.flags,
+            told: self.told,
         });
     }
 
@@ -410,11 +461,12 @@ impl Lower<'_> {
         }
         if matches!(item.way, Way::Plain | Way::Memory) && item.changes_flags {
             self.flags = Flags::Host;
+            self.produced(item);
         }
     }
 
     fn needs_flags(&self, item: &Item) -> bool {
-        item.flags_in != 0 || item.changes_flags && item.live & !item.flags_out != 0
+        item.flags_in != 0 || item.changes_flags && item.shown & !item.flags_out != 0
     }
 
     /// Puts the flags into EFLAGS if the instruction wants them there.
