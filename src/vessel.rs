@@ -102,8 +102,12 @@ impl Vessel {
 
     fn ptrace(&self, request: u32, address: usize, data: usize) -> io::Result<i64> {
         // SAFETY: the requests used here take integers, or pointers to memory that the caller lends for the call.
-        let r = unsafe { libc::ptrace(request, self.pid, address, data) };
-        if r < 0 { Err(last()) } else { Ok(r) }
+        let r = unsafe {
+            *libc::__errno_location() = 0;
+            libc::ptrace(request, self.pid, address, data)
+        };
+        // A word that is read may be any.
+        if r == -1 && last().raw_os_error() != Some(0) { Err(last()) } else { Ok(r) }
     }
 
     fn wait(&mut self) -> Result<Stop> {
@@ -273,9 +277,16 @@ impl Vessel {
     /// # Errors
     /// There is none.
     pub fn write(&self, at: u64, bytes: &[u8]) -> Result<()> {
-        use std::os::unix::fs::FileExt;
-        let memory = std::fs::OpenOptions::new().write(true).open(format!("/proc/{}/mem", self.pid))?;
-        memory.write_all_at(bytes, at)?;
+        // Not by /proc/PID/mem: in a container /proc may be another namespace's.
+        for (i, part) in bytes.chunks(8).enumerate() {
+            let at = at as usize + 8 * i;
+            let mut word = [0; 8];
+            if part.len() < 8 {
+                word = self.ptrace(libc::PTRACE_PEEKDATA, at, 0)?.to_le_bytes();
+            }
+            word[..part.len()].copy_from_slice(part);
+            self.ptrace(libc::PTRACE_POKEDATA, at, u64::from_le_bytes(word) as usize)?;
+        }
         Ok(())
     }
 }

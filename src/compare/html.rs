@@ -1,7 +1,7 @@
 //! The comparison as one HTML file: bars on a logarithmic scale, the ledger, the reference; nothing from elsewhere.
 
 use super::program::PLACES;
-use super::{Report, Row};
+use super::{BARE, Report, Row};
 use crate::guest::ENGINES;
 use crate::text::{duration, html};
 use std::fmt::Write;
@@ -34,8 +34,12 @@ fn chart(out: &mut String, row: &Row, columns: &[&'static str], unit: f64) {
     for c in columns {
         let Some(v) = row.values.get(c) else {
             if let Some(why) = row.failed.get(c) {
-                let _ =
-                    writeln!(out, "<div class=\"bar\"><b>{c}</b><div class=\"note\">fails: {}</div></div>", html(why));
+                let fails = if BARE.contains(c) { "n/a" } else { "fails" };
+                let _ = writeln!(
+                    out,
+                    "<div class=\"bar\"><b>{c}</b><div class=\"note\">{fails}: {}</div></div>",
+                    html(why)
+                );
             }
             continue;
         };
@@ -57,7 +61,9 @@ fn chart(out: &mut String, row: &Row, columns: &[&'static str], unit: f64) {
     let paper = row.paper.map_or(String::new(), |[n, b, v]| {
         format!("<p class=\"note\">Pentium 4, 2006, cycles: native {n}, translated {b}, VT-x {v}.</p>")
     });
-    let _ = writeln!(out, "<p>{}</p>{paper}", html(&row.sentence));
+    let natively =
+        row.natively.map_or(String::new(), |what| format!("<p class=\"note\">Natively: {}.</p>", html(what)));
+    let _ = writeln!(out, "<p>{}</p>{natively}{paper}", html(&row.sentence));
 }
 
 /// The ledger as a histogram: times an engine was left for one operation, by reason.
@@ -92,7 +98,7 @@ pub(super) fn page(r: &Report) -> String {
     );
     if !r.operations.is_empty() {
         out.push_str("<h2>Operations of a ring-0 guest</h2>\n");
-        let columns: Vec<&'static str> = ["native"].into_iter().chain(ENGINES).collect();
+        let columns: Vec<&'static str> = BARE.into_iter().chain(ENGINES).collect();
         for row in &r.operations {
             chart(&mut out, row, &columns, 1.0);
         }

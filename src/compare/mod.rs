@@ -2,15 +2,16 @@
 
 pub mod html;
 pub mod nano;
+mod natively;
 mod program;
 mod show;
 
-use crate::doctor::{costs, host};
+use crate::doctor::host;
 use crate::guest::ENGINES;
-use crate::native::Native;
 use anyhow::{Context, Result};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
+use natively::Way;
 use program::PLACES;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -33,6 +34,9 @@ pub struct CompareArgs {
     /// Write the report as one HTML file without anything from elsewhere.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
+    /// What a process can do of the operations, as JSON: for ourselves.
+    #[arg(long, hide = true)]
+    natively: bool,
 }
 
 /// One value.
@@ -54,6 +58,8 @@ struct Row {
     values: BTreeMap<&'static str, Value>,
     /// Why there is no value.
     failed: BTreeMap<&'static str, String>,
+    /// What the native value is of, if it is not the same code.
+    natively: Option<&'static str>,
     /// Exit reason of VT-x for the operation, with the usual controls.
     vtx_reason: Option<u16>,
     /// Cycles native, translated, VT-x, in the paper.
@@ -109,9 +115,15 @@ fn winner(values: &BTreeMap<&'static str, Value>, among: &[&'static str], why: &
     }
 }
 
+/// Where there is no engine: the host itself, and namespaces as a container has them.
+const BARE: [&str; 2] = ["native", "container"];
+
 fn operations(args: &CompareArgs, report: &mut Report, bar: &ProgressBar) {
     let (samples, least) = if args.full { (11, Duration::from_millis(30)) } else { (5, Duration::from_millis(8)) };
-    let mut native = Native::new().ok();
+    let bare = BARE.map(|place| {
+        bar.set_message(format!("operations on {place}"));
+        (place, natively::measure(place == "container", &args.only, args.full).map_err(|e| format!("{e:#}")))
+    });
     let empty: BTreeMap<&str, f64> = ENGINES
         .iter()
         .filter_map(|e| {
@@ -127,16 +139,28 @@ fn operations(args: &CompareArgs, report: &mut Report, bar: &ProgressBar) {
             failed: BTreeMap::new(),
             vtx_reason: n.vtx,
             paper: n.paper,
+            natively: match n.native {
+                Way::Instead(what) => Some(what.words()),
+                _ => None,
+            },
             sentence: String::new(),
         };
-        let own = match (n.name, n.native, native.as_mut()) {
-            ("syscall", ..) => Some(costs::syscall()),
-            (_, Some(code), Some(native)) => native.cost(code, 3_000).ok().flatten(),
-            _ => None,
-        };
-        if let Some(v) = own {
-            row.values.insert("native", Value { median: v, spread: [v, v], to_native: Some(1.0) });
+        for (place, measured) in &bare {
+            match measured {
+                Ok(all) => match all.get(n.name) {
+                    Some(Ok(v)) => {
+                        let [median, low, high] = v.ns;
+                        let native = row.values.get("native").map_or(median, |v: &Value| v.median);
+                        let to_native = (native > 0.0).then(|| median / native);
+                        row.values.insert(place, Value { median, spread: [low, high], to_native });
+                    }
+                    Some(Err(why)) => drop(row.failed.insert(place, why.clone())),
+                    None => drop(row.failed.insert(place, "not measured".into())),
+                },
+                Err(why) => drop(row.failed.insert(place, why.clone())),
+            }
         }
+        let own = row.values.get("native").map(|v| v.median);
         for engine in ENGINES {
             bar.set_message(format!("{} on {engine}", n.name));
             match nano::Bench::new(engine, Some(n)).and_then(|mut b| b.measure(samples, least)) {
@@ -177,6 +201,7 @@ fn programs(args: &CompareArgs, report: &mut Report, bar: &ProgressBar) -> Resul
             failed: BTreeMap::new(),
             vtx_reason: None,
             paper: None,
+            natively: None,
             sentence: String::new(),
         };
         for place in PLACES {
@@ -220,6 +245,11 @@ pub fn run(args: &CompareArgs) -> Result<i32> {
     if let Some(name) = args.only.iter().find(|o| !names.contains(&o.as_str())) {
         eprintln!("bivisor: there is nothing to compare called `{name}`: give some of {}", names.join(", "));
         return Ok(2);
+    }
+    if args.natively {
+        let operations = nano::all().into_iter().filter(|n| wanted(args, n.name));
+        let ways: Vec<_> = operations.map(|n| (n.name, n.native)).collect();
+        return natively::run(&ways, if args.full { 11 } else { 5 });
     }
     let kvm = bivisor_kvm_backend::host();
     let mut report = Report {

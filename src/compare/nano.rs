@@ -1,5 +1,6 @@
 //! Nanobenchmarks after Adams and Agesen (ASPLOS 2006): one operation of a ring-0 guest in a loop, on every engine.
 
+use super::natively::{Instead, PORTS, PRIVILEGED, Way};
 use crate::guest::EXIT;
 use crate::guest::{
     Engine, FAST, Gate, Guest, KCODE, KDATA, PARAM, RAISE, Reason, STACK, UCODE, UDATA, USER_STACK, WINDOW,
@@ -22,8 +23,8 @@ pub struct Nano {
     pub vtx: Option<u16>,
     /// The row of Adams and Agesen's figure: cycles native, translated, VT-x on a Pentium 4 672.
     pub paper: Option<[u32; 3]>,
-    /// The same code at CPL 3 on the host, if that makes sense.
-    pub native: Option<&'static [u8]>,
+    /// What a process can do of it.
+    pub native: Way,
     /// How often it stands in one turn of the loop, so that the loop itself hardly counts.
     pub copies: u32,
     /// Emits the operation; R15 is the loop's, R14 and R13 are prepared.
@@ -33,6 +34,10 @@ pub struct Nano {
 }
 
 const VECTOR: u8 = 0x40;
+
+/// mov rax, rsp; push 0x2b; push rax; pushfq; push 0x33; lea rax, [rip + 3]; push rax; iretq: with Linux's selectors for users.
+const IRET: &[u8] =
+    &[0x48, 0x89, 0xe0, 0x6a, 0x2b, 0x50, 0x9c, 0x6a, 0x33, 0x48, 0x8d, 0x05, 3, 0, 0, 0, 0x50, 0x48, 0xcf];
 
 /// Operations of one instruction that can stand many times in a row; PUSHF and POPF move the stack by [`COPIES`] words a turn.
 const ALONE: [&str; 9] = ["in", "out", "cr8wr", "pushf", "popf", "cli", "sti", "cpuid", "rdtsc"];
@@ -59,7 +64,7 @@ pub fn all() -> Vec<Nano> {
             "hardware does both without an exit; software must change what is mapped or checked",
             None,
             Some([242, 2308, 246]),
-            None,
+            Way::Instead(Instead::Syscall),
             |a| seq(a, |a| a.syscall()),
             true,
         ),
@@ -69,7 +74,7 @@ pub fn all() -> Vec<Nano> {
             "hardware exits to the device's model; the translator calls it",
             Some(30),
             Some([3209, 216, 15826]),
-            None,
+            PORTS,
             |a| seq(a, |a| a.in_(al, i32::from(FAST))),
             false,
         ),
@@ -79,7 +84,7 @@ pub fn all() -> Vec<Nano> {
             "hardware exits to the device's model; the translator calls it",
             Some(30),
             None,
-            None,
+            PORTS,
             |a| seq(a, |a| a.out(i32::from(FAST), al)),
             false,
         ),
@@ -89,7 +94,7 @@ pub fn all() -> Vec<Nano> {
             "with a TPR shadow hardware needs no exit; software stores a variable",
             Some(28),
             Some([150, 35, 177]),
-            None,
+            PRIVILEGED,
             |a| seq(a, |a| a.mov(cr8, r14)),
             false,
         ),
@@ -99,7 +104,7 @@ pub fn all() -> Vec<Nano> {
             "innocuous: hardware runs it as it is; a translator must find the translated return address",
             None,
             Some([11, 51, 11]),
-            Some(&[0xe8, 2, 0, 0, 0, 0xeb, 1, 0xc3]),
+            Way::Code(&[0xe8, 2, 0, 0, 0, 0xeb, 1, 0xc3]),
             |a| {
                 let (mut f, mut over) = (a.create_label(), a.create_label());
                 a.call(f)?;
@@ -118,7 +123,7 @@ pub fn all() -> Vec<Nano> {
             "with nested paging the fault is the guest's alone; shadow paging has to ask whose it is",
             None,
             Some([1093, 3927, 11242]),
-            None,
+            Way::Instead(Instead::PageFault),
             |a| seq(a, |a| a.mov(al, byte_ptr(r13))),
             false,
         ),
@@ -128,7 +133,7 @@ pub fn all() -> Vec<Nano> {
             "hardware delivers it to the guest; software delivers it in software",
             None,
             Some([889, 3223, 1014]),
-            None,
+            Way::Instead(Instead::Division),
             |a| seq(a, |a| a.div(r14)),
             false,
         ),
@@ -138,7 +143,7 @@ pub fn all() -> Vec<Nano> {
             "with nested paging a plain store; with traces a fault",
             None,
             Some([1, 391, 12733]),
-            None,
+            Way::Instead(Instead::Protect),
             |a| seq(a, |a| a.mov(qword_ptr(r12), rbx)),
             false,
         ),
@@ -148,7 +153,7 @@ pub fn all() -> Vec<Nano> {
             "with nested paging no exit; shadows are refilled by hidden faults",
             Some(14),
             None,
-            None,
+            Way::Instead(Instead::Remap),
             |a| {
                 a.and(qword_ptr(r12), !1)?;
                 a.invlpg(ptr(rdi))?;
@@ -165,7 +170,7 @@ pub fn all() -> Vec<Nano> {
             "never exits under VT-x; at CPL 3 it shows the wrong flags",
             None,
             None,
-            Some(&[0x9c, 0x58]),
+            Way::Code(&[0x9c, 0x58]),
             |a| seq(a, |a| a.pushfq()),
             false,
         ),
@@ -175,7 +180,7 @@ pub fn all() -> Vec<Nano> {
             "never exits under VT-x; at CPL 3 it is silently wrong, whatever it costs",
             None,
             None,
-            Some(&[0x9c, 0x9d]),
+            Way::Code(&[0x9c, 0x9d]),
             |a| seq(a, |a| a.popfq()),
             false,
         ),
@@ -185,7 +190,7 @@ pub fn all() -> Vec<Nano> {
             "never exits under VT-x; the translator clears a bit in memory; trap-and-emulate traps",
             None,
             None,
-            None,
+            PRIVILEGED,
             |a| seq(a, |a| a.cli()),
             false,
         ),
@@ -195,7 +200,7 @@ pub fn all() -> Vec<Nano> {
             "never exits under VT-x; the translator sets a bit in memory; trap-and-emulate traps",
             None,
             None,
-            None,
+            PRIVILEGED,
             |a| seq(a, |a| a.sti()),
             false,
         ),
@@ -205,7 +210,7 @@ pub fn all() -> Vec<Nano> {
             "never exits under VT-x; the translator sets a bit in memory; trap-and-emulate traps twice",
             None,
             None,
-            None,
+            PRIVILEGED,
             |a| {
                 seq(a, |a| {
                     a.cli()?;
@@ -220,7 +225,7 @@ pub fn all() -> Vec<Nano> {
             "always exits under VT-x; software looks a table up",
             Some(10),
             None,
-            Some(&[0x31, 0xc0, 0x0f, 0xa2]),
+            Way::Code(&[0x31, 0xc0, 0x0f, 0xa2]),
             |a| {
                 seq(a, |a| {
                     a.xor(eax, eax)?;
@@ -235,7 +240,7 @@ pub fn all() -> Vec<Nano> {
             "exits only if the monitor wants it to",
             Some(16),
             None,
-            Some(&[0x0f, 0x31]),
+            Way::Code(&[0x0f, 0x31]),
             |a| seq(a, |a| a.rdtsc()),
             false,
         ),
@@ -245,7 +250,7 @@ pub fn all() -> Vec<Nano> {
             "never exits under VT-x; software checks segments and flags by itself",
             None,
             None,
-            None,
+            Way::Code(IRET),
             |a| {
                 let mut next = a.create_label();
                 a.mov(rax, rsp)?;
@@ -268,7 +273,7 @@ pub fn all() -> Vec<Nano> {
             "hardware exits for the OUT and injects at the next entry",
             Some(30),
             None,
-            None,
+            Way::Instead(Instead::Signal),
             |a| {
                 seq(a, |a| {
                     a.mov(al, i32::from(VECTOR))?;
@@ -284,7 +289,7 @@ pub fn all() -> Vec<Nano> {
             "with nested paging no exit; shadows and TLBs in software are thrown away",
             Some(28),
             None,
-            None,
+            Way::Instead(Instead::Switch),
             |a| {
                 seq(a, |a| {
                     a.mov(rax, cr3)?;
@@ -420,7 +425,7 @@ pub struct Cost {
 }
 
 /// Nanoseconds that this thread has had of a processor.
-fn processor_time() -> f64 {
+pub fn processor_time() -> f64 {
     let t = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
     t.tv_sec as f64 * 1e9 + t.tv_nsec as f64
 }
@@ -490,7 +495,7 @@ impl Bench {
         let done = (counted * u64::from(self.copies)) as f64;
         let ledger = self.ledger(1 + STEPPED)?.into_iter().filter_map(|(reason, n)| {
             let new = n.saturating_sub(before.get(&reason).copied().unwrap_or(0)) as f64 / done;
-            (new > 0.01).then_some((reason, new))
+            (new > 0.1).then_some((reason, new))
         });
         seen.sort_by(f64::total_cmp);
         Ok(Cost { median: seen[seen.len() / 2], spread: [seen[0], seen[seen.len() - 1]], ledger: ledger.collect() })

@@ -53,6 +53,9 @@ pub const ALL: [Program; 4] = [
 /// Where a program runs.
 pub const PLACES: [&str; 5] = ["native", "container", "interp", "bt", "kvm"];
 
+/// Of unshare(1): user, mount, UTS, IPC, process and network namespaces of its own.
+pub const NAMESPACES: [&str; 3] = ["-rmuipn", "--fork", "--"];
+
 /// Bytes of the file.
 const FILE: usize = 1 << 17;
 
@@ -93,7 +96,7 @@ fn command(place: &str) -> Result<Command> {
         "native" => Command::new("/bin/sh"),
         "container" => {
             let mut c = Command::new("unshare");
-            c.args(["-rmuipn", "--fork", "--", "/bin/sh"]);
+            c.args(NAMESPACES).arg("/bin/sh");
             c
         }
         engine => {

@@ -1,7 +1,7 @@
 //! The comparison as text.
 
 use super::program::PLACES;
-use super::{Report, Row};
+use super::{BARE, Report, Row};
 use crate::guest::ENGINES;
 use crate::text::{Paint, duration, wrap};
 use std::fmt::Write;
@@ -15,6 +15,7 @@ fn table(out: &mut String, rows: &[Row], columns: &[&'static str], unit: f64) {
             .iter()
             .map(|c| match r.values.get(c) {
                 Some(v) => format!("{:>11}", duration(v.median * unit)),
+                None if BARE.contains(c) => format!("{:>11}", "n/a"),
                 None if r.failed.contains_key(c) => format!("{:>11}", "fails"),
                 None => format!("{:>11}", "-"),
             })
@@ -45,7 +46,7 @@ pub fn text(r: &Report) -> String {
     let mut out = wrap("", &format!("{}. {}.", r.cpu, r.kvm));
     if !r.operations.is_empty() {
         let _ = writeln!(out, "\n{}", paint.bold("Operations of a ring-0 guest: median, times native, spread"));
-        let columns: Vec<&'static str> = ["native"].into_iter().chain(ENGINES).collect();
+        let columns: Vec<&'static str> = BARE.into_iter().chain(ENGINES).collect();
         table(&mut out, &r.operations, &columns, 1.0);
     }
     if !r.programs.is_empty() {
@@ -78,9 +79,22 @@ pub fn text(r: &Report) -> String {
             let _ = writeln!(out, "  {:10} native {native:>6}  translated {bt:>6}  VT-x {vt:>6}", row.name);
         }
     }
+    let mut notes: Vec<(&str, &str, &str)> = Vec::new();
     for row in r.operations.iter().chain(&r.programs) {
-        for (engine, why) in &row.failed {
-            out += &wrap(&format!("  {} on {engine}: ", row.name), why);
+        notes.extend(row.natively.map(|what| (row.name, "natively", what)));
+        for (place, why) in &row.failed {
+            match *place {
+                // For the same reason: not said twice.
+                "container" if row.failed.get("native") == Some(why) => {}
+                "native" => notes.push((row.name, "natively", why)),
+                place => notes.push((row.name, place, why)),
+            }
+        }
+    }
+    if !notes.is_empty() {
+        let _ = writeln!(out, "\n{}", paint.bold("What is something else natively, or not to be had"));
+        for (name, place, what) in notes {
+            out += &wrap(&format!("  {name:10} {place:10} "), what);
         }
     }
     out

@@ -48,6 +48,7 @@ const UNSAFE: &[&str] = &[
     "kvm-backend/src/counts.rs",
     "kvm-backend/src/kick.rs",
     "kvm-backend/src/vm.rs",
+    "src/compare/natively.rs",
     "src/vessel.rs",
     "testsuite/src/campaign/arena.rs",
     "testsuite/src/campaign/oracle.rs",
