@@ -120,7 +120,8 @@ impl Lower<'_> {
         self.e.rr(W::D, &OR, x as u8, v, &[]);
         self.e.push(0x66);
         self.e.rm(W::D, &[0x89], x as u8, At::slot(at::STATUS), &[]);
-        self.flags = Flags::Slot;
+        // From here on nothing of what was before tells them.
+        (self.flags, self.told, self.producer) = (Flags::Slot, None, None);
         self.move_stack(8);
         if !user {
             // IF is on, and an interrupt waits.
