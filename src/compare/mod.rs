@@ -1,5 +1,7 @@
 //! `bivisor compare`: Adams and Agesen's comparison on the reader's machine: operations and programs, natively and on every engine.
 
+mod boot;
+mod breakdown;
 pub mod html;
 pub mod nano;
 mod natively;
@@ -20,7 +22,8 @@ use std::time::Duration;
 
 /// Arguments of `bivisor compare`.
 #[derive(Args)]
-#[command(after_help = "Example:\n  bivisor compare --html report.html")]
+#[command(after_help = "Examples:\n  bivisor compare --html report.html\n  bivisor compare popf cpuid fork --json\n  \
+                         bivisor compare --kernel vmlinuz --initrd initramfs.gz kernel")]
 pub struct CompareArgs {
     /// Only these operations and programs, by name; without any, all.
     #[arg(value_name = "NAME")]
@@ -34,6 +37,15 @@ pub struct CompareArgs {
     /// Write the report as one HTML file without anything from elsewhere.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
+    /// Boot this kernel too: bzImage, vmlinux, PVH or multiboot.
+    #[arg(long, value_name = "FILE", env = "BIVISOR_KERNEL")]
+    kernel: Option<PathBuf>,
+    /// Its initial RAM disk.
+    #[arg(long, value_name = "FILE", requires = "kernel", env = "BIVISOR_INITRD")]
+    initrd: Option<PathBuf>,
+    /// Its command line. It must end by itself: by turning the machine off, or by a panic that resets it.
+    #[arg(long, value_name = "TEXT", default_value = "console=ttyS0 quiet panic=-1")]
+    append: String,
     /// What a process can do of the operations, as JSON: for ourselves.
     #[arg(long, hide = true)]
     natively: bool,
@@ -87,7 +99,13 @@ struct Report {
     operations: Vec<Row>,
     /// Milliseconds.
     programs: Vec<Row>,
+    /// Milliseconds from the start of the process to its end.
+    machines: Vec<Row>,
     ledger: Vec<Entry>,
+    /// Where the time of each operation goes.
+    breakdown: Vec<breakdown::Breakdown>,
+    /// What one exit of a class costs on an engine, nanoseconds.
+    unit_costs: breakdown::Units,
     reference: &'static str,
 }
 
@@ -132,19 +150,11 @@ fn operations(args: &CompareArgs, report: &mut Report, bar: &ProgressBar) {
         })
         .collect();
     for n in nano::all().iter().filter(|n| wanted(args, n.name)) {
-        let mut row = Row {
-            name: n.name,
-            what: n.what,
-            values: BTreeMap::new(),
-            failed: BTreeMap::new(),
-            vtx_reason: n.vtx,
-            paper: n.paper,
-            natively: match n.native {
-                Way::Instead(what) => Some(what.words()),
-                _ => None,
-            },
-            sentence: String::new(),
-        };
+        let mut row = row(n.name, n.what);
+        (row.vtx_reason, row.paper) = (n.vtx, n.paper);
+        if let Way::Instead(what) = n.native {
+            row.natively = Some(what.words());
+        }
         for (place, measured) in &bare {
             match measured {
                 Ok(all) => match all.get(n.name) {
@@ -190,47 +200,78 @@ fn operations(args: &CompareArgs, report: &mut Report, bar: &ProgressBar) {
     }
 }
 
+/// A row without values.
+fn row(name: &'static str, what: &'static str) -> Row {
+    Row {
+        name,
+        what,
+        values: BTreeMap::new(),
+        failed: BTreeMap::new(),
+        natively: None,
+        vtx_reason: None,
+        paper: None,
+        sentence: String::new(),
+    }
+}
+
+/// One cell: the median of several runs, each in milliseconds.
+fn fill(row: &mut Row, place: &'static str, samples: usize, mut time: impl FnMut() -> Result<f64>) {
+    let mut seen = Vec::new();
+    for _ in 0..samples {
+        match time() {
+            Ok(ms) => seen.push(ms),
+            Err(why) => {
+                row.failed.insert(place, format!("{why:#}"));
+                break;
+            }
+        }
+        // What takes long has little noise.
+        if seen.last().is_some_and(|ms| *ms > 1000.0) {
+            break;
+        }
+    }
+    seen.sort_by(f64::total_cmp);
+    if let (Some(first), Some(last)) = (seen.first(), seen.last()) {
+        let median = seen[seen.len() / 2];
+        let native = if place == "native" { Some(median) } else { row.values.get("native").map(|v| v.median) };
+        let to_native = native.map(|n| median / n);
+        row.values.insert(place, Value { median, spread: [*first, *last], to_native });
+    }
+}
+
 fn programs(args: &CompareArgs, report: &mut Report, bar: &ProgressBar) -> Result<()> {
     let (samples, factor, limit) = if args.full { (5, 8, 60) } else { (3, 1, 4) };
     let file = program::File::new(factor).context("a file to work on")?;
     for p in program::ALL.iter().filter(|p| wanted(args, p.name)) {
-        let mut row = Row {
-            name: p.name,
-            what: p.what,
-            values: BTreeMap::new(),
-            failed: BTreeMap::new(),
-            vtx_reason: None,
-            paper: None,
-            natively: None,
-            sentence: String::new(),
-        };
+        let mut row = row(p.name, p.what);
         for place in PLACES {
             bar.set_message(format!("{} on {place}", p.name));
-            let mut seen = Vec::new();
-            for _ in 0..samples {
-                match program::time(p, place, &file, factor, Duration::from_secs(limit)) {
-                    Ok(ms) => seen.push(ms),
-                    Err(why) => {
-                        row.failed.insert(place, format!("{why:#}"));
-                        break;
-                    }
-                }
-                // What takes long has little noise.
-                if seen.last().is_some_and(|ms| *ms > 1000.0) {
-                    break;
-                }
-            }
-            seen.sort_by(f64::total_cmp);
-            if let (Some(first), Some(last)) = (seen.first(), seen.last()) {
-                let median = seen[seen.len() / 2];
-                let native = if place == "native" { Some(median) } else { row.values.get("native").map(|v| v.median) };
-                let to_native = native.map(|n| median / n);
-                row.values.insert(place, Value { median, spread: [*first, *last], to_native });
-            }
+            fill(&mut row, place, samples, || program::time(p, place, &file, factor, Duration::from_secs(limit)));
             bar.inc(1);
         }
         row.sentence = winner(&row.values, &["container", "bt", "kvm", "interp"], p.why);
         report.programs.push(row);
+    }
+    Ok(())
+}
+
+fn machines(args: &CompareArgs, report: &mut Report, bar: &ProgressBar) -> Result<()> {
+    let small = wanted(args, boot::SMALL).then(boot::small).transpose().context("a kernel to boot")?;
+    let kernel = args.kernel.as_ref().map(|k| boot::kernel(k, args.initrd.as_deref(), &args.append));
+    for m in small.iter().chain(kernel.iter().filter(|_| wanted(args, boot::KERNEL))) {
+        // A whole kernel is booted once.
+        let (samples, limit) = match (m.name, args.full) {
+            (boot::KERNEL, full) => (1, if full { 300 } else { 20 }),
+            (_, full) => (if full { 5 } else { 3 }, 20),
+        };
+        let mut row = row(m.name, m.what);
+        for engine in boot::ENGINES {
+            bar.set_message(format!("{} on {engine}", m.name));
+            fill(&mut row, engine, samples, || boot::time(m, engine, Duration::from_secs(limit)));
+            bar.inc(1);
+        }
+        row.sentence = winner(&row.values, &boot::ENGINES, m.why);
+        report.machines.push(row);
     }
     Ok(())
 }
@@ -241,7 +282,9 @@ fn wanted(args: &CompareArgs, name: &str) -> bool {
 
 /// Measures, prints, writes.
 pub fn run(args: &CompareArgs) -> Result<i32> {
-    let names: Vec<&str> = nano::all().iter().map(|n| n.name).chain(program::ALL.iter().map(|p| p.name)).collect();
+    let operations_all: Vec<&'static str> = nano::all().iter().map(|n| n.name).collect();
+    let names = operations_all.iter().copied().chain(program::ALL.iter().map(|p| p.name));
+    let names: Vec<&str> = names.chain([boot::SMALL, boot::KERNEL]).collect();
     if let Some(name) = args.only.iter().find(|o| !names.contains(&o.as_str())) {
         eprintln!("bivisor: there is nothing to compare called `{name}`: give some of {}", names.join(", "));
         return Ok(2);
@@ -258,18 +301,24 @@ pub fn run(args: &CompareArgs) -> Result<i32> {
         kvm: kvm.reason.clone(),
         operations: Vec::new(),
         programs: Vec::new(),
+        machines: Vec::new(),
         ledger: Vec::new(),
+        breakdown: Vec::new(),
+        unit_costs: breakdown::Units::new(),
         reference: REFERENCE,
     };
     let count = |all: &[&str], n: usize| all.iter().filter(|x| wanted(args, x)).count() * n;
-    let operations_all: Vec<&str> = nano::all().iter().map(|n| n.name).collect();
     let programs_all = program::ALL.map(|p| p.name);
-    let steps = count(&operations_all, ENGINES.len()) + count(&programs_all, PLACES.len());
+    let booted: &[&str] = if args.kernel.is_some() { &[boot::SMALL, boot::KERNEL] } else { &[boot::SMALL] };
+    let steps =
+        count(&operations_all, ENGINES.len()) + count(&programs_all, PLACES.len()) + count(booted, boot::ENGINES.len());
     // Drawn on a terminal only.
     let bar = ProgressBar::new(steps as u64);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}").expect("a template"));
     operations(args, &mut report, &bar);
     programs(args, &mut report, &bar)?;
+    machines(args, &mut report, &bar)?;
+    (report.breakdown, report.unit_costs) = breakdown::all(&report.operations, &report.ledger, &ENGINES);
     bar.finish_and_clear();
     if let Some(path) = &args.html {
         std::fs::write(path, html::page(&report)).with_context(|| format!("{}", path.display()))?;

@@ -1,8 +1,9 @@
 //! Whole programs: natively, under each engine as a Linux process, and in fresh namespaces as a container has them.
 
 use anyhow::{Result, bail};
+use std::io::Read;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 /// A program and what it is bound by.
@@ -115,15 +116,28 @@ pub fn time(program: &Program, place: &str, file: &File, factor: u32, limit: Dur
     let mut command = command(place)?;
     command.arg("-c").arg(program.script).env("F", &file.0).env("N", (program.turns * factor).to_string());
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let (status, ms, _) = wait(command, limit)?;
+    if !status.success() {
+        bail!("{place}: {status}");
+    }
+    Ok(ms)
+}
+
+/// Starts it and waits for its end: how it ended, after how many milliseconds, and what it said on standard error, if that is a pipe.
+///
+/// # Errors
+/// It cannot be started, or is not done in time.
+pub fn wait(mut command: Command, limit: Duration) -> Result<(ExitStatus, f64, String)> {
     let start = Instant::now();
     let mut child = command.spawn()?;
     loop {
         if let Some(status) = child.try_wait()? {
-            let elapsed = start.elapsed().as_secs_f64() * 1e3;
-            if !status.success() {
-                bail!("{place}: {status}");
+            let ms = start.elapsed().as_secs_f64() * 1e3;
+            let mut said = String::new();
+            if let Some(mut pipe) = child.stderr.take() {
+                pipe.read_to_string(&mut said)?;
             }
-            return Ok(elapsed);
+            return Ok((status, ms, said));
         }
         if start.elapsed() > limit {
             // Its children end with the pipe or the loop.

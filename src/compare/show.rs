@@ -1,7 +1,7 @@
 //! The comparison as text.
 
 use super::program::PLACES;
-use super::{BARE, Report, Row};
+use super::{BARE, Report, Row, boot};
 use crate::guest::ENGINES;
 use crate::text::{Paint, duration, wrap};
 use std::fmt::Write;
@@ -53,8 +53,12 @@ pub fn text(r: &Report) -> String {
         let _ = writeln!(out, "\n{}", paint.bold("Programs, engines in process mode"));
         table(&mut out, &r.programs, &PLACES, 1e6);
     }
+    if !r.machines.is_empty() {
+        let _ = writeln!(out, "\n{}", paint.bold("Machines, from the start of the process to its end"));
+        table(&mut out, &r.machines, &boot::ENGINES, 1e6);
+    }
     let _ = writeln!(out, "\n{}", paint.bold("Who wins, and why (trap-and-emulate is wrong, so it does not count)"));
-    for row in r.operations.iter().chain(&r.programs) {
+    for row in r.operations.iter().chain(&r.programs).chain(&r.machines) {
         out += &wrap(&format!("  {:10} ", row.name), &row.sentence);
     }
     if !r.ledger.is_empty() {
@@ -70,6 +74,13 @@ pub fn text(r: &Report) -> String {
              bt: exits of translated code; trap: signals; kvm: returns of KVM_RUN and, with their kernel names, KVM's own counters.",
         );
     }
+    if !r.unit_costs.is_empty() {
+        let _ = writeln!(out, "\n{}", paint.bold("What one exit costs: fitted to all operations above, by class"));
+        for (engine, costs) in &r.unit_costs {
+            let all: Vec<String> = costs.iter().map(|(class, ns)| format!("{class} {}", duration(*ns))).collect();
+            out += &wrap(&format!("  {engine:10} "), &format!("{}.", all.join(", ")));
+        }
+    }
     let papers: Vec<&Row> = r.operations.iter().filter(|o| o.paper.is_some()).collect();
     if !papers.is_empty() {
         let _ = writeln!(out, "\n{}", paint.bold("For reference, not measured here"));
@@ -80,7 +91,7 @@ pub fn text(r: &Report) -> String {
         }
     }
     let mut notes: Vec<(&str, &str, &str)> = Vec::new();
-    for row in r.operations.iter().chain(&r.programs) {
+    for row in r.operations.iter().chain(&r.programs).chain(&r.machines) {
         notes.extend(row.natively.map(|what| (row.name, "natively", what)));
         for (place, why) in &row.failed {
             match *place {

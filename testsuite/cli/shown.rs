@@ -260,11 +260,11 @@ fn trap_is_refused_for_work() {
 #[test]
 fn comparison() {
     let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("report.html");
-    let names = ["in", "call/ret", "pgfault", "divzero", "popf", "interrupt", "syscall"];
+    let names = ["in", "call/ret", "pgfault", "divzero", "popf", "interrupt", "syscall", "small boot"];
     let args = [&["compare", "--json", "--html", path.to_str().expect("plain")][..], &names].concat();
     let report = json(&args);
     let rows = report["operations"].as_array().expect("a list");
-    assert_eq!(rows.len(), names.len());
+    assert_eq!(rows.len(), names.len() - 1);
     let traces = traces();
     for row in rows {
         for engine in if traces { &["interp", "bt", "trap"][..] } else { &["interp", "bt"] } {
@@ -305,6 +305,18 @@ fn comparison() {
     }
     if rows[0]["values"]["kvm"]["median"].is_number() {
         assert!(of("in", "kvm").contains(&(Some(30), "to the monitor: IN or OUT (KVM_EXIT_IO)")), "{ledger:?}");
+    }
+    // The parts of a breakdown are not more than the whole, and the classes' costs are what they are made of.
+    for b in report["breakdown"].as_array().expect("a list") {
+        let number = |v: &Value| v.as_f64().unwrap_or_else(|| panic!("{b}"));
+        let parts: f64 = b["parts"].as_array().expect("a list").iter().map(|p| number(&p["ns"])).sum();
+        assert!((parts + number(&b["rest"]) - number(&b["total"])).abs() <= 0.001 * number(&b["total"]) + 0.001, "{b}");
+    }
+    let call_out = report["unit_costs"]["interp"]["sensitive instruction"].as_f64();
+    assert!(call_out.is_some_and(|ns| ns > 0.0), "{}", report["unit_costs"]);
+    let machine = &report["machines"][0];
+    for engine in ["interp", "bt"] {
+        assert!(machine["values"][engine]["median"].is_number(), "{machine}");
     }
     // The report needs nothing from elsewhere.
     let page = std::fs::read_to_string(&path).expect("the report");
