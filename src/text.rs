@@ -85,7 +85,8 @@ pub fn duration(ns: f64) -> String {
         n if n < 1e3 => format!("{n:.0} ns"),
         n if n < 1e4 => format!("{:.1} us", n / 1e3),
         n if n < 1e6 => format!("{:.0} us", n / 1e3),
-        n if n < 1e9 => format!("{:.1} ms", n / 1e6),
+        n if n < 1e8 => format!("{:.1} ms", n / 1e6),
+        n if n < 1e9 => format!("{:.0} ms", n / 1e6),
         n => format!("{:.2} s", n / 1e9),
     }
 }

@@ -10,7 +10,7 @@ use std::fmt::Write;
 pub const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:0 auto;padding:1rem;color:#1c1c1e;background:#fff}\
 h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2rem}h3{font-size:1rem;margin:1.4rem 0 .2rem}p{margin:.3rem 0}\
 .bar{display:flex;align-items:center;gap:.5rem;margin:.15rem 0}.bar b{flex:0 0 5.5rem;font-weight:400;text-align:right}\
-.track{flex:1;min-width:0;background:#f0f0f3;border-radius:3px}.cut{background:#d8d8de}.fill{height:1.1rem;border-radius:3px}.cut{display:flex;overflow:hidden}.cut .fill{border-radius:0}\
+.track{flex:1;min-width:0;background:#f0f0f3;border-radius:3px}.cut{background:#d8d8de}.fill{height:1.1rem;border-radius:3px}.cut{display:flex;overflow:hidden;min-height:1.1rem}.cut .fill{border-radius:0}\
 .key{display:flex;flex-wrap:wrap;gap:.1rem 1rem;font-size:.9rem}.key i{display:inline-block;width:.8rem;height:.8rem;border-radius:2px;margin-right:.3rem}.key .rest{background:#d8d8de}\
 .bar span{flex:0 0 8.5rem;font-variant-numeric:tabular-nums}.note{color:#5a5a60;font-size:.9rem}\
 .native{background:#8e8e93}.container{background:#30a46c}.interp{background:#b58900}.bt{background:#0969da}.trap{background:#cf222e}.kvm{background:#8250df}\
@@ -34,7 +34,9 @@ fn chart(out: &mut String, row: &Row, columns: &[&'static str], unit: f64) {
     let _ = writeln!(out, "<h3>{} <span class=\"note\">{}</span></h3>", html(row.name), html(row.what));
     for c in columns {
         let Some(v) = row.values.get(c) else {
-            if let Some(why) = row.failed.get(c) {
+            // What a container cannot do for the same reason is not said twice.
+            let again = *c == "container" && row.failed.get(c) == row.failed.get("native");
+            if let Some(why) = row.failed.get(c).filter(|_| !again) {
                 let fails = if BARE.contains(c) { "n/a" } else { "fails" };
                 let _ = writeln!(
                     out,

@@ -190,12 +190,19 @@ fn operations(args: &CompareArgs, report: &mut Report, bar: &ProgressBar) {
                     }));
                 }
                 Err(why) => {
-                    row.failed.insert(engine, format!("{why:#}"));
+                    let software = engine == "kvm" && !bivisor_kvm_backend::host().usable_for_machine;
+                    let because = match n.name {
+                        "syscall" if software => {
+                            "a software KVM enters the guest's kernel at CPL 3, where SYSRET is #GP: "
+                        }
+                        _ => "",
+                    };
+                    row.failed.insert(engine, format!("{because}{why:#}"));
                 }
             }
             bar.inc(1);
         }
-        row.sentence = winner(&row.values, &["bt", "kvm"], n.why);
+        row.sentence = winner(&row.values, &["interp", "bt", "kvm"], n.why);
         report.operations.push(row);
     }
 }

@@ -495,7 +495,7 @@ impl Bench {
         let done = (counted * u64::from(self.copies)) as f64;
         let ledger = self.ledger(1 + STEPPED)?.into_iter().filter_map(|(reason, n)| {
             let new = n.saturating_sub(before.get(&reason).copied().unwrap_or(0)) as f64 / done;
-            (new > 0.1).then_some((reason, new))
+            (new > 0.05).then_some((reason, new))
         });
         seen.sort_by(f64::total_cmp);
         Ok(Cost { median: seen[seen.len() / 2], spread: [seen[0], seen[seen.len() - 1]], ledger: ledger.collect() })

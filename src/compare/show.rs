@@ -27,11 +27,11 @@ fn table(out: &mut String, rows: &[Row], columns: &[&'static str], unit: f64) {
                 Some(v) if v.median > 0.0 => {
                     let around = (v.spread[1] - v.spread[0]) / v.median * 50.0;
                     let ratio = match v.to_native {
-                        Some(n) if n < 100.0 => format!("{n:.1}x "),
+                        Some(n) if n < 10.0 => format!("{n:.1}x "),
                         Some(n) => format!("{n:.0}x "),
                         None => String::new(),
                     };
-                    format!("{:>11}", format!("{ratio}+-{:.0}%", around.min(99.0)))
+                    format!("{:>11}", format!("{ratio}±{:.0}%", around.min(99.0)))
                 }
                 _ => format!("{:11}", ""),
             })
