@@ -17,6 +17,7 @@ mod exec;
 mod explain;
 mod forms;
 mod guest;
+mod kept;
 mod keyboard;
 mod native;
 mod run;

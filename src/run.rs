@@ -1,6 +1,7 @@
 //! `bivisor run`: a Linux program under an engine, with its exit status as ours.
 
 use crate::engine::{self, Backend};
+use crate::kept::{self, Place};
 use crate::stats::{self, Format};
 use anyhow::{Result, bail};
 use bivisor_emulator::cpu::cpuid::CpuModel;
@@ -37,6 +38,12 @@ pub struct RunArgs {
     /// When the program ends, write the addresses of its translated blocks to /tmp/perf-PID.map for `perf report`.
     #[arg(long)]
     perf: bool,
+    /// Do not keep translations for later runs, nor use those of earlier ones.
+    #[arg(long)]
+    no_cache: bool,
+    /// Where translations are kept [default: bivisor in $XDG_CACHE_HOME or ~/.cache].
+    #[arg(long, value_name = "DIR", conflicts_with = "no_cache")]
+    cache_dir: Option<PathBuf>,
     /// Say which engine runs and why.
     #[arg(short, long)]
     verbose: bool,
@@ -74,7 +81,7 @@ pub fn run(args: &RunArgs) -> Result<i32> {
     if args.verbose {
         eprintln!("bivisor: {why}");
     }
-    let last_words = match &cache {
+    let mut last_words = match &cache {
         Some(cache) => stats::last_words(cache, args.stats, args.perf),
         None if args.stats.is_some() || args.perf => {
             bail!("--stats and --perf show what the translator does: use --backend bt")
@@ -89,6 +96,18 @@ pub fn run(args: &RunArgs) -> Result<i32> {
         }
         Image::open(&path, command)
     });
+    let mut reexec = again(args, backend);
+    if let (Some(cache), Ok(image), false) = (&cache, &started, args.no_cache) {
+        match Place::new(args.cache_dir.as_deref(), &image.exe, &model) {
+            Ok(place) => {
+                // A program may change its environment.
+                reexec.extend(["--cache-dir".into(), place.directory().into()]);
+                last_words = kept::remember(place, cache, last_words, args.verbose);
+            }
+            Err(why) if args.verbose || args.cache_dir.is_some() => eprintln!("bivisor: no persistent cache: {why}"),
+            Err(_) => {}
+        }
+    }
     let options = Options {
         strace: args.strace,
         // Only then: a copy of standard error would keep a pipe open that the program closes.
@@ -97,7 +116,7 @@ pub fn run(args: &RunArgs) -> Result<i32> {
             .flatten()
             .map(fds::keep),
         verbose: args.verbose,
-        reexec: again(args, backend),
+        reexec,
         last_words,
     };
     let task = started.and_then(|image| start::start(image, environment(&args.env), options, &model, factory));
@@ -124,6 +143,7 @@ fn again(args: &RunArgs, backend: Backend) -> Vec<OsString> {
     words.extend(args.strace.then_some("--strace"));
     words.extend(args.verbose.then_some("--verbose"));
     words.extend(args.perf.then_some("--perf"));
+    words.extend(args.no_cache.then_some("--no-cache"));
     let stats = args.stats.map(|format| format!("--stats={}", format.name()));
     words.into_iter().map(OsString::from).chain(stats.map(OsString::from)).collect()
 }

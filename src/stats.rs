@@ -50,7 +50,7 @@ fn json(cache: &Cache) -> String {
     json!({
         "pid": std::process::id(),
         "translated": {
-            "blocks": c.blocks, "instructions": c.insns, "guest_bytes": c.guest_bytes, "host_bytes": c.host_bytes,
+            "blocks": c.blocks, "adopted": c.adopted, "instructions": c.insns, "guest_bytes": c.guest_bytes, "host_bytes": c.host_bytes,
             "nanoseconds": c.nanoseconds,
         },
         "links": c.links, "landings": c.landings, "stale": c.stale, "flushes": c.flushes, "found": c.found,
@@ -69,6 +69,7 @@ fn text(cache: &Cache) -> String {
     [
         format!("bivisor: what the translator did for process {}", std::process::id()),
         format!("  translated   {} blocks, {} instructions, {} bytes", c.blocks, c.insns, c.guest_bytes),
+        format!("  taken over   {} of these blocks from earlier runs", c.adopted),
         format!("  made         {} bytes of code, {:.1} for one", c.host_bytes, each(c.host_bytes, c.guest_bytes)),
         format!(
             "  took         {:.2} ms, {:.0} ns an instruction",

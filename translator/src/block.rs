@@ -3,7 +3,7 @@
 use crate::route::{Route, Routes};
 use bivisor_emulator::isa::MAX_INSN_LEN;
 use bivisor_emulator::isa::decode::options;
-use bivisor_emulator::mem::{GuestMemory, PAGE_SIZE};
+use bivisor_emulator::mem::{GuestMemory, PAGE_SIZE, Prot, Vma};
 use iced_x86::{Decoder, DecoderError, Instruction, InstructionInfoFactory, OpAccess};
 
 /// Most instructions in a block.
@@ -95,6 +95,10 @@ pub trait CodeSource {
     fn read(&mut self, at: u64, to: &mut [u8]) -> bool;
     /// Raised when anything watched was written.
     fn epoch(&self) -> u64;
+    /// Is this page of a file or of the kernel, and cannot be written?
+    fn is_file(&self, _at: u64) -> bool {
+        false
+    }
     /// A page once opened stays so until the epoch changes; then what tells this source from others.
     fn identity(&self) -> Option<usize> {
         None
@@ -114,6 +118,11 @@ impl CodeSource for &GuestMemory {
     }
     fn epoch(&self) -> u64 {
         self.code_epoch()
+    }
+    fn is_file(&self, at: u64) -> bool {
+        let file = |v: &Vma| v.backing.is_some() || &*v.name == "[vdso]";
+        let fixed = |v: Vma| file(&v) && !v.shared && !v.prot.contains(Prot::WRITE);
+        self.flat().and_then(|f| f.find(at)).is_some_and(fixed)
     }
     fn identity(&self) -> Option<usize> {
         Some(std::ptr::from_ref::<GuestMemory>(self) as usize)

@@ -12,13 +12,17 @@ use crate::exits::Exits;
 use crate::fault::kick;
 use crate::lower::Leave;
 use crate::marks::Registers;
+use crate::persist::archive::MOST;
+use crate::persist::hash::Sum;
+use crate::persist::{self, Archive};
 use crate::route::{Policy, Routes};
 use crate::stats::{CacheStats, Stats};
 use crate::store::{Apart, MAX_BLOCK, Store};
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::host::thread::ThreadBlock;
-use bivisor_emulator::mem::GuestMemory;
+use bivisor_emulator::mem::{GuestMemory, PAGE_SIZE};
 use iced_x86::Mnemonic;
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Instant;
@@ -79,6 +83,8 @@ pub struct Cache {
     successor: OnceLock<Arc<Cache>>,
     model: Arc<CpuModel>,
     counting: AtomicBool,
+    /// What earlier runs have left.
+    archive: OnceLock<Archive>,
     /// What members did that have left.
     gone: Mutex<Stats>,
 }
@@ -110,6 +116,7 @@ impl Cache {
             successor: OnceLock::new(),
             model,
             counting: AtomicBool::new(false),
+            archive: OnceLock::new(),
             gone: Mutex::new(Stats::default()),
         }))
     }
@@ -176,6 +183,37 @@ impl Cache {
     /// Was [`Cache::count`] called?
     pub fn counts(&self) -> bool {
         self.counting.load(Ordering::Relaxed)
+    }
+
+    /// From now on, translations of earlier runs are used, and [`Cache::keep`] gives what is worth keeping of this one. Call it before
+    /// the cache is used.
+    pub fn remember(&self, archive: Archive) {
+        self.lock().keep_pages(archive.blocks());
+        // Once is enough: a second archive would be that of another process.
+        let _ = self.archive.set(archive);
+    }
+
+    /// What later runs may [remember](Cache::remember), as a file's content for `key`; `None` if that is not much more than this run
+    /// remembered itself.
+    pub fn keep(&self, key: &[u8]) -> Option<Vec<u8>> {
+        let archive = self.archive.get()?;
+        let store = self.lock();
+        let adopted = store.stats.adopted;
+        if store.worth_keeping() < adopted + (adopted / 8).max(32) {
+            return None;
+        }
+        let new = store.records(&self.exits);
+        drop(store);
+        // Pages that were not met this time are kept as they are, as long as there is room.
+        let mut room = MOST.checked_sub(new.iter().map(|(_, r)| r.len()).sum())?;
+        let is_new: HashSet<Sum> = new.iter().map(|(page, _)| *page).collect();
+        let old = archive.all().filter(|(page, record)| {
+            let fits = !is_new.contains(page) && record.len() <= room;
+            room -= if fits { record.len() } else { 0 };
+            fits
+        });
+        let all: Vec<(Sum, &[u8])> = old.chain(new.iter().map(|(page, r)| (*page, &r[..]))).collect();
+        Some(Archive::write(key, all.into_iter()))
     }
 
     /// Host address, size and guest address of each block there is, a line each in perf(1)'s format for generated code
@@ -254,6 +292,19 @@ impl Cache {
             if let Some(found) = store.get(rip) {
                 store.stats.found += 1;
                 return Some(self.connect(&mut store, found, via));
+            }
+            if let Some(archive) = self.archive.get()
+                && !store.was_asked(rip)
+            {
+                drop(store);
+                let page = rip & !(PAGE_SIZE - 1);
+                let epoch = source.epoch();
+                let found = persist::adopt::ask(archive, source, page);
+                store = self.lock();
+                if source.epoch() == epoch {
+                    store.adopt(&self.exits, page, &found);
+                }
+                continue;
             }
             drop(store);
             let begin = self.counts().then(Instant::now);

@@ -73,6 +73,13 @@ impl Index {
         self.used += 1;
     }
 
+    /// Makes an empty table large enough for so many blocks.
+    pub fn reserve(&mut self, blocks: usize) {
+        if self.used == 0 && blocks * 2 > self.slots.len() {
+            self.slots = vec![[0, EMPTY]; (blocks * 2).next_power_of_two()];
+        }
+    }
+
     /// Takes the block at `rip` out if it is this one.
     pub fn remove(&mut self, rip: u64, block: u32) {
         if let Some(i) = self.position(rip)

@@ -15,6 +15,7 @@
 //! | [`code_buffer`] | executable memory (unsafe) |
 //! | [`enter`] | the way in and out (unsafe) |
 //! | [`system`] | guest RAM behind page tables, all privilege levels |
+//! | [`persist`] | translations that outlive the process |
 //! | [`explain`] | one block for people to read |
 //! | [`fault`] | signals that arrive in the cache (unsafe) |
 //!
@@ -33,6 +34,7 @@ pub mod fault;
 pub mod index;
 pub mod lower;
 pub mod marks;
+pub mod persist;
 pub mod route;
 mod run;
 pub mod stats;

@@ -11,6 +11,8 @@ pub struct CacheStats {
     pub guest_bytes: u64,
     /// Bytes of host code made.
     pub host_bytes: u64,
+    /// Blocks taken over from earlier runs; they are among the blocks, but their instructions are not counted.
+    pub adopted: u64,
     /// Jumps patched to their target.
     pub links: u64,
     /// Landings made.

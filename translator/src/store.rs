@@ -6,10 +6,14 @@ use crate::emit::Emitter;
 use crate::exits::{Exits, MAX_EXITS, Place};
 use crate::index::Index;
 use crate::lower::{
-    Landing, Leave, STUB, Surroundings, Unit, emit_landing, emit_stub, emit_trampolines, lower, stub_at, stub_before,
+    Landing, Leave, Relocation, STUB, Surroundings, Unit, emit_landing, emit_stub, emit_trampolines, lower, stub_at,
+    stub_before,
 };
 use crate::marks::{self, Mark, Registers};
+use crate::persist::adopt::Pages;
+use crate::persist::record::Kept;
 use crate::stats::CacheStats;
+use crate::system::hash::Map;
 use bivisor_emulator::isa::Gpr;
 use bivisor_emulator::mem::PAGE_SIZE;
 use std::collections::HashMap;
@@ -20,15 +24,18 @@ pub const MAX_BLOCK: usize = 16 << 10;
 /// End of a list.
 const NONE: u32 = u32::MAX;
 
-struct Block {
-    start: u64,
+pub(crate) struct Block {
+    pub(crate) start: u64,
     /// Code offsets.
-    at: u32,
-    end: u32,
-    body: u32,
+    pub(crate) at: u32,
+    pub(crate) end: u32,
+    pub(crate) body: u32,
     /// Where its marks start; they end where the next block's start.
-    marks: u32,
-    landing: Option<Landing>,
+    pub(crate) marks: u32,
+    /// The same for its relocations and its exits.
+    pub(crate) relocations: u32,
+    pub(crate) first_exit: u32,
+    pub(crate) landing: Option<Landing>,
     /// The next block whose landing has the same table entry.
     next_landing: u32,
     /// The first exit linked to it; the table of exits holds the rest of the list.
@@ -36,12 +43,12 @@ struct Block {
     /// The next block made from its first and its last page.
     next_in_page: [u32; 2],
     /// Guest bytes it was made from.
-    len: u16,
-    live: bool,
+    pub(crate) len: u16,
+    pub(crate) live: bool,
 }
 
 impl Block {
-    fn pages(&self) -> [u64; 2] {
+    pub(crate) fn pages(&self) -> [u64; 2] {
         let page = |a: u64| a & !(PAGE_SIZE - 1);
         [page(self.start), page(self.start.wrapping_add(u64::from(self.len.max(1)) - 1))]
     }
@@ -69,22 +76,26 @@ impl Apart {
 pub struct Store {
     pub(crate) buffer: CodeBuffer,
     /// In order of code offset; the first is the trampolines.
-    blocks: Vec<Block>,
-    marks: Vec<Mark>,
-    index: Index,
+    pub(crate) blocks: Vec<Block>,
+    pub(crate) marks: Vec<Mark>,
+    pub(crate) relocations: Vec<Relocation>,
+    pub(crate) index: Index,
     /// The bytes of blocks that compare them, and which of them have been seen to change.
     compared: HashMap<u64, (Vec<u8>, Vec<bool>)>,
+    pub(crate) kept: Kept,
+    /// Pages of code, if what is made from them can be kept: see [`crate::persist`].
+    pub(crate) pages: Option<Pages>,
     /// The first block of a page.
-    by_page: HashMap<u64, u32>,
+    by_page: Map<u64, u32>,
     /// For each table entry the first block whose landing is tried; 0, which is the trampolines, for none.
     landings: Vec<u32>,
     /// Is there any landing?
     landed: bool,
-    exits_used: u32,
-    miss: u32,
+    pub(crate) exits_used: u32,
+    pub(crate) miss: u32,
     keep: (usize, usize),
     /// Reused.
-    unit: Unit,
+    pub(crate) unit: Unit,
     pub(crate) stats: CacheStats,
 }
 
@@ -102,9 +113,12 @@ impl Store {
             // Memory is taken when it is used; moving it costs more.
             blocks: Vec::with_capacity(1 << 15),
             marks: Vec::with_capacity(1 << 16),
+            relocations: Vec::new(),
+            kept: Kept::default(),
+            pages: None,
             index: Index::default(),
             compared: HashMap::new(),
-            by_page: HashMap::new(),
+            by_page: Map::default(),
             landings: vec![0; TABLE_ENTRIES],
             landed: false,
             exits_used: 0,
@@ -125,6 +139,8 @@ impl Store {
             end: (at + size) as u32,
             body: at as u32 + body,
             marks: self.marks.len() as u32,
+            relocations: self.relocations.len() as u32,
+            first_exit: self.exits_used,
             landing: None,
             next_landing: 0,
             incoming: NONE,
@@ -150,10 +166,17 @@ impl Store {
     pub fn insert(&mut self, exits: &Exits, block: &GuestBlock, landing: bool) -> (u32, u32) {
         self.lower(block, landing, true);
         let unit = std::mem::take(&mut self.unit);
+        let found = self.enter(exits, block.start, &unit);
+        self.unit = unit;
+        found
+    }
+
+    /// Adds a lowered block; gives its number and the code offset of its body.
+    pub(crate) fn enter(&mut self, exits: &Exits, start: u64, unit: &Unit) -> (u32, u32) {
         let first_exit = self.exits_used;
-        let b = self.append(exits, block.start, &unit);
+        let b = self.append(exits, start, unit);
         let body = self.blocks[b as usize].body;
-        self.index.insert(block.start, b, body);
+        self.index.insert(start, b, body);
         for (i, page) in self.blocks[b as usize].pages().into_iter().enumerate() {
             let head = self.by_page.entry(page).or_insert(NONE);
             if *head != b {
@@ -171,7 +194,6 @@ impl Store {
             let at = self.blocks[b as usize].at;
             self.register(b, Landing { at: at + l.at, next: at + l.next });
         }
-        self.unit = unit;
         (b, body)
     }
 
@@ -236,12 +258,18 @@ impl Store {
             let stub = if exit.short { at + exit.step as usize } else { stub as usize };
             exits.set(id, exit.leave, Place { site, short: exit.short, stub });
         }
+        let first_exit = self.exits_used;
         self.exits_used += unit.exits.len() as u32;
         self.stats.blocks += 1;
         self.stats.insns += u64::from(unit.insns);
         self.stats.guest_bytes += u64::from(unit.guest_len);
         self.stats.host_bytes += (unit.code.len() + unit.exits.len() * STUB) as u64;
-        self.push(start, at, unit.code.len(), unit.body, unit.guest_len, &unit.marks)
+        let b = self.push(start, at, unit.code.len(), unit.body, unit.guest_len, &unit.marks);
+        self.blocks[b as usize].first_exit = first_exit;
+        if self.pages.is_some() {
+            self.relocations.extend_from_slice(&unit.relocations);
+        }
+        b
     }
 
     fn note_link(&mut self, exits: &Exits, exit: u32, to: u32) {
@@ -328,6 +356,9 @@ impl Store {
 
     /// A page was written, unmapped or changed its rights: what was made from it is no more. False if nothing was.
     pub fn stale(&mut self, exits: &Exits, page: u64) -> bool {
+        if let Some(pages) = &mut self.pages {
+            pages.remove(&page);
+        }
         let Some(mut b) = self.by_page.remove(&page) else { return false };
         while b != NONE {
             let block = &self.blocks[b as usize];
@@ -371,6 +402,8 @@ impl Store {
         self.marks.truncate(self.keep.1);
         self.index.clear();
         self.by_page.clear();
+        self.relocations.clear();
+        self.pages.iter_mut().for_each(Pages::clear);
         self.compared.clear();
         self.exits_used = 0;
     }

@@ -179,6 +179,14 @@ impl CpuModel {
     /// The names that [`CpuModel::from_name`] takes.
     pub const NAMES: [&'static str; 6] = ["host", "max", "x86-64-v1", "x86-64-v2", "x86-64-v3", "x86-64-v4"];
 
+    /// Differs between models that offer something different.
+    pub fn fingerprint(&self) -> u64 {
+        // FNV-1a.
+        let add = |h: u64, v: &u32| (h ^ u64::from(*v)).wrapping_mul(0x100_0000_01b3);
+        let leaves = self.leaves.iter().flat_map(|((leaf, sub), registers)| [leaf, sub].into_iter().chain(registers));
+        leaves.fold(0xcbf2_9ce4_8422_2325, add)
+    }
+
     /// What the host has and we support.
     pub fn host() -> CpuModel {
         CpuModel::build("host", HOST, |_, in_host| in_host)

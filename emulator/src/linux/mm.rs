@@ -132,7 +132,7 @@ impl AddressSpace {
         let kind = flags & libc::MAP_TYPE as u64;
         let shared = kind == libc::MAP_SHARED as u64 || kind == libc::MAP_SHARED_VALIDATE as u64;
         // A huge-page mapping is rounded up to its page size; the guest's munmap will name it.
-        let backing = if shared { file(m.fd) } else { None };
+        let backing = if flags & libc::MAP_ANONYMOUS as u64 == 0 { file(m.fd) } else { None };
         let name = Arc::from(m.name);
         self.flat().insert(Vma { start, end: start + len, prot, shared, name, offset: m.offset, backing });
         at

@@ -43,7 +43,7 @@ pub struct Vma {
     pub name: std::sync::Arc<str>,
     /// Offset in the file.
     pub offset: u64,
-    /// Of a shared mapping: what is shared. Another mapping of the same may write the code of this one.
+    /// What is mapped. Another mapping of the same may write the code of this one, if both are shared.
     pub backing: Option<Backing>,
 }
 

@@ -12,7 +12,7 @@ use crate::block::Item;
 use crate::emit::{Emitter, TABLE, gs, slot};
 use crate::enter::MISS;
 use crate::lower::memory::load_target;
-use crate::lower::{Leave, Lowering};
+use crate::lower::{Depends, Leave, Lowering};
 use crate::marks::{Mark, Saved, What};
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::ConditionCode;
@@ -92,6 +92,7 @@ fn push_constant(l: &mut Lowering<'_>, v: u64) {
     if let Ok(v) = i32::try_from(v as i64) {
         l.e.push(0x68);
         l.e.push_i32(v);
+        l.relocation(0, Depends::Fixed);
     } else {
         l.e.bytes.extend_from_slice(&[0xff, 0x35]);
         l.constants.push((l.e.len(), v));

@@ -9,7 +9,7 @@
 
 use crate::block::Item;
 use crate::emit::{gs, slot};
-use crate::lower::Lowering;
+use crate::lower::{Depends, Lowering};
 use crate::marks::{Saved, What};
 use bivisor_emulator::isa::{Gpr, Width};
 use dynasmrt::{DynasmApi, dynasm};
@@ -45,7 +45,7 @@ fn lea(l: &mut Lowering<'_>, item: &Item, target: u64) -> bool {
     true
 }
 
-/// `mov r, imm` in its shortest form; flags stay.
+/// `mov r, imm` of a guest address in its shortest form; flags stay.
 pub(crate) fn load_constant(l: &mut Lowering<'_>, r: Gpr, v: u64) {
     let r = r as u8;
     if let Ok(v) = u32::try_from(v) {
@@ -54,7 +54,10 @@ pub(crate) fn load_constant(l: &mut Lowering<'_>, r: Gpr, v: u64) {
         dynasm!(l.e; .arch x64; mov Rq(r), v);
     } else {
         dynasm!(l.e; .arch x64; mov Rq(r), QWORD v as i64);
+        l.relocation(l.e.len() - 8, Depends::Guest);
+        return;
     }
+    l.relocation(0, Depends::Fixed);
 }
 
 /// Where the 32-bit displacement of the RIP-relative operand is.
@@ -76,6 +79,7 @@ fn near(l: &mut Lowering<'_>, item: &Item, target: u64) -> bool {
     let start = l.e.len();
     l.e.bytes.extend_from_slice(bytes);
     l.e.set_u32(start + at, disp as u32);
+    l.relocation(start + at, Depends::Distance);
     true
 }
 
@@ -94,6 +98,7 @@ fn low(l: &mut Lowering<'_>, item: &Item, target: u64) -> bool {
     l.e.push((bytes[at - 1] & 0x38) | 4);
     l.e.push(0x25);
     l.e.push_i32(disp);
+    l.relocation(0, Depends::Fixed);
     l.e.bytes.extend_from_slice(&bytes[at + 4..]);
     true
 }
@@ -172,8 +177,10 @@ pub(crate) fn load_target(l: &mut Lowering<'_>, item: &Item) -> bool {
             if let Ok(d) = i32::try_from(target.wrapping_sub(after) as i64) {
                 l.e.bytes.extend_from_slice(&[0x48, 0x8b, 0x0d]);
                 l.e.push_i32(d);
+                l.relocation(l.e.len() - 4, Depends::Distance);
             } else if let Ok(d) = i32::try_from(target as i64) {
                 dynasm!(l.e; .arch x64; mov rcx, [d]);
+                l.relocation(0, Depends::Fixed);
             } else {
                 l.mark(What::Undo(item.at, Saved::Rcx));
                 load_constant(l, Gpr::Rcx, target);

@@ -7,6 +7,7 @@ mod branch;
 mod compare;
 mod copy;
 pub mod memory;
+mod relocate;
 
 use crate::block::GuestBlock;
 use crate::emit::{Emitter, gs, slot};
@@ -15,6 +16,7 @@ use crate::route::Route;
 use dynasmrt::{DynasmApi, dynasm};
 
 pub use branch::{Landing, emit_landing, emit_trampolines};
+pub use relocate::{Depends, Relocation, move_code};
 
 /// Why a piece of code is left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,7 +81,21 @@ pub struct Unit {
     pub guest_len: u16,
     /// Guest instructions.
     pub insns: u16,
+    /// What depends on where guest and host code lie, but for the landing and the exits that are jumps.
+    pub relocations: Vec<Relocation>,
     constants: Vec<(usize, u64)>,
+}
+
+impl Unit {
+    /// Empties it, but for the memory it has.
+    pub fn clear(&mut self) {
+        self.code.clear();
+        self.marks.clear();
+        self.exits.clear();
+        self.constants.clear();
+        self.relocations.clear();
+        self.landing = None;
+    }
 }
 
 /// The work in progress.
@@ -89,6 +105,7 @@ pub(crate) struct Lowering<'a> {
     pub exits: Vec<Exit>,
     /// 8-byte constants, and where their RIP-relative displacements are.
     pub constants: Vec<(usize, u64)>,
+    pub relocations: Vec<Relocation>,
     pub block: &'a GuestBlock,
     pub around: &'a Surroundings<'a>,
     /// Host address of the body.
@@ -110,6 +127,11 @@ impl Lowering<'_> {
                 {}
             _ => self.marks.push(Mark { at, what }),
         }
+    }
+
+    /// Notes that the field at `at` depends on where code lies.
+    pub fn relocation(&mut self, at: usize, depends: Depends) {
+        self.relocations.push(Relocation { at: at as u16, depends });
     }
 
     /// Records an exit; gives its number.
@@ -172,6 +194,7 @@ impl Lowering<'_> {
         let site = self.e.len();
         self.e.push_u32(0);
         self.e.set_rel32(site, stub_before(self.around.stubs, id));
+        self.relocation(site, Depends::Stub((id - self.around.first_exit) as u16));
     }
 
     /// Leads all exits that are not linked to their stubs; the constants. False if a short jump does not reach.
@@ -196,6 +219,7 @@ impl Lowering<'_> {
         for (site, value) in self.constants.drain(..) {
             let here = self.e.here();
             self.e.set_rel32(site, here);
+            self.relocations.push(Relocation { at: self.e.len() as u16, depends: Depends::Guest });
             self.e.push_u64(value);
         }
         true
@@ -229,28 +253,25 @@ pub fn emit_stub(at: u64, exit: u32, way_out: u64) -> [u8; STUB] {
 
 /// Lowers `block`; with a landing if it is the target of an indirect branch. The vectors of `old` are used again.
 pub fn lower(block: &GuestBlock, around: &Surroundings<'_>, landing: bool, old: Unit) -> Unit {
-    match attempt_lower(block, around, landing, true, old) {
-        Ok(unit) => unit,
-        Err(old) => attempt_lower(block, around, landing, false, old).expect("no short jumps"),
-    }
+    let (unit, done) = attempt_lower(block, around, landing, true, old);
+    if done { unit } else { attempt_lower(block, around, landing, false, unit).0 }
 }
 
+/// Also whether all short jumps reach; without short jumps they do.
 fn attempt_lower(
     block: &GuestBlock,
     around: &Surroundings<'_>,
     landing: bool,
     short: bool,
     mut old: Unit,
-) -> Result<Unit, Unit> {
-    old.code.clear();
-    old.marks.clear();
-    old.exits.clear();
-    old.constants.clear();
+) -> (Unit, bool) {
+    old.clear();
     let mut l = Lowering {
         e: Emitter { bytes: old.code, base: around.at },
         marks: old.marks,
         exits: old.exits,
         constants: old.constants,
+        relocations: old.relocations,
         block,
         around,
         body: around.at,
@@ -329,6 +350,7 @@ fn attempt_lower(
         guest_len: end as u16,
         insns: insns as u16,
         constants: l.constants,
+        relocations: l.relocations,
     };
-    if done { Ok(unit) } else { Err(unit) }
+    (unit, done)
 }

@@ -27,7 +27,7 @@ pub mod block;
 pub mod cache;
 pub mod enter;
 mod handler;
-mod hash;
+pub(crate) mod hash;
 pub mod lower;
 pub mod run;
 pub mod tlb;

@@ -1,0 +1,267 @@
+//! Between records and the store: blocks that were made in an earlier run enter it, and those there are become records.
+
+use crate::block::{CodeSource, Opened};
+use crate::emit::Emitter;
+use crate::exits::Exits;
+use crate::lower::{Exit, Leave, Relocation, emit_landing, move_code, stub_before};
+use crate::marks::{Mark, What};
+use crate::persist::Archive;
+use crate::persist::hash::{Sum, sum};
+use crate::persist::record::{Kept, KeptExit, Record, Recorder};
+use crate::store::{Block, Store};
+use crate::system::hash::Map;
+use bivisor_emulator::mem::PAGE_SIZE;
+use std::collections::HashSet;
+
+/// What is known of a page of code.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Page {
+    /// The sum of its content, if what is made from it is worth keeping.
+    sum: Option<Sum>,
+    /// The archive was asked for it.
+    asked: bool,
+}
+
+/// Pages by address.
+pub type Pages = Map<u64, Page>;
+
+fn page_of(address: u64) -> u64 {
+    address & !(PAGE_SIZE - 1)
+}
+
+/// What an archive says of a page.
+#[derive(Default)]
+pub struct Found<'a> {
+    page: Option<Sum>,
+    /// Of the page after it, if it was looked at.
+    next: Option<Sum>,
+    record: Option<&'a [u8]>,
+}
+
+/// The sum of a page that cannot be written and is watched from now on.
+fn sum_of(source: &mut dyn CodeSource, page: u64) -> Option<Sum> {
+    let mut bytes = [0; PAGE_SIZE as usize];
+    let fit = source.is_file(page) && source.open(page) == Opened::Watched && source.read(page, &mut bytes);
+    fit.then(|| sum(&bytes))
+}
+
+/// Asks for the page at `page`. No lock is held.
+pub fn ask<'a>(archive: &'a Archive, source: &mut dyn CodeSource, page: u64) -> Found<'a> {
+    let Some(now) = sum_of(source, page) else { return Found::default() };
+    let record = archive.find(now);
+    let then = record.and_then(Record::read).and_then(|r| r.next);
+    let next = then.and_then(|_| sum_of(source, page.wrapping_add(PAGE_SIZE)));
+    Found { page: Some(now), next, record }
+}
+
+impl Store {
+    /// From now on, what is made can be kept, and about so many blocks will be adopted.
+    pub fn keep_pages(&mut self, blocks: usize) {
+        self.pages = Some(Pages::default());
+        self.index.reserve(blocks);
+    }
+
+    /// Was the archive asked for the page of this address?
+    pub fn was_asked(&self, rip: u64) -> bool {
+        self.pages.as_ref().is_none_or(|pages| pages.get(&page_of(rip)).is_some_and(|p| p.asked))
+    }
+
+    /// Takes in what was found for the page at `page`, which has not changed since.
+    pub fn adopt(&mut self, exits: &Exits, page: u64, found: &Found<'_>) {
+        let Some(pages) = &mut self.pages else { return };
+        pages.insert(page, Page { sum: found.page, asked: true });
+        if let Some(next) = found.next {
+            pages.entry(page.wrapping_add(PAGE_SIZE)).or_default().sum = Some(next);
+        }
+        let Some(mut record) = found.record.and_then(Record::read) else { return };
+        let first = self.exits_used;
+        let move_by = page.wrapping_sub(record.base);
+        let mut kept = std::mem::take(&mut self.kept);
+        while let Some(code) = record.block(&mut kept)
+            && !self.is_full()
+        {
+            let crosses = u64::from(kept.start) + u64::from(kept.len) > PAGE_SIZE;
+            if !crosses || found.next.is_some() && found.next == record.next {
+                self.adopt_block(exits, &kept, code, page.wrapping_add(u64::from(kept.start)), move_by);
+            }
+        }
+        self.kept = kept;
+        // Those that came later than who jumps to them.
+        for id in first..self.exits_used {
+            if let Leave::To(target) = exits.leave(id)
+                && exits.linked(id).is_none()
+                && let Some((to, _)) = self.get(target)
+            {
+                self.link(exits, id, to);
+            }
+        }
+    }
+
+    fn adopt_block(&mut self, exits: &Exits, kept: &Kept, code: &[u8], start: u64, move_by: u64) {
+        if self.get(start).is_some() {
+            return;
+        }
+        let base = self.buffer.base();
+        let mut unit = std::mem::take(&mut self.unit);
+        unit.clear();
+        let mut e = Emitter { bytes: std::mem::take(&mut unit.code), base: base + self.buffer.next() as u64 };
+        unit.landing = kept.landing.then(|| emit_landing(&mut e, &mut unit.marks, start, base + u64::from(self.miss)));
+        e.nops(padding(kept, e.here()));
+        let body = e.len();
+        let place = e.here();
+        let stubs = base + self.buffer.cold_end() as u64;
+        e.bytes.extend_from_slice(code);
+        let host = place.wrapping_sub(kept.host);
+        let moved =
+            move_code(&mut e.bytes[body..], &kept.relocations, (host, move_by), place, (stubs, self.exits_used));
+        if moved {
+            let at = |offset: u16| (body + usize::from(offset)) as u32;
+            for (id, exit) in (self.exits_used..).zip(&kept.exits) {
+                unit.exits.push(self.adopt_exit(exit, id, (start, place, move_by), &mut e, &at));
+            }
+            let first_exit = self.exits_used;
+            unit.marks.extend(kept.marks.iter().map(|m| Mark {
+                at: at(m.at) as u16,
+                what: match m.what {
+                    What::Exit(n) => What::Exit(first_exit + n),
+                    what => what,
+                },
+            }));
+            let moved = |r: &Relocation| Relocation { at: at(r.at) as u16, ..*r };
+            unit.relocations.extend(kept.relocations.iter().map(moved));
+            (unit.body, unit.guest_len, unit.insns) = (body as u32, kept.len, 0);
+        }
+        unit.code = e.bytes;
+        if moved {
+            self.enter(exits, start, &unit);
+            self.stats.adopted += 1;
+        }
+        self.unit = unit;
+    }
+
+    /// An exit of a block that now begins at `start` of the guest and `place` of the host.
+    fn adopt_exit(
+        &self,
+        exit: &KeptExit,
+        id: u32,
+        (start, place, move_by): (u64, u64, u64),
+        e: &mut Emitter,
+        at: &dyn Fn(u16) -> u32,
+    ) -> Exit {
+        let leave = match exit.leave {
+            Leave::To(rip) => Leave::To(rip.wrapping_add(move_by)),
+            Leave::Step(rip) => Leave::Step(rip.wrapping_add(move_by)),
+            Leave::Changed(rip) => Leave::Changed(rip.wrapping_add(move_by)),
+            Leave::Syscall(rip, len) => Leave::Syscall(rip.wrapping_add(move_by), len),
+        };
+        let Leave::To(target) = leave else {
+            return Exit { leave, site: u32::MAX, short: false, step: 0, linked: None, begun: 0 };
+        };
+        let base = self.buffer.base();
+        let linked = match target == start {
+            true => Some(place),
+            false => self.get(target).map(|(_, body)| base + u64::from(body)),
+        };
+        let site = at(exit.site);
+        if exit.short {
+            let back = place.wrapping_sub(e.base + u64::from(site) + 1);
+            e.bytes[site as usize] = back as u8;
+            return Exit { leave, site, short: true, step: at(exit.step), linked: Some(place), begun: 0 };
+        }
+        let stubs = base + self.buffer.cold_end() as u64;
+        e.set_rel32(site as usize, linked.unwrap_or_else(|| stub_before(stubs, id)));
+        Exit { leave, site, short: false, step: 0, linked, begun: 0 }
+    }
+
+    /// The sums of the first and the last page of a block that can be kept.
+    fn sums(&self, b: &Block) -> Option<(Sum, Sum)> {
+        let pages = self.pages.as_ref().filter(|_| b.live)?;
+        let known = |address: u64| pages.get(&page_of(address)).and_then(|p| p.sum);
+        let [first, last] = b.pages();
+        let sum = known(first)?;
+        Some((sum, if last == first { sum } else { known(last)? }))
+    }
+
+    /// How many blocks can be kept.
+    pub fn worth_keeping(&self) -> u64 {
+        self.blocks.iter().filter(|b| self.sums(b).is_some()).count() as u64
+    }
+
+    /// All that can be kept, by the sums of its pages.
+    pub fn records(&self, exits: &Exits) -> Vec<(Sum, Vec<u8>)> {
+        let mut pages: Map<u64, Vec<usize>> = Map::default();
+        for n in 1..self.blocks.len() {
+            if self.sums(&self.blocks[n]).is_some() {
+                pages.entry(self.blocks[n].pages()[0]).or_default().push(n);
+            }
+        }
+        let mut seen = HashSet::new();
+        let mut records = Vec::new();
+        for (base, blocks) in pages {
+            let Some((sum, _)) = self.sums(&self.blocks[blocks[0]]) else { continue };
+            // The same content twice: one is enough.
+            if !seen.insert(sum) {
+                continue;
+            }
+            let crossing = blocks.iter().find(|&&n| self.blocks[n].pages()[1] != base);
+            let next = crossing.and_then(|&n| self.sums(&self.blocks[n])).map(|(_, next)| next);
+            let mut record = Recorder::new(base, next);
+            for n in blocks {
+                let b = &self.blocks[n];
+                record.add(&self.kept(exits, n), &self.buffer.code(b.body as usize..b.end as usize));
+            }
+            records.push((sum, record.bytes()));
+        }
+        records
+    }
+
+    fn kept(&self, exits: &Exits, n: usize) -> Kept {
+        let b = &self.blocks[n];
+        let after = self.blocks.get(n + 1);
+        let marks = &self.marks[b.marks as usize..after.map_or(self.marks.len(), |a| a.marks as usize)];
+        let relocations =
+            &self.relocations[b.relocations as usize..after.map_or(self.relocations.len(), |a| a.relocations as usize)];
+        let ids = b.first_exit..after.map_or(self.exits_used, |a| a.first_exit);
+        let body = (b.body - b.at) as u16;
+        let exit = |id| {
+            let (leave, place) = (exits.leave(id), exits.place(id));
+            let inside = |at: usize| (at as u64).wrapping_sub(u64::from(b.body)) as u16;
+            match leave {
+                Leave::To(_) if place.short => {
+                    KeptExit { leave, site: inside(place.site), short: true, step: inside(place.stub) }
+                }
+                Leave::To(_) => KeptExit { leave, site: inside(place.site), short: false, step: 0 },
+                _ => KeptExit { leave, site: 0, short: false, step: 0 },
+            }
+        };
+        let mark = |m: &Mark| Mark {
+            at: m.at - body,
+            what: match m.what {
+                What::Exit(id) => What::Exit(id - b.first_exit),
+                what => what,
+            },
+        };
+        Kept {
+            start: (b.start % PAGE_SIZE) as u16,
+            len: b.len,
+            landing: b.landing.is_some(),
+            host: self.buffer.base() + u64::from(b.body),
+            marks: marks.iter().filter(|m| m.at >= body).map(mark).collect(),
+            exits: ids.map(exit).collect(),
+            relocations: relocations.iter().map(|r| Relocation { at: r.at.saturating_sub(body), ..*r }).collect(),
+        }
+    }
+}
+
+/// How many bytes further on than `here` the code may lie so that no displacement that is patched crosses a cache line.
+fn padding(kept: &Kept, here: u64) -> usize {
+    let sites = || kept.exits.iter().filter(|e| matches!(e.leave, Leave::To(_)) && !e.short);
+    let fits = |pad: &u64| sites().all(|e| (here + pad + u64::from(e.site)) % 64 <= 60);
+    // A loop lies in its lines as it did.
+    let looped = kept.exits.iter().any(|e| e.short);
+    let same = (kept.host.wrapping_sub(here)) % 64;
+    match looped {
+        true => same as usize,
+        false => (0..64).find(fits).unwrap_or(same) as usize,
+    }
+}

@@ -1,0 +1,133 @@
+//! The file: magic, key, a table of records, the records. All numbers are little-endian. Nothing in it is believed before its sum is
+//! right, and everything is looked at within bounds.
+
+use crate::persist::hash::{Sum, sum};
+use std::collections::HashMap;
+
+const MAGIC: &[u8; 8] = b"bivisor\x01";
+/// Sum of the page, start and length of the record, its sum.
+const ROW: usize = 16 + 8 + 8 + 16;
+/// Bytes a file may have.
+pub const MOST: usize = 64 << 20;
+
+/// What was kept of earlier runs.
+#[derive(Default)]
+pub struct Archive {
+    bytes: Vec<u8>,
+    /// By the sum of a page: where its record is, and the record's sum.
+    table: HashMap<Sum, (usize, usize, Sum)>,
+}
+
+fn number(bytes: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_le_bytes(bytes.get(at..at.checked_add(8)?)?.try_into().ok()?))
+}
+
+impl Archive {
+    /// Of a file's content, if it is whole and was written for `key`.
+    pub fn read(bytes: Vec<u8>, key: &[u8]) -> Option<Archive> {
+        // Magic, sum of what comes after it up to the records, length of the key, key, number of rows, rows.
+        let rest = bytes.strip_prefix(MAGIC)?;
+        let kept = [number(rest, 0)?, number(rest, 8)?];
+        let head = number(rest, 16)? as usize;
+        if sum(rest.get(16..head)?) != kept {
+            return None;
+        }
+        let len = number(rest, 24)? as usize;
+        let after = 32usize.checked_add(len)?;
+        if rest.get(32..after)? != key {
+            return None;
+        }
+        let rows = number(rest, after)? as usize;
+        let mut table = HashMap::with_capacity(rows.min(1 << 16));
+        for i in 0..rows {
+            let row = after + 8 + i.checked_mul(ROW)?;
+            let field = |n: usize| number(rest, row + 8 * n);
+            let (start, len) = (field(2)? as usize, field(3)? as usize);
+            let end = start.checked_add(len)?;
+            if end > bytes.len() || row + ROW > head {
+                return None;
+            }
+            table.insert([field(0)?, field(1)?], (start, end, [field(4)?, field(5)?]));
+        }
+        Some(Archive { bytes, table })
+    }
+
+    /// About how many blocks there are.
+    pub fn blocks(&self) -> usize {
+        self.bytes.len() / 128
+    }
+
+    /// The record of a page with this content. A record that is not whole is none.
+    pub fn find(&self, page: Sum) -> Option<&[u8]> {
+        let &(start, end, kept) = self.table.get(&page)?;
+        self.bytes.get(start..end).filter(|record| sum(record) == kept)
+    }
+
+    /// All records, whole or not.
+    pub fn all(&self) -> impl Iterator<Item = (Sum, &[u8])> {
+        self.table.iter().filter_map(|(page, (start, end, _))| Some((*page, self.bytes.get(*start..*end)?)))
+    }
+
+    /// The content of a file with these records.
+    pub fn write<'a>(key: &[u8], records: impl Iterator<Item = (Sum, &'a [u8])>) -> Vec<u8> {
+        let records: Vec<(Sum, &[u8])> = records.collect();
+        let mut head = Vec::with_capacity(64 + key.len() + records.len() * ROW);
+        let size = 16 + 8 + 8 + key.len() + 8 + records.len() * ROW;
+        let mut put = |v: u64| head.extend_from_slice(&v.to_le_bytes());
+        put(size as u64);
+        put(key.len() as u64);
+        head.extend_from_slice(key);
+        let mut put = |v: u64| head.extend_from_slice(&v.to_le_bytes());
+        put(records.len() as u64);
+        let mut at = MAGIC.len() + size;
+        for (page, record) in &records {
+            let kept = sum(record);
+            [page[0], page[1], at as u64, record.len() as u64, kept[0], kept[1]].into_iter().for_each(&mut put);
+            at += record.len();
+        }
+        let kept = sum(&head);
+        let mut all = Vec::with_capacity(at);
+        all.extend_from_slice(MAGIC);
+        kept.iter().for_each(|v| all.extend_from_slice(&v.to_le_bytes()));
+        all.extend_from_slice(&head);
+        records.iter().for_each(|(_, record)| all.extend_from_slice(record));
+        all
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Vec<u8> {
+        Archive::write(b"a key", [([1, 2], &b"first"[..]), ([3, 4], &b"the second"[..])].into_iter())
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let a = Archive::read(sample(), b"a key").expect("whole");
+        assert_eq!(a.find([1, 2]), Some(&b"first"[..]));
+        assert_eq!(a.find([3, 4]), Some(&b"the second"[..]));
+        assert_eq!(a.find([1, 4]), None);
+        assert_eq!(a.all().count(), 2);
+        assert!(Archive::read(sample(), b"b key").is_none());
+        assert!(Archive::read(Vec::new(), b"a key").is_none());
+    }
+
+    #[test]
+    fn nothing_is_believed_that_is_not_whole() {
+        let good = sample();
+        for len in 0..good.len() {
+            let a = Archive::read(good[..len].to_vec(), b"a key");
+            assert!(a.is_none_or(|a| a.find([3, 4]).is_none()), "{len} bytes of {}", good.len());
+        }
+        for bit in 0..good.len() * 8 {
+            let mut bad = good.clone();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            let Some(a) = Archive::read(bad, b"a key") else { continue };
+            let both = [a.find([1, 2]), a.find([3, 4])];
+            assert!(both.contains(&None), "bit {bit}");
+            assert!(both.iter().flatten().all(|r| [&b"first"[..], b"the second"].contains(r)));
+        }
+    }
+}
