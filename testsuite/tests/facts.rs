@@ -155,6 +155,7 @@ fn every_function_named_is_in_the_file_named() {
         let name = function.trim_start_matches("r#");
         let defined = [
             format!("fn {name}("),
+            format!("fn {name}<"),
             format!("fn r#{name}("),
             format!("{name} =>"),
             format!("{name},"),

@@ -28,7 +28,7 @@ pub fn is_canonical(cpu: &CpuState, addr: u64) -> bool {
 /// #SS(0) for the stack segment, #GP(0) for the others.
 #[cold]
 fn segment_fault(seg: Seg) -> Stop {
-    Stop::Fault(if seg == Seg::Ss { Fault::Ss(0) } else { Fault::Gp(0) })
+    if seg == Seg::Ss { Fault::Ss(0).into() } else { Fault::Gp(0).into() }
 }
 
 /// The linear address of `len` bytes at `seg:offset`, after the checks of segment limit and rights, or of canonical form.

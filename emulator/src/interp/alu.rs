@@ -22,6 +22,7 @@ pub enum Vendor {
 
 impl Vendor {
     /// The host CPU's. Instructions that other engines run on the host must not differ from ours.
+    #[inline]
     pub fn host() -> Vendor {
         static HOST: OnceLock<Vendor> = OnceLock::new();
         *HOST.get_or_init(|| {
@@ -58,21 +59,31 @@ fn bit_if(bit: u64, condition: bool) -> u64 {
     if condition { bit } else { 0 }
 }
 
+/// PF of each byte: set if the number of ones is even.
+const PARITY: [u8; 256] = {
+    let mut table = [0; 256];
+    let mut n = 0;
+    while n < 256 {
+        table[n] = if (n as u8).count_ones() & 1 == 0 { PF as u8 } else { 0 };
+        n += 1;
+    }
+    table
+};
+
 /// SF, ZF and PF of a result.
 #[inline(always)]
 fn szp(w: Width, r: u64) -> u64 {
-    // Bit n of the constant: does the nibble n have even parity?
-    let parity = (0x9669 >> ((r ^ (r >> 4)) & 15)) & 1;
-    parity << 2 | bit_if(ZF, r == 0) | bit_if(SF, r & w.sign() != 0)
+    u64::from(PARITY[usize::from(r as u8)]) | bit_if(ZF, r == 0) | bit_if(SF, r & w.sign() != 0)
 }
 
 /// ADD, ADC.
 #[inline(always)]
 pub fn add(w: Width, a: u64, b: u64, carry: bool) -> Out {
     let r = w.cut(a.wrapping_add(b).wrapping_add(u64::from(carry)));
-    let carries = (a & b) | ((a | b) & !r);
+    // With a carry in, all ones are added to: then nothing changes and the carry goes on.
+    let carries = r < a || carry && r == a;
     let overflow = (a ^ r) & (b ^ r);
-    let f = szp(w, r) | bit_if(CF, carries & w.sign() != 0) | ((a ^ b ^ r) & AF) | bit_if(OF, overflow & w.sign() != 0);
+    let f = szp(w, r) | bit_if(CF, carries) | ((a ^ b ^ r) & AF) | bit_if(OF, overflow & w.sign() != 0);
     (r, flags(f))
 }
 
@@ -80,9 +91,9 @@ pub fn add(w: Width, a: u64, b: u64, carry: bool) -> Out {
 #[inline(always)]
 pub fn sub(w: Width, a: u64, b: u64, borrow: bool) -> Out {
     let r = w.cut(a.wrapping_sub(b).wrapping_sub(u64::from(borrow)));
-    let borrows = (!a & b) | ((!a | b) & r);
+    let borrows = a < b || borrow && a == b;
     let overflow = (a ^ b) & (a ^ r);
-    let f = szp(w, r) | bit_if(CF, borrows & w.sign() != 0) | ((a ^ b ^ r) & AF) | bit_if(OF, overflow & w.sign() != 0);
+    let f = szp(w, r) | bit_if(CF, borrows) | ((a ^ b ^ r) & AF) | bit_if(OF, overflow & w.sign() != 0);
     (r, flags(f))
 }
 

@@ -1,6 +1,7 @@
 //! Addition and its kin: ADD ADC SUB SBB CMP INC DEC NEG ADCX ADOX, and BOUND (SDM 2A, 2B).
 
 use crate::cpu::{Fault, Rflags};
+use crate::interp::shape::{Any, Shape};
 use crate::interp::{Exec, Step, access, alu, operand};
 use crate::isa::{Insn, Operand, Width};
 
@@ -12,12 +13,12 @@ pub(super) fn set_status(x: &mut Exec<'_>, f: Rflags) {
 
 /// Operand 0 becomes `f(width, operand 0, operand 1, flags)`.
 #[inline(always)]
-pub(super) fn binary(x: &mut Exec<'_>, i: &Insn, f: impl Fn(Width, u64, u64, Rflags) -> alu::Out) -> Step {
-    let b = operand::read(x, i, 1)?;
+pub(super) fn binary<S: Shape>(x: &mut Exec<'_>, i: &Insn, f: impl Fn(Width, u64, u64, Rflags) -> alu::Out) -> Step {
+    let b = operand::read_as::<S>(x, i, 1)?;
     let old = x.cpu.rflags;
     let mut status = Rflags::empty();
-    operand::modify(x, i, |a| {
-        let (r, f) = f(i.width, a, b, old);
+    operand::modify_as::<S>(x, i, |a| {
+        let (r, f) = f(operand::width_of::<S>(i), a, b, old);
         status = f;
         r
     })?;
@@ -27,11 +28,11 @@ pub(super) fn binary(x: &mut Exec<'_>, i: &Insn, f: impl Fn(Width, u64, u64, Rfl
 
 /// Operand 0 becomes `f(width, operand 0, flags)`.
 #[inline(always)]
-pub(super) fn unary(x: &mut Exec<'_>, i: &Insn, f: impl Fn(Width, u64, Rflags) -> alu::Out) -> Step {
+pub(super) fn unary<S: Shape>(x: &mut Exec<'_>, i: &Insn, f: impl Fn(Width, u64, Rflags) -> alu::Out) -> Step {
     let old = x.cpu.rflags;
     let mut status = Rflags::empty();
-    operand::modify(x, i, |a| {
-        let (r, f) = f(i.width, a, old);
+    operand::modify_as::<S>(x, i, |a| {
+        let (r, f) = f(operand::width_of::<S>(i), a, old);
         status = f;
         r
     })?;
@@ -40,56 +41,56 @@ pub(super) fn unary(x: &mut Exec<'_>, i: &Insn, f: impl Fn(Width, u64, Rflags) -
 }
 
 /// ADD.
-pub fn add(x: &mut Exec<'_>, i: &Insn) -> Step {
-    binary(x, i, |w, a, b, _| alu::add(w, a, b, false))
+pub fn add<S: Shape>(x: &mut Exec<'_>, i: &Insn) -> Step {
+    binary::<S>(x, i, |w, a, b, _| alu::add(w, a, b, false))
 }
 
 /// ADC.
-pub fn adc(x: &mut Exec<'_>, i: &Insn) -> Step {
-    binary(x, i, |w, a, b, f| alu::add(w, a, b, f.contains(Rflags::CF)))
+pub fn adc<S: Shape>(x: &mut Exec<'_>, i: &Insn) -> Step {
+    binary::<S>(x, i, |w, a, b, f| alu::add(w, a, b, f.contains(Rflags::CF)))
 }
 
 /// SUB.
-pub fn sub(x: &mut Exec<'_>, i: &Insn) -> Step {
-    binary(x, i, |w, a, b, _| alu::sub(w, a, b, false))
+pub fn sub<S: Shape>(x: &mut Exec<'_>, i: &Insn) -> Step {
+    binary::<S>(x, i, |w, a, b, _| alu::sub(w, a, b, false))
 }
 
 /// SBB.
-pub fn sbb(x: &mut Exec<'_>, i: &Insn) -> Step {
-    binary(x, i, |w, a, b, f| alu::sub(w, a, b, f.contains(Rflags::CF)))
+pub fn sbb<S: Shape>(x: &mut Exec<'_>, i: &Insn) -> Step {
+    binary::<S>(x, i, |w, a, b, f| alu::sub(w, a, b, f.contains(Rflags::CF)))
 }
 
 /// CMP.
-pub fn cmp(x: &mut Exec<'_>, i: &Insn) -> Step {
-    let a = operand::read(x, i, 0)?;
-    let b = operand::read(x, i, 1)?;
-    set_status(x, alu::sub(i.width, a, b, false).1);
+pub fn cmp<S: Shape>(x: &mut Exec<'_>, i: &Insn) -> Step {
+    let a = operand::read_as::<S>(x, i, 0)?;
+    let b = operand::read_as::<S>(x, i, 1)?;
+    set_status(x, alu::sub(operand::width_of::<S>(i), a, b, false).1);
     Ok(())
 }
 
 /// INC.
-pub fn inc(x: &mut Exec<'_>, i: &Insn) -> Step {
-    unary(x, i, alu::inc)
+pub fn inc<S: Shape>(x: &mut Exec<'_>, i: &Insn) -> Step {
+    unary::<S>(x, i, alu::inc)
 }
 
 /// DEC.
-pub fn dec(x: &mut Exec<'_>, i: &Insn) -> Step {
-    unary(x, i, alu::dec)
+pub fn dec<S: Shape>(x: &mut Exec<'_>, i: &Insn) -> Step {
+    unary::<S>(x, i, alu::dec)
 }
 
 /// NEG.
-pub fn neg(x: &mut Exec<'_>, i: &Insn) -> Step {
-    unary(x, i, |w, a, _| alu::neg(w, a))
+pub fn neg<S: Shape>(x: &mut Exec<'_>, i: &Insn) -> Step {
+    unary::<S>(x, i, |w, a, _| alu::neg(w, a))
 }
 
 /// ADCX.
 pub fn adcx(x: &mut Exec<'_>, i: &Insn) -> Step {
-    binary(x, i, alu::adcx)
+    binary::<Any>(x, i, alu::adcx)
 }
 
 /// ADOX.
 pub fn adox(x: &mut Exec<'_>, i: &Insn) -> Step {
-    binary(x, i, alu::adox)
+    binary::<Any>(x, i, alu::adox)
 }
 
 /// BOUND: lower bound at the operand, upper bound behind it, both signed and inclusive.

@@ -1,7 +1,7 @@
 //! Bit tests and scans: BT BTS BTR BTC BSF BSR TZCNT LZCNT POPCNT (SDM 2A, 2B, 2D), CRC32.
 
 use crate::interp::arith::set_status;
-use crate::interp::{Exec, Step, Stop, access, alu, operand};
+use crate::interp::{Exec, Step, access, alu, operand};
 use crate::isa::{Gpr, Insn, MemRef, Operand, Width};
 
 /// SDM 2A 3.1.1.9: a bit offset in a register is signed and reaches beyond a memory operand; an immediate does not.
@@ -119,7 +119,7 @@ pub fn crc32(x: &mut Exec<'_>, i: &Insn) -> Step {
 /// The BMI instructions are VEX-encoded: #UD in real and virtual-8086 mode (SDM 2A 2.8, exception class 13).
 fn check_vex(x: &Exec<'_>) -> Step {
     if x.cpu.mode().is_real_like() {
-        return Err(Stop::Fault(crate::cpu::Fault::Ud));
+        return Err(crate::cpu::Fault::Ud.into());
     }
     Ok(())
 }

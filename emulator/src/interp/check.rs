@@ -83,7 +83,7 @@ fn intercept(x: &Exec<'_>, i: &Insn) -> Step {
         M::Syscall if !x.cpu.efer.contains(Efer::SCE) => return Ok(()),
         _ => 0,
     };
-    Err(Stop::Exit(Exit::Intercept { what, next_rip: x.next_rip, vector }))
+    Err(Stop::exit(Exit::Intercept { what, next_rip: x.next_rip, vector }))
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Conditions of Jcc, SETcc and CMOVcc (SDM 1 appendix B), SETcc and CMOVcc themselves.
 
 use crate::cpu::Rflags;
+use crate::interp::shape::Shape;
 use crate::interp::{Exec, Step, operand};
 use crate::isa::Insn;
 use iced_x86::ConditionCode as Cc;
@@ -37,9 +38,9 @@ pub fn setcc(x: &mut Exec<'_>, i: &Insn) -> Step {
 }
 
 /// CMOVcc: the source is read whatever the condition says, and a 32-bit destination loses its upper half.
-pub fn cmovcc(x: &mut Exec<'_>, i: &Insn) -> Step {
-    let new = operand::read(x, i, 1)?;
-    let old = operand::read(x, i, 0)?;
+pub fn cmovcc<S: Shape>(x: &mut Exec<'_>, i: &Insn) -> Step {
+    let new = operand::read_as::<S>(x, i, 1)?;
+    let old = operand::read_as::<S>(x, i, 0)?;
     let v = if condition(x.cpu.rflags, i.iced.condition_code()) { new } else { old };
-    operand::write(x, i, 0, v)
+    operand::write_as::<S>(x, i, 0, v)
 }

@@ -5,9 +5,10 @@ use crate::interp::native::{self, gather, masked, state};
 use crate::interp::sensitive::{
     control, cpuid, eflags, far, fast, halt, interrupt, io, iret, msr, segment, table, time,
 };
+use crate::interp::shape::{Any, Kind, Known, instance, one, shift, two, wider};
 use crate::interp::{Exec, Op, Step, branch, flags, hint, stack, string};
 use crate::interp::{arith, atomic, bcd, bit, condition, logic, mov, muldiv, shift};
-use crate::isa::{Class, Insn};
+use crate::isa::{Class, Insn, Width};
 use iced_x86::Mnemonic as M;
 
 /// The function of an instruction.
@@ -108,8 +109,8 @@ pub fn op(i: &Insn) -> Op {
         M::Jcxz | M::Jecxz | M::Jrcxz => branch::jrcxz,
 
         // stack
-        M::Push => stack::push_op,
-        M::Pop => stack::pop_op,
+        M::Push => one!(i, stack::push_op),
+        M::Pop => one!(i, stack::pop_op),
         M::Pusha | M::Pushad => stack::pusha,
         M::Popa | M::Popad => stack::popa,
         M::Enter => stack::enter,
@@ -145,30 +146,31 @@ pub fn op(i: &Insn) -> Op {
         // conditions
         M::Seto | M::Setno | M::Setb | M::Setae | M::Sete | M::Setne | M::Setbe | M::Seta => condition::setcc,
         M::Sets | M::Setns | M::Setp | M::Setnp | M::Setl | M::Setge | M::Setle | M::Setg => condition::setcc,
-        M::Cmovo | M::Cmovno | M::Cmovb | M::Cmovae | M::Cmove | M::Cmovne | M::Cmovbe | M::Cmova => condition::cmovcc,
-        M::Cmovs | M::Cmovns | M::Cmovp | M::Cmovnp | M::Cmovl | M::Cmovge | M::Cmovle | M::Cmovg => condition::cmovcc,
+        M::Cmovo | M::Cmovno | M::Cmovb | M::Cmovae | M::Cmove | M::Cmovne | M::Cmovbe | M::Cmova => wider!(i, condition::cmovcc),
+        M::Cmovs | M::Cmovns | M::Cmovp | M::Cmovnp | M::Cmovl | M::Cmovge | M::Cmovle | M::Cmovg => wider!(i, condition::cmovcc),
 
         // moves
-        M::Mov if i.facts.class == Class::Integer => mov::mov,
-        M::Movzx | M::Movnti => mov::mov,
-        M::Movsx | M::Movsxd => mov::movsx,
+        M::Mov if i.facts.class == Class::Integer => two!(i, mov::mov),
+        M::Movzx => wider!(i, mov::mov),
+        M::Movnti => two!(i, mov::mov),
+        M::Movsx | M::Movsxd => wider!(i, mov::movsx),
         M::Xchg => mov::xchg,
         M::Bswap => mov::bswap,
         M::Movbe => mov::movbe,
-        M::Lea => mov::lea,
+        M::Lea => wider!(i, mov::lea),
         M::Xlatb => mov::xlat,
         M::Cbw | M::Cwde | M::Cdqe => mov::cbw,
         M::Cwd | M::Cdq | M::Cqo => mov::cwd,
 
         // arithmetic
-        M::Add => arith::add,
-        M::Adc => arith::adc,
-        M::Sub => arith::sub,
-        M::Sbb => arith::sbb,
-        M::Cmp => arith::cmp,
-        M::Inc => arith::inc,
-        M::Dec => arith::dec,
-        M::Neg => arith::neg,
+        M::Add => two!(i, arith::add),
+        M::Adc => two!(i, arith::adc),
+        M::Sub => two!(i, arith::sub),
+        M::Sbb => two!(i, arith::sbb),
+        M::Cmp => two!(i, arith::cmp),
+        M::Inc => one!(i, arith::inc),
+        M::Dec => one!(i, arith::dec),
+        M::Neg => one!(i, arith::neg),
         M::Adcx => arith::adcx,
         M::Adox => arith::adox,
         M::Bound => arith::bound,
@@ -185,16 +187,16 @@ pub fn op(i: &Insn) -> Op {
         M::Salc => bcd::salc,
 
         // logic, shifts
-        M::And => logic::and,
-        M::Or => logic::or,
-        M::Xor => logic::xor,
-        M::Not => logic::not,
-        M::Test => logic::test,
-        M::Shl | M::Sal => shift::shl,
-        M::Shr => shift::shr,
-        M::Sar => shift::sar,
-        M::Rol => shift::rol,
-        M::Ror => shift::ror,
+        M::And => two!(i, logic::and),
+        M::Or => two!(i, logic::or),
+        M::Xor => two!(i, logic::xor),
+        M::Not => one!(i, logic::not),
+        M::Test => two!(i, logic::test),
+        M::Shl | M::Sal => shift!(i, shift::shl),
+        M::Shr => shift!(i, shift::shr),
+        M::Sar => shift!(i, shift::sar),
+        M::Rol => shift!(i, shift::rol),
+        M::Ror => shift!(i, shift::ror),
         M::Rcl => shift::rcl,
         M::Rcr => shift::rcr,
         M::Shld => shift::shld,

@@ -36,8 +36,9 @@ bitflags::bitflags! {
     }
 }
 
-/// A decoded instruction and what executes it.
+/// A decoded instruction and what executes it. Two lines of the host's cache, and never three.
 #[derive(Clone)]
+#[repr(align(128))]
 pub struct Entry {
     /// The instruction.
     pub insn: Insn,
@@ -45,6 +46,10 @@ pub struct Entry {
     pub op: Op,
     /// See [`Marks`].
     pub marks: Marks,
+    /// May go on elsewhere than behind itself.
+    pub jumps: bool,
+    /// Works on registers alone, and the next number is the instruction behind it: nothing to look at between the two.
+    pub hurries: bool,
     /// Where in its page it begins; [`STALE`] if the bytes have changed.
     offset: u16,
 }
@@ -63,8 +68,16 @@ impl Entry {
         let mut marks = marks(&insn);
         // #UD comes before the question who may execute it.
         marks.set(Marks::CHECK, known && marks.contains(Marks::CHECK));
-        Entry { insn, op, marks, offset: STALE }
+        let jumps = insn.facts.class == Class::Branch;
+        Entry { insn, op, marks, jumps, hurries: false, offset: STALE }
     }
+}
+
+/// Neither touches memory nor goes elsewhere, nor changes what the loop relies on.
+fn works_on_registers(entry: &Entry) -> bool {
+    let i = &entry.insn;
+    let touches_memory = i.mem().is_some() || i.iced.is_stack_instruction();
+    i.facts.class == Class::Integer && !touches_memory && entry.marks.is_empty()
 }
 
 fn marks(i: &Insn) -> Marks {
@@ -161,6 +174,11 @@ impl Page {
                     entry.offset = STALE;
                 }
             }
+            let mut next_is_stale = false;
+            for entry in self.entries.iter_mut().rev() {
+                entry.hurries &= !next_is_stale;
+                next_is_stale = entry.offset == STALE;
+            }
             self.crossing = None;
             *self.bytes = now;
         }
@@ -215,6 +233,9 @@ impl Page {
         if self.entries.len() >= usize::from(u16::MAX) {
             self.entries.clear();
             self.table.fill(0);
+        }
+        if let Some(last) = self.entries.last_mut() {
+            last.hurries = usize::from(last.offset) + usize::from(last.insn.len) == offset && works_on_registers(last);
         }
         self.entries.push(entry);
         self.table[offset % PAGE] = self.entries.len() as u16;

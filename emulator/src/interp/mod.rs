@@ -29,6 +29,7 @@ pub mod native;
 pub mod operand;
 mod run;
 pub mod sensitive;
+mod shape;
 pub mod shift;
 pub mod stack;
 pub mod string;
@@ -110,16 +111,34 @@ impl Exec<'_> {
 
 /// Why an instruction did not complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stop {
+pub enum Why {
     /// An exception.
     Fault(Fault),
     /// Somebody else must decide.
     Exit(Exit),
 }
 
+/// [`Why`], in one word: every function of an instruction gives it back in a register, and nearly always it is not there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stop(Box<Why>);
+
+impl Stop {
+    /// Leaves the engine.
+    #[cold]
+    pub fn exit(exit: Exit) -> Stop {
+        Stop(Box::new(Why::Exit(exit)))
+    }
+
+    /// What it is.
+    pub fn why(&self) -> Why {
+        *self.0
+    }
+}
+
 impl From<Fault> for Stop {
+    #[cold]
     fn from(f: Fault) -> Stop {
-        Stop::Fault(f)
+        Stop(Box::new(Why::Fault(f)))
     }
 }
 

@@ -1,19 +1,20 @@
 //! Moves without arithmetic: MOV, MOVZX, MOVSX, XCHG, BSWAP, LEA, XLAT, sign extensions of the accumulator (SDM 2A, 2B).
 
+use crate::interp::shape::Shape;
 use crate::interp::{Exec, Step, access, operand};
 use crate::isa::{Gpr, Insn, Operand, Width};
 use iced_x86::Code;
 
 /// MOV of general registers, memory and immediates; MOVNTI; MOVZX.
-pub fn mov(x: &mut Exec<'_>, i: &Insn) -> Step {
-    let v = operand::read(x, i, 1)?;
-    operand::write(x, i, 0, v)
+pub fn mov<S: Shape>(x: &mut Exec<'_>, i: &Insn) -> Step {
+    let v = operand::read_as::<S>(x, i, 1)?;
+    operand::write_as::<S>(x, i, 0, v)
 }
 
 /// MOVSX, MOVSXD.
-pub fn movsx(x: &mut Exec<'_>, i: &Insn) -> Step {
-    let v = operand::read(x, i, 1)?;
-    operand::write(x, i, 0, i.width.cut(operand::width(i, 1).sign_extend(v)))
+pub fn movsx<S: Shape>(x: &mut Exec<'_>, i: &Insn) -> Step {
+    let v = operand::width_as::<S>(i, 1).sign_extend(operand::read_as::<S>(x, i, 1)?);
+    operand::write_as::<S>(x, i, 0, operand::width_of::<S>(i).cut(v))
 }
 
 /// XCHG: atomic with memory, LOCK or not.
@@ -40,10 +41,10 @@ pub fn movbe(x: &mut Exec<'_>, i: &Insn) -> Step {
 }
 
 /// LEA: the offset, cut or zero-extended from the address size to the operand size.
-pub fn lea(x: &mut Exec<'_>, i: &Insn) -> Step {
-    if let Operand::Mem(m) = i.ops[1] {
-        let offset = operand::effective_address(x, i, &m);
-        operand::write(x, i, 0, i.width.cut(offset))?;
+pub fn lea<S: Shape>(x: &mut Exec<'_>, i: &Insn) -> Step {
+    if let Operand::Mem(m) = &i.ops[1] {
+        let offset = operand::address_as(x, S::KINDS[1], m);
+        operand::write_as::<S>(x, i, 0, operand::width_of::<S>(i).cut(offset))?;
     }
     Ok(())
 }

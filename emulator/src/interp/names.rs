@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 /// The dispatch table as it was compiled.
 const SOURCE: &str = include_str!("dispatch.rs");
 
-/// A row of `dispatch.rs`: `M::A | M::B if i.facts.class == Class::C => module::function,`.
+/// A row of `dispatch.rs`: `M::A | M::B if i.facts.class == Class::C => module::function,`, or `macro!(i, module::function)`.
 pub struct Row {
     mnemonics: Vec<&'static str>,
     /// The row is for this class only.
@@ -41,7 +41,15 @@ fn row(line: &'static str) -> Row {
     Row {
         mnemonics: mnemonics.split('|').map(|m| m.trim().trim_start_matches("M::")).collect(),
         class,
-        function: function.trim().trim_end_matches(','),
+        function: plain(function.trim().trim_end_matches(',')),
+    }
+}
+
+/// `macro!(i, module::function)` chooses an instance of a function by the instruction's shape.
+fn plain(function: &str) -> &str {
+    match function.split_once("!(i, ") {
+        Some((_, generic)) => generic.trim_end_matches(')'),
+        None => function,
     }
 }
 

@@ -1,6 +1,7 @@
 //! Operands: read, write, and read-modify-write, atomic under LOCK (SDM 2A 3.1.1.3, 3A 8.1.2).
 
 use crate::cpu::CpuState;
+use crate::interp::shape::{Any, Kind, Shape};
 use crate::interp::{Exec, Step, Stop, access};
 use crate::isa::{Base, Gpr, Insn, MemRef, Operand, Seg, Width};
 use crate::mem::Access;
@@ -33,15 +34,58 @@ pub fn address(cpu: &CpuState, next_rip: u64, m: &MemRef) -> u64 {
     m.address.cut(base.wrapping_add(index).wrapping_add(m.disp))
 }
 
+/// Width of the operation.
+#[inline(always)]
+pub fn width_of<S: Shape>(i: &Insn) -> Width {
+    match S::WIDTHS {
+        Some([w, _]) => w,
+        None => i.width,
+    }
+}
+
+/// Width of operand `n` of an instruction of a shape.
+#[inline(always)]
+pub fn width_as<S: Shape>(i: &Insn, n: usize) -> Width {
+    match S::WIDTHS {
+        Some(widths) if n < 2 => widths[n],
+        _ => width(i, n),
+    }
+}
+
+#[inline(always)]
+fn kind<S: Shape>(n: usize) -> Kind {
+    if n < 2 { S::KINDS[n] } else { Kind::Any }
+}
+
+/// The offset of a memory operand of a known kind.
+#[inline(always)]
+pub fn address_as(x: &Exec<'_>, kind: Kind, m: &MemRef) -> u64 {
+    match (kind, m.base) {
+        (Kind::Base, Base::Reg(r)) => x.cpu.gpr[r as usize].wrapping_add(m.disp),
+        _ => address(x.cpu, x.next_rip, m),
+    }
+}
+
 /// Operand `n`, zero-extended from its own width; immediates as the decoder extended them, cut to the operation's width.
 #[inline(always)]
 pub fn read(x: &mut Exec<'_>, i: &Insn, n: usize) -> Result<u64, Stop> {
-    match &i.ops[n] {
-        Operand::Reg(r) => Ok(x.cpu.read(*r, width(i, n))),
-        Operand::Imm(v) => Ok(i.width.cut(*v)),
-        Operand::Mem(m) => read_memory(x, m, width(i, n)),
-        Operand::HighByte(r) => Ok(x.cpu.gpr[*r as usize] >> 8 & 0xff),
-        Operand::None | Operand::Other => Err(Stop::Exit(crate::vcpu::Exit::Unsupported)),
+    read_as::<Any>(x, i, n)
+}
+
+/// The same, of an instruction of a shape.
+#[inline(always)]
+pub fn read_as<S: Shape>(x: &mut Exec<'_>, i: &Insn, n: usize) -> Result<u64, Stop> {
+    let w = width_as::<S>(i, n);
+    match (kind::<S>(n), &i.ops[n]) {
+        (Kind::Any | Kind::Reg, Operand::Reg(r)) => Ok(x.cpu.read(*r, w)),
+        (Kind::Any | Kind::Imm, Operand::Imm(v)) => Ok(width_of::<S>(i).cut(*v)),
+        (Kind::Any, Operand::Mem(m)) => read_memory(x, m, w),
+        (kind @ (Kind::Base | Kind::Mem), Operand::Mem(m)) => {
+            let offset = address_as(x, kind, m);
+            access::load(x, m.seg, offset, w)
+        }
+        (Kind::Any, Operand::HighByte(r)) => Ok(x.cpu.gpr[*r as usize] >> 8 & 0xff),
+        _ => Err(Stop::exit(crate::vcpu::Exit::Unsupported)),
     }
 }
 
@@ -54,10 +98,21 @@ fn read_memory(x: &mut Exec<'_>, m: &MemRef, w: Width) -> Result<u64, Stop> {
 /// Writes operand `n`.
 #[inline(always)]
 pub fn write(x: &mut Exec<'_>, i: &Insn, n: usize, v: u64) -> Step {
-    let w = width(i, n);
-    match &i.ops[n] {
-        Operand::Mem(m) => write_memory(x, m, w, v),
-        op => write_register(x.cpu, op, w, v),
+    write_as::<Any>(x, i, n, v)
+}
+
+/// The same, of an instruction of a shape.
+#[inline(always)]
+pub fn write_as<S: Shape>(x: &mut Exec<'_>, i: &Insn, n: usize, v: u64) -> Step {
+    let w = width_as::<S>(i, n);
+    match (kind::<S>(n), &i.ops[n]) {
+        (Kind::Any, Operand::Mem(m)) => write_memory(x, m, w, v),
+        (kind @ (Kind::Base | Kind::Mem), Operand::Mem(m)) => {
+            let offset = address_as(x, kind, m);
+            access::store(x, m.seg, offset, w, v)
+        }
+        (Kind::Any | Kind::Reg, op) => write_register(x.cpu, op, w, v),
+        _ => Err(Stop::exit(crate::vcpu::Exit::Unsupported)),
     }
 }
 
@@ -73,7 +128,7 @@ fn write_register(cpu: &mut CpuState, op: &Operand, w: Width, v: u64) -> Step {
     match op {
         Operand::Reg(r) => cpu.write(*r, w, v),
         Operand::HighByte(r) => write_high_byte(cpu, *r, v),
-        _ => return Err(Stop::Exit(crate::vcpu::Exit::Unsupported)),
+        _ => return Err(Stop::exit(crate::vcpu::Exit::Unsupported)),
     }
     Ok(())
 }
@@ -88,26 +143,39 @@ pub fn write_high_byte(cpu: &mut CpuState, r: Gpr, v: u64) {
 /// Read-modify-write of operand 0: gives the old and the new value. Memory is checked for writing before it is read; under LOCK, and
 /// always for XCHG, the exchange is atomic and `f` may be called several times.
 #[inline]
-pub fn modify(x: &mut Exec<'_>, i: &Insn, mut f: impl FnMut(u64) -> u64) -> Result<(u64, u64), Stop> {
-    let w = width(i, 0);
-    match &i.ops[0] {
-        Operand::Mem(m) => {
-            let offset = effective_address(x, i, m);
-            modify_memory(x, i, m.seg, offset, w, f)
+pub fn modify(x: &mut Exec<'_>, i: &Insn, f: impl FnMut(u64) -> u64) -> Result<(u64, u64), Stop> {
+    modify_as::<Any>(x, i, f)
+}
+
+/// The same, of an instruction of a shape.
+#[inline(always)]
+pub fn modify_as<S: Shape>(x: &mut Exec<'_>, i: &Insn, mut f: impl FnMut(u64) -> u64) -> Result<(u64, u64), Stop> {
+    let w = width_as::<S>(i, 0);
+    match (kind::<S>(0), &i.ops[0]) {
+        (kind @ (Kind::Any | Kind::Base | Kind::Mem), Operand::Mem(m)) => {
+            let offset = address_as(x, kind, m);
+            let locked = S::WIDTHS.is_none() && is_locked(i);
+            exchange(x, m.seg, offset, w, locked, f)
         }
-        Operand::Reg(r) => {
+        (Kind::Any | Kind::Reg, Operand::Reg(r)) => {
             let old = x.cpu.read(*r, w);
             let new = w.cut(f(old));
             x.cpu.write(*r, w, new);
             Ok((old, new))
         }
-        op => {
+        (Kind::Any, op) => {
             let old = read(x, i, 0)?;
             let new = w.cut(f(old));
             write_register(x.cpu, op, w, new)?;
             Ok((old, new))
         }
+        _ => Err(Stop::exit(crate::vcpu::Exit::Unsupported)),
     }
+}
+
+#[inline(always)]
+fn is_locked(i: &Insn) -> bool {
+    i.iced.has_lock_prefix() || i.iced.mnemonic() == Mnemonic::Xchg
 }
 
 /// Read-modify-write of memory: the same for an address that is not operand 0's own.
@@ -118,9 +186,20 @@ pub fn modify_memory(
     seg: Seg,
     offset: u64,
     w: Width,
+    f: impl FnMut(u64) -> u64,
+) -> Result<(u64, u64), Stop> {
+    exchange(x, seg, offset, w, is_locked(i), f)
+}
+
+#[inline(always)]
+fn exchange(
+    x: &mut Exec<'_>,
+    seg: Seg,
+    offset: u64,
+    w: Width,
+    locked: bool,
     mut f: impl FnMut(u64) -> u64,
 ) -> Result<(u64, u64), Stop> {
-    let locked = i.iced.has_lock_prefix() || i.iced.mnemonic() == Mnemonic::Xchg;
     let place = access::place_for(x, seg, offset, w, Access::Write)?;
     loop {
         let old = access::load_at(x, &place, w)?;

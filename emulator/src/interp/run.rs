@@ -8,7 +8,7 @@ use crate::interp::access::Lane;
 use crate::interp::deliver::{Event, deliver};
 use crate::interp::fetch::{self, Context, Window};
 use crate::interp::icache::{Entry, ICache, Marks};
-use crate::interp::{Core, Env, Exec, Stop, check, watch};
+use crate::interp::{Core, Env, Exec, Stop, Why, check, watch};
 use crate::isa::Insn;
 use crate::mem::{Mmu, PAGE_SIZE};
 use crate::vcpu::{Board, Exit, Intercepts, Kicker};
@@ -143,9 +143,9 @@ fn take_interrupt(x: &mut Exec<'_>) -> Result<(), Exit> {
 
 /// A fault cannot come out of [`deliver`]: it has dealt with it.
 fn delivered(r: Result<(), Stop>) -> Result<(), Exit> {
-    match r {
-        Ok(()) | Err(Stop::Fault(_)) => Ok(()),
-        Err(Stop::Exit(exit)) => Err(exit),
+    match r.map_err(|stop| stop.why()) {
+        Ok(()) | Err(Why::Fault(_)) => Ok(()),
+        Err(Why::Exit(exit)) => Err(exit),
     }
 }
 
@@ -204,14 +204,25 @@ fn run_entries(x: &mut Exec<'_>, window: Window<'_>, context: Context, todo: &mu
         };
         let following = at.wrapping_add(u64::from(entry.insn.len)) & context.mask;
         x.next_rip = following;
+        if entry.hurries {
+            (entry.op)(x, &entry.insn)?;
+            x.cpu.rip = following;
+            at = following;
+            *todo -= 1;
+            n += 1;
+            continue;
+        }
         if !entry.marks.is_empty() {
             // It may change what this loop relies on.
             x.lane = Lane::default();
             let entry = entry.clone();
             return one(x, &entry, context, todo);
         }
+        let jumps = entry.jumps;
         (entry.op)(x, &entry.insn)?;
-        let next = x.next_rip;
+        // What was just written comes late out of memory.
+        let next = if jumps { x.next_rip } else { following };
+        debug_assert_eq!(next, x.next_rip, "only branches go elsewhere, and what has marks");
         x.cpu.rip = next;
         *todo -= 1;
         at = next;
@@ -326,7 +337,7 @@ fn carefully(x: &mut Exec<'_>, entry: &Entry, context: Context, left: &mut u64) 
     let hits = std::mem::take(&mut x.hits) | pending;
     x.watching = false;
     if let Err(stop) = done {
-        if stop == Stop::Exit(Exit::Halt) && before.contains(Rflags::TF) {
+        if stop.why() == Why::Exit(Exit::Halt) && before.contains(Rflags::TF) {
             // A debug exception ends the halt at once.
             *left -= 1;
             x.cpu.rip = x.next_rip;
@@ -334,7 +345,7 @@ fn carefully(x: &mut Exec<'_>, entry: &Entry, context: Context, left: &mut u64) 
         }
         // What did not happen has not used the shadow up, nor has what is done elsewhere. INT3 and INTO did happen.
         x.cpu.interrupt_shadow = shadow;
-        let happened = matches!(stop, Stop::Fault(f) if f.is_trap());
+        let happened = matches!(stop.why(), Why::Fault(f) if f.is_trap());
         x.cpu.pending_debug = if happened { hits } else { pending };
         return Err(stop);
     }
@@ -377,23 +388,23 @@ fn loads_ss(i: &Insn) -> bool {
 /// An instruction did not complete: its exception is delivered or returned, its exit returned.
 #[cold]
 fn stopped(x: &mut Exec<'_>, stop: Stop, left: &mut u64) -> Result<(), Exit> {
-    match stop {
-        Stop::Exit(Exit::Halt) => {
+    match stop.why() {
+        Why::Exit(Exit::Halt) => {
             *left = left.saturating_sub(1);
             x.cpu.rip = x.next_rip;
             x.cpu.activity = Activity::Halted;
             x.cpu.interrupt_shadow = false;
             Err(Exit::Halt)
         }
-        Stop::Exit(exit) => Err(exit),
-        Stop::Fault(fault) if x.intercepts.contains(Intercepts::EXCEPTIONS) => {
+        Why::Exit(exit) => Err(exit),
+        Why::Fault(fault) if x.intercepts.contains(Intercepts::EXCEPTIONS) => {
             if fault.is_trap() {
                 *left = left.saturating_sub(1);
                 x.cpu.rip = x.next_rip;
             }
             Err(Exit::Exception(fault))
         }
-        Stop::Fault(fault) => {
+        Why::Fault(fault) => {
             // A single-step trap comes after an instruction that was counted; other faults count themselves, so that a guest that only
             // faults uses its budget up too.
             if !matches!(fault, Fault::Db(_)) {

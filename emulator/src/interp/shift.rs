@@ -2,42 +2,43 @@
 
 use crate::cpu::Rflags;
 use crate::interp::arith::{binary, set_status};
+use crate::interp::shape::{Any, Shape};
 use crate::interp::{Exec, Step, alu, operand};
 use crate::isa::{Insn, Width};
 
 /// SHL, SAL.
-pub fn shl(x: &mut Exec<'_>, i: &Insn) -> Step {
-    binary(x, i, alu::shl)
+pub fn shl<S: Shape>(x: &mut Exec<'_>, i: &Insn) -> Step {
+    binary::<S>(x, i, alu::shl)
 }
 
 /// SHR.
-pub fn shr(x: &mut Exec<'_>, i: &Insn) -> Step {
-    binary(x, i, alu::shr)
+pub fn shr<S: Shape>(x: &mut Exec<'_>, i: &Insn) -> Step {
+    binary::<S>(x, i, alu::shr)
 }
 
 /// SAR.
-pub fn sar(x: &mut Exec<'_>, i: &Insn) -> Step {
-    binary(x, i, alu::sar)
+pub fn sar<S: Shape>(x: &mut Exec<'_>, i: &Insn) -> Step {
+    binary::<S>(x, i, alu::sar)
 }
 
 /// ROL.
-pub fn rol(x: &mut Exec<'_>, i: &Insn) -> Step {
-    binary(x, i, alu::rol)
+pub fn rol<S: Shape>(x: &mut Exec<'_>, i: &Insn) -> Step {
+    binary::<S>(x, i, alu::rol)
 }
 
 /// ROR.
-pub fn ror(x: &mut Exec<'_>, i: &Insn) -> Step {
-    binary(x, i, alu::ror)
+pub fn ror<S: Shape>(x: &mut Exec<'_>, i: &Insn) -> Step {
+    binary::<S>(x, i, alu::ror)
 }
 
 /// RCL.
 pub fn rcl(x: &mut Exec<'_>, i: &Insn) -> Step {
-    binary(x, i, alu::rcl)
+    binary::<Any>(x, i, alu::rcl)
 }
 
 /// RCR.
 pub fn rcr(x: &mut Exec<'_>, i: &Insn) -> Step {
-    binary(x, i, alu::rcr)
+    binary::<Any>(x, i, alu::rcr)
 }
 
 /// Operand 0 is shifted by operand 2, bits of operand 1 move in.

@@ -2,6 +2,7 @@
 
 use crate::cpu::{Attr, CpuState};
 use crate::interp::access::{self, is_long64};
+use crate::interp::shape::Shape;
 use crate::interp::{Exec, Step, Stop, operand};
 use crate::isa::{Gpr, Insn, Seg, Width};
 use crate::mem::Access;
@@ -90,6 +91,7 @@ pub fn pop(x: &mut Exec<'_>, w: Width) -> Result<u64, Stop> {
 ///
 /// # Errors
 /// #SS, #PF, #AC.
+#[inline(always)]
 pub fn peek(x: &mut Exec<'_>, depth_bytes: u64, w: Width) -> Result<u64, Stop> {
     let a = current_width(x);
     let from = a.cut(x.cpu.gpr[Gpr::Rsp as usize].wrapping_add(depth_bytes));
@@ -97,19 +99,20 @@ pub fn peek(x: &mut Exec<'_>, depth_bytes: u64, w: Width) -> Result<u64, Stop> {
 }
 
 /// PUSH of a register, memory or immediate. (Segment registers: [`crate::interp::sensitive`].)
-pub fn push_op(x: &mut Exec<'_>, i: &Insn) -> Step {
+pub fn push_op<S: Shape>(x: &mut Exec<'_>, i: &Insn) -> Step {
     // SDM 2B PUSH: PUSH rSP pushes the value before; an operand addressed by rSP is addressed before rSP moves.
-    let v = operand::read(x, i, 0)?;
-    push(x, i.width, v)
+    let v = operand::read_as::<S>(x, i, 0)?;
+    push(x, operand::width_of::<S>(i), v)
 }
 
 /// POP to a register or memory.
-pub fn pop_op(x: &mut Exec<'_>, i: &Insn) -> Step {
-    let v = peek(x, 0, i.width)?;
+pub fn pop_op<S: Shape>(x: &mut Exec<'_>, i: &Insn) -> Step {
+    let w = operand::width_of::<S>(i);
+    let v = peek(x, 0, w)?;
     let before = x.cpu.gpr[Gpr::Rsp as usize];
     // SDM 2B POP: an operand addressed by rSP is addressed after rSP moved; POP rSP gives the popped value.
-    adjust(x, i.width.bytes() as i64);
-    let done = operand::write(x, i, 0, v);
+    adjust(x, w.bytes() as i64);
+    let done = operand::write_as::<S>(x, i, 0, v);
     if done.is_err() {
         x.cpu.gpr[Gpr::Rsp as usize] = before;
     }

@@ -8,7 +8,7 @@ mod long;
 mod real;
 
 use crate::cpu::{Activity, CpuState, Efer, Fault, Rflags, Segment};
-use crate::interp::{Exec, Step, Stop, access};
+use crate::interp::{Exec, Step, Stop, Why, access};
 use crate::isa::{Seg, Width};
 use crate::mem::{Access, By};
 use crate::vcpu::{Exit, Intercepts};
@@ -85,20 +85,22 @@ pub fn deliver(x: &mut Exec<'_>, event: Event) -> Result<(), Stop> {
                 x.attention();
                 return Ok(());
             }
-            // Nothing but an instruction was under way: its fault is intercepted like any other's.
-            Err(Stop::Fault(second))
-                if matches!(event, Event::Software(_)) && x.intercepts.contains(Intercepts::EXCEPTIONS) =>
-            {
-                return Err(Stop::Fault(second));
-            }
-            Err(Stop::Fault(second)) => match combine(event, second) {
-                Some(fault) => event = Event::Fault(fault),
-                None => {
-                    x.cpu.activity = Activity::Shutdown;
-                    return Err(Stop::Exit(Exit::Shutdown));
+            Err(stop) => match stop.why() {
+                // Nothing but an instruction was under way: its fault is intercepted like any other's.
+                Why::Fault(_)
+                    if matches!(event, Event::Software(_)) && x.intercepts.contains(Intercepts::EXCEPTIONS) =>
+                {
+                    return Err(stop);
                 }
+                Why::Fault(second) => match combine(event, second) {
+                    Some(fault) => event = Event::Fault(fault),
+                    None => {
+                        x.cpu.activity = Activity::Shutdown;
+                        return Err(Stop::exit(Exit::Shutdown));
+                    }
+                },
+                Why::Exit(_) => return Err(stop),
             },
-            Err(exit) => return Err(exit),
         }
     }
 }

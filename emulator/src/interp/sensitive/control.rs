@@ -11,7 +11,7 @@ use crate::isa::{Gpr, Insn, Seg, Width};
 use crate::mem::{Access, paging};
 use iced_x86::{OpKind, Register};
 
-const GP0: Stop = Stop::Fault(Fault::Gp(0));
+const GP0: Fault = Fault::Gp(0);
 
 /// A control or debug register operand: its number.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -102,7 +102,7 @@ fn write_cr(x: &mut Exec<'_>, n: u32, v: u64) -> Step {
         8 if is_long64(x.cpu) => {
             // "If an attempt is made to write a 1 to any reserved bit in CR8": #GP(0).
             if v > 15 {
-                return Err(GP0);
+                return Err(GP0.into());
             }
             x.cpu.cr8 = v;
             x.bus.set_task_priority(v as u8);
@@ -116,7 +116,7 @@ fn write_cr(x: &mut Exec<'_>, n: u32, v: u64) -> Step {
 fn write_cr0(x: &mut Exec<'_>, v: u64) -> Step {
     // "If an attempt is made to write a 1 to CR0[63:32]": #GP(0). Reserved bits of the low half are dropped, ET stays set.
     if v >> 32 != 0 {
-        return Err(GP0);
+        return Err(GP0.into());
     }
     let old = x.cpu.cr0;
     let new = Cr0::from_bits_truncate(v) | Cr0::ET;
@@ -124,7 +124,7 @@ fn write_cr0(x: &mut Exec<'_>, v: u64) -> Step {
     // "invalid bit combinations are written to CR0 (such as setting the PG flag to 1 when the PE flag is set to 0, or setting the NW flag
     // to 1 when the CD flag is set to 0)": #GP(0).
     if (pages && !new.contains(Cr0::PE)) || (new.contains(Cr0::NW) && !new.contains(Cr0::CD)) {
-        return Err(GP0);
+        return Err(GP0.into());
     }
     if pages && !paged && x.cpu.efer.contains(Efer::LME) {
         // "attempting to activate IA-32e mode ... if PAE is not enabled", "if the current CS has the L-bit set", "if the TR references a
@@ -132,13 +132,13 @@ fn write_cr0(x: &mut Exec<'_>, v: u64) -> Step {
         let cs_long = x.cpu.segment(Seg::Cs).attr.contains(Attr::L) && old.contains(Cr0::PE);
         let tss16 = matches!(x.cpu.tr.attr.kind(), 1 | 3) && !x.cpu.tr.attr.contains(Attr::S);
         if !x.cpu.cr4.contains(Cr4::PAE) || cs_long || tss16 {
-            return Err(GP0);
+            return Err(GP0.into());
         }
     }
     if paged && !pages {
         // "If attempting to clear CR0.PG in 64-bit mode", "... when CR4.PCIDE = 1": #GP(0).
         if is_long64(x.cpu) || x.cpu.cr4.contains(Cr4::PCIDE) {
-            return Err(GP0);
+            return Err(GP0.into());
         }
     }
     if pages && !paged {
@@ -163,7 +163,7 @@ fn write_cr3(x: &mut Exec<'_>, v: u64) -> Step {
     let v = if pcide { v & !(1 << 63) } else { v };
     // "If an attempt is made to write a 1 to any reserved bit in CR3[63:MAXPHYADDR]": #GP(0).
     if v >> PHYSICAL_BITS != 0 {
-        return Err(GP0);
+        return Err(GP0.into());
     }
     let same = x.cpu.cr3 == v;
     // The TLB has no PCID tags: only a reload of the same space may keep its entries.
@@ -176,7 +176,7 @@ fn write_cr3(x: &mut Exec<'_>, v: u64) -> Step {
 /// "If ... loading the PDPTEs ... and a reserved bit is set in any present PDPTE": #GP(0). AMD's processors look at them only in a walk.
 fn check_pdptes(x: &Exec<'_>, cr0: Cr0, cr4: Cr4, cr3: u64) -> Step {
     let pae = cr0.contains(Cr0::PG) && cr4.contains(Cr4::PAE) && !x.cpu.efer.contains(Efer::LME);
-    if pae && x.env.cpu_model.is_intel() && paging::bad_pdpte(x.cpu, x.mem, cr3) { Err(GP0) } else { Ok(()) }
+    if pae && x.env.cpu_model.is_intel() && paging::bad_pdpte(x.cpu, x.mem, cr3) { Err(GP0.into()) } else { Ok(()) }
 }
 
 /// Makes `v` the root of the page tables: MOV to CR3 and task switches.
@@ -205,18 +205,18 @@ fn write_cr4(x: &mut Exec<'_>, v: u64) -> Step {
     let new = Cr4::from_bits_retain(v);
     // "If an attempt is made to write a 1 to any reserved bit in CR4": #GP(0).
     if !(new - x.env.cpu_model.cr4()).is_empty() {
-        return Err(GP0);
+        return Err(GP0.into());
     }
     if x.cpu.efer.contains(Efer::LMA) {
         // "If an attempt is made to clear CR4.PAE while IA-32e mode is active", "to change CR4.LA57": #GP(0).
         if !new.contains(Cr4::PAE) || (old ^ new).contains(Cr4::LA57) {
-            return Err(GP0);
+            return Err(GP0.into());
         }
     }
     if new.contains(Cr4::PCIDE) && !old.contains(Cr4::PCIDE) {
         // "If an attempt is made to change CR4.PCIDE from 0 to 1 while IA32_EFER.LMA = 0 or CR3[11:0] ≠ 000H": #GP(0).
         if !x.cpu.efer.contains(Efer::LMA) || x.cpu.cr3 & 0xfff != 0 {
-            return Err(GP0);
+            return Err(GP0.into());
         }
     }
     if (old ^ new).intersects(CR4_PAGING) {
@@ -247,7 +247,7 @@ fn write_dr(x: &mut Exec<'_>, n: u32, v: u64) -> Step {
     }
     // "If an attempt is made to write a 1 to any of bits 63:32 in DR6 (DR7)": #GP(0).
     if v >> 32 != 0 {
-        return Err(GP0);
+        return Err(GP0.into());
     }
     // SDM 3B 17.2: the fixed bits of both.
     if n == 6 {
@@ -303,15 +303,15 @@ pub fn invpcid(x: &mut Exec<'_>, i: &Insn) -> Step {
     let (pcid, laddr) = (word(pcid), word(laddr));
     // "If an invalid type is specified (i.e., > 3)", "If bits 63:12 of INVPCID_DESC are not all zero": #GP(0).
     if kind > 3 || pcid >> 12 != 0 {
-        return Err(GP0);
+        return Err(GP0.into());
     }
     // "If INVPCID_TYPE is either 0 or 1, CR4.PCIDE = 0, and INVPCID_DESC[11:0] is not zero": #GP(0).
     if kind < 2 && !x.cpu.cr4.contains(Cr4::PCIDE) && pcid != 0 {
-        return Err(GP0);
+        return Err(GP0.into());
     }
     // "If INVPCID_TYPE is 0 and the linear address in INVPCID_DESC[127:64] is not canonical": #GP(0).
     if kind == 0 && !is_canonical(x.cpu, laddr) {
-        return Err(GP0);
+        return Err(GP0.into());
     }
     match kind {
         0 => x.mmu.flush_page(laddr),
@@ -344,7 +344,7 @@ pub fn xgetbv(x: &mut Exec<'_>, _: &Insn) -> Step {
         0 => x.cpu.xcr0,
         1 if x.env.cpu_model.cpuid(x.cpu, 0xd, 1)[0] & XGETBV_ECX1 != 0 => x.cpu.xcr0 & native::state::in_use(x),
         // "If an invalid XCR is specified in ECX": #GP(0).
-        _ => return Err(GP0),
+        _ => return Err(GP0.into()),
     };
     set_edx_eax(x, v);
     Ok(())
@@ -362,7 +362,7 @@ pub fn xsetbv(x: &mut Exec<'_>, _: &Insn) -> Step {
     let some512 = v & component::AVX512 != 0;
     let bad512 = some512 && (v & component::AVX512 != component::AVX512 || v & component::AVX == 0);
     if n != 0 || reserved || v & component::X87 == 0 || avx_alone || bad512 {
-        return Err(GP0);
+        return Err(GP0.into());
     }
     x.cpu.xcr0 = v;
     Ok(())

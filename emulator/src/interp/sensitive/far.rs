@@ -6,7 +6,7 @@ use crate::interp::access::{self, is_canonical};
 use crate::interp::sensitive::selector::{self, Found, is_ia32e, is_protected, null_stack, segment_of};
 use crate::interp::sensitive::switch::{self, Cause};
 use crate::interp::sensitive::task;
-use crate::interp::{Exec, Step, Stop, operand, stack};
+use crate::interp::{Exec, Step, Stop, Why, operand, stack};
 use crate::isa::{Gpr, Insn, Seg, Width};
 use iced_x86::{Code, MemorySize, OpKind};
 
@@ -239,9 +239,9 @@ fn inner(x: &mut Exec<'_>, w: Width, cs: Segment, offset: u64, parameters: u8) -
         x.cpu.seg[Seg::Ss as usize] = old_ss;
         x.cpu.gpr[Gpr::Rsp as usize] = old_rsp;
         // "If the new stack does not have room": #SS(SS selector).
-        return Err(match stop {
-            Stop::Fault(Fault::Ss(_)) => Fault::Ss(selector_error(ss.selector)).into(),
-            stop => stop,
+        return Err(match stop.why() {
+            Why::Fault(Fault::Ss(_)) => Fault::Ss(selector_error(ss.selector)).into(),
+            _ => stop,
         });
     }
     x.next_rip = offset;

@@ -7,7 +7,7 @@ use crate::vcpu::Exit;
 
 /// HLT: leaves; the loop commits RIP past it, where the interrupt that wakes the processor is taken.
 pub fn hlt(_: &mut Exec<'_>, _: &Insn) -> Step {
-    Err(Stop::Exit(Exit::Halt))
+    Err(Stop::exit(Exit::Halt))
 }
 
 /// MONITOR: no store is watched, so every MWAIT returns at once, as the manual allows.

@@ -8,7 +8,7 @@ use crate::interp::sensitive::time::{read_tsc, set_edx_eax};
 use crate::interp::{Exec, Step, Stop};
 use crate::isa::{Gpr, Insn, Seg, Width};
 
-const GP0: Stop = Stop::Fault(Fault::Gp(0));
+const GP0: Fault = Fault::Gp(0);
 
 /// Of IA32_APIC_BASE: x2APIC mode, enabled.
 const X2APIC_MODE: u64 = 1 << 10;
@@ -198,22 +198,22 @@ fn storable(n: u32, v: u64) -> Result<u64, Stop> {
         },
         _ => true,
     };
-    if ok { Ok(v) } else { Err(GP0) }
+    if ok { Ok(v) } else { Err(GP0.into()) }
 }
 
 /// "If the value ... is non-canonical (and the MSR holds a linear address)": #GP(0).
 fn canonical(x: &Exec<'_>, v: u64) -> Result<u64, Stop> {
-    if is_canonical(x.cpu, v) { Ok(v) } else { Err(GP0) }
+    if is_canonical(x.cpu, v) { Ok(v) } else { Err(GP0.into()) }
 }
 
 /// Bits 63:32 are reserved: #GP(0).
 fn low_half(v: u64) -> Result<u64, Stop> {
-    if v >> 32 == 0 { Ok(v) } else { Err(GP0) }
+    if v >> 32 == 0 { Ok(v) } else { Err(GP0.into()) }
 }
 
 /// SDM 3A 11.12.2: each byte a memory type, of which 2, 3 and above 7 are reserved: #GP(0).
 fn pat(v: u64) -> Result<u64, Stop> {
-    if v.to_le_bytes().iter().all(|t| matches!(t, 0 | 1 | 4..=7)) { Ok(v) } else { Err(GP0) }
+    if v.to_le_bytes().iter().all(|t| matches!(t, 0 | 1 | 4..=7)) { Ok(v) } else { Err(GP0.into()) }
 }
 
 /// SDM 3A 10.4.4, 10.12.5: base, enabled (11), x2APIC mode (10) if there is one, boot processor (8). From xAPIC mode there are ways to
@@ -224,19 +224,19 @@ fn apic_base(x: &Exec<'_>, v: u64) -> Result<u64, Stop> {
     let both = if x.env.cpu_model.offers("x2apic") { mode } else { APIC_ENABLED };
     let (from, to) = (x.cpu.msr.apic_base & mode, v & mode);
     let allowed = to != X2APIC_MODE && !(from == mode && to == APIC_ENABLED) && !(from == 0 && to == mode);
-    if v & !(base | both | 1 << 8) == 0 && allowed { Ok(v) } else { Err(GP0) }
+    if v & !(base | both | 1 << 8) == 0 && allowed { Ok(v) } else { Err(GP0.into()) }
 }
 
 fn write_efer(x: &mut Exec<'_>, v: u64) -> Step {
     let new = Efer::from_bits_retain(v);
     // "If the source register sets bits that are reserved in the MSR": #GP(0). LMA is read-only: what is written to it is ignored.
     if !(new - (Efer::SCE | Efer::LME | Efer::LMA | Efer::NXE)).is_empty() {
-        return Err(GP0);
+        return Err(GP0.into());
     }
     let old = x.cpu.efer;
     // SDM 3A 9.8.5: "If software attempts to change IA32_EFER.LME while paging is enabled": #GP(0).
     if (old ^ new).contains(Efer::LME) && x.cpu.cr0.contains(Cr0::PG) {
-        return Err(GP0);
+        return Err(GP0.into());
     }
     x.cpu.efer = (new - Efer::LMA) | (old & Efer::LMA);
     if (old ^ new).contains(Efer::NXE) {

@@ -7,7 +7,7 @@ use crate::cpu::descriptor::{Descriptor, is_null, kind, rpl, selector_error};
 use crate::cpu::{Attr, Cr0, Fault, Rflags, Segment};
 use crate::interp::sensitive::selector::{self, Found, linear_in_table};
 use crate::interp::sensitive::{control, far};
-use crate::interp::{Exec, Step, Stop, access, stack};
+use crate::interp::{Exec, Step, Stop, Why, access, stack};
 use crate::isa::{Gpr, Seg, Width};
 use crate::mem::{Access, By};
 
@@ -95,18 +95,18 @@ pub fn back(x: &mut Exec<'_>) -> Step {
 pub fn to_tss(x: &mut Exec<'_>, selector: u16, by: Cause) -> Step {
     let error = selector_error(selector) | by.ext();
     // SDM 3A table 7-1; IRET: "If the segment selector's TI flag is set, ... not within limits, ... not a busy TSS": #TS, else #GP.
-    let invalid = Stop::Fault(if by == Cause::Iret { Fault::Ts(error) } else { Fault::Gp(error) });
+    let invalid = || Stop::from(if by == Cause::Iret { Fault::Ts(error) } else { Fault::Gp(error) });
     if selector & 4 != 0 {
-        return Err(invalid);
+        return Err(invalid());
     }
-    let found = selector::find(x, selector)?.ok_or(invalid)?;
+    let found = selector::find(x, selector)?.ok_or_else(invalid)?;
     let d = found.descriptor;
     let right = match by {
         Cause::Iret => matches!(d.kind(), kind::TSS_BUSY | kind::TSS16_BUSY),
         _ => matches!(d.kind(), kind::TSS_AVAILABLE | kind::TSS16_AVAILABLE),
     };
     if !d.is_system() || !right {
-        return Err(invalid);
+        return Err(invalid());
     }
     if !d.present() {
         return Err(Fault::Np(error).into());
@@ -165,9 +165,9 @@ fn switch(x: &mut Exec<'_>, new: &Found, selector: u16, by: Cause) -> Step {
     }
     take_over(x, shape, &saved, by)?;
     if let Cause::Event { error: Some(code), ext, .. } = by {
-        stack::push(x, shape.w, u64::from(code)).map_err(|stop| match stop {
-            Stop::Fault(Fault::Ss(_)) => Fault::Ss(ext).into(),
-            stop => stop,
+        stack::push(x, shape.w, u64::from(code)).map_err(|stop| match stop.why() {
+            Why::Fault(Fault::Ss(_)) => Fault::Ss(ext).into(),
+            _ => stop,
         })?;
     }
     far::check_target(x.cpu, x.cpu.segment(Seg::Cs), x.cpu.rip)?;

@@ -10,7 +10,7 @@ use iced_x86::Code;
 
 /// The memory operand: SGDT and friends have no register form.
 fn mem(i: &Insn) -> Result<MemRef, Stop> {
-    i.mem().copied().ok_or(Stop::Fault(Fault::Ud))
+    i.mem().copied().ok_or_else(|| Fault::Ud.into())
 }
 
 /// Stores limit and base: 6 bytes, in 64-bit mode 10.
