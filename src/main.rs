@@ -1,5 +1,6 @@
 //! The `bivisor` command line: parse the arguments, hand over to the subcommand, turn the outcome into an exit status.
 
+mod assemble;
 mod boot;
 mod classify;
 mod cli;

@@ -1,7 +1,7 @@
 //! What `explain` is asked about: an instruction by name, bytes, or code in a file.
 
 use crate::decode::parse_hex;
-use crate::forms;
+use crate::{assemble, forms};
 use anyhow::{Context, Result, anyhow, bail};
 use bivisor_emulator::isa::{Class, facts};
 use std::path::Path;
@@ -30,7 +30,7 @@ pub fn subjects(what: &str) -> Result<Vec<Subject>> {
     if Path::new(path).is_file() && (place.is_some() || what.contains('/')) {
         return Ok(vec![in_file(path, place)?]);
     }
-    if let Some(mnemonic) = forms::mnemonic(what) {
+    if let Some(mnemonic) = assemble::mnemonic(what) {
         let all = forms::encodings(64, |c| c.mnemonic() == mnemonic && facts(c).class != Class::Undefined);
         if all.is_empty() {
             bail!("{what} has no legacy encoding in 64-bit code: give its bytes in hexadecimal");
@@ -47,6 +47,9 @@ pub fn subjects(what: &str) -> Result<Vec<Subject>> {
     let digits: String = what.split_whitespace().collect();
     match parse_hex(&digits) {
         Ok(bytes) if !bytes.is_empty() => Ok(vec![Subject { title: "the bytes".into(), start: START, bytes }]),
+        _ if what.contains(char::is_whitespace) => {
+            Ok(vec![Subject { title: what.into(), start: START, bytes: assemble::assemble(what, START)? }])
+        }
         _ => bail!("`{what}` is no instruction, no bytes in hexadecimal and no file (FILE@ADDRESS or FILE@SYMBOL)"),
     }
 }

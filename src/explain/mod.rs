@@ -19,11 +19,11 @@ use std::path::PathBuf;
 /// Arguments of `bivisor explain`.
 #[derive(Args)]
 #[command(
-    after_help = "Examples:\n  bivisor explain popfq\n  bivisor explain '9d 48 01 c8 c3'\n  bivisor explain /bin/true\n  \
+    after_help = "Examples:\n  bivisor explain popf\n  bivisor explain 'mov cr8, rax'\n  bivisor explain 'add rax, [rbx]; cpuid; ret'\n  bivisor explain '9d 48 01 c8 c3'\n  bivisor explain /bin/true\n  \
     bivisor explain ./program@main --html page.html"
 )]
 pub struct ExplainArgs {
-    /// An instruction's name (all its forms), bytes in hexadecimal, or FILE, FILE@0xADDRESS, FILE@SYMBOL.
+    /// An instruction's name (all its forms), instructions with operands, bytes in hexadecimal, or FILE, FILE@0xADDRESS, FILE@SYMBOL.
     #[arg(value_name = "INSN|HEX|FILE[@ADDR]")]
     what: String,
     /// Translated for a Linux process or for a kernel; by itself: for a kernel if something in it is sensitive.

@@ -371,6 +371,14 @@ fn explanations() {
     text(&["explain", &own, "--html", path.to_str().expect("plain")]);
     let page = std::fs::read_to_string(&path).expect("the page");
     assert!(!page.contains("http") && !page.contains("<script"), "self-contained");
+    // As text: bytes by GNU as.
+    for (given, bytes) in [("mov cr8, rax", "440f22c0"), ("in al, dx", "ec"), ("popf", "9d"), ("cpuid; ret", "0fa2")] {
+        let report = json(&["explain", given, "--no-cost", "--json"]);
+        assert_eq!(report["blocks"][0]["lines"][0]["bytes"], bytes, "{given}");
+    }
+    for wrong in ["mov rax", "mov [rax], 1", "mov rax, what"] {
+        assert_eq!(bivisor(&["explain", wrong]).status.code(), Some(2), "{wrong}");
+    }
     // All forms of a name.
     let forms = json(&["explain", "sldt", "--no-cost", "--json"]);
     assert_eq!(forms["blocks"].as_array().expect("a list").len(), 3);
