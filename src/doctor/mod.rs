@@ -165,7 +165,7 @@ fn report(found: &HostKvm) -> Report {
         advice: advice::advice(found.kind, &cpu),
         cpu,
         process: choice(Purpose::Process),
-        machine: choice(Purpose::Code),
+        machine: choice(Purpose::Machine),
         eighteen,
         kernel_code: samples.as_mut().map(kernel_code).unwrap_or_default(),
         costs_ns,

@@ -31,13 +31,18 @@ fn traces() -> bool {
     may
 }
 
-/// The names in the first column of the table under a heading of docs/json.md.
-fn documented(command: &str) -> Vec<String> {
+/// The text under a heading of docs/json.md.
+fn section(command: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/json.md");
     let page = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let heading = format!("## `bivisor {command}");
     let section = page.split("\n## ").map(|s| format!("## {s}")).find(|s| s.starts_with(&heading));
-    let section = section.unwrap_or_else(|| panic!("docs/json.md has no `{heading}`"));
+    section.unwrap_or_else(|| panic!("docs/json.md has no `{heading}`"))
+}
+
+/// The names in the first column of the table under a heading of docs/json.md.
+fn documented(command: &str) -> Vec<String> {
+    let section = section(command);
     let mut names: Vec<String> =
         section.lines().filter_map(|l| Some(l.strip_prefix("| `")?.split('`').next()?.to_string())).collect();
     names.sort();
@@ -46,6 +51,25 @@ fn documented(command: &str) -> Vec<String> {
 
 fn keys(value: &Value) -> Vec<String> {
     value.as_object().expect("an object").keys().cloned().collect()
+}
+
+/// All names in a value, as deep as it is; those of a map by names that are data are left out.
+fn names(value: &Value, out: &mut Vec<String>) {
+    match value {
+        Value::Array(all) => all.iter().for_each(|v| names(v, out)),
+        Value::Object(all) => {
+            for (name, v) in all {
+                if !out.contains(name) {
+                    out.push(name.clone());
+                }
+                match name.as_str() {
+                    "unit_costs" => {}
+                    _ => names(v, out),
+                }
+            }
+        }
+        _ => {}
+    }
 }
 
 fn fits(text: &str) {
@@ -61,10 +85,15 @@ fn the_json_is_as_documented() {
         ("doctor", &["doctor", "--json"][..]),
         ("classify", &["classify", "popf", "--json"]),
         ("demo", &["demo", "popf", "--json"]),
-        ("compare", &["compare", "popf", "--json"]),
+        ("compare", &["compare", "pgfault", "cpu", "small boot", "--json"]),
         ("explain", &["explain", "popfq", "--json"]),
     ] {
-        assert_eq!(keys(&json(args)), documented(command), "{command}");
+        let report = json(args);
+        assert_eq!(keys(&report), documented(command), "{command}");
+        let (section, mut all) = (section(command), Vec::new());
+        names(&report, &mut all);
+        let missing: Vec<&String> = all.iter().filter(|n| !section.contains(&format!("`{n}`"))).collect();
+        assert!(missing.is_empty(), "{command}: docs/json.md does not name {missing:?}");
     }
 }
 
@@ -142,8 +171,48 @@ fn without_kvm() {
             assert_eq!(report["process"]["engine"], "bt");
             assert_eq!(keys(&report), documented("doctor"));
         }
-        let output = run(mount, "doctor").expect("unshare runs");
-        fits(&String::from_utf8_lossy(&output.stdout));
+        for rest in ["doctor", "classify --probe popf", "explain popf", "demo popf", "compare 'small boot'"] {
+            let output = run(mount, rest).expect("unshare runs");
+            assert!(output.status.success(), "{kind} {rest}: {}", String::from_utf8_lossy(&output.stderr));
+            fits(&String::from_utf8_lossy(&output.stdout));
+        }
+        let output = run(mount, "run --backend kvm true").expect("unshare runs");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{kind}: {said}");
+        assert!(
+            said.contains("/dev/kvm") && said.contains("--backend bt") && said.lines().count() == 1,
+            "{kind}: {said}"
+        );
+    }
+}
+
+/// A /dev/kvm that this user may not open. Only root can try that, by becoming another user.
+#[test]
+fn forbidden_kvm() {
+    let binary = env!("CARGO_BIN_EXE_bivisor");
+    let nobody = |args: &[&str]| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups", binary]).args(args);
+        command.stdin(Stdio::null()).output()
+    };
+    let report = match nobody(&["doctor", "--json", "--require", "hardware"]) {
+        Ok(o) if o.stdout.starts_with(b"{") => {
+            (o.status.code(), serde_json::from_slice::<Value>(&o.stdout).expect("JSON"))
+        }
+        _ => {
+            println!("SKIPPED with a forbidden /dev/kvm: only root can become another user");
+            return;
+        }
+    };
+    if report.1["kvm"]["kind"] != "forbidden" {
+        println!("SKIPPED with a forbidden /dev/kvm: here it is {}", report.1["kvm"]["kind"]);
+        return;
+    }
+    assert_eq!(report.0, Some(11));
+    assert!(report.1["advice"].to_string().contains("kvm $USER"), "{}", report.1["advice"]);
+    for args in [&["demo", "popf"][..], &["explain", "popf"], &["run", "true"]] {
+        let output = nobody(args).expect("setpriv runs");
+        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
     }
 }
 
