@@ -11,22 +11,26 @@ pub struct Index {
     slots: Vec<Slot>,
     /// Slots not [`EMPTY`].
     used: usize,
-    /// A bit for each of 2^20 hashes: most addresses asked for are not there, and this stays in the host's cache.
-    filter: Box<[u64]>,
+    /// Eight bits of hashes for each slot: most addresses asked for are not there, and this stays in the host's cache.
+    filter: Vec<u64>,
 }
 
 impl Default for Index {
     fn default() -> Index {
-        Index { slots: vec![[0, EMPTY]; 4096], used: 0, filter: vec![0; 1 << 14].into() }
+        Index::with_slots(1024)
     }
 }
 
-fn filter_bit(rip: u64) -> (usize, u64) {
-    let x = rip.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 44;
-    ((x >> 6) as usize, 1 << (x & 63))
-}
-
 impl Index {
+    fn with_slots(slots: usize) -> Index {
+        Index { slots: vec![[0, EMPTY]; slots], used: 0, filter: vec![0; slots / 8] }
+    }
+
+    fn filter_bit(&self, rip: u64) -> (usize, u64) {
+        let x = rip.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+        ((x >> 6) as usize & (self.filter.len() - 1), 1 << (x & 63))
+    }
+
     fn start(&self, rip: u64) -> usize {
         let x = rip.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         (x >> 32) as usize & (self.slots.len() - 1)
@@ -46,7 +50,7 @@ impl Index {
     /// The number of the block at `rip` and the code offset of its body.
     #[inline]
     pub fn get(&self, rip: u64) -> Option<(u32, u32)> {
-        let (word, bit) = filter_bit(rip);
+        let (word, bit) = self.filter_bit(rip);
         if self.filter[word] & bit == 0 {
             return None;
         }
@@ -63,7 +67,7 @@ impl Index {
         if self.used * 2 >= self.slots.len() {
             self.grow();
         }
-        let (word, bit) = filter_bit(rip);
+        let (word, bit) = self.filter_bit(rip);
         self.filter[word] |= bit;
         let mut i = self.start(rip);
         while self.slots[i][1] != EMPTY {
@@ -76,7 +80,7 @@ impl Index {
     /// Makes an empty table large enough for so many blocks.
     pub fn reserve(&mut self, blocks: usize) {
         if self.used == 0 && blocks * 2 > self.slots.len() {
-            self.slots = vec![[0, EMPTY]; (blocks * 2).next_power_of_two()];
+            *self = Index::with_slots((blocks * 2).next_power_of_two());
         }
     }
 
@@ -95,9 +99,12 @@ impl Index {
             *self = Index::default();
             return;
         }
-        for s in self.slots.iter_mut().filter(|s| s[1] != EMPTY) {
-            self.filter[filter_bit(s[0]).0] = 0;
-            s[1] = EMPTY;
+        for i in 0..self.slots.len() {
+            if self.slots[i][1] != EMPTY {
+                let (word, _) = self.filter_bit(self.slots[i][0]);
+                self.filter[word] = 0;
+                self.slots[i][1] = EMPTY;
+            }
         }
         self.used = 0;
     }
@@ -106,8 +113,7 @@ impl Index {
     fn grow(&mut self) {
         let live: Vec<Slot> = self.slots.iter().filter(|s| s[1] != EMPTY && s[1] != GONE).copied().collect();
         let size = if live.len() * 4 >= self.slots.len() { self.slots.len() * 2 } else { self.slots.len() };
-        self.slots = vec![[0, EMPTY]; size];
-        self.used = 0;
+        *self = Index::with_slots(size);
         live.into_iter().for_each(|s| self.put(s));
     }
 }

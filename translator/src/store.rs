@@ -1,7 +1,7 @@
 //! The content of a code cache, under its lock: blocks, the links between them, the landings, what was made from which page.
 
 use crate::block::GuestBlock;
-use crate::code_buffer::{CodeBuffer, TABLE_ENTRIES};
+use crate::code_buffer::CodeBuffer;
 use crate::emit::Emitter;
 use crate::exits::{Exits, MAX_EXITS, Place};
 use crate::index::Index;
@@ -87,8 +87,8 @@ pub struct Store {
     pub(crate) pages: Option<Pages>,
     /// The first block of a page.
     by_page: Map<u64, u32>,
-    /// For each table entry the first block whose landing is tried; 0, which is the trampolines, for none.
-    landings: Vec<u32>,
+    /// For table entries the first block whose landing is tried; 0, which is the trampolines, for none.
+    landings: Map<u16, u32>,
     /// Is there any landing?
     landed: bool,
     pub(crate) exits_used: u32,
@@ -119,7 +119,7 @@ impl Store {
             index: Index::default(),
             compared: HashMap::new(),
             by_page: Map::default(),
-            landings: vec![0; TABLE_ENTRIES],
+            landings: Map::default(),
             landed: false,
             exits_used: 0,
             miss: miss as u32,
@@ -321,7 +321,7 @@ impl Store {
         let block = &mut self.blocks[b as usize];
         let entry = block.start as u16;
         block.landing = Some(l);
-        block.next_landing = std::mem::replace(&mut self.landings[usize::from(entry)], b);
+        block.next_landing = self.landings.insert(entry, b).unwrap_or(0);
         self.stats.landings += 1;
         self.landed = true;
         let next = self.landing_at(self.blocks[b as usize].next_landing);
@@ -336,9 +336,9 @@ impl Store {
     fn unregister(&mut self, b: u32) {
         let entry = self.blocks[b as usize].start as u16;
         let next = self.blocks[b as usize].next_landing;
-        let head = self.landings[usize::from(entry)];
+        let head = self.landings.get(&entry).copied().unwrap_or(0);
         if head == b {
-            self.landings[usize::from(entry)] = next;
+            self.landings.insert(entry, next);
             self.buffer.set_target(entry, self.landing_at(next));
         } else {
             let mut before = head;
@@ -396,7 +396,7 @@ impl Store {
         // A guest that changes its page tables has this done often.
         if std::mem::take(&mut self.landed) {
             self.buffer.fill_targets(self.miss as usize);
-            self.landings.fill(0);
+            self.landings.clear();
         }
         self.blocks.truncate(1);
         self.marks.truncate(self.keep.1);
@@ -416,8 +416,8 @@ impl Store {
             }
         }
         self.buffer.fill_targets(self.miss as usize);
-        for entry in 0..=u16::MAX {
-            let mut b = self.landings[usize::from(entry)];
+        for (&entry, &first) in &self.landings {
+            let mut b = first;
             if b != 0 {
                 self.buffer.set_target(entry, self.landing_at(b));
             }

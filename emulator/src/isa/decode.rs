@@ -34,6 +34,9 @@ pub enum DecodeError {
 /// # Errors
 /// See [`DecodeError`].
 pub fn decode(bytes: &[u8], bitness: u32) -> Result<Insn, DecodeError> {
+    if let Some(iced) = without_tables(bytes, bitness) {
+        return Ok(Insn::new(iced));
+    }
     let window = &bytes[..bytes.len().min(MAX_INSN_LEN)];
     // NO_INVALID_CHECK is not given: reserved encodings must be #UD. UDBG, MPX, CL1INVMB ... are other vendors' or dropped.
     let mut decoder = Decoder::with_ip(bitness, window, 0, options());
@@ -53,6 +56,23 @@ pub fn decode(bytes: &[u8], bitness: u32) -> Result<Insn, DecodeError> {
         }
         _ => Err(DecodeError::Invalid),
     }
+}
+
+/// The instructions that a program meets at its start and engines leave to the interpreter. iced builds tables when it is first asked,
+/// which takes longer than a small program runs.
+fn without_tables(bytes: &[u8], bitness: u32) -> Option<Instruction> {
+    let (code, len) = match bytes {
+        _ if bitness != 64 => return None,
+        [0x0f, 0xa2, ..] => (Code::Cpuid, 2),
+        [0x0f, 0x01, 0xd0, ..] => (Code::Xgetbv, 3),
+        [0x0f, 0x05, ..] => (Code::Syscall, 2),
+        _ => return None,
+    };
+    let mut iced = Instruction::with(code);
+    iced.set_len(len);
+    iced.set_code_size(CodeSize::Code64);
+    iced.set_ip(0);
+    Some(iced)
 }
 
 /// For those who use iced's decoder themselves: makes of an instruction what processors make of its bytes, which `window` begins with.
@@ -106,6 +126,15 @@ mod tests {
         let i = decode(&[0x66, 0xe9, 0x10, 0, 0, 0], 64).expect("JMP");
         let amd = options() == DecoderOptions::AMD;
         assert_eq!((i.len, i.width), if amd { (4, crate::isa::Width::W) } else { (6, crate::isa::Width::Q) });
+    }
+
+    #[test]
+    fn without_tables_as_with_them() {
+        for bytes in [&[0x0f, 0xa2, 0][..], &[0x0f, 0x01, 0xd0, 0], &[0x0f, 0x05, 0]] {
+            let iced = Decoder::with_ip(64, bytes, 0, options()).decode();
+            assert!(without_tables(bytes, 64).expect("known").eq_all_bits(&iced), "{bytes:02x?}");
+            assert!(without_tables(bytes, 32).is_none());
+        }
     }
 
     #[test]

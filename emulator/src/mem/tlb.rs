@@ -8,15 +8,10 @@ pub const CONTEXTS: usize = 4;
 /// A tag that no lookup asks for: generation 0 is never current.
 const EMPTY: u64 = 0;
 
-/// One page: tags are the linear page and the generation in the low 12 bits, or [`EMPTY`] where the access is not known to be allowed.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct Entry {
-    /// By [`Access`].
-    tags: [u64; 3],
-    /// Guest-physical minus linear address.
-    delta: u64,
-}
+/// One page: by [`Access`] the linear page with the generation in the low 12 bits, or [`EMPTY`] where the access is not known to be
+/// allowed; at [`DELTA`] guest-physical minus linear address.
+type Entry = [u64; 4];
+const DELTA: usize = 3;
 
 /// What a lookup may do with a page without a new walk.
 #[derive(Clone, Copy, Debug)]
@@ -41,7 +36,8 @@ pub struct Tlb {
 impl Default for Tlb {
     fn default() -> Tlb {
         Tlb {
-            entries: Box::new([Entry { tags: [EMPTY; 3], delta: 0 }; ENTRIES * CONTEXTS]),
+            // Zeroed memory that is taken when it is used.
+            entries: vec![[EMPTY; 4]; ENTRIES * CONTEXTS].try_into().expect("that many"),
             generation: 1,
             large: (u64::MAX, 0),
         }
@@ -58,8 +54,8 @@ impl Tlb {
     #[inline(always)]
     pub fn get(&self, context: usize, laddr: u64, access: Access) -> Option<u64> {
         let entry = &self.entries[slot(context, laddr)];
-        (entry.tags[access as usize] == (laddr & !(PAGE_SIZE - 1)) | self.generation)
-            .then(|| laddr.wrapping_add(entry.delta))
+        (entry[access as usize] == (laddr & !(PAGE_SIZE - 1)) | self.generation)
+            .then(|| laddr.wrapping_add(entry[DELTA]))
     }
 
     /// Remembers the page of `laddr`, of `size` bytes in all.
@@ -67,10 +63,8 @@ impl Tlb {
         let page = laddr & !(PAGE_SIZE - 1);
         let tag = page | self.generation;
         let tag_if = |right: bool| if right { tag } else { EMPTY };
-        self.entries[slot(context, laddr)] = Entry {
-            tags: [tag_if(rights.read), tag_if(rights.write), tag_if(rights.execute)],
-            delta: (gpa & !(PAGE_SIZE - 1)).wrapping_sub(page),
-        };
+        let delta = (gpa & !(PAGE_SIZE - 1)).wrapping_sub(page);
+        self.entries[slot(context, laddr)] = [tag_if(rights.read), tag_if(rights.write), tag_if(rights.execute), delta];
         if size > PAGE_SIZE {
             let start = laddr & !(size - 1);
             self.large = (self.large.0.min(start), self.large.1.max(start + (size - 1)));
@@ -83,7 +77,7 @@ impl Tlb {
         self.generation += 1;
         if self.generation == PAGE_SIZE {
             self.generation = 1;
-            self.entries.fill(Entry { tags: [EMPTY; 3], delta: 0 });
+            self.entries.fill([EMPTY; 4]);
         }
     }
 
@@ -93,7 +87,7 @@ impl Tlb {
             return false;
         }
         for context in 0..CONTEXTS {
-            self.entries[slot(context, laddr)].tags = [EMPTY; 3];
+            self.entries[slot(context, laddr)] = [EMPTY; 4];
         }
         true
     }

@@ -9,7 +9,7 @@
 
 use crate::block::Item;
 use crate::emit::{gs, slot};
-use crate::lower::{Depends, Lowering};
+use crate::lower::{Depends, Lowering, bytes};
 use crate::marks::{Saved, What};
 use bivisor_emulator::isa::{Gpr, Width};
 use dynasmrt::{DynasmApi, dynasm};
@@ -130,7 +130,9 @@ fn borrow(l: &mut Lowering<'_>, item: &Item, target: u64) -> bool {
     iced.set_memory_base(r.to_iced());
     iced.set_memory_displacement64(0);
     iced.set_memory_displ_size(0);
-    if !encode(l, &iced) {
+    let by_hand = displacement_at(l.block.code(item))
+        .is_some_and(|at| bytes::with_base(&mut l.e.bytes, l.block.code(item), at, r));
+    if !by_hand && !encode(l, &iced) {
         return false;
     }
     // A load into the borrowed register itself needs no restoring.
@@ -190,6 +192,9 @@ pub(crate) fn load_target(l: &mut Lowering<'_>, item: &Item) -> bool {
         }
         OpKind::Memory => {}
         _ => return false,
+    }
+    if bytes::load_of_branch(&mut l.e.bytes, l.block.code(item), Gpr::Rcx) {
+        return true;
     }
     load.set_code(Code::Mov_r64_rm64);
     load.set_op0_kind(OpKind::Register);

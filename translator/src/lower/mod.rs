@@ -4,6 +4,7 @@
 //! optional *landing* (the way in for indirect branches), the body, the stubs of its exits, and constants.
 
 mod branch;
+mod bytes;
 mod compare;
 mod copy;
 pub mod memory;
