@@ -1,6 +1,7 @@
 //! The `bivisor` command line: parse the arguments, hand over to the subcommand, turn the outcome into an exit status.
 
 mod assemble;
+mod beside;
 mod boot;
 mod classify;
 mod cli;

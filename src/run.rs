@@ -1,5 +1,6 @@
 //! `bivisor run`: a Linux program under an engine, with its exit status as ours.
 
+use crate::beside::{self, Beside};
 use crate::engine::{self, Backend};
 use crate::kept::{self, Place};
 use crate::stats::{self, Format};
@@ -44,6 +45,16 @@ pub struct RunArgs {
     /// Where translations are kept [default: bivisor in $XDG_CACHE_HOME or ~/.cache].
     #[arg(long, value_name = "DIR", conflicts_with = "no_cache")]
     cache_dir: Option<PathBuf>,
+    /// Of the blocks that the translator's dispatcher enters have one in N run by the interpreter too; a difference becomes a file that
+    /// `bivisor diff replay` shows, and the program goes on.
+    #[arg(long, value_name = "1/N", value_parser = beside::one_in)]
+    sentinel: Option<u64>,
+    /// Where the sentinel's files go; default: the current directory.
+    #[arg(long, value_name = "DIR", requires = "sentinel")]
+    repro: Option<PathBuf>,
+    /// Compare every stretch: for `bivisor diff`.
+    #[arg(long, hide = true, value_name = "GRAIN:DIR", value_parser = Beside::parse, conflicts_with = "sentinel")]
+    lockstep: Option<Beside>,
     /// Say which engine runs and why.
     #[arg(short, long)]
     verbose: bool,
@@ -72,9 +83,13 @@ pub fn run(args: &RunArgs) -> Result<i32> {
         Ok(model) => Arc::new(model),
         Err(why) => bail!("{why}"),
     };
-    let chosen = engine::choose(args.backend, engine::Purpose::Process)
+    let asked = match args.backend {
+        Backend::Auto if args.sentinel.is_some() => Backend::Bt,
+        asked => asked,
+    };
+    let chosen = engine::choose(asked, engine::Purpose::Process)
         .and_then(|(backend, why)| Ok((backend, why, engine::for_process(backend, &model)?)));
-    let (backend, why, (factory, cache)) = match chosen {
+    let (backend, why, (mut factory, cache)) = match chosen {
         Ok(found) => found,
         Err(why) => bail!("{why}"),
     };
@@ -88,6 +103,19 @@ pub fn run(args: &RunArgs) -> Result<i32> {
         }
         None => LastWords::default(),
     };
+    // Only then: a copy of standard error would keep a pipe open that the program closes.
+    let log = (args.strace || args.stats.is_some() || args.sentinel.is_some())
+        .then(|| std::io::stderr().as_fd().try_clone_to_owned().ok())
+        .flatten()
+        .map(fds::keep);
+    if let Some(every) = args.sentinel {
+        let Some(cache) = &cache else { bail!("--sentinel watches the translator: use --backend bt") };
+        let dir = args.repro.as_deref().unwrap_or(Path::new("."));
+        factory = beside::sentinel(cache, &model, every, dir, log)?;
+    }
+    if let Some(beside) = &args.lockstep {
+        (factory, last_words) = beside::lockstep(backend, &model, beside)?;
+    }
     let mut command = args.command.clone();
     let path = if args.exact { Ok(PathBuf::from(&command[0])) } else { find(&command[0]) };
     let started = path.and_then(|path| {
@@ -97,7 +125,8 @@ pub fn run(args: &RunArgs) -> Result<i32> {
         Image::open(&path, command)
     });
     let mut reexec = again(args, backend);
-    if let (Some(cache), Ok(image), false) = (&cache, &started, args.no_cache) {
+    let beside = args.lockstep.is_some() || args.sentinel.is_some();
+    if let (Some(cache), Ok(image), false) = (&cache, &started, args.no_cache || beside) {
         match Place::new(args.cache_dir.as_deref(), &image.exe, &model) {
             Ok(place) => {
                 // A program may change its environment.
@@ -108,17 +137,7 @@ pub fn run(args: &RunArgs) -> Result<i32> {
             Err(_) => {}
         }
     }
-    let options = Options {
-        strace: args.strace,
-        // Only then: a copy of standard error would keep a pipe open that the program closes.
-        log: (args.strace || args.stats.is_some())
-            .then(|| std::io::stderr().as_fd().try_clone_to_owned().ok())
-            .flatten()
-            .map(fds::keep),
-        verbose: args.verbose,
-        reexec,
-        last_words,
-    };
+    let options = Options { strace: args.strace, log, verbose: args.verbose, reexec, last_words };
     let task = started.and_then(|image| start::start(image, environment(&args.env), options, &model, factory));
     let mut task = match task {
         Ok(task) => task,
@@ -145,7 +164,11 @@ fn again(args: &RunArgs, backend: Backend) -> Vec<OsString> {
     words.extend(args.perf.then_some("--perf"));
     words.extend(args.no_cache.then_some("--no-cache"));
     let stats = args.stats.map(|format| format!("--stats={}", format.name()));
-    words.into_iter().map(OsString::from).chain(stats.map(OsString::from)).collect()
+    let sentinel = args.sentinel.map(|every| vec!["--sentinel".into(), format!("1/{every}").into()]);
+    let repro = args.repro.as_ref().map(|dir| vec!["--repro".into(), dir.clone().into_os_string()]);
+    let lockstep = args.lockstep.as_ref().map(|b| vec!["--lockstep".into(), b.text().into()]);
+    let more: Vec<Vec<OsString>> = [sentinel, repro, lockstep].into_iter().flatten().collect();
+    words.into_iter().map(OsString::from).chain(stats.map(OsString::from)).chain(more.concat()).collect()
 }
 
 fn environment(changes: &[OsString]) -> Vec<OsString> {

@@ -2,10 +2,13 @@
 
 mod all;
 mod merge;
+mod program;
+mod replay;
 
 use anyhow::{Result, bail};
 use bivisor_testsuite::campaign::matrix;
 use clap::{Args, Subcommand};
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 /// Arguments of `bivisor diff`.
@@ -14,7 +17,9 @@ use std::path::PathBuf;
     args_conflicts_with_subcommands = true,
     after_help = "Examples:\n  bivisor diff --all --cases 1000000 --seed 7\n  \
         bivisor diff --all --cases 100000000 --shard 3/16 --state shard3.json --json > shard3.result\n  \
-        bivisor diff merge shard*.result\n\n\
+        bivisor diff merge shard*.result\n  \
+        bivisor diff --grain insn /bin/ls -l\n  \
+        bivisor diff replay bivisor-repro-*.json\n\n\
         Exit status: 0 if nothing unexpected differs, 1 if something does."
 )]
 pub struct DiffArgs {
@@ -28,10 +33,29 @@ pub struct DiffArgs {
     html: bool,
     #[command(flatten)]
     all: AllArgs,
+    /// When the two engines that a program runs on are compared: after each block, or after each instruction.
+    #[arg(long, value_name = "GRAIN", default_value = "block", value_parser = ["block", "insn"])]
+    grain: String,
+    /// A Linux program with its arguments: on two engines (--engines, default interp,bt) in lockstep. What differs is cut down to one
+    /// instruction if it can be, and written to a file (--repro, default: the current directory).
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "PROGRAM", conflicts_with_all = ["all", "matrix"])]
+    program: Vec<OsString>,
 }
 
 #[derive(Subcommand)]
 enum Sub {
+    /// Run requests of `bivisor exec`, such as repros, on two engines, and show where the answers differ.
+    Replay {
+        /// The engine beside the interpreter.
+        #[arg(long, value_name = "ENGINE", default_value = "bt", value_parser = ["bt", "kvm"])]
+        engine: String,
+        /// One JSON object a file.
+        #[arg(long)]
+        json: bool,
+        /// The files.
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+    },
     /// Join results of shards (files that --json wrote).
     Merge {
         /// One JSON object.
@@ -101,7 +125,19 @@ pub fn run(args: &DiffArgs) -> Result<i32> {
             print!("{}", if args.html { matrix::html() } else { matrix::page() });
             Ok(0)
         }
+        Some(Sub::Replay { engine, json, files }) => replay::run(files, engine, *json),
         None if args.all.all => all::run(&args.all),
-        None => bail!("nothing to do: give --all, --matrix, or merge FILE..."),
+        None if !args.program.is_empty() => {
+            // The campaign's judge is no engine of a program.
+            let engines: Vec<String> = args.all.engines.iter().filter(|e| *e != "host").cloned().collect();
+            program::run(&program::ProgramArgs {
+                engines: &engines,
+                grain: &args.grain,
+                repro: args.all.repro.as_deref(),
+                json: args.all.json,
+                command: &args.program,
+            })
+        }
+        None => bail!("nothing to do: give --all, --matrix, PROGRAM, replay FILE... or merge FILE..."),
     }
 }

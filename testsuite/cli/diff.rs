@@ -81,3 +81,72 @@ fn wrong_use_is_told_in_a_line() {
         assert_eq!(text(&out.stderr).lines().count(), 1, "{args:?}: {}", text(&out.stderr));
     }
 }
+
+fn scratch(name: &str) -> std::path::PathBuf {
+    let dir = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).expect("a directory");
+    dir
+}
+
+/// A program with a child and a signal, on both engines: every block compared, nothing differs, its output and its end are its own.
+#[test]
+fn a_program_in_lockstep() {
+    let script = "trap 'echo got' USR1; kill -USR1 $$; echo $((6*7)) | cat; exit 3";
+    let output = bivisor(&["diff", "--json", "/bin/sh", "-c", script]);
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(&lines[..2], ["got", "42"]);
+    let r: serde_json::Value = serde_json::from_str(lines[2]).expect("JSON");
+    assert_eq!((&r["ended"], &r["differences"]), (&"status 3".into(), &serde_json::json!([])));
+    assert!(r["counts"]["instructions"].as_u64().is_some_and(|n| n > 100_000), "{r}");
+    let output = bivisor(&["diff", "--grain", "insn", "/bin/true"]);
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && text.contains(" 0 differences"), "{text}");
+    for bad in [&["diff", "--engines", "bt,kvm", "/bin/true"][..], &["diff", "--engines", "interp", "/bin/true"]] {
+        assert_eq!(bivisor(bad).status.code(), Some(1), "{bad:?}");
+    }
+}
+
+/// RDTSC differs from run to run, so a file with it is a repro: it is cut down to that instruction and shown.
+#[test]
+fn a_repro_is_played_back_and_cut_down() {
+    let dir = scratch("replay");
+    let file = |name: &str, code: &str| {
+        let path = dir.join(name);
+        let request = serde_json::json!({"memory": "flat", "cpl": 3, "regs": {"rip": "0x10001000", "rflags": "0x202", "rbx": "0x10002000"},
+            "mem": [{"addr": "0x10001000", "hex": code, "rights": "rx"}, {"addr": "0x10002000", "fill": "00", "len": 16, "rights": "rw"}],
+            "stop": {"insns": 4}, "want": ["regs", "segs", "fpu", "vec", "memdelta"]});
+        std::fs::write(&path, request.to_string()).expect("written");
+        path.to_string_lossy().into_owned()
+    };
+    // inc ecx; mov [rbx], ecx; rdtsc; nop
+    let differs = file("clock.json", "ffc1890b0f3190");
+    let output = bivisor(&["diff", "replay", "--json", &differs]);
+    assert_eq!(output.status.code(), Some(1));
+    let r: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let request = &r["request"];
+    assert_eq!((&request["stop"]["insns"], &request["regs"]["rip"]), (&1.into(), &"0x10001004".into()));
+    assert_eq!(request["note"]["text"], serde_json::json!(["0x10001004  rdtsc"]));
+    assert_eq!(request["note"]["differs"][0]["what"], "regs.rax");
+    let shown = bivisor(&["diff", "replay", &differs]);
+    let text = String::from_utf8_lossy(&shown.stderr);
+    assert!(text.contains("rdtsc") && text.contains("regs.rax") && !text.contains('\x1b'), "{text}");
+    let same = file("same.json", "ffc1890b90909090");
+    let output = bivisor(&["diff", "replay", &same]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    std::fs::remove_dir_all(dir).expect("removed");
+}
+
+/// The program goes on with what it is given, and says nothing where nothing differs.
+#[test]
+fn a_sentinel_watches() {
+    let script = "i=0; while [ $i -lt 100 ]; do i=$((i+1)); done; echo $i | cat";
+    for every in ["1/1", "1/100"] {
+        let output = bivisor(&["run", "--backend", "bt", "--sentinel", every, "/bin/sh", "-c", script]);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!((output.status.code(), &*output.stdout, &*text), (Some(0), &b"100\n"[..], ""), "{every}");
+    }
+    assert_eq!(bivisor(&["run", "--sentinel", "0", "/bin/true"]).status.code(), Some(2));
+    assert_eq!(bivisor(&["run", "--backend", "interp", "--sentinel", "1/2", "/bin/true"]).status.code(), Some(1));
+}

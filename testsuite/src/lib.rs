@@ -8,6 +8,7 @@ pub mod engines;
 pub mod generate;
 pub mod guest;
 pub mod host;
+pub mod lockstep;
 pub mod pages;
 pub mod random;
 pub mod world;

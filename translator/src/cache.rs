@@ -21,6 +21,7 @@ use crate::store::{Apart, MAX_BLOCK, Store};
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::host::thread::ThreadBlock;
 use bivisor_emulator::mem::{GuestMemory, PAGE_SIZE};
+use bivisor_emulator::vcpu::Kicker;
 use iced_x86::Mnemonic;
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
@@ -36,6 +37,8 @@ pub struct Member {
     pub active: AtomicBool,
     /// Its host thread.
     pub tid: AtomicI32,
+    /// What makes it come out.
+    pub kicker: Kicker,
     /// What it has done, as of the last time it came back, if the cache [counts](Cache::count).
     pub stats: Mutex<Stats>,
 }
@@ -398,6 +401,7 @@ impl Cache {
         let members = self.members.lock().expect("no panic under the lock").clone();
         for m in members {
             while m.active.load(Ordering::SeqCst) {
+                m.kicker.expect();
                 kick(m.tid.load(Ordering::SeqCst));
                 std::thread::yield_now();
             }

@@ -67,8 +67,8 @@ impl Translator {
             version: 0,
             flushes: 0,
             cache,
+            kicker: member.kicker.clone(),
             member,
-            kicker: Kicker::default(),
             lookaside: vec![(u64::MAX, 0); LOOKASIDE].into(),
             block: 0,
             cache_id: 0,
@@ -225,10 +225,20 @@ impl Translator {
         }
     }
 
+    /// As [`Vcpu::run`] without a budget on the memory of a process, until so many blocks were entered from outside the code:
+    /// [`Exit::Budget`] then. Blocks that lead to each other count as one.
+    pub fn run_entries(&mut self, board: Board<'_>, entries: u64) -> Exit {
+        self.run_flat(board, |t, block| t.dispatch(board, block, entries))
+    }
+
     /// Runs until there is a reason to return.
-    fn dispatch(&mut self, board: Board<'_>, block: &ThreadBlock) -> Exit {
+    fn dispatch(&mut self, board: Board<'_>, block: &ThreadBlock, mut entries: u64) -> Exit {
         let mut via = Via::Start;
         loop {
+            if entries == 0 {
+                return Exit::Budget;
+            }
+            entries -= 1;
             if self.kicker.requested() && self.kicker.take() {
                 return Exit::Kicked;
             }
@@ -425,7 +435,7 @@ impl Vcpu for Translator {
         if let Some(ram) = board.mem.ram() {
             self.run_system(board, ram, budget)
         } else if budget == u64::MAX {
-            self.run_flat(board, |t, block| t.dispatch(board, block))
+            self.run_flat(board, |t, block| t.dispatch(board, block, u64::MAX))
         } else if budget == 1 {
             self.run_flat(board, |t, block| t.single(board, block))
         } else {

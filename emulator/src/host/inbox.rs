@@ -147,7 +147,7 @@ unsafe fn hook(block: &ThreadBlock, sig: i32, info: *mut libc::siginfo_t, uc: *m
     // the kernel's 8 bytes, the first of libc's type.
     unsafe {
         let inbox = &*block.process_data.get().cast::<Inbox>();
-        if sig == Kicker::SIGNAL && (*info).si_code == libc::SI_TKILL && inbox.kicker.requested() {
+        if sig == Kicker::SIGNAL && (*info).si_code == libc::SI_TKILL && inbox.kicker.arrived() {
             inbox.disturbed.store(true, Ordering::Relaxed);
             return false;
         }
@@ -219,5 +219,31 @@ mod tests {
         assert_eq!(inbox.take().map(|(sig, _)| sig), Some(libc::SIGSEGV));
         inbox.detach(block);
         set_mask(0);
+    }
+
+    /// A kick that arrives after its engine has come out by itself is not the guest's; what others send is.
+    #[test]
+    fn late_kicks_are_not_the_guests() {
+        std::thread::spawn(|| {
+            let block = attach();
+            let kicker = Kicker::default();
+            let inbox = Inbox::new(kicker.clone());
+            inbox.attach(block);
+            set_mask(0);
+            route(Kicker::SIGNAL, 0);
+            // SAFETY: plain system call.
+            kicker.entered(unsafe { libc::gettid() });
+            kicker.expect();
+            assert!(!kicker.requested());
+            send(Kicker::SIGNAL);
+            assert!(!inbox.any(), "ours");
+            send(Kicker::SIGNAL);
+            assert!(inbox.any(), "sent by somebody else");
+            inbox.take();
+            inbox.detach(block);
+            set_mask(0);
+        })
+        .join()
+        .expect("no panic");
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::host::signal::send_to_thread;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 
 /// Another thread's (or a signal handler's) way to make [`crate::vcpu::Vcpu::run`] return [`crate::vcpu::Exit::Kicked`] soon.
 #[derive(Clone, Debug, Default)]
@@ -10,6 +10,8 @@ pub struct Kicker {
     flag: Arc<AtomicBool>,
     /// Host thread that is inside `run`, if a signal is needed to get it out; 0 if the engine polls.
     thread: Arc<AtomicI32>,
+    /// Signals sent that have not arrived, or more: two that meet arrive as one.
+    sent: Arc<AtomicU32>,
 }
 
 impl Kicker {
@@ -21,8 +23,20 @@ impl Kicker {
         self.flag.store(true, Ordering::SeqCst);
         let tid = self.thread.load(Ordering::SeqCst);
         if tid != 0 {
+            self.expect();
             send_to_thread(tid, Kicker::SIGNAL);
         }
+    }
+
+    /// [`Kicker::SIGNAL`] is about to be sent: it is ours when it arrives, even if whoever it is for has come out by himself meanwhile.
+    pub fn expect(&self) {
+        self.sent.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// [`Kicker::SIGNAL`] has arrived: is it one of ours?
+    pub fn arrived(&self) -> bool {
+        let ours = self.sent.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok();
+        ours || self.requested()
     }
 
     /// Sets the flag only: for a signal handler running on the vCPU's own thread, which then makes the engine look.

@@ -3,28 +3,9 @@
 use super::arena::PAGES;
 use super::case::Case;
 use super::outcome::Outcome;
-use bivisor_emulator::mem::{PAGE_SIZE, Prot};
+use crate::lockstep::repro::{bytes, hex, rights, wide};
+use bivisor_emulator::mem::PAGE_SIZE;
 use serde_json::{Value, json};
-
-fn hex(v: u64) -> String {
-    format!("{v:#x}")
-}
-
-/// Little-endian bytes as the digits of a number.
-fn wide(bytes: &[u8]) -> String {
-    let digits: String = bytes.iter().rev().map(|b| format!("{b:02x}")).collect();
-    format!("0x{digits}")
-}
-
-fn bytes(b: &[u8]) -> String {
-    b.iter().map(|b| format!("{b:02x}")).collect()
-}
-
-/// Rights as requests write them.
-fn rights(prot: Prot) -> String {
-    let letters = [(Prot::READ, 'r'), (Prot::WRITE, 'w'), (Prot::EXEC, 'x')];
-    letters.iter().filter(|(p, _)| prot.contains(*p)).map(|(_, c)| c).collect()
-}
 
 /// The request: the pages that the case can touch with their rights, its code and its data.
 pub fn request(case: &Case, pristine: &[u8]) -> Value {
