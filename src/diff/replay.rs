@@ -12,12 +12,15 @@ use std::process::{Command, Stdio};
 /// A program's own addresses may be taken in one process and free in the next.
 const ATTEMPTS: usize = 8;
 
+/// What differs: where in the answers, the interpreter's and the other's.
+type Differences = Vec<(String, String, String)>;
+
 /// A request that was played back.
 pub struct Replayed {
     /// The request, smaller if that shows it too; both answers are in its note.
     pub request: Value,
-    /// What differs: where in the answers, the interpreter's and the other's.
-    pub differs: Vec<(String, String, String)>,
+    /// What differs.
+    pub differs: Differences,
     /// Why there is no answer, or that there is no difference.
     pub remark: Option<String>,
 }
@@ -50,7 +53,7 @@ fn exec(request: &Value, backend: &str) -> Result<Value> {
 }
 
 /// Where two answers differ.
-fn differences(a: &Value, b: &Value, at: &str, out: &mut Vec<(String, String, String)>) {
+fn differences(a: &Value, b: &Value, at: &str, out: &mut Differences) {
     match (a, b) {
         (Value::Object(x), Value::Object(y)) => {
             let mut names: Vec<&String> = x.keys().chain(y.keys()).collect();
@@ -76,7 +79,7 @@ fn plain(v: &Value) -> String {
 }
 
 /// Both answers to a request for so many instructions.
-fn both(request: &Value, instructions: u64, engine: &str) -> Result<(Value, Value, Vec<(String, String, String)>)> {
+fn both(request: &Value, instructions: u64, engine: &str) -> Result<(Value, Value, Differences)> {
     let mut request = request.clone();
     request["stop"] = json!({ "insns": instructions });
     let (a, b) = (exec(&request, "interp")?, exec(&request, engine)?);
@@ -129,13 +132,7 @@ fn alone(request: &Value, before: &Value) -> Option<Value> {
     Some(start)
 }
 
-fn told(
-    mut request: Value,
-    n: u64,
-    engine: &str,
-    answers: (&Value, &Value),
-    differs: Vec<(String, String, String)>,
-) -> Replayed {
+fn told(mut request: Value, n: u64, engine: &str, answers: (&Value, &Value), differs: Differences) -> Replayed {
     request["stop"] = json!({ "insns": n });
     let side = |d: &(String, String, String)| json!({ "what": d.0, "interp": d.1, engine: d.2 });
     let mut note = request["note"].clone();
@@ -183,7 +180,7 @@ pub fn show(r: &Replayed, engine: &str) {
     if let Some(remark) = &r.remark {
         eprintln!("bivisor: {remark}");
     }
-    let seen: Vec<(String, String, String)> = if r.differs.is_empty() {
+    let seen: Differences = if r.differs.is_empty() {
         let live = r.request["note"]["differs"].as_array().cloned().unwrap_or_default();
         live.iter().map(|d| (plain(&d["what"]), plain(&d["interp"]), plain(&d[engine]))).collect()
     } else {

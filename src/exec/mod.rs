@@ -284,8 +284,8 @@ fn run_case(vcpu: &mut dyn Vcpu, monitor: &mut Core, world: &mut World, r: &Requ
         let board = Board { mem: world.memory(), bus: &world.ports };
         // Stopping at an address goes one instruction at a time.
         let step = if r.stop.rip.is_some() { 1 } else { limit - done };
-        let counts = vcpu.instructions().is_some();
         let (exit, counted) = vcpu.run_stretch(board, step);
+        let counts = vcpu.instructions().is_some();
         done += counted + u64::from(exit == Exit::Halt && !counts);
         match exit {
             Exit::Budget | Exit::Kicked => {}
