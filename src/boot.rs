@@ -235,6 +235,22 @@ pub fn run(args: &BootArgs) -> Result<i32> {
     }
 }
 
+/// Makes pairs of equal machines with counted time, on the interpreter and on the translator, whose serial ports say nothing.
+pub fn pair(mut args: BootArgs) -> Result<impl FnMut() -> Result<(Machine, Machine)>> {
+    args.deterministic = true;
+    args.serial = Some("none".into());
+    let model = Arc::new(CpuModel::from_name(&args.cpu).map_err(anyhow::Error::msg)?);
+    let initrd = args.initrd.as_ref().map(|path| read(path, "--initrd")).transpose()?;
+    let backend = Backend::Interp;
+    let mut inputs = Inputs { start: start(&args)?, initrd, option_roms: option_roms(&args)?, model, backend };
+    Ok(move || {
+        inputs.backend = Backend::Interp;
+        let interpreted = build(&args, &inputs)?;
+        inputs.backend = Backend::Bt;
+        Ok((interpreted, build(&args, &inputs)?))
+    })
+}
+
 fn start(args: &BootArgs) -> Result<Start> {
     if let Some(path) = &args.bios {
         let rom = read(path, "--bios")?;

@@ -40,7 +40,7 @@ fn main() -> ExitCode {
         cli::Command::Decode(args) => decode::run(&args),
         cli::Command::Demo(args) => demo::run(&args),
         cli::Command::Doctor(args) => doctor::run(&args),
-        cli::Command::Diff(args) => diff::run(&args),
+        cli::Command::Diff(args) => diff::run(args),
         cli::Command::Exec(args) => exec::run(&args),
         cli::Command::Explain(args) => explain::run(&args),
         cli::Command::Run(args) => run::run(&args),

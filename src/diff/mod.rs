@@ -1,6 +1,7 @@
 //! `bivisor diff`: engines against each other and against the host CPU.
 
 mod all;
+mod machine;
 mod merge;
 mod program;
 mod replay;
@@ -44,6 +45,8 @@ pub struct DiffArgs {
 
 #[derive(Subcommand)]
 enum Sub {
+    /// Two machines, on interpreter and translator, with counted time: the words are those of `bivisor boot`.
+    Boot(Box<machine::MachineArgs>),
     /// Run requests of `bivisor exec`, such as repros, on two engines, and show where the answers differ.
     Replay {
         /// The engine beside the interpreter.
@@ -118,14 +121,15 @@ fn shard(s: &str) -> Result<(u64, u64), String> {
 }
 
 /// Runs it; 1 if something unexpected differs.
-pub fn run(args: &DiffArgs) -> Result<i32> {
-    match &args.command {
-        Some(Sub::Merge { json, summary, files }) => merge::run(files, *json, summary.as_deref()),
+pub fn run(args: DiffArgs) -> Result<i32> {
+    match args.command {
+        Some(Sub::Boot(machine)) => machine::run(*machine),
+        Some(Sub::Merge { json, summary, files }) => merge::run(&files, json, summary.as_deref()),
         None if args.matrix => {
             print!("{}", if args.html { matrix::html() } else { matrix::page() });
             Ok(0)
         }
-        Some(Sub::Replay { engine, json, files }) => replay::run(files, engine, *json),
+        Some(Sub::Replay { engine, json, files }) => replay::run(&files, &engine, json),
         None if args.all.all => all::run(&args.all),
         None if !args.program.is_empty() => {
             // The campaign's judge is no engine of a program.

@@ -45,6 +45,8 @@ pub struct Translator {
     pub(crate) scratch: Scratch,
     pub(crate) stats: Stats,
     pub(crate) system: Option<Box<System>>,
+    /// Instructions of runs with a budget on the memory of a machine.
+    pub(crate) counted: Option<u64>,
 }
 
 impl Translator {
@@ -75,6 +77,7 @@ impl Translator {
             scratch: Scratch::default(),
             stats: Stats::default(),
             system: None,
+            counted: None,
         }
     }
 
@@ -446,8 +449,9 @@ impl Vcpu for Translator {
 
     fn run_stretch(&mut self, board: Board<'_>, most: u64) -> (Exit, u64) {
         if board.mem.ram().is_some() {
-            let exit = self.run(board, 1);
-            return (exit, u64::from(exit == Exit::Budget));
+            let before = self.counted.unwrap_or(0);
+            let exit = self.run(board, most.min(1));
+            return (exit, self.counted.unwrap_or(before) - before);
         }
         self.run_flat(board, |t, block| t.apart(board, block, most))
     }
@@ -478,6 +482,11 @@ impl Vcpu for Translator {
 
     fn kicker(&self) -> Kicker {
         self.kicker.clone()
+    }
+
+    fn instructions(&self) -> Option<u64> {
+        // Translated code does not count unless there is a budget.
+        self.counted
     }
 
     fn survives_fork(&mut self) -> bool {

@@ -266,41 +266,65 @@ impl Machine {
     /// As [`Machine::run_freely`], with time that only instructions and looks at the clock move.
     fn run_counted(&mut self, limit: Option<Ns>) -> End {
         loop {
-            let now = self.pc.clock.now();
-            let mut chips = self.pc.lock();
-            chips.advance(now);
-            self.pc.publish(&mut chips);
-            let next = chips.next(now).unwrap_or(u64::MAX);
-            drop(chips);
-            let budget = (next.saturating_sub(now) / INSTRUCTION).clamp(1, QUANTUM);
-            let before = self.vcpu.instructions().unwrap_or(0);
-            let exit = self.vcpu.run(Board { mem: &self.mem, bus: &*self.pc }, budget);
-            // An engine that does not count has done what it was told.
-            let done = self.vcpu.instructions().map_or(budget, |n| n - before);
-            self.instructions += done;
-            self.pc.clock.add(done * INSTRUCTION);
-            if let Some(end) = self.pc.lock().end.take().or_else(|| ended(exit)) {
+            let round = self.begin_round();
+            let (exit, done) = self.run_part(round.budget);
+            if let Some(end) = self.end_round(&round, exit, done, limit) {
                 return end;
-            }
-            let interrupts_on = self.vcpu.integer_state().rflags.contains(Rflags::IF);
-            // A halted processor waits for the next event, however long that takes.
-            let mut now = now;
-            while exit == Exit::Halt && !self.pc.is_waiting(interrupts_on) && limit.is_none_or(|limit| now < limit) {
-                now = self.pc.clock.now();
-                let mut chips = self.pc.lock();
-                let next = chips.next(now).unwrap_or(now + NAP.as_nanos() as Ns);
-                self.pc.clock.add(next.saturating_sub(now));
-                chips.advance(next);
-                self.pc.publish(&mut chips);
-                if let Some(end) = chips.end.take() {
-                    return end;
-                }
-            }
-            if limit.is_some_and(|limit| now >= limit) {
-                return End::Timeout;
             }
         }
     }
+
+    /// With counted time: carries out what is due, and says how many instructions come before the next look at the clock. For callers
+    /// that run them in parts, as a comparison of two machines does.
+    pub fn begin_round(&mut self) -> Round {
+        let now = self.pc.clock.now();
+        let mut chips = self.pc.lock();
+        chips.advance(now);
+        self.pc.publish(&mut chips);
+        let next = chips.next(now).unwrap_or(u64::MAX);
+        Round { now, budget: (next.saturating_sub(now) / INSTRUCTION).clamp(1, QUANTUM) }
+    }
+
+    /// Runs a part of a round: at most `budget` instructions; how many it was. Time does not pass yet.
+    pub fn run_part(&mut self, budget: u64) -> (Exit, u64) {
+        let before = self.vcpu.instructions().unwrap_or(0);
+        let exit = self.vcpu.run(Board { mem: &self.mem, bus: &*self.pc }, budget);
+        // An engine that does not count has done what it was told.
+        (exit, self.vcpu.instructions().map_or(budget, |n| n - before))
+    }
+
+    /// After `done` instructions, of which the last part came back with `exit`: lets time pass, if the processor halts as long as it
+    /// takes. `Some` if the machine stops.
+    pub fn end_round(&mut self, round: &Round, exit: Exit, done: u64, limit: Option<Ns>) -> Option<End> {
+        self.instructions += done;
+        self.pc.clock.add(done * INSTRUCTION);
+        if let Some(end) = self.pc.lock().end.take().or_else(|| ended(exit)) {
+            return Some(end);
+        }
+        let interrupts_on = self.vcpu.integer_state().rflags.contains(Rflags::IF);
+        // A halted processor waits for the next event, however long that takes.
+        let mut now = round.now;
+        while exit == Exit::Halt && !self.pc.is_waiting(interrupts_on) && limit.is_none_or(|limit| now < limit) {
+            now = self.pc.clock.now();
+            let mut chips = self.pc.lock();
+            let next = chips.next(now).unwrap_or(now + NAP.as_nanos() as Ns);
+            self.pc.clock.add(next.saturating_sub(now));
+            chips.advance(next);
+            self.pc.publish(&mut chips);
+            if let Some(end) = chips.end.take() {
+                return Some(end);
+            }
+        }
+        limit.is_some_and(|limit| now >= limit).then_some(End::Timeout)
+    }
+}
+
+/// Instructions between two looks at counted time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Round {
+    now: Ns,
+    /// How many, at most.
+    pub budget: u64,
 }
 
 /// Does this exit end the machine?

@@ -13,9 +13,11 @@
 //! | [`engine`] | the pair, as one engine of a process |
 //! | [`sentinel`] | a translator that has one block in so many compared |
 //! | [`turn`] | whose turn it is |
+//! | [`machine`] | two machines with counted time |
 //! | [`repro`] | a stretch as a request of `bivisor exec` |
 
 pub mod engine;
+pub mod machine;
 pub mod reference;
 pub mod repro;
 pub mod sentinel;

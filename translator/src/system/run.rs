@@ -284,15 +284,21 @@ impl System {
         block
     }
 
-    /// Runs at most `budget` instructions.
-    fn dispatch(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, block: &ThreadBlock, budget: u64) -> Exit {
-        let counted = budget != u64::MAX;
-        let mut left = budget;
+    /// Runs at most `left` instructions, and counts them off.
+    fn dispatch(
+        &mut self,
+        t: &mut Translator,
+        board: Board<'_>,
+        ram: &Ram,
+        block: &ThreadBlock,
+        left: &mut u64,
+    ) -> Exit {
+        let counted = *left != u64::MAX;
         let mut via = Via::Start;
         // Pages may be tracked anew since the last run.
         self.tlb.clear(&self.area);
         self.ask_line(board);
-        while left > 0 {
+        while *left > 0 {
             if block.scratch[slot::LOOK].replace(0) != 0 {
                 self.cache.heal();
                 self.ask_line(board);
@@ -314,11 +320,11 @@ impl System {
             let mode = if self.due(&t.cpu) { None } else { Mode::of(&t.cpu, self.upper) };
             let Some(mode) = mode else {
                 self.sync(t);
-                let most = if self.due(&t.cpu) || t.cpu.interrupt_shadow { 1 } else { STRETCH.min(left) };
+                let most = if self.due(&t.cpu) || t.cpu.interrupt_shadow { 1 } else { STRETCH.min(*left) };
                 let before = t.core.instructions();
                 t.stats.steps += 1;
                 let exit = t.core.run(&mut t.cpu, board, most, Some(&t.kicker));
-                left = left.saturating_sub(if counted { t.core.instructions() - before } else { 0 });
+                *left = left.saturating_sub(if counted { t.core.instructions() - before } else { 0 });
                 self.ask_line(board);
                 via = Via::Start;
                 match exit {
@@ -328,32 +334,32 @@ impl System {
             };
             let mode = match counted {
                 false => mode,
-                true if left == 1 => mode.single(),
+                true if *left == 1 => mode.single(),
                 true => mode.counted(),
             };
             let mut found = self.find(t, board, ram, mode, via);
             if let Some(b) = found
                 && counted
-                && u64::from(self.cache.block(b).insns) > left
+                && u64::from(self.cache.block(b).insns) > *left
             {
                 found = self.find(t, board, ram, mode.single(), Via::Start);
             }
             let Some(b) = found else {
                 via = Via::Start;
-                if let Some(exit) = self.step(t, board, ram, None, true, counted.then_some(&mut left)) {
+                if let Some(exit) = self.step(t, board, ram, None, true, counted.then_some(&mut *left)) {
                     return exit;
                 }
                 continue;
             };
             block.engine_data.set((&raw const self.cache).cast_mut().cast());
             let (next, done) = self.once(t, board, ram, b);
-            left = left.saturating_sub(if counted { u64::from(done) } else { 0 });
+            *left = left.saturating_sub(if counted { u64::from(done) } else { 0 });
             match next {
                 Next::Go(how) => via = how,
                 Next::Step(_, true, _) if self.take_upper(t) => via = Via::Start,
                 Next::Step(id, native, how) => {
                     via = how;
-                    if let Some(exit) = self.step(t, board, ram, id, native, counted.then_some(&mut left)) {
+                    if let Some(exit) = self.step(t, board, ram, id, native, counted.then_some(&mut *left)) {
                         return exit;
                     }
                 }
@@ -377,7 +383,7 @@ impl System {
             self.sync(t);
         }
         t.stats.steps += 1;
-        let before = ram.code_epoch();
+        let (before, instructions) = (ram.code_epoch(), t.core.instructions());
         let exit = match id {
             Some(id) => self.call(t, board, ram, id),
             None => t.core.run(&mut t.cpu, board, 1, None),
@@ -392,12 +398,13 @@ impl System {
             }
             self.epoch = ram.code_epoch();
         }
+        if let Some(left) = counted {
+            // A repetition that is not done yet does not count.
+            *left -= (t.core.instructions() - instructions).min(*left);
+        }
         if exit != Exit::Budget {
             self.sync(t);
             return Some(exit);
-        }
-        if let Some(left) = counted {
-            *left -= 1;
         }
         None
     }
@@ -603,11 +610,20 @@ impl Translator {
             None => match System::new(self) {
                 Ok(s) => Box::new(s),
                 // Without executable memory everything is interpreted.
-                Err(_) => return self.core.run(&mut self.cpu, board, budget, Some(&self.kicker)),
+                Err(_) => {
+                    let before = self.core.instructions();
+                    let exit = self.core.run(&mut self.cpu, board, budget, Some(&self.kicker));
+                    self.counted = Some(self.counted.unwrap_or(0) + self.core.instructions() - before);
+                    return exit;
+                }
             },
         };
         let block = system.attach(self);
-        let exit = system.dispatch(self, board, ram, block, budget);
+        let mut left = budget;
+        let exit = system.dispatch(self, board, ram, block, &mut left);
+        if budget != u64::MAX {
+            self.counted = Some(self.counted.unwrap_or(0) + (budget - left));
+        }
         system.sync(self);
         block.scratch[slot::CACHE_START].set(0);
         block.scratch[slot::CACHE_END].set(0);
