@@ -41,16 +41,13 @@ fn best(times: usize, mut f: impl FnMut() -> f64) -> f64 {
 /// A system call and back.
 pub fn syscall() -> f64 {
     const TURNS: u32 = 20_000;
-    best(5, || system_calls(TURNS) / f64::from(TURNS))
-}
-
-/// Nanoseconds that so many system calls take.
-pub fn system_calls(turns: u32) -> f64 {
-    let start = Instant::now();
-    for _ in 0..turns {
-        std::hint::black_box(std::os::unix::process::parent_id());
-    }
-    start.elapsed().as_nanos() as f64
+    best(5, || {
+        let start = Instant::now();
+        for _ in 0..TURNS {
+            std::hint::black_box(std::os::unix::process::parent_id());
+        }
+        start.elapsed().as_nanos() as f64 / f64::from(TURNS)
+    })
 }
 
 fn page_fault() -> Option<f64> {

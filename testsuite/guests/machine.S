@@ -1,5 +1,6 @@
 # A multiboot kernel for the whole machine: 32-bit mode with the 8259 and the 8254, then long mode with the local APIC's timer, an edit of
 # page tables, code that changes itself; it reports on the serial port and turns the machine off by ACPI.
+#include "timer.inc"
     .set COM1, 0x3f8
     .set PIT_VECTOR, 0x20
     .set APIC_VECTOR, 0x40
@@ -28,25 +29,7 @@ _start:
     call print
     call newline
 
-    # Vectors 0x20 and following from the 8259, all masked but the timer.
-    mov $0x11, %al
-    out %al, $0x20
-    out %al, $0xa0
-    mov $PIT_VECTOR, %al
-    out %al, $0x21
-    mov $0x28, %al
-    out %al, $0xa1
-    mov $4, %al
-    out %al, $0x21
-    mov $2, %al
-    out %al, $0xa1
-    mov $1, %al
-    out %al, $0x21
-    out %al, $0xa1
-    mov $0xfe, %al
-    out %al, $0x21
-    mov $0xff, %al
-    out %al, $0xa1
+    timer_at PIT_VECTOR
     lgdt gdt_pointer
     ljmp $8, $1f
 1:  mov $0x10, %eax
@@ -60,13 +43,6 @@ _start:
     shr $16, %eax
     mov %ax, idt + 8 * PIT_VECTOR + 6
     lidt idt_pointer
-    # 1000 Hz.
-    mov $0x34, %al
-    out %al, $0x43
-    mov $0xa9, %al
-    out %al, $0x40
-    mov $0x04, %al
-    out %al, $0x40
 1:  sti
     hlt
     cli

@@ -1,5 +1,6 @@
 # A 16-bit program at 0000:7C00: prints on the serial port from real mode, counts interrupts of the 8254 through the vector table, uses
 # the far corner of a segment, and writes its verdict to the debug-exit port.
+#include "timer.inc"
     .code16
     .globl _start
 _start:
@@ -13,20 +14,7 @@ _start:
     call print
     movw $tick, 0x20
     movw $0, 0x22
-    mov $0x13, %al
-    out %al, $0x20
-    mov $8, %al
-    out %al, $0x21
-    mov $1, %al
-    out %al, $0x21
-    mov $0xfe, %al
-    out %al, $0x21
-    mov $0x34, %al
-    out %al, $0x43
-    mov $0xa9, %al
-    out %al, $0x40
-    mov $0x04, %al
-    out %al, $0x40
+    timer_at 8
 1:  sti
     hlt
     cli
