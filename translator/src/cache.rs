@@ -433,6 +433,12 @@ impl Cache {
         inside.then(|| self.lock().guest_address((pc - self.range.0) as u32, &self.exits)).flatten()
     }
 
+    /// Is it certain that [`Cache::current`] gives this one?
+    #[inline]
+    pub fn is_current(&self) -> bool {
+        !self.fork.forked()
+    }
+
     /// Must be called by whoever uses the cache first after a possible fork: gives the cache to use from now on.
     ///
     /// # Panics

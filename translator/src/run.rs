@@ -137,9 +137,9 @@ impl Translator {
     /// Fills the slots of the calling thread's block.
     pub(crate) fn prepare(&mut self, board: Board<'_>) -> &'static ThreadBlock {
         let block = ThreadBlock::current();
-        let current = self.cache.current();
         // Not where it was: another thread, or the first run in a forked child.
-        if self.block != block.this as usize || current.id() != self.cache_id {
+        if self.block != block.this as usize || !self.cache.is_current() || self.cache.id() != self.cache_id {
+            let current = self.cache.current();
             signal::attach();
             block.note_tid();
             self.block = block.this as usize;
@@ -149,9 +149,9 @@ impl Translator {
             }
             self.cache_id = self.cache.id();
             self.version = 0;
+            enter::prepare(block);
         }
         self.cache.listen(board.mem);
-        enter::prepare(block);
         self.cache.map_table(block, slot::AREA_OWNER);
         let tid = block.tid.get();
         self.member.tid.store(tid, Ordering::Relaxed);
@@ -459,6 +459,10 @@ impl Vcpu for Translator {
     fn state(&mut self) -> &mut CpuState {
         // The caller may change control registers.
         self.core.mmu.flush();
+        &mut self.cpu
+    }
+
+    fn integer_state(&mut self) -> &mut CpuState {
         &mut self.cpu
     }
 

@@ -8,6 +8,7 @@ use crate::cpu::{CpuState, Cr4};
 use iced_x86::{Code, CpuidFeature as F};
 use std::arch::x86_64::__cpuid_count;
 use std::collections::BTreeMap;
+use std::sync::OnceLock;
 
 /// Physical and linear address bits offered.
 pub const PHYSICAL_BITS: u32 = 48;
@@ -189,7 +190,9 @@ impl CpuModel {
 
     /// What the host has and we support.
     pub fn host() -> CpuModel {
-        CpuModel::build("host", HOST, |_, in_host| in_host)
+        // Each CPUID may be an exit to a hypervisor below us.
+        static MODEL: OnceLock<CpuModel> = OnceLock::new();
+        MODEL.get_or_init(|| CpuModel::build("host", HOST, |_, in_host| in_host)).clone()
     }
 
     /// What the host has and we support, and what we can do without the host.
