@@ -14,8 +14,15 @@ fn prefixes(bytes: &[u8]) -> usize {
 pub(crate) fn with_base(to: &mut Vec<u8>, bytes: &[u8], displacement: usize, base: Gpr) -> bool {
     // RSP and RBP as a base mean something else, R8 and up need a prefix; 67 would cut the base to 32 bits.
     let fits = !matches!(base, Gpr::Rsp | Gpr::Rbp) && (base as u8) < 8;
-    let narrow = bytes[..prefixes(bytes)].contains(&0x67);
-    let Some(modrm) = displacement.checked_sub(1).filter(|_| fits && !narrow) else { return false };
+    let (legacy, rest) = bytes.split_at(prefixes(bytes));
+    let narrow = legacy.contains(&0x67);
+    // A B bit, meaningless before, would now make it R8 and up. VEX and EVEX store it inverted; VEX of two bytes has none.
+    let extended = match *rest {
+        [rex @ 0x40..=0x4f, ..] => rex & 1 != 0,
+        [0xc4 | 0x62 | 0x8f, p, ..] => p & 0x20 == 0,
+        _ => false,
+    };
+    let Some(modrm) = displacement.checked_sub(1).filter(|_| fits && !narrow && !extended) else { return false };
     to.extend_from_slice(&bytes[..modrm]);
     to.push((bytes[modrm] & 0x38) | base as u8);
     to.extend_from_slice(&bytes[displacement + 4..]);
@@ -49,6 +56,25 @@ mod tests {
 
     fn decoded(bytes: &[u8]) -> Instruction {
         Decoder::with_ip(64, bytes, 0, DecoderOptions::NONE).decode()
+    }
+
+    /// ADD, VADDPS and an EVEX VADDPS of a RIP-relative operand, with the B bit and without: found by the campaign.
+    #[test]
+    fn a_bit_that_meant_nothing_before_is_not_taken_along() {
+        let cases: [(&[u8], usize, bool); 5] = [
+            (&[0x48, 0x03, 0x05, 1, 2, 3, 4], 3, true),
+            (&[0x49, 0x03, 0x05, 1, 2, 3, 4], 3, false),
+            (&[0xc4, 0xe1, 0x74, 0x58, 0x05, 1, 2, 3, 4], 5, true),
+            (&[0xc4, 0xc1, 0x74, 0x58, 0x05, 1, 2, 3, 4], 5, false),
+            (&[0x62, 0xd1, 0x74, 0x48, 0x58, 0x05, 1, 2, 3, 4], 6, false),
+        ];
+        for (bytes, displacement, can) in cases {
+            let mut to = Vec::new();
+            assert_eq!(with_base(&mut to, bytes, displacement, Gpr::Rdi), can, "{bytes:02x?}");
+            if can {
+                assert_eq!(decoded(&to).memory_base(), Register::RDI, "{to:02x?}");
+            }
+        }
     }
 
     /// What iced says of the bytes is what it would have been asked to encode.
