@@ -223,6 +223,7 @@ impl System {
             return None;
         }
         let key = (rip, gpa, mode);
+        let flushes = self.cache.counts.flushes;
         let b = match self.cache.find(key) {
             Some(b) => b,
             None => {
@@ -249,7 +250,8 @@ impl System {
         };
         self.area.set_u32(cell_at(rip), self.cache.block(b).number);
         self.code_pages[(rip / PAGE_SIZE) as usize % CELLS] = rip;
-        match via {
+        // What led here may just have been thrown away.
+        match if self.cache.counts.flushes == flushes { via } else { Via::Start } {
             Via::Start => {}
             Via::Link(id) => self.cache.link(id, b),
             Via::Indirect => self.cache.enter_target(&self.area, b),
