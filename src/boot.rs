@@ -1,19 +1,28 @@
 //! `bivisor boot`: a whole machine under an engine, with its console on the terminal.
 
 use crate::display::Display;
+use crate::drive::{Drive, Interface};
 use crate::engine::{self, Backend};
 use crate::exec::response;
+use crate::net;
 use crate::terminal::{Input, Terminal};
 use anyhow::{Context, Result, anyhow, bail};
 use bivisor_emulator::cpu::CpuState;
 use bivisor_emulator::cpu::cpuid::CpuModel;
+use bivisor_emulator::devices::disk::Disk;
+use bivisor_emulator::devices::virtio;
+use bivisor_emulator::devices::virtio::balloon::{self, Balloon};
+use bivisor_emulator::devices::virtio::block::Block;
+use bivisor_emulator::devices::virtio::console::Console;
+use bivisor_emulator::devices::virtio::net::{Net, Wire};
+use bivisor_emulator::devices::virtio::rng::Rng;
 use bivisor_emulator::machine::boot::{self, Payload};
 use bivisor_emulator::machine::{Config, End, Machine, Sink};
 use clap::{Args, ValueEnum};
 use std::fs::File;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Exit statuses that no guest gives by the debug-exit port, whose statuses are odd, or that mean the same.
@@ -52,6 +61,22 @@ pub struct BootArgs {
     /// The initial RAM disk, or the first multiboot module.
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
+    /// A disk, in QEMU's words: file=PATH and, after commas, format=raw or qcow2, if=virtio, readonly=on, snapshot=on, cache=unsafe. The
+    /// first is the guest's /dev/vda. qcow2 needs readonly=on or snapshot=on, which keeps in memory what the guest writes. May be repeated.
+    #[arg(long, value_name = "file=PATH,...", value_parser = Drive::parse)]
+    drive: Vec<Drive>,
+    /// A virtio console, the guest's /dev/hvc0: stdio (and --serial none), or file:PATH.
+    #[arg(long, value_name = "WHERE")]
+    virtio_console: Option<String>,
+    /// A virtio network card: user, a network of its own behind the host's sockets (10.0.2.0/24, DHCP; the host is 10.0.2.2), or none.
+    #[arg(long, value_name = "KIND", value_parser = network, default_value = "none")]
+    net: Network,
+    /// A virtio entropy device, from the host's generator; with --deterministic, bytes that repeat.
+    #[arg(long)]
+    rng: bool,
+    /// A virtio balloon that asks the guest to give this much memory back to the host: MiB, or with a unit.
+    #[arg(long, value_name = "SIZE", value_parser = memory)]
+    balloon: Option<u64>,
     /// The kernel's command line.
     #[arg(long, value_name = "TEXT", default_value = "", allow_hyphen_values = true)]
     append: String,
@@ -118,6 +143,22 @@ fn port(text: &str) -> Result<u16, String> {
     parsed.map_err(|_| "a port number, 0 to 0xffff".to_owned())
 }
 
+/// The kinds of --net.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Network {
+    None,
+    User,
+}
+
+fn network(text: &str) -> Result<Network, String> {
+    match text {
+        "none" => Ok(Network::None),
+        "user" => Ok(Network::User),
+        _ if text.starts_with("tap") => Err("tap is not built; use user".to_owned()),
+        _ => Err("user or none".to_owned()),
+    }
+}
+
 /// A file given on the command line.
 fn read(path: &Path, what: &str) -> Result<Vec<u8>> {
     std::fs::read(path).with_context(|| format!("{what} {}", path.display()))
@@ -151,8 +192,14 @@ impl BootArgs {
         self.display.unwrap_or(if shown { Screen::Text } else { Screen::None })
     }
 
+    /// Is the virtio console on the terminal?
+    fn on_console(&self) -> bool {
+        self.virtio_console.as_deref() == Some("stdio")
+    }
+
     fn serial(&self) -> &str {
-        let other = if self.display() == Screen::Text { "none" } else { "stdio" };
+        let taken = self.display() == Screen::Text || self.on_console();
+        let other = if taken { "none" } else { "stdio" };
         self.serial.as_deref().unwrap_or(other)
     }
 }
@@ -182,6 +229,8 @@ struct Inputs {
     option_roms: Vec<(String, Vec<u8>)>,
     model: Arc<CpuModel>,
     backend: Backend,
+    /// What --drive names, open: disks last longer than one start of the machine.
+    disks: Vec<Arc<Mutex<Disk>>>,
 }
 
 /// Runs the machine; gives the exit status.
@@ -195,23 +244,41 @@ pub fn run(args: &BootArgs) -> Result<i32> {
         eprintln!("bivisor: {why}");
     }
     let initrd = args.initrd.as_ref().map(|path| read(path, "--initrd")).transpose()?;
-    let inputs = Inputs { start: start(args)?, initrd, option_roms: option_roms(args)?, model, backend };
+    let disks = args.drive.iter().map(disk).collect::<Result<_>>()?;
+    let inputs = Inputs { start: start(args)?, initrd, option_roms: option_roms(args)?, model, backend, disks };
     let limit = args.timeout.map(Duration::try_from_secs_f64).transpose().context("--timeout")?;
     let shown = args.display() == Screen::Text;
     if shown && args.serial() == "stdio" {
         bail!("--display text and --serial stdio both want the terminal: use --serial file:PATH or none");
     }
-    let input = if shown { Some(Input::Keyboard) } else { (args.serial() == "stdio").then_some(Input::Serial) };
+    if args.on_console() && (shown || args.serial() == "stdio") {
+        bail!("--virtio-console stdio and --display text or --serial stdio want the same terminal");
+    }
+    let input = match args.serial() {
+        _ if shown => Some(Input::Keyboard),
+        _ if args.on_console() => Some(Input::Console),
+        serial => (serial == "stdio").then_some(Input::Serial),
+    };
     let terminal = input.map(Terminal::take);
     let started = Instant::now();
     loop {
-        let mut machine = build(args, &inputs)?;
+        let (wire, network) = match args.net {
+            Network::User => Some(net::user()?).unzip(),
+            Network::None => (None, None),
+        };
+        let mut machine = build(args, &inputs, wire)?;
+        if let Some(network) = &network {
+            network.attach(Some(machine.remote()));
+        }
         if let Some(terminal) = &terminal {
             terminal.attach(machine.remote());
         }
         let display = shown.then(|| Display::start(machine.remote()));
         let end = machine.run(limit.map(|l| l.saturating_sub(started.elapsed())));
         drop(display);
+        if let Some(network) = &network {
+            network.attach(None);
+        }
         if let Some(terminal) = &terminal {
             terminal.detach();
         }
@@ -314,7 +381,63 @@ fn place(s: &CpuState) -> String {
     )
 }
 
-fn build(args: &BootArgs, inputs: &Inputs) -> Result<Machine> {
+fn disk(drive: &Drive) -> Result<Arc<Mutex<Disk>>> {
+    if drive.interface != Interface::Virtio {
+        bail!("--drive {}: there is no IDE controller; use if=virtio", drive.file.display());
+    }
+    drive.open("--drive")
+}
+
+/// The `n`th virtio disk.
+fn virtio_disk((n, disk): (usize, &Arc<Mutex<Disk>>)) -> Box<dyn virtio::Device> {
+    Box::new(Block::new(disk.clone(), &format!("bivisor-{n}")))
+}
+
+/// The devices on PCI: disks first, so that their places do not depend on the others.
+fn virtio_devices(
+    args: &BootArgs,
+    inputs: &Inputs,
+    wire: Option<Box<dyn Wire>>,
+) -> Result<Vec<Box<dyn virtio::Device>>> {
+    let mut devices: Vec<_> = inputs.disks.iter().enumerate().map(virtio_disk).collect();
+    devices.extend(wire.map(|wire| Box::new(Net::new(net::MAC, wire)) as Box<dyn virtio::Device>));
+    if let Some(place) = &args.virtio_console {
+        devices.push(Box::new(Console::new(Box::new(sink("--virtio-console", place)?))));
+    }
+    if args.rng {
+        let source: Box<dyn std::io::Read + Send> = match args.deterministic {
+            true => Box::new(Repeating(1)),
+            false => Box::new(File::open("/dev/urandom").context("--rng: /dev/urandom")?),
+        };
+        devices.push(Box::new(Rng::new(source)));
+    }
+    if let Some(bytes) = args.balloon {
+        if bytes >= args.memory {
+            bail!("--balloon: the guest has {} MiB and cannot give them all", args.memory >> 20);
+        }
+        let target = balloon::Target::default();
+        target.pages.store((bytes / 4096) as u32, std::sync::atomic::Ordering::Relaxed);
+        devices.push(Box::new(Balloon::new(Arc::new(target))));
+    }
+    Ok(devices)
+}
+
+/// Bytes that look like chance and are the same in every run (xorshift64).
+struct Repeating(u64);
+
+impl std::io::Read for Repeating {
+    fn read(&mut self, to: &mut [u8]) -> std::io::Result<usize> {
+        for b in to.iter_mut() {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            *b = (self.0 >> 32) as u8;
+        }
+        Ok(to.len())
+    }
+}
+
+fn build(args: &BootArgs, inputs: &Inputs, wire: Option<Box<dyn Wire>>) -> Result<Machine> {
     let mut debugcon = Vec::new();
     for text in &args.debugcon {
         let (number, to) = text.split_once('=').ok_or_else(|| anyhow!("--debugcon {text}: PORT=WHERE"))?;
@@ -332,6 +455,7 @@ fn build(args: &BootArgs, inputs: &Inputs) -> Result<Machine> {
         test_device: args.testdev,
         rom: if let Start::Bios(rom) = &inputs.start { rom.clone() } else { Vec::new() },
         firmware_files: inputs.option_roms.clone(),
+        virtio: virtio_devices(args, inputs, wire)?,
     };
     let vcpu =
         engine::for_machine(inputs.backend, inputs.model.clone(), args.deterministic).map_err(anyhow::Error::msg)?;

@@ -55,7 +55,7 @@ fn switch(key: &str, value: &str) -> Result<bool, String> {
 
 impl Drive {
     /// A CD in the drive of `--cdrom`.
-    pub fn cdrom(file: PathBuf) -> Drive {
+    fn cdrom(file: PathBuf) -> Drive {
         Drive {
             file,
             format: Some(Format::Raw),

@@ -11,8 +11,6 @@ mod demo;
 mod diff;
 mod display;
 mod doctor;
-// --drive and --cdrom come with their controllers.
-#[allow(dead_code)]
 mod drive;
 mod engine;
 mod exec;
@@ -22,6 +20,7 @@ mod guest;
 mod kept;
 mod keyboard;
 mod native;
+mod net;
 mod run;
 mod stats;
 mod terminal;

@@ -19,6 +19,8 @@ pub enum Input {
     Serial,
     /// The PC's keyboard.
     Keyboard,
+    /// The virtio console.
+    Console,
 }
 
 /// The terminal while a machine has it.
@@ -91,6 +93,7 @@ impl Drop for Terminal {
 fn send(machine: &Remote, input: Input, typed: &[u8]) {
     match input {
         Input::Serial => machine.type_serial(typed),
+        Input::Console => machine.type_console(typed),
         Input::Keyboard => machine.press_keys(&keyboard::scan_codes(typed)),
     }
 }

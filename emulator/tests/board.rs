@@ -2,9 +2,13 @@
 //! and every access comes back.
 
 use bivisor_emulator::bus::Bus;
+use bivisor_emulator::devices::disk::{Disk, Options};
+use bivisor_emulator::devices::virtio::block::Block;
 use bivisor_emulator::interp::Interpreter;
 use bivisor_emulator::machine::{Config, Machine, Sink};
 use proptest::prelude::*;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 
 #[derive(Clone, Copy, Debug)]
 enum Access {
@@ -46,7 +50,15 @@ fn port() -> impl Strategy<Value = u16> {
 }
 
 fn address() -> impl Strategy<Value = u64> {
-    let page = prop_oneof![Just(0xfec0_0000u64), Just(0xfee0_0000), Just(0xff00_0000), Just(0xffff_f000), any::<u64>()];
+    let page = prop_oneof![
+        Just(0xfec0_0000u64),
+        Just(0xfee0_0000),
+        Just(0xfe00_0000),
+        Just(0xfe00_3000),
+        Just(0xff00_0000),
+        Just(0xffff_f000),
+        any::<u64>()
+    ];
     (page, 0..0x1000u64).prop_map(|(page, offset)| page.wrapping_add(offset & !3))
 }
 
@@ -72,6 +84,17 @@ fn access() -> impl Strategy<Value = Access> {
     ]
 }
 
+/// Four sectors, each filled with its number, in a file that is gone already.
+fn disk() -> Arc<Mutex<Disk>> {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let n = NEXT.fetch_add(1, Ordering::Relaxed);
+    let path = std::env::temp_dir().join(format!("bivisor-board-{}-{n}", std::process::id()));
+    std::fs::write(&path, (0..4u8).flat_map(|n| [n; 512]).collect::<Vec<_>>()).expect("a temporary file");
+    let disk = Disk::open(&path, Options::default()).expect("opens");
+    std::fs::remove_file(&path).expect("there");
+    Arc::new(Mutex::new(disk))
+}
+
 fn machine() -> Machine {
     let config = Config {
         memory: 1 << 20,
@@ -83,6 +106,7 @@ fn machine() -> Machine {
         test_device: true,
         rom: vec![0x90; 0x1_0000],
         firmware_files: vec![("genroms/some".into(), vec![0x55; 512])],
+        virtio: vec![Box::new(Block::new(disk(), "disk"))],
     };
     Machine::new(Box::<Interpreter>::default(), config).expect("a small machine")
 }
@@ -124,4 +148,66 @@ proptest! {
             perform(&*board, &remote, access);
         }
     }
+}
+
+/// By ports, memory and interrupts alone: the way of a system's driver.
+#[test]
+fn a_disk_is_found_on_pci_reads_and_interrupts() {
+    let mut machine = machine();
+    machine.leave_firmware();
+    let board = machine.board();
+    let config = |function: u32, at: u32, v: Option<u32>| {
+        board.write_port(0xcf8, &(1 << 31 | function << 8 | at).to_le_bytes());
+        let mut b = [0; 4];
+        match v {
+            Some(v) => board.write_port(0xcfc, &v.to_le_bytes()),
+            None => board.read_port(0xcfc, &mut b),
+        }
+        u32::from_le_bytes(b)
+    };
+    let functions: Vec<u32> = (0..256).filter(|f| config(*f, 0, None) == 0x1042_1af4).collect();
+    assert_eq!(functions, [4 << 3], "one disk, device 4");
+    let f = functions[0];
+    let base = u64::from(config(f, 0x10, None));
+    assert_eq!((base, config(f, 0x3c, None)), (0xfe00_0000, 0x10a), "INTA on line 10");
+    config(f, 4, Some(6));
+    let write = |at: u64, v: u32, n: usize| board.write_mmio(base + at, &v.to_le_bytes()[..n]);
+    // Features: VERSION_1. One queue of 4 descriptors: table at 0x1000, available ring at 0x2000, used ring at 0x3000.
+    for (at, v, n) in [
+        (0x14, 3, 1),
+        (8, 1, 4),
+        (0xc, 1, 4),
+        (0x14, 0xb, 1),
+        (0x18, 4, 2),
+        (0x20, 0x1000, 4),
+        (0x28, 0x2000, 4),
+        (0x30, 0x3000, 4),
+        (0x1c, 1, 2),
+        (0x14, 0xf, 1),
+    ] {
+        write(at, v, n);
+    }
+    let memory = machine.memory();
+    for (n, (at, len, flags)) in [(0x4000u64, 16u32, 1u16), (0x5000, 512, 3), (0x6000, 1, 2)].into_iter().enumerate() {
+        let d =
+            [&at.to_le_bytes()[..], &len.to_le_bytes(), &flags.to_le_bytes(), &(n as u16 + 1).to_le_bytes()].concat();
+        memory.write(0x1000 + 16 * n as u64, &d).expect("RAM");
+    }
+    memory.write(0x4008, &2u64.to_le_bytes()).expect("RAM");
+    memory.write(0x6000, &[0xee]).expect("RAM");
+    memory.write(0x2002, &[1]).expect("RAM");
+    // The second 8259 lets line 10 through, and the first one the second.
+    board.write_port(0xa1, &[0xfb]);
+    board.write_port(0x21, &[0xfb]);
+    assert!(!board.interrupt_pending());
+    write(0x3000, 0, 2);
+    let mut sector = [0; 512];
+    memory.read(0x5000, &mut sector).expect("RAM");
+    assert_eq!(sector, [2; 512]);
+    assert!(board.interrupt_pending());
+    assert_eq!(board.take_interrupt(), Some(0x72));
+    let mut isr = [0];
+    board.read_mmio(base + 0x1000, &mut isr);
+    assert_eq!(isr, [1]);
+    assert!(!board.interrupt_pending());
 }

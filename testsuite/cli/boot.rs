@@ -154,6 +154,14 @@ fn bad_input_is_said_in_a_line() {
     fails(&["--kernel", &kernel, "--memory", "5000"], 1, &["memory", "3072 MiB"]);
     fails(&["--kernel", &kernel, "--smp", "2"], 1, &["--smp 2"]);
     fails(&["--kernel", &kernel, "--display", "text", "--serial", "stdio"], 1, &["both want the terminal"]);
+    let drive = |words: &str, expected: &[&str]| fails(&["--kernel", &kernel, "--drive", words], 1, expected);
+    drive("file=/nowhere/disk.img", &["--drive /nowhere/disk.img", "No such file"]);
+    drive("file=/", &["Is a directory"]);
+    drive(&format!("file={text},format=qcow2,readonly=on"), &["text", "not a qcow2 image"]);
+    let header = [&b"QFI\xfb\0\0\0\x03"[..], &[0; 40]].concat();
+    drive(&format!("file={}", file("cut.qcow2", &header)), &["cut.qcow2", "truncated"]);
+    drive(&format!("file={}", file("empty", b"")), &["is empty"]);
+    fails(&["--kernel", &kernel, "--balloon", "512"], 1, &["--balloon", "512 MiB"]);
     let bios = file("bios", &vec![0; 0x1_0000]);
     fails(&["--bios", &bios, "--option-rom", &text], 1, &["--option-rom", "55 AA"]);
     fails(&["--bios", &text], 1, &["64, 128 or 256 KiB"]);

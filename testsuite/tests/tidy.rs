@@ -13,7 +13,7 @@ const MODULES: &[(&str, &[&str])] = &[
     ("vcpu", &["cpu", "host", "mem", "bus"]),
     ("native", &["isa", "cpu", "host"]),
     ("interp", &["isa", "cpu", "host", "mem", "bus", "vcpu", "native"]),
-    ("devices", &["bus"]),
+    ("devices", &["bus", "mem"]),
     ("machine", &["isa", "cpu", "host", "mem", "bus", "vcpu", "devices"]),
     ("linux", &["isa", "cpu", "host", "mem", "bus", "vcpu"]),
 ];
@@ -40,6 +40,7 @@ const UNSAFE: &[&str] = &[
     "emulator/src/host/syscall.rs",
     "emulator/src/host/thread.rs",
     "emulator/src/linux/host.rs",
+    "emulator/src/mem/dma.rs",
     "emulator/src/mem/flat.rs",
     "emulator/src/mem/ram.rs",
     "emulator/src/native/code.rs",

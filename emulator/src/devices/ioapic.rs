@@ -25,6 +25,20 @@ pub struct Message {
     pub logical: bool,
 }
 
+impl Message {
+    /// What a write of 32 bits to an address means, if it is an interrupt (SDM 3A 11.11).
+    pub fn from_msi(address: u64, data: u32) -> Option<Message> {
+        (address >> 20 == 0xfee).then_some(Message {
+            vector: data as u8,
+            mode: (data >> 8) as u8 & 7,
+            // A device tells no end of a level, so all are edges.
+            level: false,
+            destination: (address >> 12) as u8,
+            logical: address & 4 != 0,
+        })
+    }
+}
+
 /// The chip.
 #[derive(Clone, Debug)]
 pub struct IoApic {
@@ -173,6 +187,15 @@ mod tests {
         entry(&mut a, 5, LEVEL | 0x35);
         assert_eq!(a.take_message().map(|m| m.vector), Some(0x35));
         assert_eq!(a.take_message(), None);
+    }
+
+    #[test]
+    fn messages_are_writes_to_the_apics_addresses() {
+        let m = Message::from_msi(0xfee0_3004, 0x4123).expect("an interrupt");
+        let expected = Message { vector: 0x23, mode: 1, level: false, destination: 3, logical: true };
+        assert_eq!(m, expected);
+        assert_eq!(Message::from_msi(0xfed0_0000, 0x23), None);
+        assert_eq!(Message::from_msi(0x1_fee0_0000, 0x23), None);
     }
 
     #[test]

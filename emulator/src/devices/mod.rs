@@ -14,6 +14,7 @@ pub mod pm;
 pub mod testdev;
 pub mod uart;
 pub mod vga;
+pub mod virtio;
 
 /// A binary-coded decimal byte.
 fn bcd(v: u8) -> u8 {

@@ -1,7 +1,7 @@
 //! ACPI tables (ACPI 6.4, 5.2): RSDP, XSDT, FADT, MADT, and a DSDT that says how to turn the machine off and what is on the board.
 
 use crate::devices::pm::OFF;
-use crate::machine::pc::{IOAPIC, LAPIC, PM_BASE, RAM_END, SCI, gsi};
+use crate::machine::pc::{IOAPIC, LAPIC, PCI_IRQS, PM_BASE, RAM_END, SCI, gsi};
 use crate::mem::GuestMemory;
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -57,7 +57,14 @@ fn dsdt() -> Sdt {
         AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, RAM_END as u32, 0xfebf_ffff, None);
     let pci_windows = ResourceTemplate::new(vec![&pci_bus, &pci_config, &pci_low, &pci_high, &pci_memory]);
     let pci_resources = Name::new("_CRS".into(), &pci_windows);
-    let pci = Device::new("PCI0".into(), vec![&pci_id, &pci_resources]);
+    // INTA of each device is wired to an input of the I/O APIC, which is the same input of the 8259s.
+    let inputs: Vec<(u32, u8)> =
+        (1..32u8).map(|d| (u32::from(d) << 16 | 0xffff, PCI_IRQS[usize::from(d) % PCI_IRQS.len()])).collect();
+    let routes: Vec<Package<'_>> =
+        inputs.iter().map(|(device, input)| Package::new(vec![device, &0u8, &0u8, input])).collect();
+    let routes = Package::new(routes.iter().map(|p| p as &dyn Aml).collect());
+    let pci_routes = Name::new("_PRT".into(), &routes);
+    let pci = Device::new("PCI0".into(), vec![&pci_id, &pci_resources, &pci_routes]);
     let board = Scope::new(Path::new("\\_SB_"), vec![&pci, &com1, &rtc, &keyboard]);
     let mut t = table(*b"DSDT", 36, 2);
     for part in [&s5 as &dyn Aml, &board] {

@@ -11,6 +11,8 @@ use crate::bus::Ns;
 use crate::cpu::{CpuState, Rflags};
 use crate::devices::fw_cfg::key;
 use crate::devices::testdev::TestDevice;
+use crate::devices::virtio;
+use crate::devices::virtio::pci::VirtioPci;
 use crate::mem::{GuestMemory, Ram};
 use crate::vcpu::{Board, Exit, Vcpu};
 use clock::Clock;
@@ -21,6 +23,7 @@ pub use sink::Sink;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+use virtio_bindings::virtio_ids::{VIRTIO_ID_CONSOLE, VIRTIO_ID_NET};
 
 /// The longest the timer thread sleeps: waiting output is passed on at least so often.
 const NAP: Duration = Duration::from_millis(50);
@@ -29,6 +32,9 @@ const SHORTEST: Ns = 20_000;
 /// Instructions between two looks at counted time, and what one of them takes.
 const QUANTUM: u64 = 20_000;
 const INSTRUCTION: Ns = 1;
+
+/// The most virtio devices.
+const MOST_VIRTIO: usize = 24;
 
 /// Why the machine stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +73,8 @@ pub struct Config {
     pub test_device: bool,
     /// The BIOS image that ends at 4 GiB; empty: none.
     pub rom: Vec<u8>,
+    /// Virtio devices, in the order in which they are on PCI.
+    pub virtio: Vec<Box<dyn virtio::Device>>,
     /// Files that firmware is offered by fw_cfg: name and content. SeaBIOS runs those under `vgaroms/` and `genroms/` as option ROMs.
     pub firmware_files: Vec<(String, Vec<u8>)>,
 }
@@ -109,6 +117,20 @@ impl Remote {
     pub fn screen(&self) -> Option<Screen> {
         let mode = self.pc.lock().vga.text_mode()?;
         Some(Screen::read(&self.pc.mem, mode))
+    }
+
+    /// Bytes for the virtio console, if there is one.
+    pub fn type_console(&self, bytes: &[u8]) {
+        let mut chips = self.pc.lock();
+        chips.input(VIRTIO_ID_CONSOLE as u16, bytes);
+        self.pc.publish_from_outside(&mut chips);
+    }
+
+    /// The network has frames for the virtio network card.
+    pub fn frames_arrived(&self) {
+        let mut chips = self.pc.lock();
+        chips.input(VIRTIO_ID_NET as u16, &[]);
+        self.pc.publish_from_outside(&mut chips);
     }
 
     /// Lets counted time pass and carries out what is due then; the host's time passes by itself.
@@ -163,6 +185,10 @@ impl Machine {
         let mem = Arc::new(GuestMemory::Ram(ram));
         put_rom(&mem, &config.rom);
         chips.rom = config.rom;
+        if config.virtio.len() > MOST_VIRTIO {
+            return Err(format!("a machine has at most {MOST_VIRTIO} virtio devices"));
+        }
+        chips.virtio = config.virtio.into_iter().map(|device| VirtioPci::new(device, mem.clone())).collect();
         let pc = Arc::new(Pc::new(chips, mem.clone(), clock, vcpu.kicker()));
         Ok(Machine { vcpu, mem, pc, off: Arc::default(), instructions: 0 })
     }
@@ -170,6 +196,10 @@ impl Machine {
     /// Leaves chips and low memory as a BIOS would, for kernels that are loaded without one.
     pub fn leave_firmware(&mut self) {
         boot::firmware::leave(&self.mem, &*self.pc);
+        let mut chips = self.pc.lock();
+        for (n, device) in chips.virtio.iter_mut().enumerate() {
+            device.place(pc::VIRTIO_MEMORY.0 + n as u32 * pc::VIRTIO_MEMORY.1, pc::PCI_IRQS[n % pc::PCI_IRQS.len()]);
+        }
     }
 
     /// The way to it from other threads.

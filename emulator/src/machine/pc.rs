@@ -4,7 +4,7 @@ use crate::bus::{Bus, Ns};
 use crate::devices::cmos::Cmos;
 use crate::devices::fw_cfg::FwCfg;
 use crate::devices::i8042::I8042;
-use crate::devices::ioapic::IoApic;
+use crate::devices::ioapic::{IoApic, Message};
 use crate::devices::lapic::Lapic;
 use crate::devices::pci::PciHost;
 use crate::devices::pic::Pic;
@@ -13,6 +13,7 @@ use crate::devices::pm::{self, Pm};
 use crate::devices::testdev::TestDevice;
 use crate::devices::uart::Uart;
 use crate::devices::vga::Vga;
+use crate::devices::virtio::pci::VirtioPci;
 use crate::machine::End;
 use crate::machine::clock::Clock;
 use crate::machine::sink::Sink;
@@ -30,6 +31,12 @@ pub const LAPIC: u64 = 0xfee0_0000;
 pub const RAM_END: u64 = 0xc000_0000;
 /// First port of the ACPI registers.
 pub const PM_BASE: u16 = 0x600;
+/// The interrupt lines that INTA of the PCI devices are on, in turn: device n is on line n modulo 2 of these.
+pub const PCI_IRQS: [u8; 2] = [10, 11];
+/// The first virtio device on PCI, device number: on the first of these lines.
+pub const FIRST_VIRTIO: u8 = 4;
+/// Where their memory is put when no firmware does it, and how much each gets.
+pub const VIRTIO_MEMORY: (u32, u32) = (0xfe00_0000, 0x8000);
 /// The ACPI interrupt.
 pub const SCI: u8 = 9;
 
@@ -49,6 +56,7 @@ pub struct Chips {
     pub(super) pm: Pm,
     pub(super) fw_cfg: FwCfg,
     pci: PciHost,
+    pub(super) virtio: Vec<VirtioPci>,
     pub(super) vga: Vga,
     pub(super) test: Option<TestDevice>,
     /// Where the local APIC's page is.
@@ -117,6 +125,7 @@ impl Chips {
             pm,
             fw_cfg: FwCfg::new(),
             pci: PciHost::default(),
+            virtio: Vec::new(),
             vga: Vga::default(),
             test: None,
             lapic_base: LAPIC,
@@ -137,6 +146,56 @@ impl Chips {
         }
     }
 
+    /// The PCI map: which function (device << 3 | function) is what.
+    fn read_config(&mut self, function: u8, at: u8) -> u8 {
+        match function {
+            0 => self.pci.space.read(at),
+            _ => self.virtio_at(function).map_or(0xff, |v| v.read_config(at)),
+        }
+    }
+
+    fn write_config(&mut self, function: u8, at: u8, v: u8) {
+        match function {
+            0 => self.pci.space.write(at, v),
+            _ => {
+                if let Some(device) = self.virtio_at(function) {
+                    device.write_config(at, v);
+                    self.wire_virtio();
+                }
+            }
+        }
+    }
+
+    fn virtio_at(&mut self, function: u8) -> Option<&mut VirtioPci> {
+        let n = (function >> 3).checked_sub(FIRST_VIRTIO)?;
+        self.virtio.get_mut(usize::from(n)).filter(|_| function & 7 == 0)
+    }
+
+    /// Bytes from outside for the virtio device of a kind.
+    pub(super) fn input(&mut self, kind: u16, bytes: &[u8]) {
+        if let Some(device) = self.virtio.iter_mut().find(|v| v.kind() == kind) {
+            device.input(bytes);
+            self.wire_virtio();
+            self.settle();
+        }
+    }
+
+    /// Brings what the virtio devices want to the interrupt lines and the local APIC.
+    fn wire_virtio(&mut self) {
+        let mut levels = [false; PCI_IRQS.len()];
+        for (n, device) in self.virtio.iter_mut().enumerate() {
+            levels[n % PCI_IRQS.len()] |= device.intx();
+            for (address, data) in device.take_messages() {
+                if let Some(m) = Message::from_msi(address, data) {
+                    self.lapic.deliver(m);
+                }
+            }
+        }
+        for (irq, level) in PCI_IRQS.into_iter().zip(levels) {
+            self.wire(irq, level);
+        }
+    }
+
     fn wire(&mut self, irq: u8, level: bool) {
         let bit = 1u32 << (irq & 31);
         self.levels = if level { self.levels | bit } else { self.levels & !bit };
@@ -149,8 +208,9 @@ impl Chips {
         self.wire(4, self.com1.irq());
         self.wire(8, self.cmos.irq());
         self.wire(SCI, self.pm.irq());
+        self.wire_virtio();
         let test = self.test.as_ref().map_or(0, TestDevice::lines);
-        for irq in [3, 5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23] {
+        for irq in [3, 5, 6, 7, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23] {
             self.wire(irq, test >> irq & 1 != 0);
         }
         // The test device shares the lines of chips.
@@ -265,7 +325,7 @@ impl Chips {
             }
             0x4d0 | 0x4d1 => self.pic.elcr(port & 1 != 0),
             0x511 => self.fw_cfg.read(),
-            0xcfc..=0xcff => self.pci.read(port as u8 & 3),
+            0xcfc..=0xcff => self.pci.target(port as u8).map_or(0xff, |(function, at)| self.read_config(function, at)),
             PM_BASE..0x610 => self.pm.read((port - PM_BASE) as u8, now),
             // A debug console tells that it is there by 0xE9, wherever it is (QEMU's isa-debugcon).
             _ if self.debugcon.iter().any(|(p, _)| *p == port) => 0xe9,
@@ -302,7 +362,11 @@ impl Chips {
                 }
             }
             0x4d0 | 0x4d1 => self.pic.set_elcr(port & 1 != 0, v),
-            0xcfc..=0xcff => self.pci.write(port as u8 & 3, v),
+            0xcfc..=0xcff => {
+                if let Some((function, at)) = self.pci.target(port as u8) {
+                    self.write_config(function, at, v);
+                }
+            }
             PM_BASE..0x610 => {
                 self.pm.write((port - PM_BASE) as u8, v);
                 if self.pm.take_sleep() == Some(pm::OFF) {
@@ -361,7 +425,9 @@ impl Chips {
             _ if gpa & !0xfff == self.lapic_base && self.lapic.is_mapped() => self.lapic.read(gpa & 0xfff, now),
             _ if gpa & !0xfff == IOAPIC => self.ioapic.read(gpa & 0xfff),
             _ => {
-                if !self.test.as_mut().is_some_and(|t| t.read_memory(gpa, data)) {
+                if self.virtio.iter_mut().any(|v| v.read_memory(gpa, data)) {
+                    self.wire_virtio();
+                } else if !self.test.as_mut().is_some_and(|t| t.read_memory(gpa, data)) {
                     self.read_rom(gpa, data);
                 }
                 return;
@@ -396,6 +462,7 @@ impl Chips {
                 }
             }
             _ if gpa & !0xfff == IOAPIC => self.ioapic.write(gpa & 0xfff, word),
+            _ if self.virtio.iter_mut().any(|v| v.write_memory(gpa, data)) => self.wire_virtio(),
             _ => _ = self.test.as_mut().is_some_and(|t| t.write_memory(gpa, data)),
         }
     }

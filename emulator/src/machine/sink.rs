@@ -38,6 +38,18 @@ impl Sink {
     }
 }
 
+impl Write for Sink {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        Sink::write(self, bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Sink::flush(self);
+        Ok(())
+    }
+}
+
 impl Drop for Sink {
     fn drop(&mut self) {
         self.flush();

@@ -1,5 +1,6 @@
 //! Guest memory and the way to it.
 
+pub mod dma;
 pub mod flat;
 pub mod guest;
 pub mod mmu;

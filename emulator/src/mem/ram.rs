@@ -5,7 +5,7 @@ use crate::host::probe::Reach;
 use crate::isa::Width;
 use crate::mem::PAGE_SIZE;
 use crate::mem::guest::Id;
-use memmap2::MmapRaw;
+use memmap2::{MmapRaw, UncheckedAdvice};
 use std::fs::File;
 use std::os::fd::FromRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
@@ -263,6 +263,22 @@ impl Ram {
         Some(())
     }
 
+    /// Gives the host back the memory of whole pages: they are zeros from now on.
+    ///
+    /// # Errors
+    /// Not whole pages of this RAM, or the host's.
+    pub fn give_back(&self, gpa: u64, len: u64) -> std::io::Result<()> {
+        let whole = gpa.is_multiple_of(PAGE_SIZE) && len.is_multiple_of(PAGE_SIZE);
+        if !whole || self.at(gpa, len).is_none() {
+            return Err(std::io::ErrorKind::InvalidInput.into());
+        }
+        let advice = if self.file.is_some() { UncheckedAdvice::Remove } else { UncheckedAdvice::DontNeed };
+        // SAFETY: the range is inside the mapping; nothing in Rust refers to its bytes, which become zeros as by a guest's stores.
+        unsafe { self.map.unchecked_advise_range(advice, gpa as usize, len as usize)? };
+        (gpa..gpa + len).step_by(PAGE_SIZE as usize).for_each(|page| self.wrote(page));
+        Ok(())
+    }
+
     /// See [`crate::mem::GuestMemory::watch_code`].
     pub fn watch_code(&self, gpa: u64) {
         if let Some(page) = self.pages.get((gpa / PAGE_SIZE) as usize)
@@ -355,6 +371,22 @@ mod tests {
         assert!(!ram.store_needs_care(PAGE_SIZE));
         ram.watch_code(PAGE_SIZE);
         assert_eq!(ram.watches(), 2);
+    }
+
+    #[test]
+    fn pages_given_back_are_zeros_and_their_code_is_stale() {
+        for ram in [Ram::new(4 * PAGE_SIZE), Ram::shared(4 * PAGE_SIZE)].map(|r| r.expect("16 KiB")) {
+            ram.write(0, &[7; 4 * PAGE_SIZE as usize]).expect("inside");
+            ram.watch_code(PAGE_SIZE);
+            ram.give_back(PAGE_SIZE, 2 * PAGE_SIZE).expect("whole pages");
+            let seen = [0, PAGE_SIZE, 3 * PAGE_SIZE - 1, 3 * PAGE_SIZE].map(|at| ram.load(at, Width::B));
+            assert_eq!(seen, [7, 0, 0, 7].map(Some));
+            assert_eq!(ram.code_generation(PAGE_SIZE), 1);
+            for (at, len) in [(1, PAGE_SIZE), (0, 1), (PAGE_SIZE, 4 * PAGE_SIZE), (u64::MAX - PAGE_SIZE + 1, PAGE_SIZE)]
+            {
+                assert!(ram.give_back(at, len).is_err());
+            }
+        }
     }
 
     #[test]

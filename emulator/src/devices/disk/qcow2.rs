@@ -87,7 +87,7 @@ impl Qcow2 {
         if !matches!(version, 2 | 3) {
             return Err(format!("a qcow2 image of version {version}; 2 and 3 can be read"));
         }
-        let header_length = if version == 2 { 72 } else { be32(&header, 100) };
+        let header_length = if version == 2 { 72 } else { be32(&header, 100).max(104) };
         if length < u64::from(header_length) {
             return Err(format!("the qcow2 image is truncated: {length} bytes are less than its header"));
         }

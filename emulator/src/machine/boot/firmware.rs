@@ -13,9 +13,10 @@ const SECOND: u64 = 0xf_ff70;
 const END_FIRST: [u8; 7] = [0x50, 0xb0, 0x20, 0xe6, 0x20, 0x58, 0xcf];
 const END_SECOND: [u8; 9] = [0x50, 0xb0, 0x20, 0xe6, 0xa0, 0xe6, 0x20, 0x58, 0xcf];
 
-/// Ports and bytes: ICW1 to ICW4 of both controllers (vectors 8 and 0x70, cascade on 2), the tick and the cascade unmasked; the timer's
+/// Ports and bytes: ICW1 to ICW4 of both controllers (vectors 8 and 0x70, cascade on 2), the tick and the cascade unmasked, PCI's
+/// lines 10 and 11 level-triggered; the timer's
 /// channel 0 in mode 3 with the full count.
-const PORTS: [(u16, u8); 13] = [
+const PORTS: [(u16, u8); 14] = [
     (0x20, 0x11),
     (0x21, 0x08),
     (0x21, 0x04),
@@ -26,6 +27,7 @@ const PORTS: [(u16, u8); 13] = [
     (0xa1, 0x01),
     (0x21, 0xfa),
     (0xa1, 0xff),
+    (0x4d1, 0x0c),
     (0x43, 0x36),
     (0x40, 0x00),
     (0x40, 0x00),
