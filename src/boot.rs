@@ -309,12 +309,19 @@ pub fn pair(mut args: BootArgs) -> Result<impl FnMut() -> Result<(Machine, Machi
     let model = Arc::new(CpuModel::from_name(&args.cpu).map_err(anyhow::Error::msg)?);
     let initrd = args.initrd.as_ref().map(|path| read(path, "--initrd")).transpose()?;
     let backend = Backend::Interp;
-    let mut inputs = Inputs { start: start(&args)?, initrd, option_roms: option_roms(&args)?, model, backend };
+    if args.net != Network::None {
+        bail!("--net: two machines in step cannot have a network, which is never the same twice");
+    }
+    let (start, option_roms, disks) = (start(&args)?, option_roms(&args)?, Vec::new());
+    let mut inputs = Inputs { start, initrd, option_roms, model, backend, disks };
     Ok(move || {
-        inputs.backend = Backend::Interp;
-        let interpreted = build(&args, &inputs)?;
-        inputs.backend = Backend::Bt;
-        Ok((interpreted, build(&args, &inputs)?))
+        // Each machine has its own view of a disk, which readonly=on or snapshot=on give; else the second finds it in use.
+        let mut machine = |backend| {
+            inputs.backend = backend;
+            inputs.disks = args.drive.iter().map(disk).collect::<Result<_>>()?;
+            build(&args, &inputs, None)
+        };
+        Ok((machine(Backend::Interp)?, machine(Backend::Bt)?))
     })
 }
 
