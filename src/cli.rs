@@ -5,6 +5,10 @@ use clap::{Parser, Subcommand};
 /// An x86 virtual machine with three engines: interpreter, binary translator, KVM.
 #[derive(Parser)]
 #[command(version, arg_required_else_help = true, max_term_width = 100)]
+#[command(
+    after_help = "Examples:\n  bivisor run ls -l /\n  bivisor boot --kernel vmlinuz --initrd initrd.img --append console=ttyS0\n  \
+                        bivisor doctor\n\n`bivisor COMMAND --help` has the options and more examples."
+)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]

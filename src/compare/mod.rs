@@ -296,6 +296,20 @@ pub fn run(args: &CompareArgs) -> Result<i32> {
         eprintln!("bivisor: there is nothing to compare called `{name}`: give some of {}", names.join(", "));
         return Ok(2);
     }
+    if args.kernel.is_none() && args.only.iter().any(|o| o == boot::KERNEL) {
+        eprintln!(
+            "bivisor: `{}` is the kernel that --kernel FILE (or BIVISOR_KERNEL) names, and none is named",
+            boot::KERNEL
+        );
+        return Ok(2);
+    }
+    for file in [&args.kernel, &args.initrd].into_iter().flatten() {
+        std::fs::File::open(file).with_context(|| format!("{}", file.display()))?;
+    }
+    // What takes a minute is not lost because of a wrong path.
+    if let Some(path) = &args.html {
+        std::fs::write(path, "").with_context(|| format!("{}", path.display()))?;
+    }
     if args.natively {
         let operations = nano::all().into_iter().filter(|n| wanted(args, n.name));
         let ways: Vec<_> = operations.map(|n| (n.name, n.native)).collect();

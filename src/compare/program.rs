@@ -36,7 +36,7 @@ pub const ALL: [Program; 4] = [
         turns: 1,
     },
     Program {
-        name: "syscall",
+        name: "syscalls",
         what: "reads and writes of one byte",
         why: "each system call leaves an engine in process mode; a container's goes straight to the kernel",
         script: "dd if=/dev/zero of=/dev/null bs=1 count=$N 2>/dev/null",

@@ -392,7 +392,14 @@ fn comparison() {
     assert!(!page.contains("http") && !page.contains("<script") && !page.contains("src="), "self-contained");
     assert!(page.contains("call/ret") && page.contains("viewport"));
     fits(&text(&["compare", "rdtsc", "cpu"]));
-    assert_eq!(bivisor(&["compare", "nonsense"]).status.code(), Some(2));
+    for wrong in [&["nonsense"][..], &["kernel"]] {
+        assert_eq!(bivisor(&[&["compare"], wrong].concat()).status.code(), Some(2), "{wrong:?}");
+    }
+    for wrong in [&["popf", "--html", "/nonexistent/report.html"][..], &["kernel", "--kernel", "/nonexistent"]] {
+        let output = bivisor(&[&["compare"], wrong].concat());
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!((output.status.code(), said.lines().count()), (Some(1), 1), "{wrong:?}: {said}");
+    }
 }
 
 /// Guest and host code side by side: what is called identical is, every place named is there, all engines' functions too.
