@@ -50,10 +50,11 @@ const MACHINE: &str = "multiboot in protected mode: two words\nfive ticks of the
 
 #[test]
 fn a_kernel_goes_through_the_modes_and_turns_the_machine_off() {
-    let kernel = assemble("machine.S", &["-Wl,-Ttext=0x100000"]);
+    let first = assemble("machine.S", &["-Wl,-Ttext=0x100000"]);
+    let second = assemble("machine.S", &["-Wl,-Ttext=0x100000", "-Wa,--defsym,MULTIBOOT2=1", "-s"]);
     for engine in ENGINES {
-        for time in [&[][..], &["--deterministic"]] {
-            let args = ["--backend", engine, "--kernel", &kernel, "--append", "two words", "--debug-exit", "0xf4"];
+        for (kernel, time) in [(&first, &[][..]), (&first, &["--deterministic"]), (&second, &[])] {
+            let args = ["--backend", engine, "--kernel", kernel, "--append", "two words", "--debug-exit", "0xf4"];
             let output = boot(&[&args[..], time].concat());
             assert_eq!(text(&output.stdout), MACHINE, "{engine} {time:?}: {}", text(&output.stderr));
             assert_eq!(output.status.code(), Some(0), "{engine} {time:?}");

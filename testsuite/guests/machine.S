@@ -1,5 +1,5 @@
-# A multiboot kernel for the whole machine: 32-bit mode with the 8259 and the 8254, then long mode with the local APIC's timer, an edit of
-# page tables, code that changes itself; it reports on the serial port and turns the machine off by ACPI.
+# A multiboot kernel (version 2 with MULTIBOOT2 defined) for the whole machine: 32-bit mode with the 8259 and the 8254, then long mode with
+# the local APIC's timer, an edit of page tables, code that changes itself; it reports on the serial port and turns the machine off by ACPI.
 #include "timer.inc"
     .set COM1, 0x3f8
     .set PIT_VECTOR, 0x20
@@ -9,16 +9,28 @@
     .set PM1_CONTROL, 0x604
     .text
     .code32
-    .align 4
+    .align 8
+    .ifdef MULTIBOOT2
+    .set MAGIC, 0x36d76289
+    .long 0xe85250d6, 0, 24, -(0xe85250d6 + 24), 0, 8
+    .else
+    .set MAGIC, 0x2badb002
     .long 0x1badb002, 3, -(0x1badb002 + 3)
+    .endif
 
     .globl _start
 _start:
     mov $STACK, %esp
-    cmp $0x2badb002, %eax
+    cmp $MAGIC, %eax
     jne failed
     mov $text_32, %esi
     call print
+    .ifdef MULTIBOOT2
+    # The first tag is the command line.
+    cmpl $1, 8(%ebx)
+    jne failed
+    lea 16(%ebx), %esi
+    .else
     # The command line, behind the file's name.
     mov 16(%ebx), %esi
 1:  lodsb
@@ -26,6 +38,7 @@ _start:
     jz failed
     cmp $' ', %al
     jne 1b
+    .endif
     call print
     call newline
 

@@ -4,6 +4,7 @@ mod elf;
 pub(crate) mod firmware;
 mod linux;
 mod multiboot;
+mod multiboot2;
 
 use crate::cpu::{Attr, CpuState, Cr0, Rflags, Segment, Table};
 use crate::isa::Seg;
@@ -27,6 +28,8 @@ pub struct Payload<'a> {
 pub enum Kind {
     /// Multiboot 1.
     Multiboot,
+    /// Multiboot 2.
+    Multiboot2,
     /// A Linux bzImage.
     BzImage,
     /// An ELF file: vmlinux.
@@ -39,6 +42,8 @@ pub fn kind(image: &[u8]) -> Option<Kind> {
         Some(Kind::BzImage)
     } else if multiboot::header(image).is_some() {
         Some(Kind::Multiboot)
+    } else if multiboot2::header(image).is_some() {
+        Some(Kind::Multiboot2)
     } else {
         image.starts_with(b"\x7fELF").then_some(Kind::Elf)
     }
@@ -50,11 +55,12 @@ pub fn kind(image: &[u8]) -> Option<Kind> {
 /// A sentence: what is wrong with the image, or that it does not fit.
 pub fn load(mem: &GuestMemory, cpu: &mut CpuState, payload: &Payload<'_>) -> Result<Kind, String> {
     let Some(kind) = kind(payload.kernel) else {
-        return Err("not a kernel image: no bzImage, no ELF file, and no multiboot header in its first 8 KiB".into());
+        return Err("not a kernel image: no bzImage, no ELF file, and no multiboot header".into());
     };
     let rsdp = crate::machine::acpi::write(mem)?;
     match kind {
         Kind::Multiboot => multiboot::load(mem, cpu, payload)?,
+        Kind::Multiboot2 => multiboot2::load(mem, cpu, payload, rsdp)?,
         Kind::BzImage => linux::load_bzimage(mem, cpu, payload, rsdp)?,
         Kind::Elf => linux::load_vmlinux(mem, cpu, payload, rsdp)?,
     }
