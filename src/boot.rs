@@ -1,10 +1,13 @@
 //! `bivisor boot`: a whole machine under an engine, with its console on the terminal.
 
 use crate::display::Display;
-use crate::drive::{Drive, Interface};
+use crate::drive::{Drive, Drives};
 use crate::engine::{self, Backend};
 use crate::exec::response;
+use crate::machine_stats;
 use crate::net;
+use crate::pty::Pty;
+use crate::stats::Format;
 use crate::terminal::{Input, Terminal};
 use anyhow::{Context, Result, anyhow, bail};
 use bivisor_emulator::cpu::CpuState;
@@ -34,6 +37,7 @@ const UNSUPPORTED: i32 = 125;
 #[derive(Args)]
 #[command(after_help = "Examples:\n  \
         bivisor boot --kernel vmlinuz --initrd initrd.img --append 'console=ttyS0' --memory 512\n  \
+        bivisor boot --cdrom debian.iso --memory 1G\n  \
         bivisor boot --kernel tests/smap.flat --cpu max --testdev --debug-exit 0xf4 --timeout 60\n\n\
         Exit status: 0 when the guest turns the machine off or the user quits; ((v << 1) | 1) & 0xff when it writes v to the\n\
         --debug-exit port; 122 after a triple fault, 124 when the time is up, 125 when the engine cannot do an instruction;\n\
@@ -41,16 +45,17 @@ const UNSUPPORTED: i32 = 125;
         On a terminal, Ctrl-A x quits and Ctrl-A h shows the other keys.")]
 pub struct BootArgs {
     /// The kernel: bzImage, vmlinux, PVH or multiboot; its kind is found out.
-    #[arg(long, value_name = "FILE", required_unless_present_any = ["bios", "flat"], conflicts_with_all = ["bios", "flat"])]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["bios", "flat", "drive", "cdrom"], conflicts_with_all = ["bios", "flat"])]
     kernel: Option<PathBuf>,
-    /// A BIOS image of 64, 128 or 256 KiB, which gets the machine as after RESET.
+    /// A BIOS image of 64, 128 or 256 KiB, which gets the machine as after RESET [default without --kernel and --flat: SeaBIOS as
+    /// distributions install it].
     #[arg(long, value_name = "FILE", conflicts_with = "flat")]
     bios: Option<PathBuf>,
     /// The VGA's BIOS: an option ROM that SeaBIOS runs first [default: vgabios-isavga.bin beside the BIOS, if it is there].
-    #[arg(long, value_name = "FILE", requires = "bios")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "flat"])]
     vgabios: Option<PathBuf>,
     /// Another option ROM for the BIOS to run. May be repeated.
-    #[arg(long, value_name = "FILE", requires = "bios")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "flat"])]
     option_rom: Vec<PathBuf>,
     /// Bytes to put at an address and to start there, in --mode: code.bin@0x7c00.
     #[arg(long, value_name = "FILE@ADDRESS")]
@@ -61,8 +66,8 @@ pub struct BootArgs {
     /// The initial RAM disk, or the first multiboot module.
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
-    /// A disk, in QEMU's words: file=PATH and, after commas, format=raw or qcow2, if=virtio, readonly=on, snapshot=on, cache=unsafe. The
-    /// first is the guest's /dev/vda. qcow2 needs readonly=on or snapshot=on, which keeps in memory what the guest writes. May be repeated.
+    /// A disk, in QEMU's words: file=PATH and, after commas, format=raw or qcow2, if=virtio or ide, readonly=on, snapshot=on, cache=unsafe. The
+    /// first on virtio is the guest's /dev/vda. qcow2 needs readonly=on or snapshot=on, which keeps in memory what the guest writes. May be repeated.
     #[arg(long, value_name = "file=PATH,...", value_parser = Drive::parse)]
     drive: Vec<Drive>,
     /// A virtio console, the guest's /dev/hvc0: stdio (and --serial none), or file:PATH.
@@ -77,6 +82,9 @@ pub struct BootArgs {
     /// A virtio balloon that asks the guest to give this much memory back to the host: MiB, or with a unit.
     #[arg(long, value_name = "SIZE", value_parser = memory)]
     balloon: Option<u64>,
+    /// A CD: an ISO image in a drive on the second IDE channel.
+    #[arg(long, value_name = "FILE")]
+    cdrom: Option<PathBuf>,
     /// The kernel's command line.
     #[arg(long, value_name = "TEXT", default_value = "", allow_hyphen_values = true)]
     append: String,
@@ -92,7 +100,7 @@ pub struct BootArgs {
     /// The engine.
     #[arg(long, value_enum, default_value = "auto")]
     backend: Backend,
-    /// The first serial port: stdio, none, or file:PATH [default: stdio, or none with --display text].
+    /// The first serial port: stdio, none, file:PATH, or pty, a new pseudoterminal whose name is said at the start [default: stdio, or none with --display text].
     #[arg(long, value_name = "WHERE")]
     serial: Option<String>,
     /// The VGA's text screen: drawn in the terminal, where what is typed then goes to the PC's keyboard; if standard output is no
@@ -120,6 +128,9 @@ pub struct BootArgs {
     /// Write the processor's state at the end, as JSON.
     #[arg(long, value_name = "FILE")]
     dump_state: Option<PathBuf>,
+    /// At the end, say what the engine and the chips did: times, reasons by Intel's exit numbers, blocks.
+    #[arg(long, value_enum, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "text")]
+    stats: Option<Format>,
     /// Say which engine runs and why.
     #[arg(short, long)]
     verbose: bool,
@@ -173,7 +184,10 @@ fn sink(option: &str, place: &str) -> Result<Sink> {
             let file = File::create(path).with_context(|| format!("{option}: {path}"))?;
             Ok(Sink::new(Box::new(file)))
         }
-        _ => bail!("{option}: `{place}` is none of stdio, none, file:PATH"),
+        _ => {
+            let more = if option == "--serial" { ", pty" } else { "" };
+            bail!("{option}: `{place}` is none of stdio, none, file:PATH{more}")
+        }
     }
 }
 
@@ -188,13 +202,28 @@ enum Screen {
 
 impl BootArgs {
     fn display(&self) -> Screen {
-        let shown = self.bios.is_some() && self.serial.is_none() && std::io::stdout().is_terminal();
+        let shown = self.has_bios() && self.serial.is_none() && std::io::stdout().is_terminal();
         self.display.unwrap_or(if shown { Screen::Text } else { Screen::None })
     }
 
     /// Is the virtio console on the terminal?
     fn on_console(&self) -> bool {
         self.virtio_console.as_deref() == Some("stdio")
+    }
+
+    /// Does a BIOS get the machine?
+    fn has_bios(&self) -> bool {
+        self.kernel.is_none() && self.flat.is_none()
+    }
+
+    /// The BIOS that is named, else one that is installed.
+    fn bios(&self) -> Result<&Path> {
+        const INSTALLED: [&str; 3] =
+            ["/usr/share/seabios/bios-256k.bin", "/usr/share/qemu/bios-256k.bin", "/usr/share/seabios/bios.bin"];
+        let installed = || INSTALLED.into_iter().map(Path::new).find(|path| path.is_file());
+        self.bios.as_deref().or_else(installed).ok_or_else(|| {
+            anyhow!("a disk without --kernel needs a BIOS and none is installed: install seabios or use --bios FILE")
+        })
     }
 
     fn serial(&self) -> &str {
@@ -229,8 +258,8 @@ struct Inputs {
     option_roms: Vec<(String, Vec<u8>)>,
     model: Arc<CpuModel>,
     backend: Backend,
-    /// What --drive names, open: disks last longer than one start of the machine.
-    disks: Vec<Arc<Mutex<Disk>>>,
+    /// What --drive and --cdrom name, open: disks last longer than one start of the machine.
+    drives: Drives,
 }
 
 /// Runs the machine; gives the exit status.
@@ -244,8 +273,8 @@ pub fn run(args: &BootArgs) -> Result<i32> {
         eprintln!("bivisor: {why}");
     }
     let initrd = args.initrd.as_ref().map(|path| read(path, "--initrd")).transpose()?;
-    let disks = args.drive.iter().map(disk).collect::<Result<_>>()?;
-    let inputs = Inputs { start: start(args)?, initrd, option_roms: option_roms(args)?, model, backend, disks };
+    let drives = Drives::open(&args.drive, args.cdrom.as_deref())?;
+    let inputs = Inputs { start: start(args)?, initrd, option_roms: option_roms(args)?, model, backend, drives };
     let limit = args.timeout.map(Duration::try_from_secs_f64).transpose().context("--timeout")?;
     let shown = args.display() == Screen::Text;
     if shown && args.serial() == "stdio" {
@@ -260,13 +289,21 @@ pub fn run(args: &BootArgs) -> Result<i32> {
         serial => (serial == "stdio").then_some(Input::Serial),
     };
     let terminal = input.map(Terminal::take);
+    let pty = (args.serial() == "pty").then(Pty::open).transpose()?;
+    if let Some(pty) = &pty {
+        eprintln!("bivisor: the serial port is on {}", pty.name);
+    }
     let started = Instant::now();
     loop {
         let (wire, network) = match args.net {
             Network::User => Some(net::user()?).unzip(),
             Network::None => (None, None),
         };
-        let mut machine = build(args, &inputs, wire)?;
+        let mut machine = build(args, &inputs, wire, pty.as_ref())?;
+        let clocks = machine_stats::Start::now();
+        if let Some(pty) = &pty {
+            pty.set(Some(machine.remote()));
+        }
         if let Some(network) = &network {
             network.attach(Some(machine.remote()));
         }
@@ -282,6 +319,9 @@ pub fn run(args: &BootArgs) -> Result<i32> {
         if let Some(terminal) = &terminal {
             terminal.detach();
         }
+        if let Some(pty) = &pty {
+            pty.set(None);
+        }
         if let Some(path) = &args.dump_state {
             dump(path, machine.state())?;
         }
@@ -294,6 +334,9 @@ pub fn run(args: &BootArgs) -> Result<i32> {
             End::Unsupported => UNSUPPORTED,
         };
         drop(terminal);
+        if let Some(format) = args.stats {
+            eprintln!("{}", clocks.report(&mut machine, inputs.backend.name(), format));
+        }
         if let Some(words) = complaint(end) {
             let s = machine.state();
             eprintln!("bivisor: {words} {}", place(s));
@@ -312,21 +355,22 @@ pub fn pair(mut args: BootArgs) -> Result<impl FnMut() -> Result<(Machine, Machi
     if args.net != Network::None {
         bail!("--net: two machines in step cannot have a network, which is never the same twice");
     }
-    let (start, option_roms, disks) = (start(&args)?, option_roms(&args)?, Vec::new());
-    let mut inputs = Inputs { start, initrd, option_roms, model, backend, disks };
+    let (start, option_roms, drives) = (start(&args)?, option_roms(&args)?, Drives::default());
+    let mut inputs = Inputs { start, initrd, option_roms, model, backend, drives };
     Ok(move || {
         // Each machine has its own view of a disk, which readonly=on or snapshot=on give; else the second finds it in use.
         let mut machine = |backend| {
             inputs.backend = backend;
-            inputs.disks = args.drive.iter().map(disk).collect::<Result<_>>()?;
-            build(&args, &inputs, None)
+            inputs.drives = Drives::open(&args.drive, args.cdrom.as_deref())?;
+            build(&args, &inputs, None, None)
         };
         Ok((machine(Backend::Interp)?, machine(Backend::Bt)?))
     })
 }
 
 fn start(args: &BootArgs) -> Result<Start> {
-    if let Some(path) = &args.bios {
+    if args.has_bios() {
+        let path = args.bios()?;
         let rom = read(path, "--bios")?;
         if !matches!(rom.len(), 0x1_0000 | 0x2_0000 | 0x4_0000) {
             bail!("--bios {}: {} bytes; an image has 64, 128 or 256 KiB", path.display(), rom.len());
@@ -347,7 +391,10 @@ fn start(args: &BootArgs) -> Result<Start> {
 
 /// The option ROMs, by the names by which SeaBIOS finds them.
 fn option_roms(args: &BootArgs) -> Result<Vec<(String, Vec<u8>)>> {
-    let beside = args.bios.as_ref().map(|bios| bios.with_file_name("vgabios-isavga.bin")).filter(|path| path.is_file());
+    if !args.has_bios() {
+        return Ok(Vec::new());
+    }
+    let beside = Some(args.bios()?.with_file_name("vgabios-isavga.bin")).filter(|path| path.is_file());
     let vga = args.vgabios.clone().or(beside);
     let mut roms = Vec::new();
     let others = args.option_rom.iter().map(|path| ("--option-rom", "genroms", path));
@@ -388,13 +435,6 @@ fn place(s: &CpuState) -> String {
     )
 }
 
-fn disk(drive: &Drive) -> Result<Arc<Mutex<Disk>>> {
-    if drive.interface != Interface::Virtio {
-        bail!("--drive {}: there is no IDE controller; use if=virtio", drive.file.display());
-    }
-    drive.open("--drive")
-}
-
 /// The `n`th virtio disk.
 fn virtio_disk((n, disk): (usize, &Arc<Mutex<Disk>>)) -> Box<dyn virtio::Device> {
     Box::new(Block::new(disk.clone(), &format!("bivisor-{n}")))
@@ -406,7 +446,7 @@ fn virtio_devices(
     inputs: &Inputs,
     wire: Option<Box<dyn Wire>>,
 ) -> Result<Vec<Box<dyn virtio::Device>>> {
-    let mut devices: Vec<_> = inputs.disks.iter().enumerate().map(virtio_disk).collect();
+    let mut devices: Vec<_> = inputs.drives.virtio.iter().enumerate().map(virtio_disk).collect();
     devices.extend(wire.map(|wire| Box::new(Net::new(net::MAC, wire)) as Box<dyn virtio::Device>));
     if let Some(place) = &args.virtio_console {
         devices.push(Box::new(Console::new(Box::new(sink("--virtio-console", place)?))));
@@ -444,7 +484,7 @@ impl std::io::Read for Repeating {
     }
 }
 
-fn build(args: &BootArgs, inputs: &Inputs, wire: Option<Box<dyn Wire>>) -> Result<Machine> {
+fn build(args: &BootArgs, inputs: &Inputs, wire: Option<Box<dyn Wire>>, pty: Option<&Pty>) -> Result<Machine> {
     let mut debugcon = Vec::new();
     for text in &args.debugcon {
         let (number, to) = text.split_once('=').ok_or_else(|| anyhow!("--debugcon {text}: PORT=WHERE"))?;
@@ -456,13 +496,14 @@ fn build(args: &BootArgs, inputs: &Inputs, wire: Option<Box<dyn Wire>>) -> Resul
         memory: args.memory,
         epoch: if args.deterministic { 0 } else { now },
         counted_time: args.deterministic,
-        serial: sink("--serial", args.serial())?,
+        serial: pty.map_or_else(|| sink("--serial", args.serial()), Pty::sink)?,
         debugcon,
         debug_exit: args.debug_exit,
         test_device: args.testdev,
         rom: if let Start::Bios(rom) = &inputs.start { rom.clone() } else { Vec::new() },
         firmware_files: inputs.option_roms.clone(),
         virtio: virtio_devices(args, inputs, wire)?,
+        ide: inputs.drives.ide.clone(),
     };
     let vcpu =
         engine::for_machine(inputs.backend, inputs.model.clone(), args.deterministic).map_err(anyhow::Error::msg)?;

@@ -2,7 +2,9 @@
 
 use anyhow::{Result, anyhow, bail};
 use bivisor_emulator::devices::disk::{Disk, Format, Options};
-use std::path::PathBuf;
+use bivisor_emulator::devices::ide::Kind;
+use bivisor_emulator::machine::IdeDrive;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 /// What a drive is connected to.
@@ -27,6 +29,43 @@ pub struct Drive {
     pub interface: Interface,
     /// It is a CD.
     pub cdrom: bool,
+}
+
+/// All drives of a machine, open.
+#[derive(Debug, Default)]
+pub struct Drives {
+    /// Those on virtio, in the order of the command line.
+    pub virtio: Vec<Arc<Mutex<Disk>>>,
+    /// First and second of the first IDE channel, then of the second.
+    pub ide: [Option<IdeDrive>; 4],
+}
+
+impl Drives {
+    /// Opens them; the CD of `--cdrom` comes on the second IDE channel if it is free, as PCs have it.
+    ///
+    /// # Errors
+    /// One line: option, file, and what is wrong with it, or that there are too many.
+    pub fn open(drives: &[Drive], cdrom: Option<&Path>) -> Result<Drives> {
+        let mut all = Drives::default();
+        for drive in drives {
+            let disk = drive.open("--drive")?;
+            match drive.interface {
+                Interface::Virtio => all.virtio.push(disk),
+                Interface::Ide => all.connect(if drive.cdrom { Kind::Cd } else { Kind::Disk }, disk, 0)?,
+            }
+        }
+        if let Some(path) = cdrom {
+            all.connect(Kind::Cd, Drive::cdrom(path.to_owned()).open("--cdrom")?, 2)?;
+        }
+        Ok(all)
+    }
+
+    fn connect(&mut self, kind: Kind, disk: Arc<Mutex<Disk>>, best: usize) -> Result<()> {
+        let free = (best..4).chain(0..best).find(|n| self.ide[*n].is_none());
+        let place = free.ok_or_else(|| anyhow!("IDE has room for four drives"))?;
+        self.ide[place] = Some((kind, disk));
+        Ok(())
+    }
 }
 
 const WORDS: &str = "file=PATH[,format=raw|qcow2][,if=virtio|ide][,media=disk|cdrom][,readonly=on|off][,snapshot=on|off]\

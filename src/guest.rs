@@ -17,6 +17,7 @@ pub use bivisor_testsuite::board::{EXIT, RAISE, REPORT};
 use bivisor_translator::Translator;
 use iced_x86::Code;
 use iced_x86::code_asm::CodeAssembler;
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, Once, PoisonError};
 use std::time::{Duration, Instant};
@@ -100,40 +101,44 @@ impl Engine {
     /// Why and how often the guest was left, by the engine's own counters. The interpreter never enters a guest: what it does there is
     /// [`Guest::profile`].
     pub fn ledger(&self) -> BTreeMap<Reason, u64> {
-        let mut out = match self {
-            Engine::Interp(_) => BTreeMap::new(),
-            Engine::Trap(v) => v.ledger.clone(),
-            Engine::Kvm(v) => {
-                let mut out: BTreeMap<Reason, u64> =
-                    v.counts().into_iter().map(|(c, n)| ((c.vtx, format!("{} ({})", c.what, c.name)), n)).collect();
-                out.insert((None, "KVM cannot do it: one step of the interpreter".into()), v.assists());
-                out
-            }
-            Engine::Bt(v) => {
-                let called = v.called();
-                let s = v.stats();
-                let known: u64 = called.values().sum();
-                let mut out: BTreeMap<Reason, u64> = BTreeMap::new();
-                for (code, n) in called {
-                    let (reason, name) = reason_of(code);
-                    *out.entry((reason, format!("call-out: {name}"))).or_default() += n;
-                }
-                out.extend(
-                    [
-                        ("call-out: a stretch that is not translated", s.steps.saturating_sub(known)),
-                        ("not in the inline TLB", s.tlb_misses),
-                        ("to a block not linked yet", s.to_block),
-                        ("target of an indirect branch not found", s.misses),
-                        ("exception in translated code", s.faults),
-                    ]
-                    .map(|(name, n)| ((None, name.to_string()), n)),
-                );
-                out
-            }
-        };
-        out.retain(|_, n| *n > 0);
-        out
+        match self {
+            Engine::Interp(v) => ledger(&**v),
+            Engine::Bt(v) => ledger(&**v),
+            Engine::Trap(v) => ledger(&**v),
+            Engine::Kvm(v) => ledger(&**v),
+        }
     }
+}
+
+/// See [`Engine::ledger`]; for any engine.
+pub fn ledger(engine: &dyn Any) -> BTreeMap<Reason, u64> {
+    let mut out = BTreeMap::new();
+    if let Some(v) = engine.downcast_ref::<TrapVcpu>() {
+        out = v.ledger.clone();
+    } else if let Some(v) = engine.downcast_ref::<KvmVcpu>() {
+        out = v.counts().into_iter().map(|(c, n)| ((c.vtx, format!("{} ({})", c.what, c.name)), n)).collect();
+        out.insert((None, "KVM cannot do it: one step of the interpreter".into()), v.assists());
+    } else if let Some(v) = engine.downcast_ref::<Translator>() {
+        let called = v.called();
+        let s = v.stats();
+        let known: u64 = called.values().sum();
+        for (code, n) in called {
+            let (reason, name) = reason_of(code);
+            *out.entry((reason, format!("call-out: {name}"))).or_default() += n;
+        }
+        out.extend(
+            [
+                ("call-out: a stretch that is not translated", s.steps.saturating_sub(known)),
+                ("not in the inline TLB", s.tlb_misses),
+                ("to a block not linked yet", s.to_block),
+                ("target of an indirect branch not found", s.misses),
+                ("exception in translated code", s.faults),
+            ]
+            .map(|(name, n)| ((None, name.to_string()), n)),
+        );
+    }
+    out.retain(|_, n| *n > 0);
+    out
 }
 
 /// What leaving at an instruction is called, with the basic exit reason of VT-x. (Task switches, for which far transfers leave hardware,

@@ -2,6 +2,7 @@
 
 use crate::beside::{self, Beside};
 use crate::engine::{self, Backend};
+use crate::image;
 use crate::kept::{self, Place};
 use crate::stats::{self, Format};
 use anyhow::{Result, bail};
@@ -117,6 +118,7 @@ pub fn run(args: &RunArgs) -> Result<i32> {
         (factory, last_words) = beside::lockstep(backend, &model, beside)?;
     }
     let mut command = args.command.clone();
+    let named = PathBuf::from(&command[0]);
     let path = if args.exact { Ok(PathBuf::from(&command[0])) } else { find(&command[0]) };
     let started = path.and_then(|path| {
         if let Some(name) = &args.argv0 {
@@ -141,7 +143,7 @@ pub fn run(args: &RunArgs) -> Result<i32> {
     let task = started.and_then(|image| start::start(image, environment(&args.env), options, &model, factory));
     let mut task = match task {
         Ok(task) => task,
-        Err(error) => bail!("{error}"),
+        Err(error) => bail!("{error}{}", image::hint(&named)),
     };
     match run::run_task(&mut task) {
         // The other tasks of the process may go on.

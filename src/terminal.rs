@@ -31,14 +31,14 @@ pub struct Terminal {
 
 /// The machine that what is typed goes to.
 #[derive(Default)]
-struct Attached {
+pub struct Attached {
     machine: Mutex<Option<Remote>>,
     changed: Condvar,
 }
 
 impl Attached {
     /// The machine; while there is none, what is typed waits.
-    fn wait(&self) -> Remote {
+    pub fn wait(&self) -> Remote {
         let mut machine = self.machine.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             match &*machine {
@@ -48,7 +48,8 @@ impl Attached {
         }
     }
 
-    fn set(&self, machine: Option<Remote>) {
+    /// From now on this one, or none.
+    pub fn set(&self, machine: Option<Remote>) {
         *self.machine.lock().unwrap_or_else(PoisonError::into_inner) = machine;
         self.changed.notify_all();
     }

@@ -64,8 +64,8 @@ pub enum Exit {
     Unsupported,
 }
 
-/// An engine: one virtual CPU.
-pub trait Vcpu {
+/// An engine: one virtual CPU. It can be asked as [`std::any::Any`] which one it is, for counters that only that one has.
+pub trait Vcpu: std::any::Any {
     /// Runs at most `budget` instructions (`u64::MAX`: no limit; an engine that cannot count exactly when the budget is large may
     /// overshoot, but `1` is always exact).
     fn run(&mut self, board: Board<'_>, budget: u64) -> Exit;

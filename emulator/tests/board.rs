@@ -1,12 +1,14 @@
 //! A guest that programs the board at random: every port, the memory of the APICs, the APIC's MSRs, with time that jumps. Nothing panics,
-//! and every access comes back.
+//! and every access comes back. `BIVISOR_BOARD_CASES=100000 cargo test --release -p bivisor-emulator --test board` takes longer.
 
 use bivisor_emulator::bus::Bus;
 use bivisor_emulator::devices::disk::{Disk, Options};
+use bivisor_emulator::devices::ide::Kind;
 use bivisor_emulator::devices::virtio::block::Block;
 use bivisor_emulator::interp::Interpreter;
 use bivisor_emulator::machine::{Config, Machine, Sink};
 use proptest::prelude::*;
+use proptest::test_runner::{RngSeed, TestRunner};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -26,26 +28,34 @@ enum Access {
     Wait(u64),
 }
 
-/// Ports that something answers at, most of the time.
-fn port() -> impl Strategy<Value = u16> {
-    const KNOWN: [std::ops::Range<u16>; 15] = [
-        0x20..0x22,
-        0x40..0x44,
-        0x60..0x65,
-        0x70..0x72,
-        0x92..0x93,
-        0xa0..0xa2,
-        0xe0..0xea,
-        0x3b0..0x3e0,
-        0x3f8..0x400,
-        0x4d0..0x4d2,
-        0x510..0x514,
-        0x600..0x610,
-        0xcf8..0xcf9,
-        0xcf8..0xd00,
-        0x2000..0x2019,
-    ];
-    let known = (0..KNOWN.len(), any::<u16>()).prop_map(|(n, i)| KNOWN[n].start + i % KNOWN[n].len() as u16);
+/// The ports of the chips.
+const KNOWN: [std::ops::Range<u16>; 20] = [
+    0x20..0x22,
+    0x40..0x44,
+    0x60..0x65,
+    0x70..0x72,
+    0x92..0x93,
+    0xa0..0xa2,
+    0xe0..0xea,
+    0x170..0x178,
+    0x1f0..0x1f8,
+    0x376..0x377,
+    0x3b0..0x3e0,
+    0x3f6..0x3f7,
+    0x3f8..0x400,
+    0x4d0..0x4d2,
+    0x510..0x514,
+    0x600..0x610,
+    0xcf8..0xcf9,
+    0xcf8..0xd00,
+    0x2000..0x2019,
+    0xc000..0xc010,
+];
+
+/// Ports of one of the chips, or of any, most of the time.
+fn port(chip: Option<usize>) -> impl Strategy<Value = u16> {
+    let which = chip.map_or(0..KNOWN.len(), |n| n..n + 1);
+    let known = (which, any::<u16>()).prop_map(|(n, i)| KNOWN[n].start + i % KNOWN[n].len() as u16);
     prop_oneof![9 => known, 1 => any::<u16>()]
 }
 
@@ -62,15 +72,15 @@ fn address() -> impl Strategy<Value = u64> {
     (page, 0..0x1000u64).prop_map(|(page, offset)| page.wrapping_add(offset & !3))
 }
 
-fn access() -> impl Strategy<Value = Access> {
+fn access(chip: Option<usize>) -> impl Strategy<Value = Access> {
     let width = prop_oneof![Just(1usize), Just(2), Just(4)];
     let wide = prop_oneof![Just(1usize), Just(2), Just(4), Just(8)];
     let msr = prop_oneof![Just(0x1bu32), Just(0x6e0), 0x800..0x900u32];
     // Small values are what registers are made of.
     let value = prop_oneof![0..0x100u64, any::<u64>(), 0..0x2_0000u64, (0..64u32).prop_map(|n| 1 << n)];
     prop_oneof![
-        4 => (port(), width.clone()).prop_map(|(p, n)| Access::In(p, n)),
-        8 => (port(), value.clone(), width).prop_map(|(p, v, n)| Access::Out(p, v as u32, n)),
+        4 => (port(chip), width.clone()).prop_map(|(p, n)| Access::In(p, n)),
+        8 => (port(chip), value.clone(), width).prop_map(|(p, v, n)| Access::Out(p, v as u32, n)),
         2 => (address(), wide.clone()).prop_map(|(a, n)| Access::Load(a, n)),
         4 => (address(), value.clone(), wide).prop_map(|(a, v, n)| Access::Store(a, v, n)),
         1 => msr.clone().prop_map(Access::ReadMsr),
@@ -105,6 +115,7 @@ fn machine() -> Machine {
         debug_exit: Some(0xf4),
         test_device: true,
         rom: vec![0x90; 0x1_0000],
+        ide: [Some((Kind::Disk, disk())), None, Some((Kind::Cd, disk())), None],
         firmware_files: vec![("genroms/some".into(), vec![0x55; 512])],
         virtio: vec![Box::new(Block::new(disk(), "disk"))],
     };
@@ -138,15 +149,32 @@ fn perform(bus: &dyn Bus, remote: &bivisor_emulator::machine::Remote, access: Ac
     }
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
-    #[test]
-    fn programmed_at_random(script in proptest::collection::vec(access(), 1..200)) {
-        let machine = machine();
+/// The same accesses in every run; BIVISOR_BOARD_CASES=N for more of them.
+fn programmed(chip: Option<usize>, cases: u32) {
+    let cases = std::env::var("BIVISOR_BOARD_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(cases);
+    let rng_seed = RngSeed::Fixed(chip.map_or(0, |n| n as u64 + 1));
+    let config = ProptestConfig { cases, rng_seed, failure_persistence: None, ..ProptestConfig::default() };
+    let done = TestRunner::new(config).run(&proptest::collection::vec(access(chip), 1..200), |script| {
+        let mut machine = machine();
+        machine.leave_firmware();
         let (board, remote) = (machine.board(), machine.remote());
         for access in script {
             perform(&*board, &remote, access);
         }
+        Ok(())
+    });
+    done.unwrap_or_else(|why| panic!("{why}"));
+}
+
+#[test]
+fn programmed_at_random() {
+    programmed(None, 400);
+}
+
+#[test]
+fn each_chip_programmed_at_random() {
+    for chip in 0..KNOWN.len() {
+        programmed(Some(chip), 40);
     }
 }
 

@@ -111,6 +111,65 @@ fn the_text_screen_is_shown_and_the_keyboard_is_read() {
     }
 }
 
+/// By PIO from a disk on IDE, to it, and from a CD by packets.
+#[test]
+fn disks_and_cds_on_ide() {
+    let program = assemble("ide.S", &["-m32", "-Wl,-Ttext=0x7c00", "-Wl,--oformat=binary"]);
+    let mut cd = vec![0; 3 * 2048];
+    cd[2048..2058].copy_from_slice(b"on the CD\n");
+    let cd = file("ide.iso", &cd);
+    for engine in ENGINES {
+        let mut disk = vec![0; 8 * 512];
+        disk[512..524].copy_from_slice(b"on the disk\n");
+        let image = file(&format!("ide-{engine}.img"), &disk);
+        let drive = format!("file={image},format=raw,if=ide");
+        let flat = format!("{program}@0x7c00");
+        let args =
+            ["--backend", engine, "--flat", &flat, "--drive", &drive, "--cdrom", &cd, "--debugcon", "0xe9=stdio"];
+        let output = boot(&[&args[..], &["--debug-exit", "0xf4", "--serial", "none"]].concat());
+        let said = (text(&output.stdout), output.status.code());
+        assert_eq!(said, ("on the disk\non the CD\n".into(), Some(3)), "{engine}: {}", text(&output.stderr));
+        let mut expected = disk.clone();
+        expected.copy_within(512..1024, 1024);
+        expected[1024..1536].reverse();
+        assert!(std::fs::read(&image).expect("there") == expected, "{engine}: the sector was not written backwards");
+    }
+    fails(&["--flat", "/dev/null@0x7c00", "--cdrom", "/nowhere"], 1, &["--cdrom", "/nowhere", "No such file"]);
+    let five = format!("file={cd},format=raw,if=ide,readonly=on");
+    let five = ["--drive", &five, "--drive", &five, "--drive", &five, "--drive", &five, "--drive", &five];
+    fails(&[&["--flat", "/dev/null@0x7c00"][..], &five].concat(), 1, &["four drives"]);
+}
+
+/// The kernel of the tests reads ports and halts: hardware would have left the guest for reasons 30 and 12.
+#[test]
+fn statistics_in_words_and_as_json() {
+    let kernel =
+        assemble("machine.S", &["-Wl,-Ttext=0x100000", "-s", "-Wl,--defsym=unused=1", "-Wl,-z,noseparate-code"]);
+    for engine in ENGINES {
+        let output = boot(&["--backend", engine, "--kernel", &kernel, "--append", "x", "--stats=json"]);
+        let value: serde_json::Value = serde_json::from_slice(&output.stderr).expect("one object");
+        assert_eq!(value["engine"], engine);
+        let times = |list: &str, what: &str| {
+            let rows = value[list].as_array().expect("rows");
+            let row = rows.iter().find(|r| r["what"].as_str().is_some_and(|w| w.contains(what)));
+            row.map(|r| (r["vtx_reason"].as_u64(), r["vtx_name"].clone(), r["times"].as_u64().expect("a number")))
+        };
+        let (reason, name, outs) = times("board", "OUT").expect("writes to the serial port");
+        assert!(reason == Some(30) && name == "I/O instruction" && outs > 100, "{engine}: {reason:?} {name} {outs}");
+        let (reason, _, taken) = times("board", "interrupt").expect("ticks");
+        assert!(reason == Some(1) && taken >= 10, "{engine}: {taken}");
+        let seconds = |what: &str| value["seconds"][what].as_f64().expect("a number");
+        assert!(seconds("wall") >= seconds("halted") && seconds("guest") > 0.0);
+        if engine == "bt" {
+            assert!(value["translated"]["blocks"].as_u64().expect("a number") > 20);
+            assert_eq!(times("left", "HLT").and_then(|t| t.0), Some(12), "{}", value["left"]);
+        }
+    }
+    let output = boot(&["--kernel", &kernel, "--append", "x", "--stats"]);
+    let said = text(&output.stderr);
+    assert!(said.contains("OUT  [30 I/O instruction]") && said.contains("s of processor time"), "{said}");
+}
+
 /// A BIOS begins at F000:FFF0 of its image: here with OUT 0xE9, a far jump, and an end.
 #[test]
 fn a_bios_starts_at_the_reset_vector() {
@@ -167,7 +226,7 @@ fn bad_input_is_said_in_a_line() {
     fails(&["--bios", &bios, "--option-rom", &text], 1, &["--option-rom", "55 AA"]);
     fails(&["--bios", &text], 1, &["64, 128 or 256 KiB"]);
     fails(&["--flat", &format!("{text}@0x7c01234")], 1, &["real mode cannot start"]);
-    fails(&["--kernel", &kernel, "--serial", "carrier-pigeon"], 1, &["stdio, none, file:PATH"]);
+    fails(&["--kernel", &kernel, "--serial", "carrier-pigeon"], 1, &["stdio, none, file:PATH, pty"]);
 }
 
 /// A bzImage header with nothing behind it, or with lengths that lie.
@@ -180,6 +239,10 @@ fn damaged_kernels_are_said_in_a_line() {
     image[0x211] = 1;
     fails(&["--kernel", &file("bz-cut", &image)], 1, &["cut off"]);
     image.resize(0x800, 0);
+    // It says that it has 4096 bytes of code.
+    image[0x1f5] = 1;
+    fails(&["--kernel", &file("bz-part", &image)], 1, &["cut off: 1024 of 4096 bytes"]);
+    image[0x1f5] = 0;
     image[0x260..0x264].copy_from_slice(&0x7000_0000u32.to_le_bytes());
     fails(&["--kernel", &file("bz-big", &image)], 1, &["needs 1793 MiB"]);
     image[0x206] = 1;

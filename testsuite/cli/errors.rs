@@ -43,6 +43,31 @@ fn fails(engine: &str, path: &str, words: &[&str]) {
     }
 }
 
+/// What a machine would start is not only refused: the command that starts it is named.
+#[test]
+fn kernels_and_images_point_to_boot() {
+    let dir = directory("images");
+    let mut linux = vec![0; 0x400];
+    linux[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
+    linux[0x202..0x208].copy_from_slice(b"HdrS\x0f\x02");
+    let mut cd = vec![0; 0x9000];
+    cd[0x8001..0x8006].copy_from_slice(b"CD001");
+    let mut multiboot = vec![0; 0x100];
+    multiboot[..12].copy_from_slice(&[0x02, 0xb0, 0xad, 0x1b, 0, 0, 0, 0, 0xfe, 0x4f, 0x52, 0xe4]);
+    let mut sector = vec![0; 512];
+    sector[510..].copy_from_slice(&[0x55, 0xaa]);
+    for engine in ENGINES {
+        let points = |name: &str, bytes: &[u8], words: &[&str]| {
+            let path = executable(&dir, name, bytes);
+            fails(engine, &path, &[words, &[&path[..], "bivisor boot"]].concat());
+        };
+        points("vmlinuz", &linux, &["a Linux kernel", "--kernel"]);
+        points("cd.iso", &cd, &["a CD image", "--cdrom"]);
+        points("kernel", &multiboot, &["a multiboot kernel", "--kernel"]);
+        points("disk", &sector, &["boot sector", "--drive if=ide,file="]);
+    }
+}
+
 #[test]
 fn files_that_are_no_programs() {
     let dir = directory("files");

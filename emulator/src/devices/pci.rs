@@ -77,10 +77,10 @@ impl ConfigSpace {
         self.allow(reg::BARS + 4 * n, &(!(size - 1)).to_le_bytes());
     }
 
-    /// Base address `n` decodes `size` ports, a power of two from 4 on.
+    /// Base address `n` decodes `size` ports, a power of two from 4 on. All 32 bits can be written: SeaBIOS sizes them so.
     pub fn io_bar(&mut self, n: usize, size: u32) {
         self.put(reg::BARS + 4 * n, &[1]);
-        self.allow(reg::BARS + 4 * n, &(!(size - 1) & 0xffff).to_le_bytes());
+        self.allow(reg::BARS + 4 * n, &(!(size - 1)).to_le_bytes());
     }
 
     /// The function uses INTA.
@@ -129,8 +129,8 @@ impl ConfigSpace {
 
     /// Where base address `n` decodes ports, if it does.
     pub fn io_base(&self, n: usize) -> Option<u16> {
-        let base = self.dword(reg::BARS + 4 * n) & 0xfffc;
-        (self.word(reg::COMMAND) & IO != 0 && base != 0).then_some(base as u16)
+        let base = u16::try_from(self.dword(reg::BARS + 4 * n) & !3).ok()?;
+        (self.word(reg::COMMAND) & IO != 0 && base != 0).then_some(base)
     }
 
     /// May the function read and write memory by itself?
@@ -230,7 +230,7 @@ mod tests {
         for at in [0x10, 0x14, 0x20] {
             write(&mut c, at, u32::MAX);
         }
-        assert_eq!([0x10, 0x14, 0x20].map(|at| dword(&c, at)), [0xffff_c000, 0, 0xfff1]);
+        assert_eq!([0x10, 0x14, 0x20].map(|at| dword(&c, at)), [0xffff_c000, 0, 0xffff_fff1]);
         write(&mut c, 0x10, 0xfe00_0000);
         write(&mut c, 0x20, 0xc000);
         assert_eq!((c.memory_base(0), c.io_base(4)), (None, None), "not enabled");

@@ -120,25 +120,84 @@ fn madt() -> Sdt {
     t
 }
 
+/// The tables but for the RSDP, one after the other from an address on.
+struct Tables {
+    bytes: Vec<u8>,
+    /// Where the XSDT begins.
+    xsdt: usize,
+    /// Where addresses of other tables are, and in how many bytes.
+    pointers: Vec<(usize, u8)>,
+    /// Those that have such addresses: beginning and length.
+    pointing: Vec<(usize, usize)>,
+}
+
+fn tables(base: u64) -> Tables {
+    let mut t = Tables { bytes: Vec::new(), xsdt: 0, pointers: Vec::new(), pointing: Vec::new() };
+    let mut place = |table: &[u8]| {
+        let at = t.bytes.len().next_multiple_of(16);
+        t.bytes.resize(at, 0);
+        t.bytes.extend(table);
+        at
+    };
+    let dsdt = place(dsdt().as_slice());
+    let fixed = fadt(base + dsdt as u64);
+    let (fadt, madt) = (place(fixed.as_slice()), place(madt().as_slice()));
+    let mut root = XSDT::new(OEM, TABLE, 1);
+    [fadt, madt].into_iter().for_each(|at| root.add_entry(base + at as u64));
+    let root = bytes(&root);
+    t.xsdt = place(&root);
+    // The FADT's two addresses of the DSDT; the XSDT's entries.
+    t.pointers = vec![(fadt + 40, 4), (fadt + 140, 8), (t.xsdt + 36, 8), (t.xsdt + 44, 8)];
+    t.pointing = vec![(fadt, fixed.as_slice().len()), (t.xsdt, root.len())];
+    t
+}
+
 /// Writes the tables; gives the address of the RSDP.
 ///
 /// # Errors
 /// A sentence, if they do not fit.
 pub fn write(mem: &GuestMemory) -> Result<u64, String> {
-    let mut at = TABLES + 64;
-    let mut place = |t: &[u8]| {
-        let here = at;
-        at = (at + t.len() as u64).next_multiple_of(16);
-        let fits = at <= TABLES + SPACE && mem.write(here, t).is_some();
-        fits.then_some(here).ok_or_else(|| "the ACPI tables do not fit".to_owned())
+    const BASE: u64 = TABLES + 64;
+    let t = tables(BASE);
+    let root = bytes(&Rsdp::new(OEM, BASE + t.xsdt as u64));
+    let fits = BASE + t.bytes.len() as u64 <= TABLES + SPACE;
+    let written = mem.write(BASE, &t.bytes).and_then(|()| mem.write(TABLES, &root));
+    written.filter(|()| fits).map(|()| TABLES).ok_or_else(|| "the ACPI tables do not fit".to_owned())
+}
+
+/// The tables as files for firmware that puts them into memory itself, and the script by which it does (QEMU's
+/// docs/specs/acpi_bios_linker_loader: allocate, add an address, add up).
+pub fn firmware_files() -> [(&'static str, Vec<u8>); 3] {
+    const NAMES: [&str; 3] = ["etc/acpi/rsdp", "etc/acpi/tables", "etc/table-loader"];
+    let [root_file, tables_file, _] = NAMES;
+    let t = tables(0);
+    let root = bytes(&Rsdp::new(OEM, t.xsdt as u64));
+    let mut script = Vec::new();
+    let mut command = |number: u32, names: &[&str], rest: &[u8]| {
+        let start = script.len();
+        script.extend(number.to_le_bytes());
+        for name in names {
+            let mut field = [0; 56];
+            field[..name.len()].copy_from_slice(name.as_bytes());
+            script.extend(field);
+        }
+        script.extend(rest);
+        script.resize(start + 128, 0);
     };
-    let dsdt = place(dsdt().as_slice())?;
-    let tables = [place(fadt(dsdt).as_slice())?, place(madt().as_slice())?];
-    let mut xsdt = XSDT::new(OEM, TABLE, 1);
-    tables.into_iter().for_each(|t| xsdt.add_entry(t));
-    let xsdt = place(&bytes(&xsdt))?;
-    mem.write(TABLES, &bytes(&Rsdp::new(OEM, xsdt))).ok_or("the ACPI tables do not fit")?;
-    Ok(TABLES)
+    let words = |words: &[usize]| words.iter().flat_map(|w| (*w as u32).to_le_bytes()).collect::<Vec<u8>>();
+    // Alignment, and the zone: 1 anywhere, 2 where the RSDP is searched.
+    command(1, &[root_file], &[&words(&[16])[..], &[2]].concat());
+    command(1, &[tables_file], &[&words(&[64])[..], &[1]].concat());
+    for (at, size) in &t.pointers {
+        command(2, &[tables_file, tables_file], &[&words(&[*at])[..], &[*size]].concat());
+    }
+    command(2, &[root_file, tables_file], &[&words(&[24])[..], &[8]].concat());
+    // Where the sum goes, and over what.
+    for (start, len) in &t.pointing {
+        command(3, &[tables_file], &words(&[start + 9, *start, *len]));
+    }
+    command(3, &[root_file], &words(&[32, 0, root.len()]));
+    [(NAMES[0], root), (NAMES[1], t.bytes), (NAMES[2], script)]
 }
 
 #[cfg(test)]
@@ -153,6 +212,35 @@ mod tests {
             assert_eq!(sum(t.as_slice()), 0);
             assert_eq!(t.as_slice().len() as u32, u32::from_le_bytes(t.as_slice()[4..8].try_into().expect("four")));
         }
+    }
+
+    /// Firmware that follows the script has what [`write`] writes, at another place.
+    #[test]
+    fn the_script_makes_whole_tables() {
+        const BASE: u64 = 0x12_3440;
+        let [(_, mut root), (_, mut all), (_, script)] = firmware_files();
+        let word = |c: &[u8], at: usize| u32::from_le_bytes(c[at..at + 4].try_into().expect("four")) as usize;
+        for c in script.chunks_exact(128) {
+            let file = if c[4..].starts_with(b"etc/acpi/rsdp\0") { &mut root } else { &mut all };
+            match word(c, 0) {
+                2 => {
+                    let (at, size) = (word(c, 116), usize::from(c[120]));
+                    let mut v = [0; 8];
+                    v[..size].copy_from_slice(&file[at..at + size]);
+                    let v = (u64::from_le_bytes(v) + BASE).to_le_bytes();
+                    file[at..at + size].copy_from_slice(&v[..size]);
+                }
+                3 => {
+                    let (at, start, len) = (word(c, 60), word(c, 64), word(c, 68));
+                    let sum = file[start..start + len].iter().fold(0u8, |s, v| s.wrapping_add(*v));
+                    file[at] = file[at].wrapping_sub(sum);
+                }
+                n => assert_eq!(n, 1),
+            }
+        }
+        let there = tables(BASE);
+        assert_eq!(all, there.bytes);
+        assert_eq!(root, bytes(&Rsdp::new(OEM, BASE + there.xsdt as u64)));
     }
 
     /// What the operating system looks for to turn the machine off: Name(\_S5_, Package(4) { 5, 5, 0, 0 }).

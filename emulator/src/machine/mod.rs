@@ -3,6 +3,7 @@
 mod acpi;
 pub mod boot;
 pub mod clock;
+mod ide;
 mod pc;
 mod screen;
 mod sink;
@@ -16,13 +17,15 @@ use crate::devices::virtio::pci::VirtioPci;
 use crate::mem::{GuestMemory, Ram};
 use crate::vcpu::{Board, Exit, Vcpu};
 use clock::Clock;
+use ide::Ide;
+pub use ide::IdeDrive;
 use pc::Chips;
-pub use pc::{Pc, RAM_END};
+pub use pc::{Pc, RAM_END, Traffic};
 pub use screen::Screen;
 pub use sink::Sink;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use virtio_bindings::virtio_ids::{VIRTIO_ID_CONSOLE, VIRTIO_ID_NET};
 
 /// The longest the timer thread sleeps: waiting output is passed on at least so often.
@@ -75,6 +78,8 @@ pub struct Config {
     pub rom: Vec<u8>,
     /// Virtio devices, in the order in which they are on PCI.
     pub virtio: Vec<Box<dyn virtio::Device>>,
+    /// Drives as first and second of the first IDE channel, then of the second. None at all: no controller.
+    pub ide: [Option<IdeDrive>; 4],
     /// Files that firmware is offered by fw_cfg: name and content. SeaBIOS runs those under `vgaroms/` and `genroms/` as option ROMs.
     pub firmware_files: Vec<(String, Vec<u8>)>,
 }
@@ -86,6 +91,7 @@ pub struct Machine {
     pc: Arc<Pc>,
     off: Arc<AtomicBool>,
     instructions: u64,
+    slept: Duration,
 }
 
 /// The way to a running machine from other threads.
@@ -179,6 +185,9 @@ impl Machine {
         chips.fw_cfg.set(key::NB_CPUS, &1u16.to_le_bytes());
         chips.fw_cfg.set(key::MAX_CPUS, &1u16.to_le_bytes());
         tell_memory(&mut chips, config.memory);
+        for (name, bytes) in acpi::firmware_files() {
+            chips.fw_cfg.add_file(name, &bytes);
+        }
         for (name, bytes) in &config.firmware_files {
             chips.fw_cfg.add_file(name, bytes);
         }
@@ -189,14 +198,20 @@ impl Machine {
             return Err(format!("a machine has at most {MOST_VIRTIO} virtio devices"));
         }
         chips.virtio = config.virtio.into_iter().map(|device| VirtioPci::new(device, mem.clone())).collect();
+        if config.ide.iter().any(Option::is_some) {
+            chips.ide = Some(Ide::new(&config.ide, mem.clone()));
+        }
         let pc = Arc::new(Pc::new(chips, mem.clone(), clock, vcpu.kicker()));
-        Ok(Machine { vcpu, mem, pc, off: Arc::default(), instructions: 0 })
+        Ok(Machine { vcpu, mem, pc, off: Arc::default(), instructions: 0, slept: Duration::ZERO })
     }
 
     /// Leaves chips and low memory as a BIOS would, for kernels that are loaded without one.
     pub fn leave_firmware(&mut self) {
         boot::firmware::leave(&self.mem, &*self.pc);
         let mut chips = self.pc.lock();
+        if let Some(ide) = &mut chips.ide {
+            ide.place();
+        }
         for (n, device) in chips.virtio.iter_mut().enumerate() {
             device.place(pc::VIRTIO_MEMORY.0 + n as u32 * pc::VIRTIO_MEMORY.1, pc::PCI_IRQS[n % pc::PCI_IRQS.len()]);
         }
@@ -228,8 +243,23 @@ impl Machine {
     }
 
     /// The engine.
-    pub fn vcpu(&mut self) -> &mut dyn Vcpu {
+    pub fn vcpu(&mut self) -> &mut (dyn Vcpu + 'static) {
         &mut *self.vcpu
+    }
+
+    /// What the processor had the chips do.
+    pub fn traffic(&self) -> Traffic {
+        self.pc.lock().traffic
+    }
+
+    /// Host time that the processor's thread slept because the guest had halted.
+    pub fn slept(&self) -> Duration {
+        self.slept
+    }
+
+    /// The machine's time.
+    pub fn time(&self) -> Duration {
+        Duration::from_nanos(self.pc.clock.now())
     }
 
     /// Runs until the machine stops, at most `limit` of the machine's time.
@@ -259,7 +289,11 @@ impl Machine {
                 return end;
             }
             match exit {
-                Exit::Halt => self.sleep(),
+                Exit::Halt => {
+                    let began = Instant::now();
+                    self.sleep();
+                    self.slept += began.elapsed();
+                }
                 exit => {
                     if let Some(end) = ended(exit) {
                         return end;

@@ -16,6 +16,7 @@ use crate::devices::vga::Vga;
 use crate::devices::virtio::pci::VirtioPci;
 use crate::machine::End;
 use crate::machine::clock::Clock;
+use crate::machine::ide::{self, Ide};
 use crate::machine::sink::Sink;
 use crate::mem::GuestMemory;
 use crate::vcpu::Kicker;
@@ -44,8 +45,26 @@ pub const SCI: u8 = 9;
 const INTR: u8 = 1;
 const NMI: u8 = 2;
 
+/// How often the processor turned to the chips.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// IN, a byte or word at a time.
+    pub port_reads: u64,
+    /// OUT.
+    pub port_writes: u64,
+    /// Loads from addresses without RAM.
+    pub memory_reads: u64,
+    /// Stores there.
+    pub memory_writes: u64,
+    /// Interrupts that were taken.
+    pub interrupts: u64,
+    /// RDMSR and WRMSR of the local APIC's registers.
+    pub msrs: u64,
+}
+
 /// The chips and what connects them.
 pub struct Chips {
+    pub(super) traffic: Traffic,
     pub(super) pic: Pic,
     pub(super) pit: Pit,
     pub(super) cmos: Cmos,
@@ -57,6 +76,8 @@ pub struct Chips {
     pub(super) fw_cfg: FwCfg,
     pci: PciHost,
     pub(super) virtio: Vec<VirtioPci>,
+    /// There if a drive is.
+    pub(super) ide: Option<Ide>,
     pub(super) vga: Vga,
     pub(super) test: Option<TestDevice>,
     /// Where the local APIC's page is.
@@ -115,6 +136,7 @@ impl Chips {
         // There is no SMI command port, so the machine is in ACPI mode from the start.
         pm.set_acpi(true);
         Chips {
+            traffic: Traffic::default(),
             pic: Pic::default(),
             pit: Pit::default(),
             cmos: Cmos::new(epoch),
@@ -126,6 +148,7 @@ impl Chips {
             fw_cfg: FwCfg::new(),
             pci: PciHost::default(),
             virtio: Vec::new(),
+            ide: None,
             vga: Vga::default(),
             test: None,
             lapic_base: LAPIC,
@@ -150,6 +173,9 @@ impl Chips {
     fn read_config(&mut self, function: u8, at: u8) -> u8 {
         match function {
             0 => self.pci.space.read(at),
+            ide::BRIDGE | ide::CONTROLLER => {
+                self.ide.as_mut().and_then(|i| i.config(function)).map_or(0xff, |space| space.read(at))
+            }
             _ => self.virtio_at(function).map_or(0xff, |v| v.read_config(at)),
         }
     }
@@ -157,6 +183,11 @@ impl Chips {
     fn write_config(&mut self, function: u8, at: u8, v: u8) {
         match function {
             0 => self.pci.space.write(at, v),
+            ide::BRIDGE | ide::CONTROLLER => {
+                if let Some(space) = self.ide.as_mut().and_then(|i| i.config(function)) {
+                    space.write(at, v);
+                }
+            }
             _ => {
                 if let Some(device) = self.virtio_at(function) {
                     device.write_config(at, v);
@@ -196,6 +227,14 @@ impl Chips {
         }
     }
 
+    /// Brings what the drives want to their lines.
+    fn wire_ide(&mut self) {
+        let levels = self.ide.as_ref().map_or([false; 2], Ide::irqs);
+        for (irq, level) in ide::IRQS.into_iter().zip(levels) {
+            self.wire(irq, level);
+        }
+    }
+
     fn wire(&mut self, irq: u8, level: bool) {
         let bit = 1u32 << (irq & 31);
         self.levels = if level { self.levels | bit } else { self.levels & !bit };
@@ -209,8 +248,9 @@ impl Chips {
         self.wire(8, self.cmos.irq());
         self.wire(SCI, self.pm.irq());
         self.wire_virtio();
+        self.wire_ide();
         let test = self.test.as_ref().map_or(0, TestDevice::lines);
-        for irq in [3, 5, 6, 7, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23] {
+        for irq in [3, 5, 6, 7, 12, 13, 16, 17, 18, 19, 20, 21, 22, 23] {
             self.wire(irq, test >> irq & 1 != 0);
         }
         // The test device shares the lines of chips.
@@ -327,6 +367,11 @@ impl Chips {
             0x511 => self.fw_cfg.read(),
             0xcfc..=0xcff => self.pci.target(port as u8).map_or(0xff, |(function, at)| self.read_config(function, at)),
             PM_BASE..0x610 => self.pm.read((port - PM_BASE) as u8, now),
+            _ if self.ide.as_ref().is_some_and(|i| i.answers(port)) => {
+                let v = self.ide.as_mut().map_or(0xff, |i| i.read(port));
+                self.wire_ide();
+                v
+            }
             // A debug console tells that it is there by 0xE9, wherever it is (QEMU's isa-debugcon).
             _ if self.debugcon.iter().any(|(p, _)| *p == port) => 0xe9,
             _ => 0xff,
@@ -373,7 +418,12 @@ impl Chips {
                     self.end = Some(End::PowerOff);
                 }
             }
-            _ => {}
+            _ => {
+                if let Some(ide) = &mut self.ide {
+                    ide.write(port, v);
+                    self.wire_ide();
+                }
+            }
         }
         if self.keyboard.take_reset() {
             self.end = Some(End::Reset);
@@ -384,6 +434,10 @@ impl Chips {
     fn read_wide(&mut self, port: u16, data: &mut [u8]) -> bool {
         if port == 0xcf8 && data.len() == 4 {
             data.copy_from_slice(&self.pci.address().to_le_bytes());
+            return true;
+        }
+        if self.ide.as_mut().is_some_and(|i| i.read_data(port, data)) {
+            self.wire_ide();
             return true;
         }
         self.test.as_mut().is_some_and(|t| t.read_port(port, data))
@@ -413,6 +467,10 @@ impl Chips {
             }
             0x510 if data.len() == 2 => {
                 self.fw_cfg.select(u16::from_le_bytes([data[0], data[1]]));
+                true
+            }
+            _ if self.ide.as_mut().is_some_and(|i| i.write_data(port, data)) => {
+                self.wire_ide();
                 true
             }
             _ => self.test.as_mut().is_some_and(|t| t.write_port(port, data)),
@@ -539,6 +597,7 @@ impl Bus for Pc {
     fn read_port(&self, port: u16, data: &mut [u8]) {
         let now = self.clock.now();
         let mut chips = self.lock();
+        chips.traffic.port_reads += 1;
         if !chips.read_wide(port, data) {
             for (i, b) in data.iter_mut().enumerate() {
                 let at = port.wrapping_add(i as u16);
@@ -552,6 +611,7 @@ impl Bus for Pc {
     fn write_port(&self, port: u16, data: &[u8]) {
         let now = self.clock.now();
         let mut chips = self.lock();
+        chips.traffic.port_writes += 1;
         let wide = chips.write_wide(port, data);
         if !wide {
             for (i, b) in data.iter().enumerate() {
@@ -566,6 +626,7 @@ impl Bus for Pc {
     fn read_mmio(&self, gpa: u64, data: &mut [u8]) {
         let now = self.clock.now();
         let mut chips = self.lock();
+        chips.traffic.memory_reads += 1;
         chips.read_memory(gpa, data, now);
         self.settle(chips, false, now);
     }
@@ -573,6 +634,7 @@ impl Bus for Pc {
     fn write_mmio(&self, gpa: u64, data: &[u8]) {
         let now = self.clock.now();
         let mut chips = self.lock();
+        chips.traffic.memory_writes += 1;
         chips.write_memory(gpa, data, now);
         let timers = gpa & !0xfff == chips.lapic_base;
         self.settle(chips, timers, now);
@@ -590,6 +652,7 @@ impl Bus for Pc {
             None if chips.lint0 && chips.lapic.passes_external() => Some(chips.pic.acknowledge()),
             None => None,
         };
+        chips.traffic.interrupts += u64::from(vector.is_some());
         chips.settle();
         self.publish(&mut chips);
         vector
@@ -609,6 +672,7 @@ impl Bus for Pc {
     fn read_msr(&self, index: u32) -> Option<u64> {
         let now = self.clock.now();
         let mut chips = self.lock();
+        chips.traffic.msrs += 1;
         match index {
             TSC_DEADLINE => {
                 chips.lapic.advance(now);
@@ -622,6 +686,7 @@ impl Bus for Pc {
     fn write_msr(&self, index: u32, value: u64) -> Option<()> {
         let now = self.clock.now();
         let mut chips = self.lock();
+        chips.traffic.msrs += 1;
         let done = match index {
             APIC_BASE => {
                 chips.lapic_base = value & 0xf_ffff_f000;

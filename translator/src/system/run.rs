@@ -605,6 +605,13 @@ impl Translator {
         self.system.as_ref().map(|s| s.called()).unwrap_or_default()
     }
 
+    /// What became of a machine's code; none has run: `None`. Bytes and time are not counted there.
+    pub fn machine_cache(&self) -> Option<crate::CacheStats> {
+        let c = self.system.as_ref()?.counts();
+        let (blocks, insns, stale, flushes, links) = (c.blocks, c.insns, c.stale, c.flushes, c.links);
+        Some(crate::CacheStats { blocks, insns, stale, flushes, links, ..Default::default() })
+    }
+
     /// Runs at most `budget` instructions on guest RAM.
     pub(crate) fn run_system(&mut self, board: Board<'_>, ram: &Ram, budget: u64) -> Exit {
         let mut system = match self.system.take() {

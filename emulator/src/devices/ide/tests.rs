@@ -129,11 +129,11 @@ fn sectors_are_read_and_written_by_block_address() {
 fn cylinders_heads_and_sectors() {
     let mut r = Rig::new(Kind::Disk, false);
     // Sector 2 of head 3 of cylinder 1: with 16 heads of 63 sectors.
-    r.issue(1, 0x0001_02, 3, 0x20);
+    r.issue(1, 0x0102, 3, 0x20);
     let at = ((16 + 3) * 63 + 1) * 512;
     assert_eq!(r.data(512), r.bytes[at..at + 512]);
     // Sector 0 does not exist.
-    r.issue(1, 0x0001_00, 3, 0x20);
+    r.issue(1, 0x0100, 3, 0x20);
     assert_eq!((r.channel.read(7) & 1, r.channel.read(1)), (1, 0x10));
 }
 

@@ -8,6 +8,7 @@ use crate::mem::{GuestMemory, PAGE_SIZE};
 /// Offsets in the setup header, which is also in the boot parameters.
 mod field {
     pub const SETUP_SECTS: usize = 0x1f1;
+    pub const SYSSIZE: usize = 0x1f4;
     pub const BOOT_FLAG: usize = 0x1fe;
     pub const JUMP: usize = 0x200;
     pub const MAGIC: usize = 0x202;
@@ -117,6 +118,11 @@ pub fn load_bzimage(mem: &GuestMemory, cpu: &mut CpuState, payload: &Payload<'_>
         n => usize::from(n),
     };
     let body = image.get((setup + 1) * 512..).filter(|b| !b.is_empty()).ok_or("the kernel image is cut off")?;
+    // Its length in paragraphs; up to one less is rounding.
+    let told = 16 * u64::from(u32_at(image, field::SYSSIZE));
+    if told > body.len() as u64 + 15 {
+        return Err(format!("the kernel image is cut off: {} of {told} bytes of code are there", body.len()));
+    }
     let header_end = field::MAGIC + usize::from(image[field::JUMP + 1]);
     let header = image.get(field::SETUP_SECTS..header_end).ok_or("the kernel image is cut off in its header")?;
     put(mem, KERNEL, body, "the kernel")?;
