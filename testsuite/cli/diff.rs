@@ -150,3 +150,27 @@ fn a_sentinel_watches() {
     assert_eq!(bivisor(&["run", "--sentinel", "0", "/bin/true"]).status.code(), Some(2));
     assert_eq!(bivisor(&["run", "--backend", "interp", "--sentinel", "1/2", "/bin/true"]).status.code(), Some(1));
 }
+
+/// What was found once stays mended: each request of testsuite/repros has one answer, in a process's memory and behind page tables.
+#[test]
+fn repros_stay_mended() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("testsuite/repros");
+    let dir = scratch("repros");
+    let mut files: Vec<String> = Vec::new();
+    for entry in std::fs::read_dir(folder).expect("testsuite/repros") {
+        let path = entry.expect("a file").path();
+        let paged = dir.join(path.file_name().expect("a name"));
+        let request = std::fs::read_to_string(&path).expect("readable");
+        std::fs::write(&paged, request.replace("\"flat\"", "\"ram\"")).expect("written");
+        files.extend([path, paged].map(|p| p.to_string_lossy().into_owned()));
+    }
+    assert!(files.len() >= 8, "{files:?}");
+    let args: Vec<&str> = ["diff", "replay", "--json"].into_iter().chain(files.iter().map(String::as_str)).collect();
+    let output = bivisor(&args);
+    assert_eq!(output.status.code(), Some(0), "{}{}", text(&output.stdout), text(&output.stderr));
+    for line in text(&output.stdout).lines() {
+        let r: serde_json::Value = serde_json::from_str(line).expect("JSON");
+        assert!(r["remark"].as_str().is_some_and(|w| w.starts_with("played back")), "{line}");
+    }
+    std::fs::remove_dir_all(dir).expect("removed");
+}

@@ -90,8 +90,8 @@ fn once(make: &mut Make<'_>, plan: Plan, from: u64, told: &mut dyn FnMut(u64)) -
         }
         while done < round.budget && last == (Exit::Budget, Exit::Budget) {
             let before = a.state().clone();
-            let part = if out.instructions + done < from { u64::MAX } else { plan.every };
-            let part = part.min(round.budget - done);
+            let at = out.instructions + done;
+            let part = if at < from { from - at } else { plan.every }.min(round.budget - done);
             let ((exit_a, done_a), (exit_b, done_b)) = (a.run_part(part), b.run_part(part));
             out.comparisons += 1;
             let mut changes = Vec::new();
