@@ -11,7 +11,7 @@ use crate::code_buffer::{CodeBuffer, ForkMark};
 use crate::exits::Exits;
 use crate::fault::kick;
 use crate::lower::Leave;
-use crate::marks::Registers;
+use crate::marks::{Home, Registers};
 use crate::persist::archive::MOST;
 use crate::persist::hash::Sum;
 use crate::persist::{self, Archive};
@@ -146,6 +146,11 @@ impl Cache {
     /// See [`Exits::leave`].
     pub fn leave(&self, exit: u32) -> Leave {
         self.exits.leave(exit)
+    }
+
+    /// See [`Exits::home`].
+    pub fn home(&self, exit: u32) -> Home {
+        self.exits.home(exit)
     }
 
     /// See [`Exits::rip`].
@@ -290,9 +295,10 @@ impl Cache {
     /// The block at `rip`, translated if it must be; `None` if its first instruction cannot be.
     pub fn resolve(&self, source: &mut dyn CodeSource, rip: u64, via: Via, scratch: &mut Scratch) -> Option<Entry> {
         let most = MAX_INSNS;
+        let home = if let Via::Link(exit, _) = via { self.exits.home(exit) } else { Home::Slot };
         let mut store = self.lock();
         loop {
-            if let Some(found) = store.get(rip) {
+            if let Some(found) = store.get(rip, home) {
                 store.stats.found += 1;
                 return Some(self.connect(&mut store, found, via));
             }
@@ -316,7 +322,7 @@ impl Cache {
                 return None;
             }
             store = self.lock();
-            if source.epoch() != epoch || store.get(rip).is_some() {
+            if source.epoch() != epoch || store.get(rip, home).is_some() {
                 continue;
             }
             if store.is_full() {
@@ -329,7 +335,7 @@ impl Cache {
             if scratch.block.compared {
                 store.note_compared(&mut scratch.block);
             }
-            let found = store.insert(&self.exits, &scratch.block, via == Via::Indirect);
+            let found = store.insert(&self.exits, &scratch.block, home, via == Via::Indirect);
             if let Some(begin) = begin {
                 store.stats.nanoseconds += begin.elapsed().as_nanos() as u64;
             }

@@ -9,9 +9,7 @@ pub mod slot {
     pub const CPU: usize = 0;
     /// The host's RSP while guest code runs.
     pub const HOST_RSP: usize = 1;
-    /// The guest's RCX while a branch target is in RCX.
-    pub const RCX: usize = 2;
-    /// The guest's R11 while R11 is scratch of a branch.
+    /// The guest's R11 where it is not in R11: see [`crate::marks::Home`].
     pub const R11: usize = 3;
     /// The guest's value of a register used as scratch inside one instruction.
     pub const TMP: usize = 4;
@@ -19,7 +17,7 @@ pub mod slot {
     pub const RBX: usize = 5;
     /// Why the cache was left: an exit number or one of [`crate::enter`]'s codes.
     pub const EXIT: usize = 6;
-    /// The target of an indirect branch that was not found.
+    /// The target of the last indirect branch.
     pub const TARGET: usize = 7;
     /// Where to go in.
     pub const ENTRY: usize = 8;

@@ -313,6 +313,8 @@ pub fn prepare(block: &ThreadBlock) {
 /// is the start of live code of that cache. `cpu` is what [`slot::CPU`] names; its FS base is canonical and its MXCSR valid.
 pub fn run(block: &ThreadBlock, cpu: &mut CpuState, entry: u64) -> u32 {
     debug_assert_eq!(block.scratch[slot::CPU].get(), std::ptr::from_mut(cpu) as u64);
+    // Some code expects R11 in its register, some in its slot.
+    block.scratch[slot::R11].set(cpu.gpr[Gpr::R11 as usize]);
     let bv = cpu.xsave.xstate_bv() & Layout::host().components;
     cpu.xsave.set_xstate_bv(bv);
     // SAFETY: as the caller says; XRSTOR finds a valid image; the routine keeps the calling convention and touches only `cpu`, the

@@ -1,6 +1,7 @@
 //! The exits of all translated code, by number: read without a lock by a thread that has just left, written under the cache's lock.
 
 use crate::lower::Leave;
+use crate::marks::Home;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -11,6 +12,8 @@ pub const MAX_EXITS: u32 = (CHUNK * CHUNKS * CHUNKS) as u32;
 
 /// In the site: the displacement has 8 bits. Code offsets are smaller.
 const SHORT: u32 = 1 << 31;
+/// In the site: R11 is in the host's register.
+const REGISTER: u32 = 1 << 30;
 
 /// A jump that can be patched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +31,7 @@ struct Record {
     rip: AtomicU64,
     /// 0: to a block; 1: step; 2: changed code; else 3 + length of SYSCALL.
     kind: AtomicU32,
-    /// Its highest bit says that the displacement is short.
+    /// Its highest two bits are [`SHORT`] and [`REGISTER`].
     site: AtomicU32,
     stub: AtomicU32,
     /// The number of the block it is linked to, plus one.
@@ -80,12 +83,20 @@ impl Exits {
         self.record(id).rip.load(Ordering::Relaxed)
     }
 
+    /// Where R11 is when it is taken.
+    pub fn home(&self, id: u32) -> Home {
+        match self.record(id).site.load(Ordering::Relaxed) & REGISTER {
+            0 => Home::Slot,
+            _ => Home::Register,
+        }
+    }
+
     /// Where its jump is patched.
     pub fn place(&self, id: u32) -> Place {
         let r = self.record(id);
         let site = r.site.load(Ordering::Relaxed);
         Place {
-            site: (site & !SHORT) as usize,
+            site: (site & !(SHORT | REGISTER)) as usize,
             short: site & SHORT != 0,
             stub: r.stub.load(Ordering::Relaxed) as usize,
         }
@@ -109,7 +120,7 @@ impl Exits {
     }
 
     /// Defines an exit.
-    pub fn set(&self, id: u32, leave: Leave, place: Place) {
+    pub fn set(&self, id: u32, leave: Leave, home: Home, place: Place) {
         let r = self.record(id);
         let (rip, kind) = match leave {
             Leave::To(rip) => (rip, 0),
@@ -119,7 +130,9 @@ impl Exits {
         };
         r.rip.store(rip, Ordering::Relaxed);
         r.kind.store(kind, Ordering::Relaxed);
-        r.site.store(place.site as u32 | if place.short { SHORT } else { 0 }, Ordering::Relaxed);
+        let short = if place.short { SHORT } else { 0 };
+        let home = if home == Home::Register { REGISTER } else { 0 };
+        r.site.store(place.site as u32 | short | home, Ordering::Relaxed);
         r.stub.store(place.stub as u32, Ordering::Relaxed);
         r.linked.store(0, Ordering::Relaxed);
     }

@@ -3,7 +3,7 @@
 
 use crate::block::{CodeSource, Opened, Scratch};
 use crate::lower::{Leave, Surroundings, Unit, lower};
-use crate::marks::{Mark, What};
+use crate::marks::{Home, Mark, What};
 use crate::route::{Policy, Route, Routes};
 use crate::system;
 use crate::system::area::at;
@@ -113,8 +113,15 @@ fn process(bytes: &[u8], start: u64, model: Arc<CpuModel>) -> Option<Explained> 
         return None;
     }
     let block = &decoder.block;
-    let around =
-        Surroundings { at: HOST, first_exit: 0, stubs: HOST + 0x10_0000, miss: OUT, known: &|_| None, linked: true };
+    let around = Surroundings {
+        at: HOST,
+        first_exit: 0,
+        stubs: HOST + 0x10_0000,
+        miss: OUT,
+        home: Home::Slot,
+        known: &|_, _| None,
+        linked: true,
+    };
     let unit = lower(block, &around, false, Unit::default());
     let items = &block.items[..usize::from(unit.insns).min(block.items.len())];
     let starts = starts(&unit.marks, &unit, block.start);
@@ -160,7 +167,7 @@ fn starts(marks: &[Mark], unit: &Unit, start: u64) -> Vec<(u16, usize)> {
         match mark.what {
             // Copied byte for byte: every guest distance in the run is a host offset.
             What::Copied(d) => out.extend((0..(end - at) as u16).map(|n| (d + n, at + usize::from(n)))),
-            What::At(d) | What::Undo(d, _) | What::Probe(d) | What::UndoBoth(d) => out.push((d, at)),
+            What::At(d) | What::Undo(d, _) | What::Probe(d) => out.push((d, at)),
             What::Exit(id) => {
                 let rip = match unit.exits[id as usize].leave {
                     Leave::Step(rip) | Leave::Syscall(rip, _) | Leave::Changed(rip) => rip,

@@ -13,47 +13,31 @@ pub enum What {
     Copied(u16),
     /// All registers are the guest's; the instruction at this distance has not begun.
     At(u16),
-    /// As [`What::At`], but this register's value is in a slot.
-    Undo(u16, Saved),
-    /// As [`What::At`], but RCX, which holds the target of the branch, is in its slot; a fault here says that the target is no code that
-    /// can be read.
+    /// As [`What::At`], but this register's value is in [`slot::TMP`].
+    Undo(u16, Gpr),
+    /// As [`What::At`]; a fault here says that the target of the branch is no code that can be read.
     Probe(u16),
-    /// As [`What::At`], but RCX and R11 are in their slots.
-    UndoBoth(u16),
-    /// As [`What::UndoBoth`] at the start of the block; a fault here says that the code cannot be read.
+    /// RCX is in [`slot::TMP`], the block has not begun; a fault here says that its code cannot be read.
     Compare,
-    /// RIP is in RCX; the guest's RCX and R11 are in their slots.
+    /// RIP is in [`slot::TARGET`].
     Target,
-    /// As [`What::Target`], but RCX holds RIP minus the block's start.
-    TargetDifference,
-    /// RIP is in [`slot::TARGET`]; the guest's RCX and R11 are in their slots or restored.
-    Missed,
+    /// As [`What::Target`], and the guest's RCX is in R11.
+    Comparing,
     /// All registers are the guest's; the exit of this number is about to be taken.
     Exit(u32),
     /// As [`What::Exit`], its number is in [`slot::PENDING`].
     Exiting,
 }
 
-/// Which register was saved to which slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Saved {
-    /// RCX in [`slot::RCX`].
-    Rcx,
-    /// R11 in [`slot::R11`].
-    R11,
-    /// Any in [`slot::TMP`].
-    Tmp(Gpr),
-}
-
-impl Saved {
-    /// The register and its slot.
-    pub fn place(self) -> (Gpr, usize) {
-        match self {
-            Saved::Rcx => (Gpr::Rcx, slot::RCX),
-            Saved::R11 => (Gpr::R11, slot::R11),
-            Saved::Tmp(r) => (r, slot::TMP),
-        }
-    }
+/// Where the guest's R11 is. Indirect branches need a register, and putting it away and fetching it again each time would make every
+/// branch wait for the one before. So it stays away until an instruction wants it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Home {
+    /// In [`slot::R11`]; the host's R11 means nothing.
+    #[default]
+    Slot,
+    /// In the host's R11.
+    Register,
 }
 
 /// Holds from its offset to the next mark's.
@@ -63,6 +47,8 @@ pub struct Mark {
     pub at: u16,
     /// What holds.
     pub what: What,
+    /// Where R11 is.
+    pub home: Home,
 }
 
 /// The registers a captured state is mended with.
@@ -82,52 +68,44 @@ pub fn probes(marks: &[Mark], at: usize) -> bool {
 }
 
 /// Mends the registers of a thread stopped `at` bytes into a piece of code translated from `start`; gives RIP.
-/// `exits` gives the RIP of an exit.
-pub fn recover(marks: &[Mark], start: u64, at: usize, regs: &mut dyn Registers, exits: &dyn Fn(u32) -> u64) -> u64 {
+/// `exits` gives the RIP of an exit and where R11 is then.
+pub fn recover(
+    marks: &[Mark],
+    start: u64,
+    at: usize,
+    regs: &mut dyn Registers,
+    exits: &dyn Fn(u32) -> (u64, Home),
+) -> u64 {
     let i = marks.partition_point(|m| usize::from(m.at) <= at);
     let Some(mark) = i.checked_sub(1).and_then(|i| marks.get(i)) else { return start };
-    let both = |regs: &mut dyn Registers| {
-        for s in [Saved::Rcx, Saved::R11] {
-            let (r, slot) = s.place();
-            regs.set_gpr(r, regs.slot(slot));
-        }
-    };
+    let r11 = regs.gpr(Gpr::R11);
+    let exit = match mark.what {
+        What::Exit(id) => Some(id),
+        What::Exiting => Some(regs.slot(slot::PENDING) as u32),
+        _ => None,
+    }
+    .map(exits);
+    if exit.map_or(mark.home, |(_, home)| home) == Home::Slot {
+        regs.set_gpr(Gpr::R11, regs.slot(slot::R11));
+    }
     match mark.what {
         What::Copied(from) => start.wrapping_add(u64::from(from)).wrapping_add((at - usize::from(mark.at)) as u64),
         What::At(d) => start.wrapping_add(u64::from(d)),
-        What::Undo(d, saved) => {
-            let (r, slot) = saved.place();
-            regs.set_gpr(r, regs.slot(slot));
-            start.wrapping_add(u64::from(d))
-        }
-        What::Probe(d) => {
-            regs.set_gpr(Gpr::Rcx, regs.slot(slot::RCX));
-            start.wrapping_add(u64::from(d))
-        }
-        What::UndoBoth(d) => {
-            both(regs);
+        What::Undo(d, r) => {
+            regs.set_gpr(r, regs.slot(slot::TMP));
             start.wrapping_add(u64::from(d))
         }
         What::Compare => {
-            both(regs);
+            regs.set_gpr(Gpr::Rcx, regs.slot(slot::TMP));
             start
         }
-        What::Target => {
-            let rip = regs.gpr(Gpr::Rcx);
-            both(regs);
-            rip
-        }
-        What::TargetDifference => {
-            let rip = regs.gpr(Gpr::Rcx).wrapping_add(start);
-            both(regs);
-            rip
-        }
-        What::Missed => {
-            both(regs);
+        What::Probe(d) => start.wrapping_add(u64::from(d)),
+        What::Target => regs.slot(slot::TARGET),
+        What::Comparing => {
+            regs.set_gpr(Gpr::Rcx, r11);
             regs.slot(slot::TARGET)
         }
-        What::Exit(id) => exits(id),
-        What::Exiting => exits(regs.slot(slot::PENDING) as u32),
+        What::Exit(_) | What::Exiting => exit.map_or(start, |(rip, _)| rip),
     }
 }
 
@@ -150,15 +128,16 @@ mod tests {
 
     #[test]
     fn every_mark_gives_its_state() {
+        let mark = |at, what, home| Mark { at, what, home };
         let marks = [
-            Mark { at: 0, what: What::At(0) },
-            Mark { at: 4, what: What::Copied(7) },
-            Mark { at: 20, what: What::Undo(9, Saved::Tmp(Gpr::Rdi)) },
-            Mark { at: 30, what: What::TargetDifference },
-            Mark { at: 40, what: What::Exit(5) },
+            mark(0, What::At(0), Home::Register),
+            mark(4, What::Copied(7), Home::Register),
+            mark(20, What::Undo(9, Gpr::Rdi), Home::Register),
+            mark(30, What::Comparing, Home::Slot),
+            mark(40, What::Exit(5), Home::Register),
         ];
         let mut f = Fake([0; 16]);
-        let exits = |id| 0x5000 + u64::from(id);
+        let exits = |id| (0x5000 + u64::from(id), Home::Register);
         let mut at = |n| recover(&marks, 0x400000, n, &mut f, &exits);
         assert_eq!(at(3), 0x400000);
         assert_eq!(at(4), 0x400007);
@@ -166,9 +145,10 @@ mod tests {
         assert_eq!(at(21), 0x400009);
         assert_eq!(at(41), 0x5005);
         assert_eq!(f.0[Gpr::Rdi as usize], 1000 + slot::TMP as u64);
-        f.0[Gpr::Rcx as usize] = 0x123;
-        assert_eq!(recover(&marks, 0x400000, 30, &mut f, &exits), 0x400123);
-        assert_eq!(f.0[Gpr::Rcx as usize], 1000 + slot::RCX as u64);
+        assert_eq!(f.0[Gpr::R11 as usize], 0);
+        f.0[Gpr::R11 as usize] = 0x123;
+        assert_eq!(recover(&marks, 0x400000, 30, &mut f, &exits), 1000 + slot::TARGET as u64);
+        assert_eq!(f.0[Gpr::Rcx as usize], 0x123);
         assert_eq!(f.0[Gpr::R11 as usize], 1000 + slot::R11 as u64);
     }
 }

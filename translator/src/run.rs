@@ -5,7 +5,7 @@ use crate::cache::{Cache, DEFAULT_SIZE, Entry, Member, Via};
 use crate::emit::{NO_TRAP, slot};
 use crate::enter::{ABORTED, CAPTURED, MISS};
 use crate::lower::Leave;
-use crate::marks::Registers;
+use crate::marks::{Home, Registers};
 use crate::route::Policy;
 use crate::stats::Stats;
 use crate::system::run::System;
@@ -280,6 +280,7 @@ impl Translator {
             MISS => {
                 self.stats.misses += 1;
                 self.cpu.rip = block.scratch[slot::TARGET].get();
+                self.cpu.gpr[Gpr::R11 as usize] = block.scratch[slot::R11].get();
                 *via = Via::Indirect;
                 None
             }
@@ -303,29 +304,34 @@ impl Translator {
                     address: block.scratch[slot::CR2].get(),
                 })
             }
-            id => match self.cache.leave(id) {
-                Leave::To(rip) => {
-                    self.stats.to_block += 1;
-                    self.cpu.rip = rip;
-                    *via = Via::Link(id, self.cache.flushes());
-                    None
+            id => {
+                if self.cache.home(id) == Home::Slot {
+                    self.cpu.gpr[Gpr::R11 as usize] = block.scratch[slot::R11].get();
                 }
-                Leave::Step(rip) => {
-                    self.cpu.rip = rip;
-                    Some(Act::Step)
+                match self.cache.leave(id) {
+                    Leave::To(rip) => {
+                        self.stats.to_block += 1;
+                        self.cpu.rip = rip;
+                        *via = Via::Link(id, self.cache.flushes());
+                        None
+                    }
+                    Leave::Step(rip) => {
+                        self.cpu.rip = rip;
+                        Some(Act::Step)
+                    }
+                    Leave::Syscall(rip, len) => {
+                        self.cpu.rip = rip;
+                        Some(Act::Syscall(len))
+                    }
+                    Leave::Changed(rip) => {
+                        self.stats.changes += 1;
+                        self.cpu.rip = rip;
+                        self.cache.changed(rip);
+                        self.lookaside[lookaside(rip)] = (u64::MAX, 0);
+                        None
+                    }
                 }
-                Leave::Changed(rip) => {
-                    self.stats.changes += 1;
-                    self.cpu.rip = rip;
-                    self.cache.changed(rip);
-                    self.lookaside[lookaside(rip)] = (u64::MAX, 0);
-                    None
-                }
-                Leave::Syscall(rip, len) => {
-                    self.cpu.rip = rip;
-                    Some(Act::Syscall(len))
-                }
-            },
+            }
         }
     }
 

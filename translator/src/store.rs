@@ -2,14 +2,14 @@
 
 use crate::block::GuestBlock;
 use crate::code_buffer::CodeBuffer;
-use crate::emit::Emitter;
+use crate::emit::{Emitter, slot};
 use crate::exits::{Exits, MAX_EXITS, Place};
 use crate::index::Index;
 use crate::lower::{
     Landing, Leave, Relocation, STUB, Surroundings, Unit, emit_landing, emit_stub, emit_trampolines, lower, stub_at,
     stub_before,
 };
-use crate::marks::{self, Mark, Registers};
+use crate::marks::{self, Home, Mark, Registers};
 use crate::persist::adopt::Pages;
 use crate::persist::record::Kept;
 use crate::stats::CacheStats;
@@ -45,6 +45,15 @@ pub(crate) struct Block {
     /// Guest bytes it was made from.
     pub(crate) len: u16,
     pub(crate) live: bool,
+    pub(crate) home: Home,
+}
+
+/// What a block is found by: its address and where R11 is at its start. No code has an address with only the highest bit changed.
+fn key(rip: u64, home: Home) -> u64 {
+    match home {
+        Home::Slot => rip,
+        Home::Register => rip ^ 1 << 63,
+    }
 }
 
 impl Block {
@@ -127,12 +136,12 @@ impl Store {
             unit: Unit::default(),
             stats: CacheStats::default(),
         };
-        store.push(0, 0, keep.0, 0, 0, &marks);
+        store.push((0, Home::Slot), 0, keep.0, 0, 0, &marks);
         store.blocks[0].live = false;
         store
     }
 
-    fn push(&mut self, start: u64, at: usize, size: usize, body: u32, len: u16, marks: &[Mark]) -> u32 {
+    fn push(&mut self, (start, home): (u64, Home), at: usize, size: usize, body: u32, len: u16, marks: &[Mark]) -> u32 {
         self.blocks.push(Block {
             start,
             at: at as u32,
@@ -147,14 +156,15 @@ impl Store {
             next_in_page: [NONE; 2],
             len,
             live: true,
+            home,
         });
         self.marks.extend_from_slice(marks);
         self.blocks.len() as u32 - 1
     }
 
     /// The block at `rip` and the code offset of its body.
-    pub fn get(&self, rip: u64) -> Option<(u32, u32)> {
-        self.index.get(rip)
+    pub fn get(&self, rip: u64, home: Home) -> Option<(u32, u32)> {
+        self.index.get(key(rip, home))
     }
 
     /// Might the next block not fit?
@@ -163,20 +173,20 @@ impl Store {
     }
 
     /// Lowers a block and adds it; gives its number and the code offset of its body.
-    pub fn insert(&mut self, exits: &Exits, block: &GuestBlock, landing: bool) -> (u32, u32) {
-        self.lower(block, landing, true);
+    pub fn insert(&mut self, exits: &Exits, block: &GuestBlock, home: Home, landing: bool) -> (u32, u32) {
+        self.lower(block, home, landing, true);
         let unit = std::mem::take(&mut self.unit);
-        let found = self.enter(exits, block.start, &unit);
+        let found = self.enter(exits, (block.start, home), &unit);
         self.unit = unit;
         found
     }
 
     /// Adds a lowered block; gives its number and the code offset of its body.
-    pub(crate) fn enter(&mut self, exits: &Exits, start: u64, unit: &Unit) -> (u32, u32) {
+    pub(crate) fn enter(&mut self, exits: &Exits, (start, home): (u64, Home), unit: &Unit) -> (u32, u32) {
         let first_exit = self.exits_used;
-        let b = self.append(exits, start, unit);
+        let b = self.append(exits, (start, home), unit);
         let body = self.blocks[b as usize].body;
-        self.index.insert(start, b, body);
+        self.index.insert(key(start, home), b, body);
         for (i, page) in self.blocks[b as usize].pages().into_iter().enumerate() {
             let head = self.by_page.entry(page).or_insert(NONE);
             if *head != b {
@@ -185,7 +195,7 @@ impl Store {
         }
         for (id, exit) in (first_exit..).zip(&unit.exits) {
             if let (Leave::To(target), Some(_)) = (exit.leave, exit.linked)
-                && let Some((to, _)) = self.index.get(target)
+                && let Some((to, _)) = self.get(target, exit.home)
             {
                 self.note_link(exits, id, to);
             }
@@ -214,17 +224,19 @@ impl Store {
     /// The block at `rip` was found to be made from other bytes than are there now. Who is still in it, or knows of it, finds out the
     /// same way.
     pub fn changed(&mut self, exits: &Exits, rip: u64) {
-        if let Some((b, _)) = self.index.get(rip) {
-            self.kill(exits, b);
+        for home in [Home::Slot, Home::Register] {
+            if let Some((b, _)) = self.get(rip, home) {
+                self.kill(exits, b);
+            }
         }
     }
 
     /// Lowers a block that is linked to nothing and found by nobody; gives the code offset of its body.
     pub fn insert_apart(&mut self, exits: &Exits, block: &GuestBlock) -> Apart {
-        self.lower(block, false, false);
+        self.lower(block, Home::Slot, false, false);
         let unit = std::mem::take(&mut self.unit);
         let first_exit = self.exits_used;
-        let b = self.append(exits, block.start, &unit) as usize;
+        let b = self.append(exits, (block.start, Home::Slot), &unit) as usize;
         self.blocks[b].live = false;
         let begun = unit.exits.iter().map(|e| e.begun).collect();
         let insns = unit.insns;
@@ -232,22 +244,23 @@ impl Store {
         Apart { body: self.blocks[b].body, insns, first_exit, begun }
     }
 
-    fn lower(&mut self, block: &GuestBlock, landing: bool, linked: bool) {
+    fn lower(&mut self, block: &GuestBlock, home: Home, landing: bool, linked: bool) {
         let base = self.buffer.base();
         let unit = std::mem::take(&mut self.unit);
-        let known = |g| self.index.get(g).map(|(_, body)| base + u64::from(body));
+        let known = |g, home| self.get(g, home).map(|(_, body)| base + u64::from(body));
         let around = Surroundings {
             at: base + self.buffer.next() as u64,
             first_exit: self.exits_used,
             stubs: base + self.buffer.cold_end() as u64,
             miss: base + u64::from(self.miss),
+            home,
             known: &known,
             linked,
         };
         self.unit = lower(block, &around, landing, unit);
     }
 
-    fn append(&mut self, exits: &Exits, start: u64, unit: &Unit) -> u32 {
+    fn append(&mut self, exits: &Exits, start: (u64, Home), unit: &Unit) -> u32 {
         let at = self.buffer.append(&unit.code);
         for (id, exit) in (self.exits_used..).zip(&unit.exits) {
             let site = if exit.site == u32::MAX { 0 } else { at + exit.site as usize };
@@ -256,7 +269,7 @@ impl Store {
             let base = self.buffer.base();
             self.buffer.append_cold(&emit_stub(base + stub, id, base));
             let stub = if exit.short { at + exit.step as usize } else { stub as usize };
-            exits.set(id, exit.leave, Place { site, short: exit.short, stub });
+            exits.set(id, exit.leave, exit.home, Place { site, short: exit.short, stub });
         }
         let first_exit = self.exits_used;
         self.exits_used += unit.exits.len() as u32;
@@ -311,7 +324,7 @@ impl Store {
         self.buffer.append(&e.bytes);
         self.stats.host_bytes += e.len() as u64;
         // It has marks of its own, and is found by host address only.
-        let thunk = self.push(start, at, e.len(), 0, 0, &marks);
+        let thunk = self.push((start, Home::Slot), at, e.len(), 0, 0, &marks);
         self.blocks[thunk as usize].live = false;
         self.register(b, Landing { at: at as u32 + l.at, next: at as u32 + l.next });
     }
@@ -375,10 +388,10 @@ impl Store {
         if !std::mem::replace(&mut block.live, false) {
             return;
         }
-        let start = block.start;
+        let key = key(block.start, block.home);
         let mut exit = std::mem::replace(&mut block.incoming, NONE);
         self.stats.stale += 1;
-        self.index.remove(start, b);
+        self.index.remove(key, b);
         while exit != NONE {
             self.lead(exits.place(exit), None);
             let next = exits.next_linked(exit);
@@ -450,10 +463,13 @@ impl Store {
     /// Mends the registers of a thread stopped at a code offset; gives RIP.
     pub fn recover(&self, offset: u32, regs: &mut dyn Registers, exits: &Exits) -> u64 {
         if let Some(id) = self.stub(offset) {
+            if exits.home(id) == Home::Slot {
+                regs.set_gpr(Gpr::R11, regs.slot(slot::R11));
+            }
             return exits.rip(id);
         }
         let Some((block, marks)) = self.at(offset) else { return 0 };
-        marks::recover(marks, block.start, (offset - block.at) as usize, regs, &|id| exits.rip(id))
+        marks::recover(marks, block.start, (offset - block.at) as usize, regs, &|id| (exits.rip(id), exits.home(id)))
     }
 
     /// The guest instruction at a code offset.
@@ -470,7 +486,7 @@ impl Store {
 
     /// The code of the block at a guest address, with its code offset.
     pub fn code(&self, rip: u64) -> Option<(u32, Vec<u8>)> {
-        let b = &self.blocks[self.index.get(rip)?.0 as usize];
+        let b = &self.blocks[self.get(rip, Home::Slot)?.0 as usize];
         Some((b.at, self.buffer.code(b.at as usize..b.end as usize)))
     }
 }

@@ -10,34 +10,35 @@ use crate::block::{GuestBlock, Item};
 use crate::emit::{gs, slot};
 use crate::lower::memory::load_constant;
 use crate::lower::{Leave, Lowering};
-use crate::marks::{Saved, What};
+use crate::marks::{Home, What};
 use bivisor_emulator::isa::Gpr;
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Code, OpKind};
 use std::ops::Range;
 
-/// The way out for a block that is no longer what it was made from; gives its host address. RCX and R11 are in their slots.
+/// The way out for a block that is no longer what it was made from; gives its host address. RCX is in its slot, and so is R11.
 pub(crate) fn emit_failure(l: &mut Lowering<'_>) -> u64 {
-    let (s_rcx, s_r11) = (gs(slot::RCX), gs(slot::R11));
+    let save = gs(slot::TMP);
     let at = l.e.here();
-    l.mark(What::UndoBoth(0));
-    dynasm!(l.e; .arch x64; gs mov rcx, [s_rcx]);
-    l.mark(What::Undo(0, Saved::R11));
-    dynasm!(l.e; .arch x64; gs mov r11, [s_r11]);
+    let home = std::mem::replace(&mut l.home, Home::Slot);
+    l.mark(What::Undo(0, Gpr::Rcx));
+    dynasm!(l.e; .arch x64; gs mov rcx, [save]);
     l.leave(Leave::Changed(l.block.start));
+    l.home = home;
     at
 }
 
 /// The comparison, which comes before the block's first instruction.
 pub(crate) fn emit(l: &mut Lowering<'_>, failure: u64) {
-    let (s_rcx, s_r11) = (gs(slot::RCX), gs(slot::R11));
+    let (save, s_r11) = (gs(slot::TMP), gs(slot::R11));
     let block = l.block;
     l.mark(What::At(0));
-    dynasm!(l.e
-        ; .arch x64
-        ; gs mov [s_rcx], rcx
-        ; gs mov [s_r11], r11
-    );
+    if l.home == Home::Register {
+        dynasm!(l.e; .arch x64; gs mov [s_r11], r11);
+        l.home = Home::Slot;
+        l.mark(What::At(0));
+    }
+    dynasm!(l.e; .arch x64; gs mov [save], rcx);
     l.mark(What::Compare);
     load_constant(l, Gpr::R11, block.start);
     for run in compared(block) {
@@ -45,10 +46,8 @@ pub(crate) fn emit(l: &mut Lowering<'_>, failure: u64) {
             word(l, at, size, failure);
         }
     }
-    l.mark(What::UndoBoth(0));
-    dynasm!(l.e; .arch x64; gs mov rcx, [s_rcx]);
-    l.mark(What::Undo(0, Saved::R11));
-    dynasm!(l.e; .arch x64; gs mov r11, [s_r11]);
+    l.mark(What::Undo(0, Gpr::Rcx));
+    dynasm!(l.e; .arch x64; gs mov rcx, [save]);
 }
 
 /// The bytes that must be as they were.
@@ -144,26 +143,35 @@ pub(crate) fn load_immediate(l: &mut Lowering<'_>, item: &Item) -> bool {
     let Some(place) = l.block.compared.then(|| loose(l.block, item)).flatten() else { return false };
     let Some(r) = Gpr::from_iced(item.iced.op0_register()) else { return false };
     let address = l.block.start.wrapping_add(place.start as u64);
-    let save = gs(slot::TMP);
-    // The register itself may hold the address where it is only written.
-    let (way, scratch) = match way(item.iced.code()) {
-        Some(Way::Operate(opcode)) => (Some(opcode), if r == Gpr::Rcx { Gpr::Rdx } else { Gpr::Rcx }),
-        _ => (None, r),
+    let operate = match way(item.iced.code()) {
+        Some(Way::Operate(opcode)) => Some(opcode),
+        _ => None,
     };
+    // The register itself may hold the address where it is only written.
+    let scratch = match operate {
+        _ if l.home == Home::Slot => Gpr::R11,
+        None => r,
+        Some(_) if r == Gpr::Rcx => Gpr::Rdx,
+        Some(_) => Gpr::Rcx,
+    };
+    let kept = l.home == Home::Register;
+    let save = gs(slot::TMP);
     let (r, s) = (r as u8, scratch as u8);
     l.mark(What::At(item.at));
-    dynasm!(l.e; .arch x64; gs mov [save], Rq(s));
-    l.mark(What::Undo(item.at, Saved::Tmp(scratch)));
+    if kept {
+        dynasm!(l.e; .arch x64; gs mov [save], Rq(s));
+        l.mark(What::Undo(item.at, scratch));
+    }
     load_constant(l, scratch, address);
-    match way {
+    match operate {
         None if place.len() == 8 => dynasm!(l.e; .arch x64; mov Rq(r), [Rq(s)]),
         None => dynasm!(l.e; .arch x64; mov Rd(r), [Rq(s)]),
-        Some(opcode) => {
-            // REX.R for R8 to R15; ModRM with a base register that needs neither SIB nor displacement.
-            l.e.bytes.extend_from_slice(&[0x40 | (r >> 3) << 2, opcode, (r & 7) << 3 | s]);
-            l.mark(What::Undo(item.at + u16::from(item.len), Saved::Tmp(scratch)));
-            dynasm!(l.e; .arch x64; gs mov Rq(s), [save]);
-        }
+        // REX.R and REX.B for R8 to R15; ModRM with a base register that needs neither SIB nor displacement.
+        Some(opcode) => l.e.bytes.extend_from_slice(&[0x40 | (r >> 3) << 2 | s >> 3, opcode, (r & 7) << 3 | s & 7]),
+    }
+    if kept && operate.is_some() {
+        l.mark(What::Undo(item.at + u16::from(item.len), scratch));
+        dynasm!(l.e; .arch x64; gs mov Rq(s), [save]);
     }
     true
 }

@@ -10,7 +10,7 @@
 use crate::block::Item;
 use crate::emit::{gs, slot};
 use crate::lower::{Depends, Lowering, bytes};
-use crate::marks::{Saved, What};
+use crate::marks::What;
 use bivisor_emulator::isa::{Gpr, Width};
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Code, Decoder, DecoderOptions, Encoder, InstructionInfoFactory, Mnemonic, OpKind, Register};
@@ -124,7 +124,7 @@ fn borrow(l: &mut Lowering<'_>, item: &Item, target: u64) -> bool {
     let save = gs(slot::TMP);
     l.mark(What::At(item.at));
     dynasm!(l.e; .arch x64; gs mov [save], Rq(reg));
-    l.mark(What::Undo(item.at, Saved::Tmp(r)));
+    l.mark(What::Undo(item.at, r));
     load_constant(l, r, target);
     let mut iced = item.iced;
     iced.set_memory_base(r.to_iced());
@@ -136,7 +136,7 @@ fn borrow(l: &mut Lowering<'_>, item: &Item, target: u64) -> bool {
         return false;
     }
     // A load into the borrowed register itself needs no restoring.
-    l.mark(What::Undo(item.at + u16::from(item.len), Saved::Tmp(r)));
+    l.mark(What::Undo(item.at + u16::from(item.len), r));
     dynasm!(l.e; .arch x64; gs mov Rq(reg), [save]);
     true
 }
@@ -161,15 +161,14 @@ fn encode(l: &mut Lowering<'_>, iced: &iced_x86::Instruction) -> bool {
     true
 }
 
-/// Loads the 64-bit operand of an indirect branch into RCX, whose guest value is in its slot. Until the last instruction RCX may hold
-/// an address.
+/// Loads the 64-bit operand of an indirect branch into R11, which is free unless the operand needs it.
 pub(crate) fn load_target(l: &mut Lowering<'_>, item: &Item) -> bool {
     let mut load = item.iced;
     // The operand moves from first to second place.
     match item.iced.op0_kind() {
         OpKind::Register => {
             let r = item.iced.op0_register().number() as u8;
-            dynasm!(l.e; .arch x64; mov rcx, Rq(r));
+            dynasm!(l.e; .arch x64; mov r11, Rq(r));
             return true;
         }
         OpKind::Memory if item.iced.is_ip_rel_memory_operand() => {
@@ -177,28 +176,27 @@ pub(crate) fn load_target(l: &mut Lowering<'_>, item: &Item) -> bool {
             // The load in its RIP-relative form is 7 bytes long.
             let after = l.e.here() + 7;
             if let Ok(d) = i32::try_from(target.wrapping_sub(after) as i64) {
-                l.e.bytes.extend_from_slice(&[0x48, 0x8b, 0x0d]);
+                l.e.bytes.extend_from_slice(&[0x4c, 0x8b, 0x1d]);
                 l.e.push_i32(d);
                 l.relocation(l.e.len() - 4, Depends::Distance);
             } else if let Ok(d) = i32::try_from(target as i64) {
-                dynasm!(l.e; .arch x64; mov rcx, [d]);
+                dynasm!(l.e; .arch x64; mov r11, [d]);
                 l.relocation(0, Depends::Fixed);
             } else {
-                l.mark(What::Undo(item.at, Saved::Rcx));
-                load_constant(l, Gpr::Rcx, target);
-                dynasm!(l.e; .arch x64; mov rcx, [rcx]);
+                load_constant(l, Gpr::R11, target);
+                dynasm!(l.e; .arch x64; mov r11, [r11]);
             }
             return true;
         }
         OpKind::Memory => {}
         _ => return false,
     }
-    if bytes::load_of_branch(&mut l.e.bytes, l.block.code(item), Gpr::Rcx) {
+    if bytes::load_of_branch(&mut l.e.bytes, l.block.code(item), Gpr::R11) {
         return true;
     }
     load.set_code(Code::Mov_r64_rm64);
     load.set_op0_kind(OpKind::Register);
-    load.set_op0_register(Register::RCX);
+    load.set_op0_register(Register::R11);
     load.set_op1_kind(OpKind::Memory);
     load.set_has_repne_prefix(false);
     load.set_has_repe_prefix(false);

@@ -1,6 +1,7 @@
 //! Lowering: a guest block becomes host code; one file a way of lowering.
 //!
-//! Guest registers are the host's registers, RSP and flags included; the context is reached through GS. A piece of code has an
+//! Guest registers are the host's registers, RSP and flags included, but for R11, which may be in a slot ([`Home`]): code for a guest
+//! address comes in up to two kinds, by where R11 is at its start. The context is reached through GS. A piece of code has an
 //! optional *landing* (the way in for indirect branches), the body, the stubs of its exits, and constants.
 
 mod branch;
@@ -10,11 +11,12 @@ mod copy;
 pub mod memory;
 mod relocate;
 
-use crate::block::GuestBlock;
+use crate::block::{GuestBlock, Item};
 use crate::emit::{Emitter, gs, slot};
-use crate::marks::{Mark, What};
+use crate::marks::{Home, Mark, What};
 use crate::route::Route;
 use dynasmrt::{DynasmApi, dynasm};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 pub use branch::{Landing, emit_landing, emit_trampolines};
 pub use relocate::{Depends, Relocation, move_code};
@@ -47,6 +49,8 @@ pub struct Exit {
     pub linked: Option<u64>,
     /// Instructions of the block that have begun when it is taken, the one that takes it included.
     pub begun: u16,
+    /// Where R11 is.
+    pub home: Home,
 }
 
 /// What lowering wants to know about the cache.
@@ -59,8 +63,10 @@ pub struct Surroundings<'a> {
     pub stubs: u64,
     /// Host address of the way out for indirect branches without a target.
     pub miss: u64,
-    /// The body of the live block at a guest address.
-    pub known: &'a dyn Fn(u64) -> Option<u64>,
+    /// Where R11 is at the start.
+    pub home: Home,
+    /// The body of the live block at a guest address, for R11 there.
+    pub known: &'a dyn Fn(u64, Home) -> Option<u64>,
     /// Jumps may lead straight to translated code; otherwise every one leaves.
     pub linked: bool,
 }
@@ -115,6 +121,41 @@ pub(crate) struct Lowering<'a> {
     pub short: bool,
     /// Instructions lowered, the one at work included.
     pub begun: u16,
+    /// Where R11 is.
+    pub home: Home,
+}
+
+/// What an instruction does with R11.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum R11 {
+    Unused,
+    /// Sets all of it, whatever it was.
+    Sets,
+    Wanted,
+}
+
+/// See [`R11`]. Only SYSCALL uses it without naming it.
+pub(crate) fn use_of_r11(i: &Instruction) -> R11 {
+    let is = |r| matches!(r, Register::R11 | Register::R11D | Register::R11W | Register::R11L);
+    if is(i.memory_base()) || is(i.memory_index()) {
+        return R11::Wanted;
+    }
+    let named = (0..i.op_count()).filter(|&n| i.op_kind(n) == OpKind::Register && is(i.op_register(n)));
+    match named.count() {
+        0 => R11::Unused,
+        1 if i.op_kind(0) == OpKind::Register && matches!(i.op0_register(), Register::R11 | Register::R11D) => {
+            match i.mnemonic() {
+                Mnemonic::Mov
+                | Mnemonic::Lea
+                | Mnemonic::Movzx
+                | Mnemonic::Movsx
+                | Mnemonic::Movsxd
+                | Mnemonic::Pop => R11::Sets,
+                _ => R11::Wanted,
+            }
+        }
+        _ => R11::Wanted,
+    }
 }
 
 impl Lowering<'_> {
@@ -122,11 +163,29 @@ impl Lowering<'_> {
     pub fn mark(&mut self, what: What) {
         let at = self.e.len() as u16;
         match self.marks.last_mut() {
-            Some(m) if m.at == at => m.what = what,
+            Some(m) if m.at == at => *m = Mark { at, what, home: self.home },
             // Copied code goes on.
-            Some(Mark { at: from, what: What::Copied(d) }) if matches!(what, What::Copied(n) if n.wrapping_sub(*d) == at - *from) =>
-                {}
-            _ => self.marks.push(Mark { at, what }),
+            Some(Mark { at: from, what: What::Copied(d), home })
+                if *home == self.home && matches!(what, What::Copied(n) if n.wrapping_sub(*d) == at - *from) => {}
+            _ => self.marks.push(Mark { at, what, home: self.home }),
+        }
+    }
+
+    /// Sees to it that an instruction finds R11 where it wants it; gives where it is afterwards.
+    fn fetch_r11(&mut self, item: &Item) -> Home {
+        if self.home == Home::Register {
+            return Home::Register;
+        }
+        match use_of_r11(&item.iced) {
+            R11::Unused => Home::Slot,
+            R11::Sets => Home::Register,
+            R11::Wanted => {
+                let from = gs(slot::R11);
+                self.mark(What::At(item.at));
+                dynasm!(self.e; .arch x64; gs mov r11, [from]);
+                self.home = Home::Register;
+                Home::Register
+            }
         }
     }
 
@@ -137,7 +196,15 @@ impl Lowering<'_> {
 
     /// Records an exit; gives its number.
     pub fn exit(&mut self, leave: Leave, site: usize, linked: Option<u64>) -> u32 {
-        self.exits.push(Exit { leave, site: site as u32, short: false, step: 0, linked, begun: self.begun });
+        self.exits.push(Exit {
+            leave,
+            site: site as u32,
+            short: false,
+            step: 0,
+            linked,
+            begun: self.begun,
+            home: self.home,
+        });
         self.around.first_exit + self.exits.len() as u32 - 1
     }
 
@@ -159,8 +226,8 @@ impl Lowering<'_> {
         let site = self.e.len();
         self.e.push_u32(0);
         let to = match self.around.linked {
-            true if target == self.block.start => Some(self.body),
-            true => (self.around.known)(target),
+            true if target == self.block.start && self.home == self.around.home => Some(self.body),
+            true => (self.around.known)(target, self.home),
             false => None,
         };
         if let Some(to) = to {
@@ -173,7 +240,7 @@ impl Lowering<'_> {
     pub(crate) fn close_loop(&mut self, opcode: &[u8], target: u64) -> bool {
         let back = self.body.wrapping_sub(self.e.here() + opcode.len() as u64 + 1) as i64;
         let Ok(back) = i8::try_from(back) else { return false };
-        if !self.short || !self.around.linked || target != self.block.start {
+        if !self.short || !self.around.linked || target != self.block.start || self.home != self.around.home {
             return false;
         }
         self.e.bytes.extend_from_slice(opcode);
@@ -201,7 +268,8 @@ impl Lowering<'_> {
     /// Leads all exits that are not linked to their stubs; the constants. False if a short jump does not reach.
     fn finish(&mut self) -> bool {
         for i in 0..self.exits.len() {
-            let Exit { leave: Leave::To(_), site, linked, short, .. } = self.exits[i] else { continue };
+            let Exit { leave: Leave::To(_), site, linked, short, home, .. } = self.exits[i] else { continue };
+            self.home = home;
             let id = self.around.first_exit + i as u32;
             if short {
                 if self.e.len() - (site as usize + 1) > i8::MAX as usize {
@@ -278,6 +346,7 @@ fn attempt_lower(
         body: around.at,
         short,
         begun: 0,
+        home: around.home,
     };
     let failure = block.compared.then(|| compare::emit_failure(&mut l));
     let landing = landing.then(|| emit_landing(&mut l.e, &mut l.marks, block.start, around.miss));
@@ -296,7 +365,9 @@ fn attempt_lower(
     let mut open = true;
     for item in &block.items {
         // What follows a conditional branch may be there already.
-        if insns > 0 && block.items[insns - 1].route == Route::Conditional && (around.known)(block.rip(item)).is_some()
+        if insns > 0
+            && block.items[insns - 1].route == Route::Conditional
+            && (around.known)(block.rip(item), l.home).is_some()
         {
             break;
         }
@@ -305,8 +376,11 @@ fn attempt_lower(
         end = usize::from(item.at) + usize::from(item.len);
         open = match item.route {
             Route::Copy | Route::CopyAndEnd => {
+                let then = l.fetch_r11(item);
                 let copied = compare::load_immediate(&mut l, item) || copy::copy(&mut l, item);
-                if !copied {
+                if copied {
+                    l.home = then;
+                } else {
                     l.leave(Leave::Step(block.rip(item)));
                 }
                 copied

@@ -76,6 +76,7 @@ mod tests {
     use super::*;
     use crate::block::{CodeSource, MAX_INSNS, Opened, Scratch};
     use crate::lower::{Leave, Surroundings, Unit, lower};
+    use crate::marks::Home;
     use crate::route::{Policy, Routes};
     use bivisor_emulator::cpu::cpuid::CpuModel;
     use std::sync::Arc;
@@ -103,8 +104,15 @@ mod tests {
         if !scratch.decode(&mut Text(guest, text), guest + offset, routes, MAX_INSNS) {
             return None;
         }
-        let around =
-            Surroundings { at: host, first_exit, stubs: host + 0x40_0000, miss: host, known: &|_| None, linked: true };
+        let around = Surroundings {
+            at: host,
+            first_exit,
+            stubs: host + 0x40_0000,
+            miss: host,
+            home: Home::Slot,
+            known: &|_, _| None,
+            linked: true,
+        };
         Some(lower(&scratch.block, &around, false, Unit::default()))
     }
 

@@ -4,7 +4,7 @@ use crate::block::{CodeSource, Opened};
 use crate::emit::Emitter;
 use crate::exits::Exits;
 use crate::lower::{Exit, Leave, Relocation, emit_landing, move_code, stub_before};
-use crate::marks::{Mark, What};
+use crate::marks::{Home, Mark, What};
 use crate::persist::Archive;
 use crate::persist::hash::{Sum, sum};
 use crate::persist::record::{Kept, KeptExit, Record, Recorder};
@@ -90,7 +90,7 @@ impl Store {
         for id in first..self.exits_used {
             if let Leave::To(target) = exits.leave(id)
                 && exits.linked(id).is_none()
-                && let Some((to, _)) = self.get(target)
+                && let Some((to, _)) = self.get(target, exits.home(id))
             {
                 self.link(exits, id, to);
             }
@@ -98,7 +98,7 @@ impl Store {
     }
 
     fn adopt_block(&mut self, exits: &Exits, kept: &Kept, code: &[u8], start: u64, move_by: u64) {
-        if self.get(start).is_some() {
+        if self.get(start, kept.home).is_some() {
             return;
         }
         let base = self.buffer.base();
@@ -117,7 +117,7 @@ impl Store {
         if moved {
             let at = |offset: u16| (body + usize::from(offset)) as u32;
             for (id, exit) in (self.exits_used..).zip(&kept.exits) {
-                unit.exits.push(self.adopt_exit(exit, id, (start, place, move_by), &mut e, &at));
+                unit.exits.push(self.adopt_exit(exit, id, (start, kept.home), (place, move_by), &mut e, &at));
             }
             let first_exit = self.exits_used;
             unit.marks.extend(kept.marks.iter().map(|m| Mark {
@@ -126,6 +126,7 @@ impl Store {
                     What::Exit(n) => What::Exit(first_exit + n),
                     what => what,
                 },
+                home: m.home,
             }));
             let moved = |r: &Relocation| Relocation { at: at(r.at) as u16, ..*r };
             unit.relocations.extend(kept.relocations.iter().map(moved));
@@ -133,7 +134,7 @@ impl Store {
         }
         unit.code = e.bytes;
         if moved {
-            self.enter(exits, start, &unit);
+            self.enter(exits, (start, kept.home), &unit);
             self.stats.adopted += 1;
         }
         self.unit = unit;
@@ -144,7 +145,8 @@ impl Store {
         &self,
         exit: &KeptExit,
         id: u32,
-        (start, place, move_by): (u64, u64, u64),
+        (start, start_home): (u64, Home),
+        (place, move_by): (u64, u64),
         e: &mut Emitter,
         at: &dyn Fn(u16) -> u32,
     ) -> Exit {
@@ -154,23 +156,24 @@ impl Store {
             Leave::Changed(rip) => Leave::Changed(rip.wrapping_add(move_by)),
             Leave::Syscall(rip, len) => Leave::Syscall(rip.wrapping_add(move_by), len),
         };
+        let home = exit.home;
         let Leave::To(target) = leave else {
-            return Exit { leave, site: u32::MAX, short: false, step: 0, linked: None, begun: 0 };
+            return Exit { leave, site: u32::MAX, short: false, step: 0, linked: None, begun: 0, home };
         };
         let base = self.buffer.base();
-        let linked = match target == start {
+        let linked = match target == start && home == start_home {
             true => Some(place),
-            false => self.get(target).map(|(_, body)| base + u64::from(body)),
+            false => self.get(target, home).map(|(_, body)| base + u64::from(body)),
         };
         let site = at(exit.site);
         if exit.short {
             let back = place.wrapping_sub(e.base + u64::from(site) + 1);
             e.bytes[site as usize] = back as u8;
-            return Exit { leave, site, short: true, step: at(exit.step), linked: Some(place), begun: 0 };
+            return Exit { leave, site, short: true, step: at(exit.step), linked: Some(place), begun: 0, home };
         }
         let stubs = base + self.buffer.cold_end() as u64;
         e.set_rel32(site as usize, linked.unwrap_or_else(|| stub_before(stubs, id)));
-        Exit { leave, site, short: false, step: 0, linked, begun: 0 }
+        Exit { leave, site, short: false, step: 0, linked, begun: 0, home }
     }
 
     /// The sums of the first and the last page of a block that can be kept.
@@ -224,14 +227,14 @@ impl Store {
         let ids = b.first_exit..after.map_or(self.exits_used, |a| a.first_exit);
         let body = (b.body - b.at) as u16;
         let exit = |id| {
-            let (leave, place) = (exits.leave(id), exits.place(id));
+            let (leave, place, home) = (exits.leave(id), exits.place(id), exits.home(id));
             let inside = |at: usize| (at as u64).wrapping_sub(u64::from(b.body)) as u16;
             match leave {
                 Leave::To(_) if place.short => {
-                    KeptExit { leave, site: inside(place.site), short: true, step: inside(place.stub) }
+                    KeptExit { leave, site: inside(place.site), short: true, step: inside(place.stub), home }
                 }
-                Leave::To(_) => KeptExit { leave, site: inside(place.site), short: false, step: 0 },
-                _ => KeptExit { leave, site: 0, short: false, step: 0 },
+                Leave::To(_) => KeptExit { leave, site: inside(place.site), short: false, step: 0, home },
+                _ => KeptExit { leave, site: 0, short: false, step: 0, home },
             }
         };
         let mark = |m: &Mark| Mark {
@@ -240,10 +243,12 @@ impl Store {
                 What::Exit(id) => What::Exit(id - b.first_exit),
                 what => what,
             },
+            home: m.home,
         };
         Kept {
             start: (b.start % PAGE_SIZE) as u16,
             len: b.len,
+            home: b.home,
             landing: b.landing.is_some(),
             host: self.buffer.base() + u64::from(b.body),
             marks: marks.iter().filter(|m| m.at >= body).map(mark).collect(),

@@ -1,7 +1,7 @@
 //! What was made from one page of code, as bytes and back.
 
 use crate::lower::{Depends, Leave, Relocation};
-use crate::marks::{Mark, Saved, What};
+use crate::marks::{Home, Mark, What};
 use crate::persist::hash::Sum;
 use bivisor_emulator::isa::Gpr;
 
@@ -16,6 +16,8 @@ pub struct KeptExit {
     pub short: bool,
     /// Then: offset of the jump to the stub.
     pub step: u16,
+    /// Where R11 is.
+    pub home: Home,
 }
 
 /// A block of host code without its landing, but for the code itself, which goes beside it.
@@ -25,6 +27,8 @@ pub struct Kept {
     pub start: u16,
     /// Guest bytes it was made from.
     pub len: u16,
+    /// Where R11 is at its start.
+    pub home: Home,
     /// It was the target of an indirect branch.
     pub landing: bool,
     /// Where its code lay.
@@ -79,14 +83,10 @@ fn what_out(what: What) -> (u8, u8, u16) {
     match what {
         What::Copied(d) => (0, 0, d),
         What::At(d) => (1, 0, d),
-        What::Undo(d, Saved::Rcx) => (2, 0, d),
-        What::Undo(d, Saved::R11) => (3, 0, d),
-        What::Undo(d, Saved::Tmp(r)) => (4, r as u8, d),
+        What::Undo(d, r) => (2, r as u8, d),
         What::Probe(d) => (5, 0, d),
-        What::UndoBoth(d) => (6, 0, d),
         What::Target => (7, 0, 0),
-        What::TargetDifference => (8, 0, 0),
-        What::Missed => (9, 0, 0),
+        What::Comparing => (8, 0, 0),
         What::Exit(n) => (10, 0, n as u16),
         What::Exiting => (11, 0, 0),
         What::Compare => (12, 0, 0),
@@ -97,16 +97,21 @@ fn what_in(tag: u8, r: u8, d: u16) -> Option<What> {
     Some(match tag {
         0 => What::Copied(d),
         1 => What::At(d),
-        2 => What::Undo(d, Saved::Rcx),
-        3 => What::Undo(d, Saved::R11),
-        4 => What::Undo(d, Saved::Tmp(*Gpr::ALL.get(usize::from(r))?)),
+        2 => What::Undo(d, *Gpr::ALL.get(usize::from(r))?),
         5 => What::Probe(d),
-        6 => What::UndoBoth(d),
         7 => What::Target,
-        8 => What::TargetDifference,
+        8 => What::Comparing,
         10 => What::Exit(u32::from(d)),
         _ => return None,
     })
+}
+
+fn home_out(home: Home) -> u8 {
+    u8::from(home == Home::Register)
+}
+
+fn home_in(v: u8) -> Home {
+    if v == 0 { Home::Slot } else { Home::Register }
 }
 
 fn depends_out(d: Depends) -> u16 {
@@ -144,6 +149,7 @@ impl Recorder {
     pub fn add(&mut self, b: &Kept, code: &[u8]) {
         let w = &mut self.0;
         [b.start, b.len].into_iter().for_each(|v| w.u16(v));
+        w.u8(home_out(b.home));
         w.u8(u8::from(b.landing));
         w.u64(b.host);
         let counts = [b.marks.len(), b.exits.len(), b.relocations.len(), code.len()];
@@ -154,6 +160,7 @@ impl Recorder {
             w.u8(tag);
             w.u8(r);
             w.u16(d);
+            w.u8(home_out(m.home));
         }
         for e in &b.exits {
             let (kind, rip) = match e.leave {
@@ -164,6 +171,7 @@ impl Recorder {
             };
             w.u8(kind);
             w.u8(u8::from(e.short));
+            w.u8(home_out(e.home));
             w.u16(e.site);
             w.u16(e.step);
             w.u64(rip);
@@ -203,24 +211,26 @@ impl<'a> Record<'a> {
     pub fn block(&mut self, b: &mut Kept) -> Option<&'a [u8]> {
         let r = &mut self.rest;
         (b.start, b.len) = (r.u16()?, r.u16()?);
+        b.home = home_in(r.u8()?);
         b.landing = r.u8()? != 0;
         b.host = r.u64()?;
         let [marks, exits, relocations, code] = [r.u16()?, r.u16()?, r.u16()?, r.u16()?];
         b.marks.clear();
         for _ in 0..marks {
-            let (at, tag, register, d) = (r.u16()?, r.u8()?, r.u8()?, r.u16()?);
-            b.marks.push(Mark { at, what: what_in(tag, register, d)? });
+            let (at, tag, register, d, home) = (r.u16()?, r.u8()?, r.u8()?, r.u16()?, home_in(r.u8()?));
+            b.marks.push(Mark { at, what: what_in(tag, register, d)?, home });
         }
         b.exits.clear();
         for _ in 0..exits {
-            let (kind, short, site, step, rip) = (r.u8()?, r.u8()? != 0, r.u16()?, r.u16()?, r.u64()?);
+            let (kind, short, home) = (r.u8()?, r.u8()? != 0, home_in(r.u8()?));
+            let (site, step, rip) = (r.u16()?, r.u16()?, r.u64()?);
             let leave = match kind {
                 0 => Leave::To(rip),
                 1 => Leave::Step(rip),
                 2 => return None,
                 n => Leave::Syscall(rip, n - 3),
             };
-            b.exits.push(KeptExit { leave, site, short, step });
+            b.exits.push(KeptExit { leave, site, short, step, home });
         }
         b.relocations.clear();
         for _ in 0..relocations {
