@@ -448,6 +448,90 @@ fn a_kick_ends_an_endless_loop() {
     }
 }
 
+/// R11 is in its register in some code and in its slot in other code: what interrupts the guest anywhere finds it right.
+#[test]
+fn r11_survives_branches_and_kicks() {
+    const ROUNDS: u64 = 300_000;
+    let mut g = Guest::new();
+    let data = g.data;
+    g.asm(|a| {
+        let [mut top, mut add, mut jump, mut out, mut even, mut next] = std::array::from_fn(|_| a.create_label());
+        a.mov(rbx, data).unwrap();
+        a.lea(rax, ptr(add)).unwrap();
+        a.mov(qword_ptr(rbx), rax).unwrap();
+        a.lea(rax, ptr(jump)).unwrap();
+        a.mov(qword_ptr(rbx + 8), rax).unwrap();
+        a.set_label(&mut top).unwrap();
+        a.call(qword_ptr(rbx)).unwrap();
+        // Wanted here in one path only.
+        a.test(esi, 1).unwrap();
+        a.je(even).unwrap();
+        a.lea(r11, qword_ptr(r11 + r11 * 2)).unwrap();
+        a.set_label(&mut even).unwrap();
+        a.jmp(qword_ptr(rbx + 8)).unwrap();
+        a.set_label(&mut jump).unwrap();
+        a.push(r11).unwrap();
+        a.mov(r11, qword_ptr(rbx + 8)).unwrap();
+        a.call(add).unwrap();
+        a.lea(r11, ptr(next)).unwrap();
+        a.jmp(r11).unwrap();
+        a.set_label(&mut next).unwrap();
+        a.pop(r11).unwrap();
+        a.dec(rsi).unwrap();
+        a.jne(top).unwrap();
+        a.jmp(out).unwrap();
+        a.set_label(&mut add).unwrap();
+        a.add(r11, rsi).unwrap();
+        a.ret().unwrap();
+        a.set_label(&mut out).unwrap();
+        a.syscall().unwrap();
+    });
+    g.set(Gpr::Rsi, ROUNDS);
+    g.set(Gpr::R11, 5);
+    let mut wanted = 5u64;
+    for n in (1..=ROUNDS).rev() {
+        wanted = wanted.wrapping_add(n);
+        if n & 1 == 1 {
+            wanted = wanted.wrapping_mul(3);
+        }
+    }
+    let kicker = g.t.kicker();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let mut kicks = 0;
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                kicker.kick();
+                std::thread::sleep(std::time::Duration::from_micros(20));
+            }
+        });
+        let exit = loop {
+            match g.run() {
+                Exit::Kicked => kicks += 1,
+                exit => break exit,
+            }
+        };
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert!(matches!(exit, Exit::Intercept { what: Intercepts::SYSCALL, .. }), "{exit:?}");
+    });
+    assert_eq!(g.reg(Gpr::R11), wanted, "after {kicks} kicks");
+
+    // A fault far from the last instruction that named it.
+    let mut g = Guest::new();
+    g.asm(|a| {
+        let mut f = a.create_label();
+        a.lea(rax, ptr(f)).unwrap();
+        a.mov(r11, 0x2222u64).unwrap();
+        a.call(rax).unwrap();
+        a.ud2().unwrap();
+        a.set_label(&mut f).unwrap();
+        a.xor(ebx, ebx).unwrap();
+        a.mov(r11, qword_ptr(rbx)).unwrap();
+    });
+    assert_eq!(g.run(), Exit::Exception(Fault::Pf { addr: 0, code: 4 }));
+    assert_eq!(g.reg(Gpr::R11), 0x2222);
+}
+
 #[test]
 fn x87_and_vector_state_survives_exits() {
     let mut g = Guest::new();
