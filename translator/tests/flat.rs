@@ -275,24 +275,36 @@ fn faults_are_exact() {
         ("ret", |a| a.ret().unwrap()),
         ("ret n", |a| a.ret_1(16).unwrap()),
     ];
-    for (name, branch) in branches {
+    // With an address that is known but for one high bit, too.
+    for ((name, branch), bit) in branches.into_iter().flat_map(|b| [None, Some(47), Some(48), Some(63)].map(|n| (b, n)))
+    {
         let mut g = Guest::new();
         g.asm(|a| {
             a.nop().unwrap();
             branch(a);
+            (0..24).for_each(|_| a.nop().unwrap());
+            a.syscall().unwrap();
         });
         let (top, data, code) = (g.reg(Gpr::Rsp), g.data, g.code);
-        for (r, v) in [(Gpr::Rcx, NOWHERE), (Gpr::Rdx, data), (Gpr::R11, 0x11)] {
-            g.set(r, v);
+        let known = code + 16;
+        let mut before = g.t.state().gpr;
+        for target in [known, bit.map_or(NOWHERE, |n| known ^ 1 << n)] {
+            before[Gpr::Rcx as usize] = target;
+            before[Gpr::Rdx as usize] = data;
+            before[Gpr::R11 as usize] = 0x11;
+            put(data, &target.to_le_bytes());
+            put(top, &target.to_le_bytes());
+            put(top - 8, &0x77u64.to_le_bytes());
+            g.t.state().gpr = before;
+            g.t.state().rip = code;
+            if target == known {
+                g.until_syscall();
+            }
         }
-        put(data, &NOWHERE.to_le_bytes());
-        put(top, &NOWHERE.to_le_bytes());
-        put(top - 8, &0x77u64.to_le_bytes());
-        let before = g.t.state().gpr;
-        assert_eq!(g.run(), Exit::Exception(Fault::Gp(0)), "{name}");
-        assert_eq!(g.t.state().rip, code + 1, "{name}");
-        assert_eq!(g.t.state().gpr, before, "{name}");
-        assert_eq!(get(top - 8), 0x77, "{name}");
+        assert_eq!(g.run(), Exit::Exception(Fault::Gp(0)), "{name} {bit:?}");
+        assert_eq!(g.t.state().rip, code + 1, "{name} {bit:?}");
+        assert_eq!(g.t.state().gpr, before, "{name} {bit:?}");
+        assert_eq!(get(top - 8), 0x77, "{name} {bit:?}");
     }
 
     // A call whose push faults has not happened.

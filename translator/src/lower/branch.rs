@@ -129,17 +129,22 @@ fn put_away(l: &mut Lowering<'_>, item: &Item) {
     }
 }
 
-/// With the target in R11: notes it and faults if it is not canonical.
-fn probe(l: &mut Lowering<'_>, item: &Item) {
+/// With the target in a register: notes it in its slot, and faults if it is not canonical. R11 is lost.
+fn probe(l: &mut Lowering<'_>, item: &Item, r: u8) {
     let target = gs(slot::TARGET);
-    dynasm!(l.e; .arch x64; gs mov [target], r11);
+    dynasm!(l.e; .arch x64; gs mov [target], Rq(r));
     l.mark(What::Probe(item.at));
-    dynasm!(l.e; .arch x64; movzx r11d, BYTE [r11]);
+    // movzx r11d, byte [r + 0]
+    l.e.bytes.extend_from_slice(&[0x44 | r >> 3, 0x0f, 0xb6, 0x58 | r & 7]);
+    if r & 7 == 4 {
+        l.e.push(0x24);
+    }
+    l.e.push(0);
     l.mark(What::At(item.at));
 }
 
-/// With the target in its slot.
-fn dispatch(l: &mut Lowering<'_>) {
+/// With the target in its slot, and in a register if one is given.
+fn dispatch(l: &mut Lowering<'_>, r: Option<u8>) {
     let target = gs(slot::TARGET);
     l.mark(What::Target);
     if !l.around.linked {
@@ -149,16 +154,16 @@ fn dispatch(l: &mut Lowering<'_>) {
         l.e.set_rel32(site, l.around.miss);
         return;
     }
-    dynasm!(l.e
-        ; .arch x64
-        ; gs movzx r11d, WORD [target]
-        ; gs jmp QWORD [r11 * 8 + TABLE]
-    );
+    match r {
+        Some(r) => dynasm!(l.e; .arch x64; movzx r11d, Rw(r)),
+        None => dynasm!(l.e; .arch x64; gs movzx r11d, WORD [target]),
+    }
+    dynasm!(l.e; .arch x64; gs jmp QWORD [r11 * 8 + TABLE]);
 }
 
 /// JMP or CALL through a register or memory.
 pub(crate) fn indirect(l: &mut Lowering<'_>, item: &Item) -> bool {
-    let (s_r11, target) = (gs(slot::R11), gs(slot::TARGET));
+    let s_r11 = gs(slot::R11);
     let start = (l.e.len(), l.marks.len(), l.home);
     let reads = use_of_r11(&item.iced) != R11::Unused;
     if l.home == Home::Slot && reads {
@@ -167,20 +172,9 @@ pub(crate) fn indirect(l: &mut Lowering<'_>, item: &Item) -> bool {
     } else {
         put_away(l, item);
     }
-    match Gpr::from_iced(item.iced.op0_register()) {
-        Some(r) if item.iced.op0_kind() == OpKind::Register => {
-            let r = r as u8;
-            dynasm!(l.e; .arch x64; gs mov [target], Rq(r));
-            l.mark(What::Probe(item.at));
-            // movzx r11d, byte [r + 0]
-            l.e.bytes.extend_from_slice(&[0x44 | r >> 3, 0x0f, 0xb6, 0x58 | r & 7]);
-            if r & 7 == 4 {
-                l.e.push(0x24);
-            }
-            l.e.push(0);
-            l.mark(What::At(item.at));
-        }
-        _ if load_target(l, item) => probe(l, item),
+    let r = match Gpr::from_iced(item.iced.op0_register()) {
+        Some(r) if item.iced.op0_kind() == OpKind::Register => r,
+        _ if load_target(l, item) => Gpr::R11,
         _ => {
             l.e.bytes.truncate(start.0);
             l.marks.truncate(start.1);
@@ -188,12 +182,14 @@ pub(crate) fn indirect(l: &mut Lowering<'_>, item: &Item) -> bool {
             l.leave(Leave::Step(l.block.rip(item)));
             return false;
         }
-    }
+    };
+    probe(l, item, r as u8);
     if item.route == crate::route::Route::CallIndirect {
         let back = l.block.next_rip(item);
         push_constant(l, back);
     }
-    dispatch(l);
+    // The push changes RSP.
+    dispatch(l, (r != Gpr::R11 && r != Gpr::Rsp).then_some(r as u8));
     false
 }
 
@@ -202,9 +198,9 @@ pub(crate) fn ret(l: &mut Lowering<'_>, item: &Item) -> bool {
     put_away(l, item);
     let n = if item.iced.op_count() == 0 { 8 } else { i32::from(item.iced.immediate16()) + 8 };
     dynasm!(l.e; .arch x64; mov r11, [rsp]);
-    probe(l, item);
+    probe(l, item, Gpr::R11 as u8);
     dynasm!(l.e; .arch x64; lea rsp, [rsp + n]);
-    dispatch(l);
+    dispatch(l, None);
     false
 }
 
