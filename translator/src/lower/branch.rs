@@ -164,7 +164,7 @@ fn dispatch(l: &mut Lowering<'_>, r: Option<u8>) {
 /// JMP or CALL through a register or memory.
 pub(crate) fn indirect(l: &mut Lowering<'_>, item: &Item) -> bool {
     let s_r11 = gs(slot::R11);
-    let start = (l.e.len(), l.marks.len(), l.home);
+    let start = (l.e.len(), l.marks.len(), l.home, l.relocations.len());
     let reads = use_of_r11(&item.iced) != R11::Unused;
     if l.home == Home::Slot && reads {
         l.mark(What::At(item.at));
@@ -179,6 +179,7 @@ pub(crate) fn indirect(l: &mut Lowering<'_>, item: &Item) -> bool {
             l.e.bytes.truncate(start.0);
             l.marks.truncate(start.1);
             l.home = start.2;
+            l.relocations.truncate(start.3);
             l.leave(Leave::Step(l.block.rip(item)));
             return false;
         }
