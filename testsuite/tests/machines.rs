@@ -87,6 +87,7 @@ fn machine(vcpu: Box<dyn Vcpu + Send>) -> Result<Machine, String> {
         rom: Vec::new(),
         firmware_files: Vec::new(),
         virtio: Vec::new(),
+        ide: Default::default(),
     };
     let mut machine = Machine::new(vcpu, config)?;
     let (mem, cpu) = machine.guest();
