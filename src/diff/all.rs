@@ -2,6 +2,7 @@
 
 use super::AllArgs;
 use anyhow::{Context, Result, anyhow, bail};
+use bivisor_testsuite::campaign::case::Kind;
 use bivisor_testsuite::campaign::coordinator::{self, Options, Plan};
 use bivisor_testsuite::campaign::engine::Which;
 use bivisor_testsuite::campaign::matrix::Coverage;
@@ -21,7 +22,12 @@ pub fn run(args: &AllArgs) -> Result<i32> {
             bail!("no engine is called {name}: there are interp, bt, kvm, interp-paged, bt-paged and host");
         }
     }
-    let plan = Plan::new(args.seed, args.cases, args.shard, args.engines.clone());
+    for name in &args.kinds {
+        if Kind::named(name).is_none() {
+            bail!("no kind of case is called {name}: there are insn, block, bytes and cpl0");
+        }
+    }
+    let plan = Plan::new(args.seed, args.cases, args.shard, args.engines.clone(), args.kinds.clone());
     if let Some((from, step)) = args.worker {
         coordinator::work(&plan, from, step).map_err(|e| anyhow!(e))?;
         return Ok(0);
@@ -37,7 +43,7 @@ pub fn run(args: &AllArgs) -> Result<i32> {
         let mut c = Command::new(&program);
         c.args(["diff", "--all", "--worker", &format!("{from}/{step}"), "--seed", &args.seed.to_string()]);
         c.args(["--cases", &args.cases.to_string(), "--shard", &format!("{}/{}", args.shard.0, args.shard.1)]);
-        c.args(["--engines", &args.engines.join(",")]);
+        c.args(["--engines", &args.engines.join(","), "--kinds", &args.kinds.join(",")]);
         c
     };
     // It shows itself on a terminal only.

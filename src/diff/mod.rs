@@ -94,6 +94,10 @@ struct AllArgs {
     /// Which: interp, bt, kvm, interp-paged, bt-paged, and host, the judge.
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "interp,bt,host")]
     engines: Vec<String>,
+    /// What kinds of cases: insn (one instruction), block (several, with branches and loops), bytes and cpl0 (any bytes at CPL 3,
+    /// sequences of a kernel at CPL 0: interpreter against translator).
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "insn,block")]
+    kinds: Vec<String>,
     /// Worker processes; 0: one a CPU.
     #[arg(long, value_name = "N", default_value_t = 0)]
     jobs: usize,

@@ -113,11 +113,12 @@ pub fn run(args: &ExecArgs) -> Result<i32> {
         let mut batch = Vec::new();
         // What is there is answered before more is waited for: the other side may want to see it first.
         while batch.is_empty() || batch.len() < wanted && input.buffer().contains(&b'\n') {
-            let mut line = String::new();
-            if input.read_line(&mut line).context("standard input")? == 0 {
+            let mut line = Vec::new();
+            if input.read_until(b'\n', &mut line).context("standard input")? == 0 {
                 break;
             }
-            batch.push(line);
+            // JSON is UTF-8: what is not is malformed, as a character that stands for it is.
+            batch.push(String::from_utf8(line).unwrap_or_else(|_| "\u{fffd}".into()));
         }
         if batch.is_empty() {
             return Ok(0);

@@ -68,9 +68,10 @@ fn shards_workers_and_resuming_give_the_same_results() {
 
 #[test]
 fn wrong_use_is_told_in_a_line() {
-    let rows: [(&[&str], &str); 4] = [
+    let rows: [(&[&str], &str); 5] = [
         (&["diff"], "nothing to do"),
         (&["diff", "--all", "--engines", "interp,qemu"], "no engine is called qemu"),
+        (&["diff", "--all", "--kinds", "haiku"], "no kind of case is called haiku"),
         (&["diff", "--all", "--shard", "4/4"], "from 0 to 3"),
         (&["diff", "--all", "--engines", "interp"], "needs two"),
     ];
@@ -173,4 +174,72 @@ fn repros_stay_mended() {
         assert!(r["remark"].as_str().is_some_and(|w| w.starts_with("played back")), "{line}");
     }
     std::fs::remove_dir_all(dir).expect("removed");
+}
+
+/// Lines of an indented example in docs/fidelity.md, from the one that begins so on, without the indentation.
+fn example(first: &str) -> Vec<String> {
+    let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/fidelity.md")).expect("the page");
+    let lines = page.lines().skip_while(|l| l.trim_start() != first || !l.starts_with("    "));
+    let lines: Vec<String> = lines.map_while(|l| l.strip_prefix("    ")).map(str::to_owned).collect();
+    assert!(!lines.is_empty(), "no example begins with {first}");
+    lines
+}
+
+/// Runs a shard's command line as a scheduler would: with the number in the environment, bivisor in the path.
+fn shard(line: &str, variable: &str, n: u64, dir: &Path) {
+    let program = Path::new(env!("CARGO_BIN_EXE_bivisor")).parent().expect("a directory");
+    let path = format!("{}:{}", program.display(), std::env::var("PATH").unwrap_or_default());
+    // Three shards of a few cases instead of sixteen of many.
+    assert!(line.contains("/16 ") && line.contains("--cases 1000000000"), "{line}");
+    let line = line.replace("/16 ", "/3 ").replace("--cases 1000000000", "--cases 12000 --jobs 1");
+    let line = line.replace("/results", dir.to_str().expect("a plain path"));
+    let out =
+        Command::new("sh").args(["-c", &line]).env(variable, n.to_string()).env("PATH", path).current_dir(dir).output();
+    let out = out.expect("sh");
+    assert!(out.status.success(), "{line}: {}", text(&out.stderr));
+}
+
+/// The examples for Kubernetes and Slurm, as the page has them: their shards run here, and together they are the whole.
+#[test]
+fn the_schedulers_examples_run() {
+    if !has_xsave() {
+        return;
+    }
+    let job = example("apiVersion: batch/v1");
+    let value = |key: &str| {
+        let of = |l: &String| {
+            Some(l.trim_start().trim_start_matches("- ").strip_prefix(key)?.strip_prefix(": ")?.to_owned())
+        };
+        job.iter().find_map(of).unwrap_or_else(|| panic!("the job has no {key}"))
+    };
+    assert_eq!((value("kind").as_str(), value("completionMode").as_str()), ("Job", "Indexed"));
+    assert_eq!(value("completions"), "16");
+    // Two spaces a level, a key or an item on each line.
+    for line in &job {
+        let item = line.trim_start().trim_start_matches("- ");
+        assert!((line.len() - line.trim_start().len()) % 2 == 0 && item.contains(':'), "{line}");
+    }
+    let command = value("command");
+    let command =
+        command.strip_prefix("[sh, -c, \"").and_then(|c| c.strip_suffix("\"]")).expect("a shell's command line");
+    let array = example("#SBATCH --array=0-15");
+    let whole = bivisor(&["diff", "--all", "--cases", "12000", "--seed", "1", "--jobs", "1", "--json"]);
+    for (name, line, variable) in
+        [("kubernetes", command, "JOB_COMPLETION_INDEX"), ("slurm", array[1].as_str(), "SLURM_ARRAY_TASK_ID")]
+    {
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+        let _ = std::fs::remove_dir_all(&dir);
+        std::fs::create_dir_all(&dir).expect("a directory");
+        (0..3).for_each(|n| shard(line, variable, n, &dir));
+        let files: Vec<String> = (0..3).map(|n| dir.join(format!("{n}.json")).display().to_string()).collect();
+        let args: Vec<&str> = ["diff", "merge", "--json"].into_iter().chain(files.iter().map(String::as_str)).collect();
+        assert_eq!(json(&bivisor(&args))["tally"]["counts"], json(&whole)["tally"]["counts"], "{name}");
+    }
+}
+
+#[test]
+fn sequences_agree() {
+    let out = bivisor(&["diff", "--all", "--kinds", "cpl0,bytes,block", "--cases", "120000", "--seed", "3"]);
+    println!("{}", text(&out.stdout));
+    assert_eq!(out.status.code(), Some(0), "{}{}", text(&out.stdout), text(&out.stderr));
 }

@@ -5,6 +5,7 @@ pub mod campaign;
 pub mod case;
 pub mod dispatch;
 pub mod engines;
+pub mod fuzz;
 pub mod generate;
 pub mod guest;
 pub mod host;

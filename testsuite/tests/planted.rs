@@ -1,6 +1,7 @@
 //! Bugs planted in an engine's results, and in the comparison itself: the campaign finds each in well under a minute.
 
 use bivisor_emulator::cpu::Rflags;
+use bivisor_testsuite::campaign::case::Kind;
 use bivisor_testsuite::campaign::engine::Which;
 use bivisor_testsuite::campaign::outcome::{self, Part};
 use bivisor_testsuite::campaign::tally::Tally;
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 
 /// A worker with this engine, or the reason why not.
 fn worker(which: Which) -> Option<Worker> {
-    match Worker::new(&[which], true, 11) {
+    match Worker::new(&[which], true, &[Kind::Insn], 11) {
         Ok(worker) => Some(worker),
         Err(why) => {
             eprintln!("SKIPPED: {why}");

@@ -146,7 +146,17 @@ fn map() -> Result<usize, String> {
 pub const TABLES: u64 = SIZE;
 /// Linear address of the GDT of [`ram`], for the kernel's eyes only: what a Linux process finds at its selectors.
 pub const GDT: u64 = BASE + 0x1000;
-/// Its limit.
+/// Linear address of a page for an IDT, for the kernel's eyes only.
+pub const IDT: u64 = BASE + 0x4000;
+/// Of a page for a TSS, and the stack behind it.
+pub const TSS: u64 = BASE + 0x5000;
+/// Of the page tables themselves.
+pub const OWN_TABLES: u64 = BASE + 0x1_c000;
+/// Where in RAM the IDT is.
+pub const IDT_AT: usize = SIZE as usize + 0x5000;
+/// Where in RAM the TSS is.
+pub const TSS_AT: usize = SIZE as usize + 0x6000;
+/// The limit of the GDT.
 pub const GDT_LIMIT: u16 = 0x7f;
 
 /// RAM of a machine with the same pages behind page tables.
@@ -154,7 +164,7 @@ pub const GDT_LIMIT: u16 = 0x7f;
 /// # Errors
 /// The host's.
 pub fn ram() -> Result<(View, GuestMemory), String> {
-    let ram = Ram::new(SIZE + 0x5000).map_err(|e| e.to_string())?;
+    let ram = Ram::new(SIZE + 0x8000).map_err(|e| e.to_string())?;
     let view = View(ram.host_base());
     let mem = GuestMemory::Ram(ram);
     const PRESENT: u64 = 1;
@@ -177,7 +187,11 @@ pub fn ram() -> Result<(View, GuestMemory), String> {
             put(TABLES + 0x3000 + (page >> 12 & 0x1ff) * 8, (page - BASE) | rights);
         }
     }
-    put(TABLES + 0x3000 + (GDT >> 12 & 0x1ff) * 8, (TABLES + 0x4000) | PRESENT | USED | NX);
+    let kernel = [(GDT, TABLES + 0x4000), (IDT, IDT_AT as u64), (TSS, TSS_AT as u64)];
+    let own = (0..4).map(|n| (OWN_TABLES + n * 0x1000, TABLES + n * 0x1000));
+    for (page, at) in kernel.into_iter().chain(own) {
+        put(TABLES + 0x3000 + (page >> 12 & 0x1ff) * 8, at | PRESENT | WRITABLE | USED | NX);
+    }
     for selector in (0..=GDT_LIMIT).step_by(8) {
         put(TABLES + 0x4000 + u64::from(selector), linux_descriptor(selector).unwrap_or(0));
     }

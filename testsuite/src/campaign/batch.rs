@@ -1,8 +1,9 @@
 //! Batches: instructions put into the code pages at once, each run with many states. A batch is a function of seed and number.
 
 use super::aim::Plan;
-use super::arena::{self, BASE, BREAK, CODE, CODE_HOLE, CODE_NX, DATA, EXIT, NOTE, STUB, View};
-use super::case::Case;
+use super::arena::{self, BASE, BREAK, CODE, CODE_HOLE, CODE_NX, DATA, EXIT, HOLE, NOTE, ROM, STUB, View};
+use super::blocks::{self, Members, POINTERS};
+use super::case::{Case, Kind};
 use super::values::Pool;
 use super::{encode, far};
 use crate::random::Random;
@@ -33,6 +34,8 @@ pub struct Slot {
     pub bytes: Vec<u8>,
     /// iced's code.
     pub code: Code,
+    /// What kind of case it makes.
+    pub kind: Kind,
     plan: Option<Plan>,
     native: bool,
     /// How many states.
@@ -58,7 +61,12 @@ pub struct Source {
     model: CpuModel,
     factory: InstructionInfoFactory,
     amd: bool,
+    members: Option<Members>,
 }
+
+/// Blocks of a batch, and the room each has.
+const BLOCKS: u64 = 14;
+const BLOCK: u64 = 256;
 
 /// A good seed of seed and number.
 fn mixed(seed: u64, n: u64) -> u64 {
@@ -76,12 +84,41 @@ impl Source {
             model: CpuModel::host(),
             factory: InstructionInfoFactory::new(),
             amd: Vendor::host() == Vendor::Amd,
+            members: None,
         }
     }
 
-    /// Batch number `n`.
-    pub fn batch(&mut self, seed: u64, n: u64) -> Batch {
-        let mut r = Random::new(mixed(seed, n));
+    /// Batch number `n` of blocks.
+    pub fn blocks(&mut self, seed: u64, n: u64) -> Batch {
+        let mut batch = self.fresh(mixed(!seed, n));
+        let members = self.members.get_or_insert_with(|| Members::new(&self.model));
+        for i in 0..BLOCKS {
+            let at = CODE + 0x1000 + BLOCK * i;
+            let bytes = members.draw(&mut batch.random);
+            if bytes.len() > blocks::ROOM {
+                continue;
+            }
+            batch.put(at, &bytes);
+            let end = at + bytes.len() as u64;
+            batch.put(end, &tail(end));
+            batch.slots.push(Slot {
+                at,
+                bytes,
+                code: Code::INVALID,
+                kind: Kind::Block,
+                plan: None,
+                native: true,
+                states: STATES / 2,
+                undefined_flags: if self.amd { 0 } else { 0x8d5 },
+                free_gpr: [0; 16],
+            });
+        }
+        batch
+    }
+
+    /// Memory without instructions.
+    fn fresh(&self, seed: u64) -> Batch {
+        let mut r = Random::new(seed);
         let pool = Pool::new(&mut r);
         let mut pristine = vec![0xcc; arena::SIZE as usize];
         for (page, len, prot) in arena::PAGES {
@@ -92,13 +129,20 @@ impl Source {
                 }
             }
         }
-        let places: Vec<u64> = (0..SLOTS).map(|i| CODE + DISTANCE * i).collect();
+        let places = (0..SLOTS).map(|i| CODE + DISTANCE * i).collect();
+        let mut batch = Batch { slots: Vec::new(), pristine, random: r, pool, places };
+        batch.put(STUB, &[0x0f, 0x05]);
+        batch.put(BREAK, &[0xcc]);
+        batch
+    }
+
+    /// Batch number `n`.
+    pub fn batch(&mut self, seed: u64, n: u64) -> Batch {
+        let Batch { mut pristine, random: mut r, pool, places, .. } = self.fresh(mixed(seed, n));
         let mut put = |at: u64, bytes: &[u8]| {
             let from = (at - BASE) as usize;
             pristine[from..from + bytes.len()].copy_from_slice(bytes);
         };
-        put(STUB, &[0x0f, 0x05]);
-        put(BREAK, &[0xcc]);
         let mut slots = Vec::new();
         for i in 0..SLOTS + 3 {
             let next = self.codes[((n * (SLOTS + 3) + i) % self.codes.len() as u64) as usize];
@@ -169,6 +213,7 @@ impl Source {
                         at,
                         bytes,
                         code: Code::INVALID,
+                        kind: Kind::Insn,
                         plan: None,
                         native: false,
                         states: FEW,
@@ -234,6 +279,7 @@ impl Source {
             at,
             bytes: bytes[..usize::from(insn.len)].to_vec(),
             code,
+            kind: Kind::Insn,
             plan: Some(plan),
             native: facts(code).class == Class::Native,
             states: STATES,
@@ -299,6 +345,11 @@ fn tail(at: u64) -> [u8; TAIL as usize] {
 }
 
 impl Batch {
+    fn put(&mut self, at: u64, bytes: &[u8]) {
+        let from = (at - BASE) as usize;
+        self.pristine[from..from + bytes.len()].copy_from_slice(bytes);
+    }
+
     /// Puts the contents into an engine's memory.
     pub fn load(&self, view: View) {
         view.write(BASE, &self.pristine);
@@ -318,7 +369,7 @@ impl Batch {
     /// Draws the next state for a slot. False if the dice gave none that is safe.
     pub fn state(&mut self, slot: usize, case: &mut Case) -> bool {
         let (slot, r) = (&self.slots[slot], &mut self.random);
-        case.insn = slot.code;
+        (case.insn, case.kind) = (slot.code, slot.kind);
         case.code.clone_from(&slot.bytes);
         case.rip = slot.at;
         case.undefined_flags = slot.undefined_flags;
@@ -346,6 +397,21 @@ impl Batch {
             case.xsave.set_mxcsr(0x1f80);
         }
         case.gpr[Gpr::Rsp as usize] = DATA + 0x2000 + 8 * r.below(64);
+        if slot.kind == Kind::Block {
+            // No alignment check: the list of what is expected is by instruction.
+            case.rflags &= !0x4_0000;
+            case.gpr[Gpr::Rbx as usize] = 1 + r.below(4);
+            for p in POINTERS {
+                case.gpr[p.number()] = match r.below(40) {
+                    0 => HOLE - r.below(16),
+                    1 => ROM + r.below(0x100),
+                    2..=9 => DATA + 0x1000 - r.below(72),
+                    _ => (DATA + 0x400 + r.below(0x1800)) & !if r.once_in(4) { 0 } else { 63 },
+                };
+            }
+            case.window(DATA, ROM);
+            return true;
+        }
         let Some(plan) = &slot.plan else {
             // If a CPU knows it all the same: some look at memory before they complain.
             case.gpr.iter_mut().for_each(|v| *v = DATA + 0x1800);

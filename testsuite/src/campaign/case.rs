@@ -4,11 +4,46 @@ use super::arena::{self, View};
 use bivisor_emulator::cpu::XsaveArea;
 use iced_x86::Code;
 
+/// Kinds of cases.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kind {
+    /// A single instruction of 64-bit user code.
+    Insn,
+    /// Several of them, with branches and loops.
+    Block,
+    /// Any bytes at CPL 3, interpreter against translator on paged memory.
+    Bytes,
+    /// A sequence at CPL 0, the same two.
+    Cpl0,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Kind; 4] = [Kind::Insn, Kind::Block, Kind::Bytes, Kind::Cpl0];
+
+    /// As options and reports call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Insn => "insn",
+            Kind::Block => "block",
+            Kind::Bytes => "bytes",
+            Kind::Cpl0 => "cpl0",
+        }
+    }
+
+    /// By name.
+    pub fn named(name: &str) -> Option<Kind> {
+        Kind::ALL.into_iter().find(|k| k.name() == name)
+    }
+}
+
 /// One run of one instruction.
 #[derive(Clone, Debug)]
 pub struct Case {
     /// iced's code of it; [`Code::INVALID`] if it is none.
     pub insn: Code,
+    /// What kind of case.
+    pub kind: Kind,
     /// Its bytes.
     pub code: Vec<u8>,
     /// Where it stands.
@@ -37,6 +72,7 @@ impl Default for Case {
     fn default() -> Case {
         Case {
             insn: Code::INVALID,
+            kind: Kind::Insn,
             code: Vec::new(),
             rip: 0,
             gpr: [0; 16],

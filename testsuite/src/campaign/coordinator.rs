@@ -3,6 +3,7 @@
 //! A worker is this program again; it writes a line of JSON when it begins a batch and one with its results now and then. What a seed
 //! and a number of cases find does not depend on the number of workers or shards.
 
+use super::case::Kind;
 use super::engine::Which;
 use super::tally::{Divergence, Tally};
 use super::worker::Worker;
@@ -33,12 +34,15 @@ pub struct Plan {
     pub shard: (u64, u64),
     /// The engines by name; `host` is the judge.
     pub engines: Vec<String>,
+    /// The kinds of cases by name.
+    #[serde(default)]
+    pub kinds: Vec<String>,
 }
 
 impl Plan {
     /// The plan for about so many cases (a few more).
-    pub fn new(seed: u64, cases: u64, shard: (u64, u64), engines: Vec<String>) -> Plan {
-        Plan { seed, batches: cases.div_ceil(CASES).max(1), shard, engines }
+    pub fn new(seed: u64, cases: u64, shard: (u64, u64), engines: Vec<String>, kinds: Vec<String>) -> Plan {
+        Plan { seed, batches: cases.div_ceil(CASES).max(1), shard, engines, kinds }
     }
 
     /// Batches of this shard.
@@ -94,7 +98,8 @@ pub fn work(plan: &Plan, from: u64, step: u64) -> Result<(), String> {
         stdout.lock().write_all(text.as_bytes()).map_err(|e| e.to_string())
     };
     let which: Vec<Which> = plan.engines.iter().filter_map(|n| Which::named(n)).collect();
-    let mut worker = match Worker::new(&which, plan.engines.iter().any(|n| n == "host"), plan.seed) {
+    let kinds: Vec<Kind> = plan.kinds.iter().filter_map(|n| Kind::named(n)).collect();
+    let mut worker = match Worker::new(&which, plan.engines.iter().any(|n| n == "host"), &kinds, plan.seed) {
         Ok(worker) => worker,
         Err(why) => return say(&Line::Failed(why)),
     };

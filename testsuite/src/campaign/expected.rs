@@ -1,11 +1,11 @@
 //! The list of expected divergences, `testsuite/expected.txt`: what differs from this host's CPU, for which reason.
 
-use super::case::Case;
+use super::case::{Case, Kind};
 use super::outcome::{End, Outcome, Part};
 use bivisor_emulator::cpu::Fault;
 use bivisor_emulator::interp::alu::Vendor;
 use bivisor_emulator::isa::{Class, Gpr, facts};
-use bivisor_kvm_backend::Kind;
+use bivisor_kvm_backend::Kind as Kvm;
 use iced_x86::{Code, CpuidFeature, EncodingKind};
 
 /// One line.
@@ -92,8 +92,11 @@ impl Expected {
 
     /// The row that says why `engine` may differ so.
     pub fn find(&self, engine: &str, case: &Case, part: Part, is: &Outcome, should: &Outcome) -> Option<usize> {
+        // The reasons are those of single instructions.
+        let single = case.kind == Kind::Insn;
         self.0.iter().position(|r| {
-            r.parts.iter().any(|p| p == part.name())
+            (single || r.when == "in a block")
+                && r.parts.iter().any(|p| p == part.name())
                 && r.engines.iter().any(|e| e == "*" || e == engine)
                 && r.codes[case.insn as usize]
                 && holds(&r.when, Some((case, is, should))) == Some(true)
@@ -109,7 +112,7 @@ impl Row {
 }
 
 fn software_kvm() -> bool {
-    bivisor_kvm_backend::host().kind == Kind::Software
+    bivisor_kvm_backend::host().kind == Kvm::Software
 }
 
 /// Does a condition hold? `None`: there is no such condition.
@@ -131,6 +134,8 @@ fn holds(when: &str, about: Option<(&Case, &Outcome, &Outcome)>) -> Option<bool>
             | "software kvm"
             | "software kvm, rsp not canonical"
             | "software kvm, another exception"
+            | "in a block"
+            | "the modrm byte of fop"
             | "far call, another exception"
             | "far call with rex.w",
             None,
@@ -158,6 +163,14 @@ fn holds(when: &str, about: Option<(&Case, &Outcome, &Outcome)>) -> Option<bool>
         ("at the canonical edge", Some((_, is, should))) => {
             let edge = |o: &Outcome| pf(o).is_some_and(|f| (0x7fff_ffff_f000..0x8000_0000_0000).contains(&f.0));
             matches!((is.end, should.end), (End::Fault(_), End::Fault(_))) && (edge(is) || edge(should))
+        }
+        ("in a block", Some((case, is, should))) => {
+            case.kind == Kind::Block && is.xsave.fip() == should.xsave.fip() && is.xsave.fop() == should.xsave.fop()
+        }
+        ("the modrm byte of fop", Some((_, is, should))) => {
+            let (a, b) = (&is.xsave, &should.xsave);
+            // The opcode's three bits and the middle of the ModRM byte are the same.
+            (a.fop() ^ b.fop()) & 0x738 == 0 && (a.fip(), a.fdp()) == (b.fip(), b.fdp())
         }
         ("far call, another exception", Some((case, is, should))) => {
             let far = matches!(case.insn, Code::Call_m1616 | Code::Call_m1632 | Code::Call_m1664);

@@ -10,9 +10,11 @@
 //! | [`aim`] | memory operands and branch targets |
 //! | [`far`] | selectors and far pointers |
 //! | [`batch`] | instructions in their places, states for them |
+//! | [`blocks`] | several instructions with branches and loops |
 //! | [`oracle`] | the host CPU (unsafe) |
 //! | [`engine`] | the engines |
 //! | [`outcome`] | what came out, and the comparison |
+//! | [`pair`] | sequences at CPL 0 and any bytes, interpreter against translator |
 //! | [`tally`] | counts and divergences |
 //! | [`expected`] | the list of expected divergences |
 //! | [`worker`] | runs batches |
@@ -23,6 +25,7 @@
 pub mod aim;
 pub mod arena;
 pub mod batch;
+pub mod blocks;
 pub mod case;
 pub mod coordinator;
 pub mod encode;
@@ -32,6 +35,7 @@ pub mod far;
 pub mod matrix;
 pub mod oracle;
 pub mod outcome;
+pub mod pair;
 pub mod repro;
 pub mod tally;
 pub mod values;

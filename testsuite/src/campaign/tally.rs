@@ -31,7 +31,8 @@ impl Count {
         self.cases - self.equal - self.expected - self.unsupported
     }
 
-    fn add(&mut self, other: &Count) {
+    /// Adds another.
+    pub fn add(&mut self, other: &Count) {
         self.cases += other.cases;
         self.equal += other.equal;
         self.expected += other.expected;

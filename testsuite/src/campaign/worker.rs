@@ -4,18 +4,19 @@
 
 use super::arena;
 use super::batch::{Batch, Source};
-use super::case::Case;
+use super::case::{Case, Kind};
 use super::engine::{Engine, Which};
 use super::expected::Expected;
 use super::oracle::Oracle;
 use super::outcome::{Compare, End, Outcome, Part, compare, take_memory};
+use super::pair::{self, Pair};
 use super::tally::{Count, Divergence, Tally};
-use super::{encode, repro};
-use crate::case::disassembly;
+use super::{blocks, encode, repro};
 use crate::random::Random;
 use bivisor_emulator::cpu::cpuid::CpuModel;
+use bivisor_emulator::isa::{Class, Gpr, facts};
 use bivisor_emulator::mem::Prot;
-use iced_x86::Code;
+use iced_x86::{Code, FlowControl};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -24,6 +25,8 @@ pub struct Worker {
     source: Source,
     oracle: Option<Oracle>,
     engines: Vec<Engine>,
+    kinds: Vec<Kind>,
+    pair: Option<Pair>,
     compare: Compare,
     expected: Expected,
     seed: u64,
@@ -51,7 +54,7 @@ impl Worker {
     ///
     /// # Errors
     /// A sentence: one of them is not to be had here.
-    pub fn new(which: &[Which], host: bool, seed: u64) -> Result<Worker, String> {
+    pub fn new(which: &[Which], host: bool, kinds: &[Kind], seed: u64) -> Result<Worker, String> {
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let engines = which.iter().map(|w| Engine::new(*w)).collect::<Result<Vec<_>, _>>()?;
         let oracle = match host {
@@ -63,7 +66,12 @@ impl Worker {
         }
         Ok(Worker {
             source: Source::new(&codes().0),
-            counts: vec![vec![Count::default(); Code::values().len()]; engines.len()],
+            counts: vec![vec![Count::default(); Code::values().len() + Kind::ALL.len()]; engines.len()],
+            pair: match kinds.iter().any(|k| matches!(k, Kind::Bytes | Kind::Cpl0)) {
+                true => Some(Pair::new()?),
+                false => None,
+            },
+            kinds: kinds.into(),
             engines,
             oracle,
             compare,
@@ -98,7 +106,56 @@ impl Worker {
     pub fn batch(&mut self, n: u64) -> u64 {
         let start = Instant::now();
         let before = self.result.cases;
-        let mut batch = self.source.batch(self.seed, n);
+        for kind in self.kinds.clone() {
+            match kind {
+                Kind::Insn => {
+                    let batch = self.source.batch(self.seed, n);
+                    self.all_of(batch, n);
+                }
+                Kind::Block => {
+                    let batch = self.source.blocks(self.seed, n);
+                    self.all_of(batch, n);
+                }
+                Kind::Bytes | Kind::Cpl0 => self.sequences(kind, n),
+            }
+        }
+        self.result.batches += 1;
+        self.result.seconds += start.elapsed().as_secs_f64();
+        self.result.cases - before
+    }
+
+    /// Interpreter against translator.
+    fn sequences(&mut self, kind: Kind, n: u64) {
+        let Some(pair) = &mut self.pair else { return };
+        let mut r = Random::new(self.seed.rotate_left(32) ^ n << 2 ^ kind as u64);
+        r.next();
+        for _ in 0..SEQUENCES {
+            let s = pair.draw(&mut r, kind == Kind::Cpl0);
+            let found = pair.run(&s);
+            self.result.cases += 1;
+            let count = self.result.counts.entry("bt-paged".into()).or_default().entry(kind.name().into()).or_default();
+            count.cases += 1;
+            let Some(what) = found else {
+                count.equal += 1;
+                continue;
+            };
+            let (s, what) = pair.shrink(s, what);
+            let code: Vec<String> = s.code.iter().map(|b| format!("{b:02x}")).collect();
+            self.result.note(Divergence {
+                engine: "bt-paged".into(),
+                code: kind.name().into(),
+                bytes: code.join(" "),
+                text: pair::text(&s),
+                part: "other".into(),
+                what,
+                seed: self.seed,
+                batch: n,
+                repro: serde_json::json!({ "sequence": format!("{s:x?}") }),
+            });
+        }
+    }
+
+    fn all_of(&mut self, mut batch: Batch, n: u64) {
         for engine in &mut self.engines {
             batch.load(engine.view);
             for (page, len, prot) in arena::PAGES {
@@ -116,9 +173,6 @@ impl Worker {
             }
             self.strays(&mut batch, slot, n);
         }
-        self.result.batches += 1;
-        self.result.seconds += start.elapsed().as_secs_f64();
-        self.result.cases - before
     }
 
     fn one(&mut self, batch: &mut Batch, slot: usize, n: u64) {
@@ -153,7 +207,7 @@ impl Worker {
                 Ok(()) => (self.compare)(case, &self.outcome, &self.judge),
                 Err(why) => Some((Part::Fault, why)),
             };
-            let count = &mut self.counts[e][case.insn as usize];
+            let count = &mut self.counts[e][index(case)];
             count.cases += 1;
             match found {
                 None => count.equal += 1,
@@ -173,15 +227,64 @@ impl Worker {
         }
     }
 
+    /// The same difference with as few registers as it takes: they are set to their plainest values one by one.
+    fn minimise(&mut self, case: &Case, e: usize, part: Part, pristine: &[u8]) -> Case {
+        let mut best = case.clone();
+        let plain: [&dyn Fn(&mut Case); 3] = [
+            &|c| {
+                c.xsave.set_xstate_bv(0);
+                c.xsave.set_mxcsr(0x1f80);
+            },
+            &|c| c.rflags = 0x202,
+            &|c| c.puts.clear(),
+        ];
+        // RBX counts the rounds of a block: 0 would be four thousand million.
+        let counts = |g: &usize| case.kind == Kind::Block && *g == Gpr::Rbx as usize;
+        let registers = (0..16).filter(|g| !counts(g)).map(|g| move |c: &mut Case| c.gpr[g] = 0);
+        let registers: Vec<_> = registers.collect();
+        let all = plain.into_iter().chain(registers.iter().map(|f| f as &dyn Fn(&mut Case)));
+        for change in all {
+            let mut other = best.clone();
+            change(&mut other);
+            if self.again(&other, e, pristine) == Some(part) {
+                best = other;
+            }
+        }
+        // The outcomes are those of what is reported.
+        self.again(&best, e, pristine);
+        best
+    }
+
+    /// Runs a case once more on the judge and one engine: what differs.
+    fn again(&mut self, case: &Case, e: usize, pristine: &[u8]) -> Option<Part> {
+        let (Some(oracle), Ok(view)) = (&mut self.oracle, arena::flat_view()) else { return None };
+        case.fill(view, pristine);
+        oracle.run(case, &mut self.judge);
+        take_memory(case, view, &mut self.judge);
+        case.clean(view, pristine);
+        let engine = &mut self.engines[e];
+        case.fill(engine.view, pristine);
+        let done = engine.run(case, &mut self.outcome);
+        take_memory(case, engine.view, &mut self.outcome);
+        case.clean(engine.view, pristine);
+        done.ok()?;
+        (self.compare)(case, &self.outcome, &self.judge).map(|(part, _)| part)
+    }
+
     fn differs(&mut self, case: &Case, e: usize, part: Part, what: String, batch: u64, pristine: &[u8]) {
         let which = self.engines[e].which;
-        let code = format!("{:?}", case.insn);
+        let code = name(index(case));
         if self.result.wants(which, &code, part) {
+            // Zero is a safe address: nothing is there. What a string instruction reaches was chosen with care.
+            let plain = case.insn.flow_control() == FlowControl::Next && facts(case.insn).class != Class::String;
+            let small = self.oracle.is_some() && part != Part::Memory && (plain || case.kind == Kind::Block);
+            let judge = self.judge.clone();
+            let case = &if small { self.minimise(case, e, part, pristine) } else { case.clone() };
             self.result.note(Divergence {
                 engine: which.name().into(),
                 code,
                 bytes: case.code.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(" "),
-                text: disassembly(64, &case.code),
+                text: blocks::text(&case.code),
                 part: part.name().into(),
                 what,
                 seed: self.seed,
@@ -192,6 +295,8 @@ impl Worker {
                     "should": repro::outcome(&self.judge),
                 }),
             });
+            // The other engines are compared with what it was.
+            self.judge = judge;
         }
     }
 
@@ -223,13 +328,13 @@ impl Worker {
             let view = self.engines[e].view;
             if let Some(addr) = batch.is_pristine(view, &mut self.buffer) {
                 let mut case = std::mem::take(&mut self.case);
-                case.insn = batch.slots[slot].code;
+                (case.insn, case.kind) = (batch.slots[slot].code, batch.slots[slot].kind);
                 case.code.clone_from(&batch.slots[slot].bytes);
-                self.counts[e][case.insn as usize].cases += 1;
+                self.counts[e][index(&case)].cases += 1;
                 let what = format!("somebody wrote at {addr:#x}, outside the operand");
                 let name = self.engines[e].which.name();
                 match self.expected.find(name, &case, Part::Memory, &Outcome::default(), &Outcome::default()) {
-                    Some(_) => self.counts[e][case.insn as usize].expected += 1,
+                    Some(_) => self.counts[e][index(&case)].expected += 1,
                     None => self.differs(&case, e, Part::Memory, what, n, &batch.pristine),
                 }
                 self.case = case;
@@ -243,11 +348,31 @@ impl Worker {
         let mut tally = std::mem::take(&mut self.result);
         for (engine, counts) in self.engines.iter().zip(&mut self.counts) {
             let by_code = tally.counts.entry(engine.which.name().into()).or_default();
-            for (code, count) in Code::values().zip(counts.iter_mut()).filter(|(_, c)| c.cases > 0) {
-                by_code.insert(format!("{code:?}"), std::mem::take(count));
+            for (code, count) in counts.iter_mut().enumerate().filter(|(_, c)| c.cases > 0) {
+                let sum: &mut Count = by_code.entry(name(code)).or_default();
+                sum.add(&std::mem::take(count));
             }
         }
         tally
+    }
+}
+
+/// Sequences of each kind in a batch.
+const SEQUENCES: u64 = 16;
+
+/// Where a case is counted.
+fn index(case: &Case) -> usize {
+    match case.kind {
+        Kind::Insn => case.insn as usize,
+        kind => Code::values().len() + kind as usize,
+    }
+}
+
+/// What is counted there.
+fn name(index: usize) -> String {
+    match Code::try_from(index) {
+        Ok(code) => format!("{code:?}"),
+        Err(_) => Kind::ALL[index - Code::values().len()].name().into(),
     }
 }
 

@@ -9,20 +9,32 @@ fn prefixes(bytes: &[u8]) -> usize {
     bytes.iter().take_while(is_prefix).count()
 }
 
+/// May a prefix carry this bit of REX (1: B, 2: X)? Says yes when in doubt. (Of several REX only one right before the opcode counts.)
+pub(crate) fn has_bit(bytes: &[u8], bit: u8) -> bool {
+    let (prefixes, rest) = bytes.split_at(with_rex(bytes));
+    match rest {
+        // VEX3, EVEX: stored inverted. VEX2 has none.
+        [0xc4 | 0x62 | 0x8f, p, ..] => p & bit << 5 == 0,
+        _ => prefixes.iter().any(|p| matches!(p, 0x40..=0x4f) && p & bit != 0),
+    }
+}
+
+/// How many legacy prefixes and REX there are, in whatever order.
+fn with_rex(bytes: &[u8]) -> usize {
+    let is_prefix =
+        |b: &&u8| matches!(b, 0x66 | 0x67 | 0xf0 | 0xf2 | 0xf3 | 0x2e | 0x36 | 0x3e | 0x26 | 0x64 | 0x65 | 0x40..=0x4f);
+    bytes.iter().take_while(is_prefix).count()
+}
+
 /// Appends the instruction with `[base]` for its RIP-relative operand, whose displacement is at `displacement`. False if that takes
 /// more than another ModRM byte.
 pub(crate) fn with_base(to: &mut Vec<u8>, bytes: &[u8], displacement: usize, base: Gpr) -> bool {
     // RSP and RBP as a base mean something else, R8 and up need a prefix; 67 would cut the base to 32 bits.
     let fits = !matches!(base, Gpr::Rsp | Gpr::Rbp) && (base as u8) < 8;
-    let (legacy, rest) = bytes.split_at(prefixes(bytes));
-    let narrow = legacy.contains(&0x67);
-    // A B bit, meaningless before, would now make it R8 and up. VEX and EVEX store it inverted; VEX of two bytes has none.
-    let extended = match *rest {
-        [rex @ 0x40..=0x4f, ..] => rex & 1 != 0,
-        [0xc4 | 0x62 | 0x8f, p, ..] => p & 0x20 == 0,
-        _ => false,
-    };
-    let Some(modrm) = displacement.checked_sub(1).filter(|_| fits && !narrow && !extended) else { return false };
+    let narrow = bytes[..with_rex(bytes)].contains(&0x67);
+    // A B bit, which meant nothing, would make R8 to R15 of it.
+    let plain = fits && !narrow && !has_bit(bytes, 1);
+    let Some(modrm) = displacement.checked_sub(1).filter(|_| plain) else { return false };
     to.extend_from_slice(&bytes[..modrm]);
     to.push((bytes[modrm] & 0x38) | base as u8);
     to.extend_from_slice(&bytes[displacement + 4..]);

@@ -90,7 +90,7 @@ fn low(l: &mut Lowering<'_>, item: &Item, target: u64) -> bool {
     let bytes = block.code(item);
     let Some(at) = displacement_at(bytes) else { return false };
     // An X bit in REX, VEX or EVEX, meaningless before, would now name an index register: compilers never set it.
-    if at == 0 || has_index_bit(bytes) || item.len >= 15 {
+    if at == 0 || bytes::has_bit(bytes, 2) || item.len >= 15 {
         return false;
     }
     l.mark(What::At(item.at));
@@ -101,20 +101,6 @@ fn low(l: &mut Lowering<'_>, item: &Item, target: u64) -> bool {
     l.relocation(0, Depends::Fixed);
     l.e.bytes.extend_from_slice(&bytes[at + 4..]);
     true
-}
-
-/// May a prefix carry an X bit? Says yes when in doubt.
-fn has_index_bit(bytes: &[u8]) -> bool {
-    let legacy = bytes
-        .iter()
-        .take_while(|b| matches!(b, 0x66 | 0x67 | 0xf0 | 0xf2 | 0xf3 | 0x2e | 0x36 | 0x3e | 0x26 | 0x64))
-        .count();
-    match bytes[legacy..] {
-        [rex @ 0x40..=0x4f, ..] => rex & 2 != 0,
-        // VEX3, EVEX: X is stored inverted. VEX2 has none.
-        [0xc4 | 0x62 | 0x8f, p, ..] => p & 0x40 == 0,
-        _ => false,
-    }
 }
 
 /// A register that the instruction does not touch holds the address while it runs.

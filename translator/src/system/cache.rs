@@ -343,7 +343,7 @@ impl Cache {
 
     /// The block and the point of a host address at which the host faulted.
     pub fn point(&self, pc: u64) -> Option<(&Block, &Point)> {
-        let at = pc.checked_sub(self.buffer.base())? as u32;
+        let at = u32::try_from(pc.checked_sub(self.buffer.base())?).ok()?;
         let block = &self.blocks[self.blocks.partition_point(|b| b.at <= at).checked_sub(1)?];
         let inside = |p: &&Point| (p.from..p.to).contains(&at);
         block.points.iter().find(inside).map(|p| (block, p))

@@ -155,6 +155,14 @@ impl System {
         }
     }
 
+    /// Throws the code away, and what is known by the numbers of its exits.
+    fn flush(&mut self) {
+        self.cache.flush(&self.area);
+        self.flushes = self.cache.counts.flushes;
+        self.called = self.called();
+        self.calls.clear();
+    }
+
     /// Takes notice of what the guest has changed of mappings and code.
     fn look_around(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram) {
         if self.memory != board.mem.id() {
@@ -207,7 +215,7 @@ impl System {
     }
 
     /// The block at RIP, translated if it must be.
-    fn find(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, mode: Mode, via: Via) -> Option<u32> {
+    fn find(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, mode: Mode, mut via: Via) -> Option<u32> {
         let rip = t.cpu.rip;
         if let Via::Call(id) = via
             && let Some(Some(c)) = self.calls.get(id as usize)
@@ -228,7 +236,9 @@ impl System {
             Some(b) => b,
             None => {
                 if self.cache.is_full() {
-                    self.cache.flush(&self.area);
+                    self.flush();
+                    // The exit it came from is gone.
+                    via = Via::Start;
                 }
                 ram.watch_code(gpa);
                 let (cpu, core, mem) = (&t.cpu, &mut t.core, board.mem);
@@ -240,7 +250,8 @@ impl System {
                 };
                 match self.cache.translate(ram, key, &mut next) {
                     None if self.cache.is_out_of_modes(mode) => {
-                        self.cache.flush(&self.area);
+                        self.flush();
+                        via = Via::Start;
                         ram.watch_code(gpa);
                         self.cache.translate(ram, key, &mut next)
                     }
@@ -435,6 +446,13 @@ impl System {
 
     fn sync(&mut self, t: &mut Translator) {
         enter::sync(&self.area, &mut t.cpu);
+        // FIP, where the host keeps it, names the last x87 instruction in the cache: the guest's is meant (SDM 1 8.1.8).
+        let image = &mut t.cpu.xsave;
+        if image.xstate_bv() & component::X87 != 0
+            && let Some((block, point)) = self.cache.point(image.fip())
+        {
+            image.set_fip(block.rip.wrapping_add(point.at.into()));
+        }
     }
 
     /// Into the code at block `b` and out again, with all misses of the TLB in between: what to do next, and how many instructions of

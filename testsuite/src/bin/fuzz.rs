@@ -1,0 +1,33 @@
+//! Fuzzes one target for a time: `fuzz decoder|elf|exec|blocks SECONDS [SEED [FIRST]]`, from input FIRST on. Status 1 if it found something, 2 on wrong use.
+
+use bivisor_testsuite::fuzz;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let number = |n: usize, default: u64| args.get(n).map_or(Ok(default), |a| a.parse());
+    let (Some(name), Ok(seconds), Ok(seed), Ok(first)) = (args.first(), number(1, 1800), number(2, 0), number(3, 0))
+    else {
+        eprintln!("fuzz {} SECONDS [SEED [FIRST]]", fuzz::TARGETS.join("|"));
+        return ExitCode::from(2);
+    };
+    // Beside this program lies the one that some targets run.
+    let program = std::env::current_exe().unwrap_or_default().with_file_name("bivisor");
+    let mut target = match fuzz::target(name, &program) {
+        Ok(target) => target,
+        Err(why) => {
+            eprintln!("{why}");
+            return ExitCode::from(2);
+        }
+    };
+    let start = Instant::now();
+    let (n, findings) = fuzz::run(&mut *target, seed, first..u64::MAX, Duration::from_secs(seconds));
+    println!(
+        "{name}: {n} inputs of seed {seed} in {:.0} s, {} findings",
+        start.elapsed().as_secs_f64(),
+        findings.len()
+    );
+    findings.iter().for_each(|f| println!("{f}"));
+    ExitCode::from(u8::from(!findings.is_empty()))
+}

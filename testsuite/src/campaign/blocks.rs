@@ -1,0 +1,152 @@
+//! Blocks of several instructions for the host CPU and the engines: in a row, with branches over some of them, in loops.
+//!
+//! R12 to R15 point to memory all through a block, RSP to the stack, RBX counts the rounds of a loop; whatever else the instructions do
+//! is thrown. A fault may be in the middle.
+
+use super::encode;
+use crate::case::disassembly;
+use crate::random::Random;
+use bivisor_emulator::cpu::cpuid::CpuModel;
+use bivisor_emulator::isa::{Class, Sensitivity, decode, facts};
+use iced_x86::{
+    Code, Decoder, DecoderOptions, Encoder, FlowControl, Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess,
+    OpCodeInfo, OpKind, Register,
+};
+
+/// Registers that point to data.
+pub const POINTERS: [Register; 4] = [Register::R12, Register::R13, Register::R14, Register::R15];
+/// Most bytes of a block.
+pub const ROOM: usize = 224;
+
+/// What blocks are made from.
+pub struct Members {
+    codes: Vec<&'static OpCodeInfo>,
+    factory: InstructionInfoFactory,
+}
+
+impl Members {
+    /// The instructions of a CPU that can stand in a block.
+    pub fn new(model: &CpuModel) -> Members {
+        let may = |c: &Code| {
+            let f = facts(*c);
+            let op = c.op_code();
+            op.mode64()
+                && op.is_instruction()
+                && model.supports(*c)
+                && super::reason_against(*c).is_none()
+                && !super::never_decodes(*c)
+                && matches!(f.class, Class::Integer | Class::Flags | Class::Native)
+                && f.sensitivity == Sensitivity::Innocuous
+                && !is_apart(c.mnemonic())
+        };
+        let codes = Code::values().filter(may).map(Code::op_code).collect();
+        Members { codes, factory: InstructionInfoFactory::new() }
+    }
+
+    /// A block's bytes.
+    pub fn draw(&mut self, r: &mut Random) -> Vec<u8> {
+        let mut parts: Vec<Vec<u8>> = Vec::new();
+        let wanted = 2 + r.below(9) as usize;
+        let mut len = 0;
+        while parts.len() < wanted && len < ROOM - 40 {
+            if let Some(bytes) = self.member(r) {
+                len += bytes.len();
+                parts.push(bytes);
+            }
+        }
+        // Branches over the next few, sometimes: to where a part begins, or its own branch.
+        let mut out = Vec::new();
+        let skips: Vec<usize> = parts.iter().map(|_| if r.once_in(4) { 1 + r.below(3) as usize } else { 0 }).collect();
+        let size = |i: usize| parts[i].len() + if skips[i] > 0 { 2 } else { 0 };
+        for (i, part) in parts.iter().enumerate() {
+            if skips[i] > 0 {
+                let behind: usize = (i + 1..parts.len().min(i + skips[i])).map(size).sum();
+                out.extend([0x70 | r.below(16) as u8, (part.len() + behind) as u8]);
+            }
+            out.extend_from_slice(part);
+        }
+        if r.once_in(2) {
+            // dec ebx; jnz to the start
+            out.extend([0xff, 0xcb]);
+            let back = -(out.len() as i64 + 6);
+            out.extend([0x0f, 0x85]);
+            out.extend((back as i32).to_le_bytes());
+        }
+        out
+    }
+
+    fn member(&mut self, r: &mut Random) -> Option<Vec<u8>> {
+        let bytes = encode::attempt(r, r.clone().one_of(&self.codes));
+        let insn = decode(&bytes, 64).ok()?;
+        let mut iced = insn.iced;
+        if !self.codes.iter().any(|o| o.code() == iced.code())
+            || iced.flow_control() != FlowControl::Next
+            || iced.is_vsib()
+        {
+            return None;
+        }
+        let explicit = (0..iced.op_count()).any(|k| iced.op_kind(k) == OpKind::Memory);
+        let stack = matches!(iced.mnemonic(), M::Push | M::Pop);
+        let far_bit =
+            matches!(iced.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc) && iced.op1_kind() == OpKind::Register;
+        if explicit && (far_bit || stack) || iced.segment_prefix() != Register::None {
+            return None;
+        }
+        if explicit {
+            iced.set_memory_base(r.one_of(&POINTERS));
+            iced.set_memory_index(Register::None);
+            iced.set_memory_index_scale(1);
+            iced.set_memory_displacement64(r.below(0x80).wrapping_sub(0x40));
+            iced.set_memory_displ_size(8);
+        }
+        if !self.keeps(&iced, stack, explicit) {
+            return None;
+        }
+        if !explicit {
+            return Some(bytes[..usize::from(insn.len)].to_vec());
+        }
+        let mut encoder = Encoder::new(64);
+        encoder.encode(&iced, 0).ok()?;
+        let out = encoder.take_buffer();
+        // What the encoder makes of it must be the same instruction.
+        let again = Decoder::new(64, &out, DecoderOptions::NONE).decode();
+        (again.code() == iced.code() && decode(&out, 64).is_ok()).then_some(out)
+    }
+
+    /// Are the pointers, the stack and the counter still what they were, and is memory reached through the operand only?
+    fn keeps(&mut self, iced: &Instruction, stack: bool, explicit: bool) -> bool {
+        let info = self.factory.info(iced);
+        let only = info.used_memory().iter().all(|m| explicit && POINTERS.contains(&m.base()) || stack);
+        only && info.used_registers().iter().all(|u| {
+            let full = u.register().full_register();
+            let kept = POINTERS.contains(&full) || full == Register::RBX || full == Register::RSP && !stack;
+            let reads =
+                matches!(u.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess);
+            !kept || reads
+        }) && !(stack && iced.op0_register().full_register() == Register::RSP)
+    }
+}
+
+/// What has cases of its own and would make a block all the same: control words, whole images, hints with bases of their own.
+fn is_apart(m: M) -> bool {
+    let name = format!("{m:?}");
+    [
+        "Xsave", "Xrstor", "Fxsave", "Fxrstor", "Fldenv", "Fnstenv", "Fnsave", "Frstor", "Ldmxcsr", "Vldmxcsr",
+        "Fldcw", "Cl", "Enter", "Leave",
+    ]
+    .iter()
+    .any(|p| name.starts_with(p))
+        || matches!(m, M::Lea | M::Xlatb | M::Wrfsbase | M::Rdfsbase)
+}
+
+/// Some instructions, disassembled.
+pub fn text(code: &[u8]) -> String {
+    let mut out = Vec::new();
+    let mut at = 0;
+    while at < code.len() {
+        let len = decode(&code[at..], 64).map_or(1, |i| usize::from(i.len)).min(code.len() - at);
+        out.push(disassembly(64, &code[at..at + len]));
+        at += len;
+    }
+    out.join("; ")
+}
