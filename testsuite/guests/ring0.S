@@ -442,6 +442,7 @@ faults:
     clts
     TRY "fld1 after clts:", fld1
     fninit
+    call registers
     call page_faults
     call frames
     call double_fault
@@ -477,6 +478,132 @@ page_faults:
     and eax, 0x60
     HEX rax
     SAY "\n"
+    ret
+
+# Writes a model-specific register that the code names, reads it back, and puts the old value back.
+.macro MSR number, high
+    SAY "msr \number:"
+    mov ecx, \number
+    rdmsr
+    push rdx
+    push rax
+    mov eax, \number & 0xffff | 0x12340000
+    mov edx, \high
+    mov ecx, \number
+    TRYQUIET wrmsr
+    mov ecx, \number
+    rdmsr
+    shl rdx, 32
+    add rax, rdx
+    SAY " "
+    HEX rax
+    call report
+    pop rax
+    pop rdx
+    mov ecx, \number
+    wrmsr
+.endm
+
+.macro DIVIDE operand:vararg
+    xor ebx, ebx
+    mov dword ptr [scratch], 0
+    mov eax, 7
+    cdq
+    TRY "div by zero after a comparison:", COMPAREDIV \operand
+    mov eax, 7
+    cdq
+    TRY "again:", COMPAREDIV \operand
+    SAY "and by two:"
+    mov ebx, 2
+    mov [scratch], ebx
+    mov eax, 7
+    cdq
+    COMPAREDIV \operand
+    HEX rax
+    call report_pass
+    mov dword ptr [scratch], 0
+.endm
+.macro COMPAREDIV operand:vararg
+    cmp eax, 1
+    div \operand
+.endm
+report_pass:
+    SAY "\n"
+    ret
+
+registers:
+    MSR 0xc0000081, 0x80001234
+    MSR 0xc0000082, 0xffff8000
+    MSR 0xc0000083, 0x00001234
+    MSR 0xc0000083, 0x00008000
+    MSR 0xc0000084, 0
+    MSR 0xc0000103, 0
+    MSR 0x174, 0
+    MSR 0x175, 0x00001234
+    MSR 0x176, 0x00001234
+    MSR 0xc0000100, 0x00001234
+    MSR 0xc0000100, 0x00008000
+    MSR 0xc0000101, 0xffffabcd
+    MSR 0xc0000101, 0x00010000
+    MSR 0xc0000102, 0x00001234
+    MSR 0xc0000102, 0xffff0000
+    SAY "cpuid by a constant and by a variable:"
+    mov ebp, 0x80000003
+    call identify_variable
+    mov rsi, rax
+    xor edi, edi
+    mov eax, 0x80000003
+    cpuid
+    call mix
+    cmp rax, rsi
+    setne dil
+    HEX rdi
+    mov ebp, 0
+    call identify_variable
+    mov rsi, rax
+    xor eax, eax
+    cpuid
+    call mix
+    cmp rax, rsi
+    setne dil
+    HEX rdi
+    SAY "\ncr8:"
+    mov edi, 5
+    mov cr8, rdi
+    mov rax, cr8
+    HEX rax
+    SAY " "
+    mov edi, 9
+    mov cr8, rdi
+    mov rax, cr8
+    HEX rax
+    SAY " "
+    mov rax, cr8
+    mov edi, 3
+    mov cr8, rdi
+    mov rax, cr8
+    HEX rax
+    mov edi, 16
+    TRY " cr8 of 16:", mov cr8, rdi
+    mov rax, cr8
+    HEX rax
+    SAY "\n"
+    xor edi, edi
+    mov cr8, rdi
+    DIVIDE ebx
+    DIVIDE dword ptr [scratch]
+    ret
+
+identify_variable:
+    mov eax, ebp
+    cpuid
+mix:
+    shl rbx, 7
+    shl rcx, 13
+    shl rdx, 21
+    add rax, rbx
+    xor rax, rcx
+    add rax, rdx
     ret
 
 # Status flags in the frame of a page fault, where the code overwrites them later. rsi: where the loads are, which end in the absent

@@ -9,6 +9,7 @@
 
 use bivisor_emulator::bus::Bus;
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// A character of the report.
@@ -26,6 +27,8 @@ pub struct Ports {
     output: Mutex<Vec<u8>>,
     report: Mutex<BTreeMap<u16, u32>>,
     raised: Mutex<VecDeque<u8>>,
+    /// How many those are: engines ask all the time.
+    waiting: AtomicUsize,
     status: Mutex<Option<u8>>,
 }
 
@@ -39,6 +42,7 @@ impl Ports {
         lock(&self.output).clear();
         lock(&self.report).clear();
         lock(&self.raised).clear();
+        self.waiting.store(0, Ordering::Relaxed);
         *lock(&self.status) = None;
     }
 
@@ -69,7 +73,11 @@ impl Bus for Ports {
         value[..n].copy_from_slice(&data[..n]);
         match port {
             OUTPUT => lock(&self.output).push(value[0]),
-            RAISE => lock(&self.raised).push_back(value[0]),
+            RAISE => {
+                let mut raised = lock(&self.raised);
+                raised.push_back(value[0]);
+                self.waiting.store(raised.len(), Ordering::Relaxed);
+            }
             EXIT => *lock(&self.status) = Some(value[0]),
             REPORT.. => {
                 lock(&self.report).insert(port - REPORT, u32::from_le_bytes(value));
@@ -85,10 +93,13 @@ impl Bus for Ports {
     fn write_mmio(&self, _gpa: u64, _data: &[u8]) {}
 
     fn interrupt_pending(&self) -> bool {
-        !lock(&self.raised).is_empty()
+        self.waiting.load(Ordering::Relaxed) != 0
     }
 
     fn take_interrupt(&self) -> Option<u8> {
-        lock(&self.raised).pop_front()
+        let mut raised = lock(&self.raised);
+        let vector = raised.pop_front();
+        self.waiting.store(raised.len(), Ordering::Relaxed);
+        vector
     }
 }

@@ -208,10 +208,12 @@ fn kernel(bytes: &[u8], start: u64, model: Arc<CpuModel>) -> Option<Explained> {
         first_exit: 0,
         first_recipe: 0,
         leave: OUT,
+        leave_light: OUT,
         targets: at::TARGETS,
         tlb: at::TLB + mode.context() * system::tlb::TABLE,
         share: true,
         foresee: true,
+        divides: false,
     };
     let mut starts = Vec::new();
     let unit = system::lower::lower_noting(&block, &around, |at| starts.push(at));

@@ -1,5 +1,6 @@
 //! Which way each instruction is lowered, by the facts table and the offered CPU.
 
+use bivisor_emulator::cpu::CpuState;
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::isa::{Class, Sensitivity, facts};
 use bivisor_emulator::vcpu::How;
@@ -62,11 +63,13 @@ pub struct Policy {
     pub host_time: bool,
     /// RDRAND and RDSEED are the host's.
     pub host_random: bool,
+    /// CPUID need not leave.
+    pub cpuid: bool,
 }
 
 impl Default for Policy {
     fn default() -> Policy {
-        Policy { host_time: true, host_random: true }
+        Policy { host_time: true, host_random: true, cpuid: true }
     }
 }
 
@@ -99,6 +102,12 @@ impl Routes {
     /// Does the offered CPU have it?
     pub(crate) fn supports(&self, code: Code) -> bool {
         self.model.supports(code)
+    }
+
+    /// What CPUID says in a leaf that is the same for good.
+    pub(crate) fn cpuid(&self, leaf: u32) -> Option<[u32; 4]> {
+        let constant = self.policy.cpuid && matches!(leaf, 0 | 0x8000_0000 | 0x8000_0002..=0x8000_0004);
+        constant.then(|| self.model.cpuid(&CpuState::long64(3), leaf, 0))
     }
 
     /// The route of an instruction in user code, whatever its operands.

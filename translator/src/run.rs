@@ -479,6 +479,8 @@ impl Vcpu for Translator {
         let policy = Policy {
             host_time: old.host_time && !intercepts.contains(Intercepts::RDTSC),
             host_random: old.host_random && !intercepts.contains(Intercepts::RDRAND),
+            // Processes have it done by the interpreter.
+            cpuid: old.cpuid,
         };
         if policy != old
             && let Ok(cache) = Cache::new(self.cache.model().clone(), policy, DEFAULT_SIZE)

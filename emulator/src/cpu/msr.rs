@@ -1,5 +1,7 @@
 //! Model-specific registers kept as state (SDM 4; numbers in [`index`]). FS and GS base live in the segments, EFER in its own field.
 
+use std::mem::offset_of;
+
 /// MSR numbers.
 #[allow(missing_docs)]
 pub mod index {
@@ -79,6 +81,24 @@ pub struct Msrs {
     pub k7_counters: [u64; 2 * K7_COUNTERS as usize],
     /// AMD's SYSCFG, HWCR and DE_CFG.
     pub amd: [u64; 3],
+}
+
+impl Msrs {
+    /// The offset of a register that RDMSR reads as it is, for generated code.
+    pub fn plain(n: u32) -> Option<usize> {
+        Some(match n {
+            index::STAR => offset_of!(Msrs, star),
+            index::LSTAR => offset_of!(Msrs, lstar),
+            index::CSTAR => offset_of!(Msrs, cstar),
+            index::FMASK => offset_of!(Msrs, fmask),
+            index::SYSENTER_CS => offset_of!(Msrs, sysenter_cs),
+            index::SYSENTER_ESP => offset_of!(Msrs, sysenter_esp),
+            index::SYSENTER_EIP => offset_of!(Msrs, sysenter_eip),
+            index::TSC_AUX => offset_of!(Msrs, tsc_aux),
+            index::APIC_BASE => offset_of!(Msrs, apic_base),
+            _ => return None,
+        })
+    }
 }
 
 impl Default for Msrs {

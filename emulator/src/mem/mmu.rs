@@ -10,7 +10,7 @@ use crate::mem::{Access, By, GuestMemory};
 pub struct Mmu {
     tlb: Tlb,
     generation: u64,
-    /// What the last flush forgot, if it was one page.
+    /// What the last flush forgot, if it was one small page.
     page: Option<u64>,
 }
 
@@ -95,15 +95,16 @@ impl Mmu {
 
     /// Forgets one page, global or not: INVLPG.
     pub fn flush_page(&mut self, laddr: u64) {
-        if !self.tlb.flush_page(laddr) {
+        let small = self.tlb.flush_page(laddr);
+        if !small {
             self.tlb.flush();
         }
         self.generation += 1;
-        self.page = Some(laddr);
+        self.page = small.then_some(laddr);
     }
 
-    /// The linear address of INVLPG if that is what raised [`Mmu::generation`] last: all that was cached of the page that holds it, which
-    /// may be a large one, is forgotten.
+    /// The linear address of INVLPG if that is what raised [`Mmu::generation`] last and only its 4 KiB are forgotten. Where it may be in
+    /// a large page everything is.
     pub fn flushed_page(&self) -> Option<u64> {
         self.page
     }

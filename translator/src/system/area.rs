@@ -6,7 +6,7 @@
 
 use bivisor_emulator::host::thread::{ENGINE_AREA_OFFSET, ENGINE_AREA_SIZE, ThreadBlock};
 use std::io::{Error, Result};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 /// Offsets in the area.
 pub mod at {
@@ -46,7 +46,8 @@ pub mod at {
     pub const ENTRY: usize = SLOTS + 0xd8;
     /// RBX on the way out.
     pub const RBX: usize = SLOTS + 0xe0;
-    /// Where the vector registers are: 0 in the XSAVE image, 1 in [`VECTORS`] and the host's registers.
+    /// Where the vector registers are: 0 in the XSAVE image, 1 in [`VECTORS`] and
+    /// the host's registers; 2 the same, and MXCSR is the guest's.
     pub const VECTORS_AT: usize = SLOTS + 0xe8;
     /// The guest's MXCSR, if not in the image.
     pub const GUEST_MXCSR: usize = SLOTS + 0xf0;
@@ -62,6 +63,12 @@ pub mod at {
     pub const UPPER: usize = SLOTS + 0x128;
     /// How the status flags are told if they are not in their slot: number of a recipe, or 0.
     pub const RECIPE: usize = SLOTS + 0x130;
+    /// CR8, if it is known; the bus is told when the code is left.
+    pub const CR8: usize = SLOTS + 0x140;
+    /// What the bus was told last; all ones if that is not known.
+    pub const CR8_BUS: usize = SLOTS + 0x148;
+    /// Was the light way out taken?
+    pub const LIGHT: usize = SLOTS + 0x138;
     /// TSC offset.
     pub const TSC_OFFSET: usize = SLOTS + 0x110;
     /// XMM0 to XMM15.
@@ -120,6 +127,7 @@ impl Area {
         if p == libc::MAP_FAILED { Err(Error::last_os_error()) } else { Ok(()) }
     }
 
+    #[inline(always)]
     fn word(&self, offset: usize) -> &AtomicU64 {
         assert!(offset.is_multiple_of(8) && offset < ENGINE_AREA_SIZE, "no such word");
         // SAFETY: in range and aligned; the memory is only accessed as atomics and by generated code of the same thread.
@@ -127,19 +135,27 @@ impl Area {
     }
 
     /// Reads eight bytes.
-    #[inline]
+    #[inline(always)]
     pub fn get(&self, offset: usize) -> u64 {
         self.word(offset).load(Ordering::Relaxed)
     }
 
+    /// Reads two bytes: generated code stores no more of the status flags.
+    #[inline(always)]
+    pub fn get_u16(&self, offset: usize) -> u64 {
+        assert!(offset.is_multiple_of(2) && offset < ENGINE_AREA_SIZE, "no such word");
+        // SAFETY: as for `word`.
+        u64::from(unsafe { &*self.base.add(offset).cast::<AtomicU16>() }.load(Ordering::Relaxed))
+    }
+
     /// Writes eight bytes.
-    #[inline]
+    #[inline(always)]
     pub fn set(&self, offset: usize, v: u64) {
         self.word(offset).store(v, Ordering::Relaxed);
     }
 
     /// Writes four bytes.
-    #[inline]
+    #[inline(always)]
     pub fn set_u32(&self, offset: usize, v: u32) {
         assert!(offset.is_multiple_of(4) && offset < ENGINE_AREA_SIZE, "no such word");
         // SAFETY: as for `word`.

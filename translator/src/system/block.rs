@@ -3,6 +3,7 @@
 
 use crate::route::{Route, Routes};
 use crate::system::Mode;
+use bivisor_emulator::cpu::msr::{Msrs, index};
 use bivisor_emulator::isa::decode::{correct, options};
 use bivisor_emulator::isa::{Class, Gpr, MAX_INSN_LEN, Sensitivity, facts};
 use bivisor_emulator::mem::{PAGE_SIZE, Ram};
@@ -47,6 +48,16 @@ pub enum Way {
     Sti,
     /// MOV from a control register at CPL 0.
     ReadControl,
+    /// MOV from CR8 at CPL 0.
+    ReadPriority,
+    /// MOV to CR8 at CPL 0.
+    WritePriority,
+    /// RDMSR of this register at CPL 0.
+    ReadMsr(u32),
+    /// WRMSR of this register at CPL 0.
+    WriteMsr(u32),
+    /// CPUID of a leaf that never changes.
+    Identify([u32; 4]),
     /// MOV of a segment selector to a 32- or 64-bit register.
     ReadSelector,
     /// RDTSCP.
@@ -108,6 +119,11 @@ impl Way {
                 | Way::PushMemory
                 | Way::Cli
                 | Way::ReadControl
+                | Way::ReadPriority
+                | Way::WritePriority
+                | Way::ReadMsr(_)
+                | Way::WriteMsr(_)
+                | Way::Identify(_)
                 | Way::SwapGs
                 | Way::ReadSelector
                 | Way::ReadTimeAndId
@@ -276,6 +292,7 @@ pub fn decode(
     let mut items: Vec<Item> = Vec::with_capacity(16);
     let mut factory = InstructionInfoFactory::new();
     let (mut at, mut branches, mut crossing) = (0, 0, false);
+    let mut known = Known::default();
     while items.len() < most && branches < MAX_BRANCHES {
         let mut decoder = Decoder::with_ip(64, &bytes[at..], start.wrapping_add(at as u64), options());
         let mut iced = Instruction::default();
@@ -293,7 +310,8 @@ pub fn decode(
             crossing = true;
             continue;
         }
-        let item = item(&iced, at, mode, routes, &mut factory);
+        let item = item(&iced, at, mode, routes, &mut factory, &known);
+        known.after(&item);
         at += iced.len();
         items.push(item);
         branches += usize::from(item.way == Way::Conditional);
@@ -314,7 +332,57 @@ pub fn decode(
     (!items.is_empty()).then_some((GuestBlock { start, mode, items, bytes, flags_dead }, crossing))
 }
 
-fn item(iced: &Instruction, at: usize, mode: Mode, routes: &Routes, factory: &mut InstructionInfoFactory) -> Item {
+/// What RAX and RCX hold, where the block itself says so.
+#[derive(Default)]
+struct Known([Option<u32>; 2]);
+
+impl Known {
+    fn after(&mut self, item: &Item) {
+        let iced = &item.iced;
+        for (r, known) in [Gpr::Rax, Gpr::Rcx].into_iter().zip(&mut self.0) {
+            if item.writes & 1 << r as u16 == 0 && item.way != Way::Step {
+                continue;
+            }
+            let whole = iced.op_count() > 0
+                && iced.op0_kind() == OpKind::Register
+                && iced.op0_register().is_gpr32()
+                && Gpr::from_iced(iced.op0_register()) == Some(r);
+            let zero = iced.op_count() == 2
+                && iced.op1_kind() == OpKind::Register
+                && iced.op1_register() == iced.op0_register();
+            *known = match iced.mnemonic() {
+                Mnemonic::Mov if whole && iced.op1_kind() == OpKind::Immediate32 => Some(iced.immediate32()),
+                Mnemonic::Xor if whole && zero => Some(0),
+                _ => None,
+            };
+        }
+    }
+}
+
+/// Registers that are written in the cache: bases, which need only be canonical.
+fn is_base(n: u32) -> bool {
+    matches!(n, index::FS_BASE | index::GS_BASE | index::KERNEL_GS_BASE)
+}
+
+/// Sensitive instructions that depend on what their registers hold.
+fn by_value(iced: &Instruction, mode: Mode, routes: &Routes, known: &Known) -> Option<Way> {
+    let [eax, ecx] = known.0;
+    match iced.code() {
+        Code::Rdmsr if !mode.user() => ecx.filter(|n| is_base(*n) || Msrs::plain(*n).is_some()).map(Way::ReadMsr),
+        Code::Wrmsr if !mode.user() => ecx.filter(|n| is_base(*n)).map(Way::WriteMsr),
+        Code::Cpuid => routes.cpuid(eax?).map(Way::Identify),
+        _ => None,
+    }
+}
+
+fn item(
+    iced: &Instruction,
+    at: usize,
+    mode: Mode,
+    routes: &Routes,
+    factory: &mut InstructionInfoFactory,
+    known: &Known,
+) -> Item {
     let (mut uses, mut reads, mut writes, mut high) = (0u16, 0u16, 0u16, false);
     let info = factory.info(iced);
     for u in info.used_registers() {
@@ -338,7 +406,7 @@ fn item(iced: &Instruction, at: usize, mode: Mode, routes: &Routes, factory: &mu
         reads |= writes;
     }
     let (mut flags_in, flags_out) = flags(iced);
-    let mut way = way(iced, mode, routes);
+    let mut way = by_value(iced, mode, routes, known).unwrap_or_else(|| way(iced, mode, routes));
     let mut access = None;
     match way {
         Way::Memory | Way::PushMemory => {
@@ -370,7 +438,13 @@ fn item(iced: &Instruction, at: usize, mode: Mode, routes: &Routes, factory: &mu
     let can_fault = match way {
         Way::Plain => !plain,
         Way::Constant(_) | Way::Nop | Way::ReadControl | Way::ReadSelector | Way::ReadTime => false,
-        Way::ReadTimeAndId | Way::SwapGs | Way::Cli | Way::Jump | Way::Conditional => false,
+        Way::ReadTimeAndId
+        | Way::SwapGs
+        | Way::Cli
+        | Way::ReadMsr(_)
+        | Way::Identify(_)
+        | Way::Jump
+        | Way::Conditional => false,
         _ => true,
     };
     let adds = match way {
@@ -546,6 +620,12 @@ fn way(iced: &Instruction, mode: Mode, routes: &Routes) -> Way {
                 && matches!(iced.op1_register(), Register::CR0 | Register::CR2 | Register::CR3 | Register::CR4) =>
         {
             return Way::ReadControl;
+        }
+        Code::Mov_r64_cr if kernel && iced.op1_register() == Register::CR8 && !iced.has_lock_prefix() => {
+            return Way::ReadPriority;
+        }
+        Code::Mov_cr_r64 if kernel && iced.op0_register() == Register::CR8 && !iced.has_lock_prefix() => {
+            return Way::WritePriority;
         }
         Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg if iced.op0_kind() == OpKind::Register => {
             return Way::ReadSelector;

@@ -36,6 +36,8 @@ struct Hints {
     apart: bool,
     /// What is loaded from may not be stored to.
     strict: bool,
+    /// A division faulted.
+    divides: bool,
 }
 
 /// A translated block.
@@ -152,9 +154,11 @@ impl Cache {
     pub fn new(model: Arc<CpuModel>, policy: Policy) -> std::io::Result<Cache> {
         let mut buffer = CodeBuffer::new(SIZE)?;
         let mut e = Emitter::new(buffer.base());
-        // jmp [rip + 0]
-        e.bytes.extend_from_slice(&[0xff, 0x25, 0, 0, 0, 0]);
-        e.push_u64(enter::leave());
+        for to in [enter::leave(), enter::leave_light()] {
+            // jmp [rip + 0]
+            e.bytes.extend_from_slice(&[0xff, 0x25, 0, 0, 0, 0]);
+            e.push_u64(to);
+        }
         let leave = buffer.base();
         buffer.append(&e.bytes);
         Ok(Cache {
@@ -271,10 +275,12 @@ impl Cache {
             first_exit: self.exits.len() as u32,
             first_recipe: self.recipes.len() as u32,
             leave: self.leave,
+            leave_light: self.leave + 14,
             targets,
             tlb: at::TLB + mode.context() * tlb::TABLE,
             share: !hints.apart,
             foresee: !hints.strict,
+            divides: hints.divides,
         };
         let unit = lower(&block, &around);
         Some(self.insert(&block, gpa, pages, unit, ram))
@@ -558,6 +564,20 @@ impl Cache {
         let hints = self.hints.entry((block.rip, block.gpa, block.mode)).or_default();
         let hint = if apart { &mut hints.apart } else { &mut hints.strict };
         if !std::mem::replace(hint, true) {
+            self.kill(b as u32);
+        }
+    }
+
+    /// A division at this host address faulted.
+    pub fn divided(&mut self, pc: u64) {
+        let at = pc.wrapping_sub(self.buffer.base()) as u32;
+        let Some(b) = self.blocks.partition_point(|b| b.at <= at).checked_sub(1) else { return };
+        let block = &self.blocks[b];
+        if !block.live {
+            return;
+        }
+        let hints = self.hints.entry((block.rip, block.gpa, block.mode)).or_default();
+        if !std::mem::replace(&mut hints.divides, true) {
             self.kill(b as u32);
         }
     }

@@ -24,8 +24,8 @@ const XSAVEOPT: u64 = 2;
 const RAX: usize = offset_of!(CpuState, gpr) + 8 * Gpr::Rax as usize;
 
 global_asm!(
-    ".globl bivisor_system_enter, bivisor_system_from, bivisor_system_to, bivisor_system_abort, bivisor_system_leave, bivisor_system_sync",
-    ".hidden bivisor_system_enter, bivisor_system_from, bivisor_system_to, bivisor_system_abort, bivisor_system_leave, bivisor_system_sync",
+    ".globl bivisor_system_enter, bivisor_system_from, bivisor_system_to, bivisor_system_abort, bivisor_system_leave, bivisor_system_leave_light, bivisor_system_sync, bivisor_system_settle",
+    ".hidden bivisor_system_enter, bivisor_system_from, bivisor_system_to, bivisor_system_abort, bivisor_system_leave, bivisor_system_leave_light, bivisor_system_sync, bivisor_system_settle",
     ".p2align 4",
     // fn(rdi = entry) -> eax = exit
     "bivisor_system_enter:",
@@ -47,6 +47,8 @@ global_asm!(
     ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15",
     "movups xmm\\i, gs:[{xmm} + 16*\\i]",
     ".endr",
+    "cmp dword ptr gs:[{vectors_at}], 2",
+    "je 2f",
     "ldmxcsr gs:[{guest_mxcsr}]",
     "2:",
     "mov rax, gs:[{status}]",
@@ -76,7 +78,13 @@ global_asm!(
     "jmp 7f",
     // From the cache, or from a signal handler: the exit number is in its slot.
     ".p2align 4",
+    "bivisor_system_leave_light:",
+    "mov dword ptr gs:[{light}], 1",
+    "jmp 3f",
+    ".p2align 4",
     "bivisor_system_leave:",
+    "mov dword ptr gs:[{light}], 0",
+    "3:",
     "mov gs:[{rbx}], rbx",
     "mov rbx, gs:[{cpu}]",
     "mov [rbx + {rax}], rax",
@@ -106,6 +114,11 @@ global_asm!(
     ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15",
     "movups gs:[{xmm} + 16*\\i], xmm\\i",
     ".endr",
+    "cmp dword ptr gs:[{light}], 0",
+    "je 9f",
+    "mov dword ptr gs:[{vectors_at}], 2",
+    "jmp 8f",
+    "9:",
     "stmxcsr gs:[{guest_mxcsr}]",
     "mov dword ptr gs:[{vectors_at}], 1",
     "jmp 7f",
@@ -124,6 +137,7 @@ global_asm!(
     "vzeroupper",
     "7:",
     "ldmxcsr gs:[{host_mxcsr}]",
+    "8:",
     "mov eax, dword ptr gs:[{exit}]",
     "pop r15; pop r14; pop r13; pop r12; pop rbp; pop rbx",
     "ret",
@@ -140,6 +154,13 @@ global_asm!(
     "ldmxcsr gs:[{host_mxcsr}]",
     "mov dword ptr gs:[{vectors_at}], 0",
     "ret",
+    // After the light way out: MXCSR as after the other. fn()
+    ".p2align 4",
+    "bivisor_system_settle:",
+    "stmxcsr gs:[{guest_mxcsr}]",
+    "ldmxcsr gs:[{host_mxcsr}]",
+    "mov dword ptr gs:[{vectors_at}], 1",
+    "ret",
     look = const crate::emit::gs(crate::emit::slot::LOOK),
     aborted = const ABORTED,
     host_rsp = const gs(at::HOST_RSP),
@@ -151,6 +172,7 @@ global_asm!(
     xmm = const gs(at::VECTORS),
     guest_mxcsr = const gs(at::GUEST_MXCSR),
     host_mxcsr = const gs(at::HOST_MXCSR),
+    light = const gs(at::LIGHT),
     status = const gs(at::STATUS),
     exit_status = const gs(at::EXIT_STATUS),
     exit = const gs(at::EXIT),
@@ -165,7 +187,9 @@ global_asm!(
 unsafe extern "sysv64" {
     fn bivisor_system_enter(entry: u64) -> u32;
     fn bivisor_system_sync(image: *mut u8);
+    fn bivisor_system_settle();
     safe static bivisor_system_leave: u8;
+    safe static bivisor_system_leave_light: u8;
     safe static bivisor_system_from: u8;
     safe static bivisor_system_to: u8;
     safe static bivisor_system_abort: u8;
@@ -184,6 +208,20 @@ pub fn abort() -> u64 {
 /// Where generated code goes to leave.
 pub fn leave() -> u64 {
     (&raw const bivisor_system_leave) as u64
+}
+
+/// As [`leave`], for code that looks at no vector register and computes with no floating-point number before it goes in again: MXCSR
+/// stays as it is, because to store and to load it is dear.
+pub fn leave_light() -> u64 {
+    (&raw const bivisor_system_leave_light) as u64
+}
+
+/// After [`leave_light`], if something else is to come than going in again.
+pub fn settle(area: &Area) {
+    if area.get(at::VECTORS_AT) == 2 {
+        // SAFETY: the routine clobbers nothing but MXCSR and the area, which is mapped behind this thread's block.
+        unsafe { bivisor_system_settle() };
+    }
 }
 
 /// Fills the slots that do not change from run to run.
@@ -215,6 +253,7 @@ pub fn run(area: &Area, cpu: &mut CpuState, entry: u64) -> u32 {
 
 /// Puts the vector and x87 registers into the image, where they must be before anybody looks there.
 pub fn sync(area: &Area, cpu: &mut CpuState) {
+    settle(area);
     if area.get(at::VECTORS_AT) == 0 {
         return;
     }

@@ -19,10 +19,11 @@ use bivisor_emulator::host::signal;
 use bivisor_emulator::host::thread::ThreadBlock;
 use bivisor_emulator::interp::Prepared;
 use bivisor_emulator::interp::sensitive::time::TimeSource;
-use bivisor_emulator::isa::{Seg, decode};
+use bivisor_emulator::isa::{Insn, Seg, decode};
 use bivisor_emulator::mem::{Access, By, PAGE_SIZE, Ram};
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts};
 use iced_x86::Code;
+use iced_x86::{Mnemonic, Register};
 use std::collections::BTreeMap;
 
 /// State components above x87 and XMM.
@@ -58,13 +59,17 @@ pub struct System {
     wants_upper: bool,
     /// An address in each page that the map of code pages knows.
     code_pages: Box<[u64; CELLS]>,
-    /// RDTSC shows the host's counter.
-    host_time: bool,
+    /// RDTSC shows the host's counter; CPUID need not leave.
+    in_cache: (bool, bool),
 }
 
 /// An instruction that the interpreter does, and what followed it last.
 struct Call {
     insn: Prepared,
+    /// It changes general registers only, if it completes.
+    steady: bool,
+    /// It reads or writes CR8.
+    priority: bool,
     code: Code,
     times: u64,
     next: u64,
@@ -91,6 +96,28 @@ enum Next {
     Resume(u64),
     /// One interpreter step for this exit; may it need the vector registers?
     Step(Option<u32>, bool, Via),
+    /// Leave the engine.
+    Out(Exit),
+}
+
+/// The status flags as their slot has them.
+fn status(flags: Rflags) -> u64 {
+    (flags.bits() & 0xd5) << 8 | flags.bits() >> 11 & 1
+}
+
+/// Does an instruction that completes change nothing of the CPU but general registers?
+fn is_steady(insn: &Insn) -> bool {
+    use Mnemonic as M;
+    matches!(insn.iced.mnemonic(), M::In | M::Out | M::Cpuid | M::Rdmsr | M::Rdpmc | M::Xgetbv)
+        || insn.iced.mnemonic() == M::Mov && insn.iced.op1_register().is_cr()
+}
+
+/// RF, which the frames of faults have set, ends with the next instruction. Without breakpoints nobody sees that it ends before it: a
+/// fault sets it anew, and no instruction reads it (SDM 3B 17.3.1.1).
+fn resume(cpu: &mut CpuState) {
+    if cpu.dr7 & 0xff == 0 && !cpu.rflags.contains(Rflags::TF) {
+        cpu.rflags.remove(Rflags::RF);
+    }
 }
 
 fn by(cpu: &CpuState) -> By {
@@ -121,7 +148,7 @@ impl System {
             upper: false,
             wants_upper: false,
             code_pages: Box::new([u64::MAX; CELLS]),
-            host_time: true,
+            in_cache: (true, true),
         })
     }
 
@@ -144,14 +171,13 @@ impl System {
         self.area.fill(at::CELLS..at::CELLS + 4 * CELLS, 0);
     }
 
-    /// Forgets all of the largest page that may hold an address.
-    fn flush_around(&mut self, laddr: u64) {
-        self.tlb.clear_around(&self.area, laddr);
-        for (n, page) in self.code_pages.iter_mut().enumerate() {
-            if *page >> 30 == laddr >> 30 {
-                *page = u64::MAX;
-                self.area.set_u32(at::CELLS + 4 * n, 0);
-            }
+    /// Forgets one small page.
+    fn flush_page(&mut self, laddr: u64) {
+        self.tlb.clear_page(&self.area, laddr);
+        let n = (laddr / PAGE_SIZE) as usize % CELLS;
+        if self.code_pages[n] / PAGE_SIZE == laddr / PAGE_SIZE {
+            self.code_pages[n] = u64::MAX;
+            self.area.set_u32(at::CELLS + 4 * n, 0);
         }
     }
 
@@ -177,7 +203,7 @@ impl System {
             let one = self.mapping.wrapping_add(1) == t.core.mmu.generation();
             self.mapping = t.core.mmu.generation();
             match t.core.mmu.flushed_page().filter(|_| one) {
-                Some(page) => self.flush_around(page),
+                Some(page) => self.flush_page(page),
                 None => self.flush_mapping(),
             }
         }
@@ -287,13 +313,15 @@ impl System {
         block.scratch[slot::CACHE_START].set(start);
         block.scratch[slot::CACHE_END].set(end);
         let time = t.core.env.time == TimeSource::Host && !t.core.intercepts.contains(Intercepts::RDTSC);
-        if std::mem::replace(&mut self.host_time, time) != time {
-            self.cache.set_policy(t.cache.model().clone(), Policy { host_time: time, ..t.cache.policy() });
+        let cpuid = !t.core.intercepts.contains(Intercepts::CPUID);
+        if std::mem::replace(&mut self.in_cache, (time, cpuid)) != (time, cpuid) {
+            self.cache.set_policy(t.cache.model().clone(), Policy { host_time: time, cpuid, ..t.cache.policy() });
             self.cache.flush(&self.area);
         }
         t.kicker.entered(block.tid.get());
         self.area.set(at::CPU, &raw mut *t.cpu as u64);
         self.area.set(at::VECTORS_AT, 0);
+        self.forget_priority();
         block
     }
 
@@ -330,13 +358,18 @@ impl System {
                 let wanted = std::mem::take(&mut self.wants_upper);
                 self.set_upper(wanted || t.cpu.xsave.xstate_bv() & UPPER != 0);
             }
-            let mode = if self.due(&t.cpu) { None } else { Mode::of(&t.cpu, self.upper) };
+            let due = self.due(&t.cpu);
+            if !due && !counted {
+                resume(&mut t.cpu);
+            }
+            let mode = if due { None } else { Mode::of(&t.cpu, self.upper) };
             let Some(mode) = mode else {
                 self.sync(t);
-                let most = if self.due(&t.cpu) || t.cpu.interrupt_shadow { 1 } else { STRETCH.min(*left) };
+                let most = if due || t.cpu.interrupt_shadow { 1 } else { STRETCH.min(*left) };
                 let before = t.core.instructions();
                 t.stats.steps += 1;
                 let exit = t.core.run(&mut t.cpu, board, most, Some(&t.kicker));
+                self.forget_priority();
                 *left = left.saturating_sub(if counted { t.core.instructions() - before } else { 0 });
                 self.ask_line(board);
                 via = Via::Start;
@@ -365,7 +398,8 @@ impl System {
                 continue;
             };
             block.engine_data.set((&raw const self.cache).cast_mut().cast());
-            let (next, done) = self.once(t, board, ram, b);
+            let (next, done) = self.once(t, board, ram, block, b);
+            enter::settle(&self.area);
             *left = left.saturating_sub(if counted { u64::from(done) } else { 0 });
             match next {
                 Next::Go(how) => via = how,
@@ -377,6 +411,7 @@ impl System {
                     }
                 }
                 Next::Resume(_) => via = Via::Start,
+                Next::Out(exit) => return exit,
             }
         }
         Exit::Budget
@@ -401,6 +436,7 @@ impl System {
             Some(id) => self.call(t, board, ram, id),
             None => t.core.run(&mut t.cpu, board, 1, None),
         };
+        self.follow_priority(&t.cpu, board, id);
         self.ask_line(board);
         if let Some((gpa, len)) = self.store.take()
             && ram.code_epoch() == before.wrapping_add(1)
@@ -431,9 +467,11 @@ impl System {
         if self.calls[n].is_none() {
             let insn = self.cache.bytes(ram, id, t.cpu.rip).and_then(|b| decode(&b, 64).ok());
             let Some(insn) = insn else { return t.core.run(&mut t.cpu, board, 1, None) };
-            let code = insn.iced.code();
+            let (code, steady) = (insn.iced.code(), is_steady(&insn));
+            let priority = [0, 1].map(|i| insn.iced.op_register(i)).contains(&Register::CR8);
             let insn = t.core.prepare(&mut t.cpu, board, insn);
-            self.calls[n] = Some(Box::new(Call { insn, code, times: 0, next: 0, block: u32::MAX, mapping: 0 }));
+            self.calls[n] =
+                Some(Box::new(Call { insn, steady, priority, code, times: 0, next: 0, block: u32::MAX, mapping: 0 }));
         }
         match &mut self.calls[n] {
             Some(c) => {
@@ -457,7 +495,8 @@ impl System {
 
     /// Into the code at block `b` and out again, with all misses of the TLB in between: what to do next, and how many instructions of
     /// a counted block were done.
-    fn once(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, b: u32) -> (Next, u16) {
+    fn once(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, block: &ThreadBlock, b: u32) -> (Next, u16) {
+        let counted = self.cache.block(b).mode.is_counted();
         let entries = self.cache.block(b).entries;
         let mut host = self.cache.host(entries.both());
         self.load(&t.cpu);
@@ -473,7 +512,7 @@ impl System {
                 if let Some(exit) = resumed {
                     let exit = *self.cache.exit(exit);
                     t.cpu.rip = exit.rip;
-                    self.mend(&mut t.cpu, exit.spilled, exit.flags, exit.told);
+                    self.mend(&mut t.cpu, board, exit.spilled, exit.flags, exit.told);
                     return (Next::Go(Via::Start), exit.done);
                 }
                 return (Next::Go(Via::Start), 0);
@@ -482,16 +521,68 @@ impl System {
             let (next, done) = self.left(t, board, ram, id);
             match next {
                 Next::Resume(at) => host = at,
+                Next::Step(Some(id), false, via) if !counted && self.store.is_none() => {
+                    match self.call_out(t, board, ram, block, id, via) {
+                        Next::Resume(at) => (host, resumed) = (at, None),
+                        next => return (next, done),
+                    }
+                }
                 next => return (next, done),
             }
         }
     }
 
+    /// One instruction by the interpreter, without its vector registers, and at once back into the code if nothing else is to be done.
+    fn call_out(
+        &mut self,
+        t: &mut Translator,
+        board: Board<'_>,
+        ram: &Ram,
+        block: &ThreadBlock,
+        id: u32,
+        via: Via,
+    ) -> Next {
+        t.stats.steps += 1;
+        let before = t.core.instructions();
+        let exit = self.call(t, board, ram, id);
+        self.follow_priority(&t.cpu, board, Some(id));
+        self.ask_line(board);
+        if exit != Exit::Budget {
+            self.sync(t);
+            return Next::Out(exit);
+        }
+        let look = block.scratch[slot::LOOK].get() != 0 || t.kicker.requested() || self.due(&t.cpu);
+        let same = self.mapping == t.core.mmu.generation()
+            && self.epoch == ram.code_epoch()
+            && self.watches == ram.watches()
+            && self.flushes == self.cache.counts.flushes;
+        if look || !same {
+            return Next::Go(via);
+        }
+        if let Some(Some(c)) = self.calls.get(id as usize)
+            && c.steady
+            && t.core.instructions() != before
+            && (c.next, c.mapping) == (t.cpu.rip, self.mapping)
+            && self.cache.is_live(c.block)
+        {
+            self.area.set(at::STATUS, status(t.cpu.rflags));
+            self.area.set(at::PENDING, if self.line { Rflags::IF.bits() } else { 0 });
+            return Next::Resume(self.cache.host(self.cache.block(c.block).entries.both()));
+        }
+        resume(&mut t.cpu);
+        let Some(mode) = Mode::of(&t.cpu, self.upper) else { return Next::Go(via) };
+        let Some(b) = self.find(t, board, ram, mode, via) else { return Next::Go(Via::Start) };
+        if self.flushes != self.cache.counts.flushes {
+            return Next::Go(Via::Start);
+        }
+        self.load(&t.cpu);
+        Next::Resume(self.cache.host(self.cache.block(b).entries.both()))
+    }
+
     /// The state's flags and bases into their slots.
     fn load(&self, cpu: &CpuState) {
         let flags = cpu.rflags;
-        let status = flags.bits();
-        self.area.set(at::STATUS, (status & 0xd5) << 8 | status >> 11 & 1);
+        self.area.set(at::STATUS, status(flags));
         self.area.set(at::FLAGS, ((flags - Rflags::STATUS - Rflags::IF) | Rflags::FIXED).bits());
         self.area.set(at::INTERRUPTS, (flags & Rflags::IF).bits());
         self.area.set(at::PENDING, if self.line { Rflags::IF.bits() } else { 0 });
@@ -502,14 +593,14 @@ impl System {
     }
 
     /// Registers and flags from slots back into the state.
-    fn mend(&self, cpu: &mut CpuState, spilled: u16, flags: Flags, told: Option<Told>) {
+    fn mend(&self, cpu: &mut CpuState, board: Board<'_>, spilled: u16, flags: Flags, told: Option<Told>) {
         let mut rest = spilled;
         while rest != 0 {
             let r = rest.trailing_zeros() as usize;
             cpu.gpr[r] = self.area.get(at::SPILL + 8 * r);
             rest &= rest - 1;
         }
-        let status = self.area.get(if flags == Flags::Slot { at::STATUS } else { at::EXIT_STATUS });
+        let status = self.area.get_u16(if flags == Flags::Slot { at::STATUS } else { at::EXIT_STATUS });
         let replay = match told {
             Some(Told::Here(r)) => Some(r),
             Some(Told::Before) => self.cache.recipe(self.area.get(at::RECIPE)),
@@ -523,6 +614,32 @@ impl System {
         cpu.rflags = own | status;
         cpu.seg[Seg::Gs as usize].base = self.area.get(at::GS_BASE);
         cpu.msr.kernel_gs_base = self.area.get(at::KERNEL_GS_BASE);
+        let (priority, told) = (self.area.get(at::CR8), self.area.get(at::CR8_BUS));
+        if priority != told {
+            cpu.cr8 = priority;
+            board.bus.set_task_priority(priority as u8);
+            self.area.set(at::CR8_BUS, priority);
+        }
+    }
+
+    /// CR8 is not known any more: the interpreter may have changed the local APIC.
+    fn forget_priority(&self) {
+        self.area.set(at::CR8, u64::MAX);
+        self.area.set(at::CR8_BUS, u64::MAX);
+    }
+
+    /// After the instruction of this exit: is CR8 known now, or no longer?
+    fn follow_priority(&self, cpu: &CpuState, board: Board<'_>, id: Option<u32>) {
+        let call = id.and_then(|id| self.calls.get(id as usize)?.as_ref());
+        match call {
+            Some(c) if c.priority => {
+                let v = board.bus.task_priority().map_or(cpu.cr8, u64::from);
+                self.area.set(at::CR8, v);
+                self.area.set(at::CR8_BUS, v);
+            }
+            Some(c) if c.steady => {}
+            _ => self.forget_priority(),
+        }
     }
 
     fn left(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, id: u32) -> (Next, u16) {
@@ -531,8 +648,11 @@ impl System {
             let (block, point) = self.cache.point(pc).expect("the host faults only where it may");
             let (rip, point) = (block.rip.wrapping_add(u64::from(point.at)), *point);
             t.cpu.rip = rip;
-            self.mend(&mut t.cpu, point.spilled, point.flags, point.told);
+            self.mend(&mut t.cpu, board, point.spilled, point.flags, point.told);
             t.stats.faults += 1;
+            if point.divides {
+                self.cache.divided(pc);
+            }
             return (Next::Step(None, true, Via::Start), point.done);
         }
         let exit = *self.cache.exit(id);
@@ -549,7 +669,7 @@ impl System {
             }
         }
         t.cpu.rip = exit.rip;
-        self.mend(&mut t.cpu, exit.spilled, exit.flags, exit.told);
+        self.mend(&mut t.cpu, board, exit.spilled, exit.flags, exit.told);
         let next = match exit.kind {
             Kind::To => {
                 t.stats.to_block += 1;

@@ -54,15 +54,13 @@ impl Tlb {
         }
     }
 
-    /// Forgets everything in the same GiB, the largest page.
-    pub fn clear_around(&mut self, area: &Area, laddr: u64) {
-        for n in (0..CONTEXTS).filter(|n| self.used[*n]) {
-            for i in 0..ENTRIES {
-                let e = at::TLB + n * TABLE + i * ENTRY;
-                if area.get(e + READ) >> 30 == laddr >> 30 {
-                    area.set(e + READ, NONE);
-                    area.set(e + WRITE, NONE);
-                }
+    /// Forgets one small page.
+    pub fn clear_page(&mut self, area: &Area, laddr: u64) {
+        for n in 0..CONTEXTS {
+            let e = at::TLB + n * TABLE + entry(laddr);
+            if area.get(e + READ) / PAGE_SIZE == laddr / PAGE_SIZE {
+                area.set(e + READ, NONE);
+                area.set(e + WRITE, NONE);
             }
         }
     }
@@ -107,11 +105,13 @@ mod tests {
         assert!(!tlb.fill(&area, &ram, 1, 0x7000, 2 * PAGE_SIZE, false), "no RAM");
         assert!(tlb.fill(&area, &ram, 1, 0x10_5000, 0, false));
         assert_eq!((at(5, READ), at(5, WRITE)), (0x10_5000, NONE), "the same slot, another page");
-        assert!(tlb.fill(&area, &ram, 1, 0x8000, 0, true));
-        assert!(tlb.fill(&area, &ram, 1, 0x4000_9000, 0, true));
-        tlb.clear_around(&area, 0x1_fff);
-        assert_eq!((at(8, READ), at(6, READ), at(9, READ)), (NONE, NONE, 0x4000_9000));
+        assert!(tlb.fill(&area, &ram, 1, 0xa000, 0, true));
+        tlb.clear_page(&area, 0x10_afff);
+        assert_eq!(at(10, READ), 0xa000, "another page in the same slot");
+        tlb.clear_page(&area, 0xafff);
+        assert_eq!((at(10, READ), at(10, WRITE)), (NONE, NONE));
+        assert_eq!(at(6, READ), 0x6000);
         tlb.clear(&area);
-        assert_eq!(at(9, READ), NONE);
+        assert_eq!(at(6, READ), NONE);
     }
 }

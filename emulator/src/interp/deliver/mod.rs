@@ -10,7 +10,7 @@ mod real;
 use crate::cpu::{Activity, CpuState, Efer, Fault, Rflags, Segment};
 use crate::interp::{Exec, Step, Stop, Why, access};
 use crate::isa::{Seg, Width};
-use crate::mem::{Access, By};
+use crate::mem::{Access, By, GuestMemory, PAGE_SIZE};
 use crate::vcpu::{Exit, Intercepts};
 
 /// What is delivered.
@@ -159,6 +159,9 @@ struct NewStack {
 /// Pushes `values`, the first one first; all or nothing. Gives the new stack pointer.
 fn push_frame(x: &mut Exec<'_>, stack: &NewStack, w: Width, values: &[u64]) -> Result<u64, Stop> {
     let slot = |n: usize| stack.address.cut(stack.pointer.wrapping_sub((n as u64 + 1) * w.bytes()));
+    if let Some(top) = push_in_page(x, stack, w, values)? {
+        return Ok(top);
+    }
     let mut places = [None; 12];
     for (n, place) in places.iter_mut().enumerate().take(values.len()) {
         let laddr = match &stack.segment {
@@ -172,6 +175,30 @@ fn push_frame(x: &mut Exec<'_>, stack: &NewStack, w: Width, values: &[u64]) -> R
         access::store_at(x, place, w, *v)?;
     }
     Ok(slot(values.len().wrapping_sub(1)))
+}
+
+/// The usual frame: of 64-bit mode, in one page of RAM, which is looked up once. `None`: nothing was done.
+fn push_in_page(x: &mut Exec<'_>, stack: &NewStack, w: Width, values: &[u64]) -> Result<Option<u64>, Stop> {
+    let first = stack.pointer.wrapping_sub(8);
+    let below = (values.len() as u64).wrapping_sub(1).wrapping_mul(8);
+    let usual = stack.segment.is_none()
+        && matches!(x.mem, GuestMemory::Ram(_))
+        && !x.watching
+        && (stack.address, w) == (Width::Q, Width::Q)
+        && stack.pointer.is_multiple_of(8)
+        && access::is_canonical(x.cpu, first)
+        && (below..PAGE_SIZE).contains(&(first % PAGE_SIZE));
+    if !usual {
+        return Ok(None);
+    }
+    let gpa = x.mmu.translate(x.cpu, x.mem, first, Access::Write, stack.by)?;
+    for (n, v) in (0..).zip(values) {
+        // RAM begins and ends with a page: all of it is there, or nothing.
+        if x.mem.store(gpa.wrapping_sub(8 * n), w, *v).is_none() {
+            return Ok(None);
+        }
+    }
+    Ok(Some(first.wrapping_sub(below)))
 }
 
 /// Sets RIP and clears the flags that every handler starts without (SDM 3A 6.12.1.3).

@@ -209,6 +209,7 @@ impl Lower<'_> {
     pub(super) fn memory(&mut self, item: &Item) -> Option<bool> {
         let a = item.access?;
         let host = self.place(item, &a)?;
+        self.check_divisor(item, Some(host));
         self.flags_for(item)?;
         let mut iced = item.iced;
         iced.set_memory_base(host.base.to_iced());

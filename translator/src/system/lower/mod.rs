@@ -16,6 +16,7 @@ use crate::system::block::{Access, GuestBlock, Item, STATUS, Way};
 use asm::{Assembler, At};
 use bivisor_emulator::isa::{Class, Gpr, facts};
 use dynasmrt::DynasmApi;
+use iced_x86::Mnemonic;
 use replay::Producer;
 pub use replay::{Replay, Told};
 use scratch::Window;
@@ -101,6 +102,8 @@ pub struct Point {
     pub flags: Flags,
     /// How they are told if they are not kept.
     pub told: Option<Told>,
+    /// Is it a division?
+    pub divides: bool,
 }
 
 /// The ways into a block, as code offsets.
@@ -151,6 +154,8 @@ pub struct Around {
     pub first_recipe: u32,
     /// Host address of the way out.
     pub leave: u64,
+    /// Host address of the light way out.
+    pub leave_light: u64,
     /// Offset of the cache of branch targets.
     pub targets: usize,
     /// Offset of the TLB.
@@ -159,6 +164,8 @@ pub struct Around {
     pub share: bool,
     /// May a load ask for the right to store, because a store follows?
     pub foresee: bool,
+    /// Did a division in it fault?
+    pub divides: bool,
 }
 
 /// Code that is emitted after the block.
@@ -315,7 +322,9 @@ impl Lower<'_> {
         self.exits[exit].stub = self.e.len() as u32;
         self.e.store_u32(At::slot(at::EXIT), self.around.first_exit + exit as u32);
         let site = self.branch(&[0xe9]);
-        self.e.set_rel32(site, self.around.leave);
+        let Exit { kind, native, .. } = self.exits[exit];
+        let light = matches!(kind, Kind::Miss { .. } | Kind::Step) && !native;
+        self.e.set_rel32(site, if light { self.around.leave_light } else { self.around.leave });
     }
 
     /// Emits what was put off.
@@ -375,6 +384,11 @@ impl Lower<'_> {
             Way::Sti if self.block.mode.is_counted() => None,
             Way::Sti => Some(self.sti(item)),
             Way::ReadControl => self.read_control(item),
+            Way::ReadPriority => self.read_priority(item),
+            Way::WritePriority => self.write_priority(item),
+            Way::ReadMsr(n) => self.read_msr(n),
+            Way::WriteMsr(n) => self.write_msr(item, n),
+            Way::Identify(values) => self.identify(values),
             Way::ReadSelector => self.read_selector(item),
             Way::ReadTimeAndId => self.read_time_and_id(item),
             Way::SwapGs => self.swap_gs(item),
@@ -413,6 +427,7 @@ impl Lower<'_> {
     }
 
     fn plain(&mut self, item: &Item) -> Option<bool> {
+        self.check_divisor(item, None);
         self.flags_for(item)?;
         let block = self.block;
         let from = self.e.len();
@@ -438,6 +453,7 @@ impl Lower<'_> {
             spilled: self.spilled,
             flags: self.flags,
             told: self.told,
+            divides: matches!(item.iced.mnemonic(), Mnemonic::Div | Mnemonic::Idiv),
         });
     }
 

@@ -1,14 +1,31 @@
-//! Sensitive instructions that are a few loads and stores: reads of control registers, SWAPGS, RDTSC.
+//! Sensitive instructions that are a few loads and stores: control registers, model-specific ones that the code names itself, SWAPGS,
+//! RDTSC, CPUID; and the divisor.
 
-use super::Lower;
 use super::asm::{Assembler, At, W};
+use super::memory::Host;
+use super::{Kind, Lower};
 use crate::system::area::at;
 use crate::system::block::Item;
+use bivisor_emulator::cpu::msr::index;
 use bivisor_emulator::cpu::{CpuState, Msrs, Segment};
 use bivisor_emulator::isa::{Gpr, Seg};
 use dynasmrt::{DynasmApi, dynasm};
-use iced_x86::Register;
+use iced_x86::{Mnemonic, Register};
 use std::mem::offset_of;
+
+const JE: [u8; 2] = [0x0f, 0x84];
+const JNE: [u8; 2] = [0x0f, 0x85];
+const JA: [u8; 2] = [0x0f, 0x87];
+
+/// Where a base is while code runs.
+fn base_slot(n: u32) -> Option<usize> {
+    match n {
+        index::FS_BASE => Some(at::FS_BASE),
+        index::GS_BASE => Some(at::GS_BASE),
+        index::KERNEL_GS_BASE => Some(at::KERNEL_GS_BASE),
+        _ => None,
+    }
+}
 
 impl Lower<'_> {
     /// MOV from CR0, CR2, CR3 or CR4 at CPL 0.
@@ -24,6 +41,104 @@ impl Lower<'_> {
         self.e.load(r, At::slot(at::CPU));
         self.e.load(r, At::base(r, offset as i32));
         Some(true)
+    }
+
+    /// MOV from CR8: while it is not known the interpreter asks the bus.
+    pub(super) fn read_priority(&mut self, item: &Item) -> Option<bool> {
+        let r = Gpr::from_iced(item.iced.op0_register())?;
+        self.give_up_flags(item);
+        // cmp qword [..], -1
+        self.e.rm(W::Q, &[0x83], 7, At::slot(at::CR8_BUS), &[0xff]);
+        self.leave_if(&JE, item, Kind::Step, self.block.rip(item), self.n);
+        self.e.load(r, At::slot(at::CR8));
+        Some(true)
+    }
+
+    /// MOV to CR8. What is not below what the bus knows holds no interrupt back that could come now, and is told when the code is left
+    /// (as VT-x does below its TPR threshold).
+    pub(super) fn write_priority(&mut self, item: &Item) -> Option<bool> {
+        let r = Gpr::from_iced(item.iced.op1_register())?;
+        self.give_up_flags(item);
+        self.e.rr(W::Q, &[0x83], 7, r, &[15]);
+        self.leave_if(&JA, item, Kind::Step, self.block.rip(item), self.n);
+        // cmp [..], r
+        self.e.rm(W::Q, &[0x39], r as u8, At::slot(at::CR8_BUS), &[]);
+        self.leave_if(&JA, item, Kind::Step, self.block.rip(item), self.n);
+        self.e.store(At::slot(at::CR8), r);
+        Some(true)
+    }
+
+    /// RDMSR.
+    pub(super) fn read_msr(&mut self, n: u32) -> Option<bool> {
+        let (low, high) = match base_slot(n) {
+            Some(slot) => (At::slot(slot), At::slot(slot + 4)),
+            None => {
+                let offset = (offset_of!(CpuState, msr) + Msrs::plain(n)?) as i32;
+                self.e.load(Gpr::Rdx, At::slot(at::CPU));
+                (At::base(Gpr::Rdx, offset), At::base(Gpr::Rdx, offset + 4))
+            }
+        };
+        self.e.rm(W::D, &[0x8b], Gpr::Rax as u8, low, &[]);
+        self.e.rm(W::D, &[0x8b], Gpr::Rdx as u8, high, &[]);
+        Some(true)
+    }
+
+    /// WRMSR of a base, which must be canonical.
+    pub(super) fn write_msr(&mut self, item: &Item, n: u32) -> Option<bool> {
+        let slot = base_slot(n)?;
+        let (v, t) = (self.scratch(item, false)?, self.scratch(item, false)?);
+        self.give_up_flags(item);
+        self.e.copy(v, Gpr::Rdx);
+        self.e.shl(W::Q, v, 32);
+        self.e.rr(W::D, &[0x89], Gpr::Rax as u8, t, &[]);
+        self.e.rr(W::Q, &[0x0b], v as u8, t, &[]);
+        self.e.copy(t, v);
+        self.e.shl(W::Q, t, 16);
+        // sar t, 16
+        self.e.rr(W::Q, &[0xc1], 7, t, &[16]);
+        self.e.rr(W::Q, &[0x3b], t as u8, v, &[]);
+        self.leave_if(&JNE, item, Kind::Step, self.block.rip(item), self.n);
+        self.e.store(At::slot(slot), v);
+        if slot == at::FS_BASE {
+            let offset =
+                offset_of!(CpuState, seg) + size_of::<Segment>() * Seg::Fs as usize + offset_of!(Segment, base);
+            self.e.load(t, At::slot(at::CPU));
+            self.e.store(At::base(t, offset as i32), v);
+        }
+        Some(true)
+    }
+
+    /// CPUID.
+    pub(super) fn identify(&mut self, values: [u32; 4]) -> Option<bool> {
+        for (r, v) in [Gpr::Rax, Gpr::Rbx, Gpr::Rcx, Gpr::Rdx].into_iter().zip(values) {
+            self.e.constant(r, u64::from(v));
+        }
+        Some(true)
+    }
+
+    /// Division by zero is found before the host finds it: for code that does it.
+    pub(super) fn check_divisor(&mut self, item: &Item, host: Option<Host>) {
+        let (iced, zero) = (&item.iced, [0]);
+        let divides = matches!(iced.mnemonic(), Mnemonic::Div | Mnemonic::Idiv);
+        if !self.around.divides || !divides {
+            return;
+        }
+        let len = host.map_or(iced.op0_register().size(), |_| iced.memory_size().size());
+        let register = Gpr::from_iced(iced.op0_register());
+        if len == 1 {
+            return;
+        }
+        self.give_up_flags(item);
+        if len == 2 {
+            self.e.push(0x66);
+        }
+        let w = if len == 8 { W::Q } else { W::D };
+        match (host, register) {
+            (Some(host), _) => self.e.rm(w, &[0x83], 7, host.at(), &zero),
+            (None, Some(r)) => self.e.rr(w, &[0x83], 7, r, &zero),
+            (None, None) => {}
+        }
+        self.leave_if(&JE, item, Kind::Step, self.block.rip(item), self.n);
     }
 
     /// MOV from a segment register, whose upper bits are zero.
