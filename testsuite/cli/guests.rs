@@ -58,7 +58,7 @@ const GUESTS: &[Guest] = &[
         prints: &["GNU GRUB", "Booting `Linux'", "init reached", "forked 50 times", "reboot: Power down"],
         status: Some(0),
         seconds: 600,
-        engines: BOTH,
+        engines: BT,
     },
     Guest {
         name: "memtest86+",
@@ -76,7 +76,7 @@ const GUESTS: &[Guest] = &[
         prints: &["iPXE initialising devices...ok", "Open Source Network Boot Firmware", "No more network devices"],
         status: None,
         seconds: 120,
-        engines: BOTH,
+        engines: BT,
     },
 ];
 
