@@ -24,7 +24,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 const LOOKASIDE: usize = 1024;
-const PAGE_FAULT: u64 = 14;
 
 /// The engine.
 pub struct Translator {
@@ -294,8 +293,9 @@ impl Translator {
                     self.stats.signals += 1;
                     return Some(Act::Again);
                 }
-                if probe && trap == PAGE_FAULT {
-                    // The branch is taken, and what it leads to cannot be fetched: the interpreter says how.
+                if probe {
+                    // What the branch leads to cannot be fetched, or is no address, which RSP and RBP say by #SS: the interpreter
+                    // says how.
                     return Some(Act::Step);
                 }
                 Some(Act::Trap {

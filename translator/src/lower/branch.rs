@@ -214,15 +214,21 @@ fn loop_is_fast() -> bool {
     })
 }
 
+/// Has the host RORX, which moves bits without touching flags?
+fn has_rorx() -> bool {
+    std::is_x86_feature_detected!("bmi2")
+}
+
 /// Emits the landing of the block at `guest`, which must follow it. `next` is where a branch goes that was not meant.
 pub fn emit_landing(e: &mut Emitter, marks: &mut Vec<Mark>, guest: u64, next: u64) -> Landing {
-    landing(e, marks, guest, next, loop_is_fast())
+    landing(e, marks, guest, next, loop_is_fast(), has_rorx())
 }
 
 /// With LOOP, which jumps unless RCX was 1, the way to the block is straight. A taken jump there, as with JRCXZ, would fill the history
-/// by which the host CPU foretells indirect branches: objects with virtual methods were 1.8 times slower on Zen 4.
-fn landing(e: &mut Emitter, marks: &mut Vec<Mark>, guest: u64, next: u64, straight: bool) -> Landing {
-    let rest = gs(slot::TARGET) + 2;
+/// by which the host CPU foretells indirect branches: objects with virtual methods were 1.8 times slower on Zen 4. The slot is read
+/// aligned: RFLAGS.AC is the guest's.
+fn landing(e: &mut Emitter, marks: &mut Vec<Mark>, guest: u64, next: u64, straight: bool, rorx: bool) -> Landing {
+    let target = gs(slot::TARGET);
     let mark = |e: &Emitter, marks: &mut Vec<Mark>, what| {
         marks.push(Mark { at: e.len() as u16, what, home: Home::Slot });
     };
@@ -238,21 +244,34 @@ fn landing(e: &mut Emitter, marks: &mut Vec<Mark>, guest: u64, next: u64, straig
     let at = e.len() as u32;
     dynasm!(e; .arch x64; mov r11, rcx);
     mark(e, marks, What::Comparing);
-    let minus = ((guest >> 16) as i32).wrapping_neg().wrapping_add(i32::from(straight));
-    dynasm!(e
-        ; .arch x64
-        ; gs mov ecx, [rest]
-        ; lea ecx, [rcx + minus]
-    );
+    if rorx {
+        // rorx rcx, gs:[target], 16
+        e.bytes.extend_from_slice(&[0x65, 0xc4, 0xe3, 0xfb, 0xf0, 0x0c, 0x25]);
+        e.push_i32(target);
+        e.push(16);
+        compare_ecx(e, (guest >> 16) as i32, not_meant, straight);
+    } else {
+        let high = target + 4;
+        dynasm!(e; .arch x64; gs mov ecx, [high]);
+        compare_ecx(e, (guest >> 32) as i32, not_meant, straight);
+        dynasm!(e; .arch x64; gs mov ecx, [target]);
+        compare_ecx(e, guest as i32, not_meant, straight);
+    }
+    dynasm!(e; .arch x64; mov rcx, r11);
+    mark(e, marks, What::At(0));
+    Landing { at, next: next_at }
+}
+
+/// Goes on if ECX is `wanted`, else back; without flags.
+fn compare_ecx(e: &mut Emitter, wanted: i32, back: usize, straight: bool) {
+    let minus = wanted.wrapping_neg().wrapping_add(i32::from(straight));
+    dynasm!(e; .arch x64; lea ecx, [rcx + minus]);
     if !straight {
         // jrcxz over the jump back
         e.bytes.extend_from_slice(&[0xe3, 2]);
     }
-    let back = not_meant as i64 - (e.len() as i64 + 2);
+    let back = back as i64 - (e.len() as i64 + 2);
     e.bytes.extend_from_slice(&[if straight { 0xe2 } else { 0xeb }, back as u8]);
-    dynasm!(e; .arch x64; mov rcx, r11);
-    mark(e, marks, What::At(0));
-    Landing { at, next: next_at }
 }
 
 /// The code at the start of the cache: the way out for exits (offset 0) and for missed targets; gives the latter's offset.
@@ -293,6 +312,7 @@ mod tests {
                     let byte = i.memory_displacement64() - (SCRATCH_OFFSET as u64 + 8 * slot::TARGET as u64);
                     rcx = u64::from((target >> (8 * byte)) as u32);
                 }
+                Code::VEX_Rorx_r64_rm64_imm8 => rcx = target.rotate_right(u32::from(i.immediate8())),
                 Code::Lea_r32_m => rcx = u64::from((rcx as u32).wrapping_add(i.memory_displacement64() as u32)),
                 Code::Jrcxz_rel8_64 if rcx == 0 => at = i.near_branch_target(),
                 Code::Jrcxz_rel8_64 => {}
@@ -310,11 +330,11 @@ mod tests {
     }
 
     #[test]
-    fn both_kinds_of_landing_take_their_own_target_alone() {
-        for straight in [false, true] {
+    fn every_kind_of_landing_takes_its_own_target_alone() {
+        for (straight, rorx) in [(false, false), (false, true), (true, false), (true, true)] {
             for guest in [0x40_1234u64, 0xffff, 0x7fff_dead_beef, 0x8000_1234, 0x1_8000_1234] {
                 let mut e = Emitter::new(0);
-                let l = landing(&mut e, &mut Vec::new(), guest, 0x10_0000, straight);
+                let l = landing(&mut e, &mut Vec::new(), guest, 0x10_0000, straight, rorx);
                 assert_eq!(follow(&e.bytes, l.at, guest), (e.len() as u64, 0), "{guest:x}");
                 for bit in 16..48 {
                     assert_eq!(follow(&e.bytes, l.at, guest ^ 1 << bit), (0x10_0000, 0), "{guest:x} bit {bit}");
