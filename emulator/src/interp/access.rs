@@ -338,7 +338,9 @@ fn write_flat(x: &Exec<'_>, flat: &FlatSpace, laddr: u64, from: &[u8]) -> Step {
     let len = from.len() as u64;
     let page = laddr & !(PAGE_SIZE - 1);
     if crosses(laddr, len)
-        && [page, page + PAGE_SIZE].iter().any(|&p| !flat.find(p).is_some_and(|v| v.prot.contains(Prot::WRITE)))
+        && [page, page.wrapping_add(PAGE_SIZE)]
+            .iter()
+            .any(|&p| !flat.find(p).is_some_and(|v| v.prot.contains(Prot::WRITE)))
     {
         return Err(flat_fault(x, flat, laddr, len, Access::Write));
     }
