@@ -9,11 +9,14 @@ use anyhow::Result;
 use bivisor_emulator::interp::names;
 use bivisor_emulator::isa::exits::{self, When};
 use bivisor_emulator::isa::facts::row_of;
-use bivisor_emulator::isa::{Class, Facts, Privilege, Sensitivity, facts};
+use bivisor_emulator::isa::{Class, Facts, Insn, Privilege, Sensitivity, facts};
 use bivisor_emulator::vcpu::How;
+use bivisor_translator::explain::{Target, explain};
 use clap::Args;
 use iced_x86::Code;
 use serde::Serialize;
+use std::collections::BTreeMap;
+use std::sync::LazyLock;
 
 /// Arguments of `bivisor classify`.
 #[derive(Args)]
@@ -78,6 +81,8 @@ pub struct Engines {
     pub interp_at: String,
     /// The translator, in a process.
     pub bt: &'static str,
+    /// The translator, in a machine at CPL 0: the form that it does best (PUSHFQ is rewritten, PUSHF with 66 is a step).
+    pub bt_kernel: &'static str,
     /// KVM, on hardware.
     pub kvm: &'static str,
 }
@@ -131,6 +136,20 @@ fn is_special(f: &Facts) -> bool {
     f.class != Class::Undefined && (f.sensitivity != Sensitivity::Innocuous || f.privilege != Privilege::Anyone)
 }
 
+/// How the translator carries out the best of these forms in a kernel, by what it makes of an encoding. Those that only VEX and EVEX encode
+/// are as in a process.
+fn in_a_kernel(codes: &[Code]) -> &'static str {
+    static LEGACY: LazyLock<BTreeMap<Code, (Vec<u8>, Insn)>> = LazyLock::new(|| forms::encodings(64, |_| true));
+    let one = |code: Code| {
+        let Some((bytes, _)) = LEGACY.get(&code) else { return bivisor_translator::how(code) };
+        let made = explain(bytes, 0x40_0000, Target::Kernel);
+        made.and_then(|e| e.pieces.first().map(|p| p.how)).unwrap_or(How::ByInterpreter)
+    };
+    let mut all = codes.iter().copied().filter(|c| theorem::exists(*c, 64)).map(one).peekable();
+    let Some(&first) = all.peek() else { return "-" };
+    word(all.find(|how| matches!(how, How::Copied | How::Rewritten)).unwrap_or(first))
+}
+
 /// The entry for a code and all that share its name and facts.
 pub fn entry(code: Code) -> Entry {
     let f = facts(code);
@@ -164,6 +183,7 @@ pub fn entry(code: Code) -> Entry {
             interp: word(names::how(wide)),
             interp_at: format!("{file}: {function}"),
             bt: if theorem::exists(wide, 64) { word(bivisor_translator::how(wide)) } else { "-" },
+            bt_kernel: in_a_kernel(&codes),
             kvm: word(bivisor_kvm_backend::how(wide)),
         },
         codes,

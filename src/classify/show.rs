@@ -40,14 +40,14 @@ pub fn text(r: &Report, each: bool) -> String {
             let cpl3 = if is_problem(e) { paint.bad(&cpl3) } else { paint.good(&cpl3) };
             let last = match &e.measured {
                 Some(measured) => measured.clone(),
-                None => format!("{:8} {:9} {}", e.engines.interp, e.engines.bt, e.engines.kvm),
+                None => format!("{:8} {:9} {}", e.engines.interp, e.engines.bt_kernel, e.engines.kvm),
             };
             let (vtx, svm) = (format!("{:10}", vtx(e)), format!("{:6}", svm(e)));
             let _ = writeln!(out, "{}", columns([&e.instruction, e.sensitivity, &cpl3, &vtx, &svm, &last]));
         }
         out += &wrap(
             "",
-            "CPL 3: by the manual at IOPL 0; * a bit of CR4 decides (UMIP, TSD, PCE). `if`: a control decides; name the instruction to see which.",
+            "CPL 3: by the manual at IOPL 0; * a bit of CR4 decides (UMIP, TSD, PCE). `if`: a control decides; name the instruction to see which. bt: in a kernel.",
         );
     }
     out.push('\n');
@@ -88,7 +88,7 @@ fn paragraph(e: &Entry, paint: Paint) -> String {
         &e.svm.map_or("no intercept".into(), |(c, n)| format!("exit code {c:#x}, intercept {n}")),
     );
     out += &wrap("  interp       ", &format!("{}: {}", e.engines.interp, e.engines.interp_at));
-    out += &wrap("  bt           ", e.engines.bt);
+    out += &wrap("  bt           ", &format!("in a process: {}; in a kernel: {}", e.engines.bt, e.engines.bt_kernel));
     out += &wrap("  kvm          ", e.engines.kvm);
     out
 }
@@ -96,8 +96,8 @@ fn paragraph(e: &Entry, paint: Paint) -> String {
 /// The same as Markdown.
 pub fn markdown(r: &Report) -> String {
     let mut out = String::from(
-        "| instruction | sensitive | who may | at CPL 3 | here | VT-x exit | SVM intercept | interp | bt | kvm |\n\
-         | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
+        "| instruction | sensitive | who may | at CPL 3 | here | VT-x exit | SVM intercept | interp | bt, process | bt, kernel | kvm |\n\
+         | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
     );
     for e in &r.instructions {
         let vtx = match e.vtx_reason {
@@ -108,8 +108,15 @@ pub fn markdown(r: &Report) -> String {
         let here = e.measured.as_deref().unwrap_or("-");
         let _ = writeln!(
             out,
-            "| {} | {} | {} | {} | {here} | {vtx} | {svm} | `{}` | {} | {} |",
-            e.instruction, e.sensitivity, e.privilege, e.at_cpl3, e.engines.interp_at, e.engines.bt, e.engines.kvm
+            "| {} | {} | {} | {} | {here} | {vtx} | {svm} | `{}` | {} | {} | {} |",
+            e.instruction,
+            e.sensitivity,
+            e.privilege,
+            e.at_cpl3,
+            e.engines.interp_at,
+            e.engines.bt,
+            e.engines.bt_kernel,
+            e.engines.kvm
         );
     }
     out.push('\n');

@@ -232,6 +232,11 @@ impl Machine {
         &self.mem
     }
 
+    /// The RAM, for somebody who looks at it while the machine runs.
+    pub fn shared_memory(&self) -> Arc<GuestMemory> {
+        self.mem.clone()
+    }
+
     /// RAM and registers, to put a guest into.
     pub fn guest(&mut self) -> (&GuestMemory, &mut CpuState) {
         (&self.mem, self.vcpu.state())

@@ -1,5 +1,7 @@
 //! `bivisor demo`: one ring-0 guest under trap-and-emulate and under the three engines, and the line where the first goes wrong.
 
+mod balloon;
+
 use crate::guest::{
     CODE, ENGINES, EXIT, Engine, GDT, Gate, Guest, IDT, KCODE, RAISE, REPORT, TSSSEL, WINDOW, WINDOW_TABLE,
 };
@@ -34,6 +36,8 @@ enum Demo {
     Redpill,
     /// Page faults that the guest sees, and those that only the monitor does.
     Pagefault,
+    /// Memory that a guest gives back through a virtio balloon.
+    Balloon,
 }
 
 /// One thing that the guest does and reports.
@@ -245,55 +249,60 @@ fn pagefault(s: &mut Script<'_>) -> Result<Vec<Gate>> {
     Ok(vec![Gate { vector: 14, dpl: 0, label }])
 }
 
-impl Demo {
-    fn build(self) -> Result<(Guest, Steps)> {
-        let mut steps = Vec::new();
-        let guest = Guest::new(|a| {
-            let mut script = Script { a, steps: Vec::new() };
-            let gates = match self {
-                Demo::Popf => popf(&mut script),
-                Demo::Redpill => redpill(&mut script),
-                Demo::Pagefault => pagefault(&mut script),
-            };
-            steps = script.steps;
-            gates
-        })?;
-        Ok((guest, steps))
-    }
+/// Writes a guest's code and says which gates it wants.
+type Writer = fn(&mut Script<'_>) -> Result<Vec<Gate>>;
 
-    fn moral(self) -> &'static str {
-        match self {
-            Demo::Popf => {
+impl Demo {
+    /// The guest and what it shows; `None` for the one that needs a machine.
+    fn script(self) -> Option<(Writer, &'static str)> {
+        Some(match self {
+            Demo::Popf => (
+                popf,
                 "At CPL 3 with IOPL 0 the processor executes POPF and silently keeps IF; nothing traps, so the monitor never learns \
-                 of it. PUSHF then shows the host's IF. CLI and STI do trap and are emulated, which is not enough."
-            }
-            Demo::Redpill => {
+                 of it. PUSHF then shows the host's IF. CLI and STI do trap and are emulated, which is not enough.",
+            ),
+            Demo::Redpill => (
+                redpill,
                 "These instructions do not trap (or the host's kernel answers for them), so the guest sees the host's tables and \
-                 selectors: it is not in the state it believes to be in, and can tell."
-            }
-            Demo::Pagefault => {
+                 selectors: it is not in the state it believes to be in, and can tell.",
+            ),
+            Demo::Pagefault => (
+                pagefault,
                 "The guest sees the same faults on every engine: true ones. Trap-and-emulate has many more, hidden from the guest, \
                  to fill its shadow of the guest's page tables; the translator has misses of its TLB instead, hardware walks both \
-                 tables itself."
-            }
-        }
+                 tables itself.",
+            ),
+            Demo::Balloon => return None,
+        })
     }
 }
 
+fn build(write: Writer) -> Result<(Guest, Steps)> {
+    let mut steps = Vec::new();
+    let guest = Guest::new(|a| {
+        let mut script = Script { a, steps: Vec::new() };
+        let gates = write(&mut script);
+        steps = script.steps;
+        gates
+    })?;
+    Ok((guest, steps))
+}
+
 fn show(demo: Demo) -> Result<Report> {
-    let (_, steps) = demo.build()?;
+    let Some((writer, moral)) = demo.script() else { return Ok(balloon::show()) };
+    let (_, steps) = build(writer)?;
     let mut report = Report {
         demo: format!("{demo:?}").to_lowercase(),
         steps: steps.iter().map(|(code, expected)| Step { code, expected: *expected, seen: BTreeMap::new() }).collect(),
         failed: BTreeMap::new(),
         ledger: BTreeMap::new(),
         wrong_under_trap: None,
-        moral: demo.moral(),
+        moral,
         kvm: bivisor_kvm_backend::host().reason.clone(),
     };
     for name in ENGINES {
         // Each has memory of its own: the guest changes it.
-        let (guest, _) = demo.build()?;
+        let (guest, _) = build(writer)?;
         let mut engine = match Engine::new(name) {
             Ok(engine) => engine,
             Err(why) => {
