@@ -2,6 +2,7 @@
 
 use crate::display::Display;
 use crate::drive::{Drive, Drives};
+use crate::ending::Ending;
 use crate::engine::{self, Backend};
 use crate::exec::response;
 use crate::machine_stats;
@@ -288,6 +289,8 @@ pub fn run(args: &BootArgs) -> Result<i32> {
         _ if args.on_console() => Some(Input::Console),
         serial => (serial == "stdio").then_some(Input::Serial),
     };
+    // Before there are other threads.
+    let ending = Ending::watch();
     let terminal = input.map(Terminal::take);
     let pty = (args.serial() == "pty").then(Pty::open).transpose()?;
     if let Some(pty) = &pty {
@@ -310,9 +313,11 @@ pub fn run(args: &BootArgs) -> Result<i32> {
         if let Some(terminal) = &terminal {
             terminal.attach(machine.remote());
         }
+        ending.attach(Some(machine.remote()));
         let display = shown.then(|| Display::start(machine.remote()));
         let end = machine.run(limit.map(|l| l.saturating_sub(started.elapsed())));
         drop(display);
+        ending.attach(None);
         if let Some(network) = &network {
             network.attach(None);
         }
@@ -341,6 +346,7 @@ pub fn run(args: &BootArgs) -> Result<i32> {
             let s = machine.state();
             eprintln!("bivisor: {words} {}", place(s));
         }
+        ending.die_if_told();
         return Ok(status);
     }
 }

@@ -12,6 +12,7 @@ mod diff;
 mod display;
 mod doctor;
 mod drive;
+mod ending;
 mod engine;
 mod exec;
 mod explain;

@@ -64,6 +64,12 @@ impl Terminal {
             let mut raw = before.clone();
             raw.make_raw();
             let _ = tcsetattr(&stdin, OptionalActions::Now, &raw);
+            // A panic, in whatever thread, is reported on a terminal that is as before.
+            let (before, report) = (before.clone(), std::panic::take_hook());
+            std::panic::set_hook(Box::new(move |panic| {
+                restore(&before);
+                report(panic);
+            }));
         }
         let machine = Arc::<Attached>::default();
         let (with_menu, to) = (before.is_some(), machine.clone());
@@ -86,9 +92,13 @@ impl Terminal {
 impl Drop for Terminal {
     fn drop(&mut self) {
         if let Some(before) = &self.before {
-            let _ = tcsetattr(std::io::stdin(), OptionalActions::Now, before);
+            restore(before);
         }
     }
+}
+
+fn restore(before: &Termios) {
+    let _ = tcsetattr(std::io::stdin(), OptionalActions::Now, before);
 }
 
 fn send(machine: &Remote, input: Input, typed: &[u8]) {

@@ -3,8 +3,8 @@
 # directory: root.img (ext4), vmlinuz and initrd.img out of it. Root logs in on the serial line without a password. Nothing of it is ever
 # committed.
 set -eu
-if [ $# -lt 1 ] || [ $# -gt 2 ]; then
-    echo "usage: $0 DIRECTORY [SIZE]    (size of the image: 2G)" >&2
+if [ $# -lt 1 ] || [ $# -gt 3 ]; then
+    echo "usage: $0 DIRECTORY [SIZE] [FLAVOUR]    (size of the image: 2G; kernel: cloud-amd64 or amd64)" >&2
     exit 2
 fi
 for tool in mmdebstrap fakeroot fakechroot mkfs.ext4 tar; do
@@ -16,6 +16,7 @@ done
 mkdir -p "$1"
 cd "$1"
 size=${2:-2G}
+flavour=${3:-cloud-amd64}
 
 # The initramfs holds what mounts the root and no more: a small one is quickly unpacked.
 modules='mkdir -p "$1/etc/initramfs-tools/conf.d"
@@ -23,7 +24,7 @@ echo MODULES=list >"$1/etc/initramfs-tools/conf.d/bivisor"
 printf "virtio_pci\nvirtio_blk\next4\n" >"$1/etc/initramfs-tools/modules"'
 
 mmdebstrap --mode=fakechroot --variant=minbase \
-    --include=systemd-sysv,udev,dbus,login,kmod,iproute2,initramfs-tools,linux-image-cloud-amd64 \
+    --include=systemd-sysv,udev,dbus,login,kmod,iproute2,initramfs-tools,"linux-image-$flavour" \
     --essential-hook="$modules" \
     --customize-hook='echo bivisor >"$1/etc/hostname"' \
     --customize-hook='echo "/dev/vda / ext4 defaults 0 1" >"$1/etc/fstab"' \

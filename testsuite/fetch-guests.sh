@@ -49,10 +49,11 @@ fetch busybox-static busybox
 initramfs unpacked-busybox initramfs.gz
 
 # The 32-bit kernel, by package lists of its own, so that the system need not know that architecture.
+lists=$PWD/apt
 i386() {
     tool=$1
     shift
-    "$tool" -o Dir::State="$PWD/apt/state" -o Dir::State::status=/dev/null -o Dir::Cache="$PWD/apt/cache" \
+    "$tool" -o Dir::State="$lists/state" -o Dir::State::status=/dev/null -o Dir::Cache="$lists/cache" \
         -o APT::Architecture=i386 -o APT::Architectures::=i386 "$@"
 }
 mkdir -p apt/state/lists/partial apt/cache/archives/partial packages-i386

@@ -1,9 +1,11 @@
 //! The consoles of `bivisor boot` on real pseudoterminals: the menu behind Ctrl-A, raw mode and its end, the text screen, `--serial pty`.
 
+use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Termios, tcgetattr};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -99,6 +101,25 @@ fn the_menu_and_the_end_of_raw_mode() {
         keys.write_all(b"\x01x").expect("typed");
         let status = child.wait().expect("ended");
         assert_eq!(status.code(), Some(0), "{engine}");
+        let (_other, fresh) = pair();
+        let plain = modes(&tcgetattr(&fresh).expect("a terminal"));
+        assert_eq!(modes(&tcgetattr(&theirs).expect("a terminal")), plain, "{engine}: as before");
+        assert_ne!(raw, plain, "{engine}: it was raw");
+    }
+}
+
+/// The program dies of the signal, but the terminal is as before, and what the guest had sent without an end of line is there.
+#[test]
+fn a_signal_ends_raw_mode_too() {
+    let flat = program("signals", ECHO);
+    for (engine, signal) in [("interp", Signal::TERM), ("bt", Signal::HUP), ("bt", Signal::INT)] {
+        let (mut child, mut keys, mut seen, theirs) = on_terminal(&["--backend", engine, "--flat", &flat]);
+        seen.wait(">");
+        keys.write_all(b"end").expect("typed");
+        seen.wait("end");
+        let raw = modes(&tcgetattr(&theirs).expect("a terminal"));
+        kill_process(Pid::from_child(&child), signal).expect("sent");
+        assert_eq!(child.wait().expect("ended").signal(), Some(signal.as_raw()), "{engine}");
         let (_other, fresh) = pair();
         let plain = modes(&tcgetattr(&fresh).expect("a terminal"));
         assert_eq!(modes(&tcgetattr(&theirs).expect("a terminal")), plain, "{engine}: as before");

@@ -1,11 +1,12 @@
 //! Debian's root file system on a virtio disk: systemd up to the login prompt, a session, power off. Long, so only where BIVISOR_DEBIAN names
-//! a directory that testsuite/debian-root.sh has made.
+//! a directory that testsuite/debian-root.sh has made, or several with `:` between them:
+//! `BIVISOR_DEBIAN=DIRECTORY cargo test --release --test debian -- --nocapture`.
 
-use std::io::{Read, Write};
+mod session;
+
+use session::Session;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// What to wait for, and what to type then. Words that the guest prints are computed there, so that the echo of a command is none of them.
 const SESSION: [(&str, &str); 7] = [
@@ -21,52 +22,33 @@ const LIMIT: Duration = Duration::from_secs(600);
 
 #[test]
 fn debian_boots_logs_in_and_powers_off() {
-    let Some(dir) = std::env::var_os("BIVISOR_DEBIAN") else {
+    let Some(directories) = std::env::var_os("BIVISOR_DEBIAN") else {
         eprintln!("skipped: BIVISOR_DEBIAN names no directory made by testsuite/debian-root.sh");
         return;
     };
-    let path = |name: &str| Path::new(&dir).join(name).to_str().expect("a plain path").to_owned();
-    let started = Instant::now();
-    let mut guest = Command::new(env!("CARGO_BIN_EXE_bivisor"))
-        .args(["boot", "--backend", "bt", "--memory", "1024", "--rng", "--balloon", "64", "--timeout", "600"])
-        .args(["--kernel", &path("vmlinuz"), "--initrd", &path("initrd.img")])
-        .args(["--drive", &format!("file={},format=raw,snapshot=on", path("root.img"))])
-        .args(["--append", "root=/dev/vda console=ttyS0 quiet"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("bivisor starts");
-    let (mut typed, mut shown) = (guest.stdin.take().expect("piped"), guest.stdout.take().expect("piped"));
-    let (to, from) = mpsc::channel();
-    std::thread::spawn(move || {
-        let mut buffer = [0; 4096];
-        while let Ok(n @ 1..) = shown.read(&mut buffer) {
-            if to.send(buffer[..n].to_vec()).is_err() {
-                break;
-            }
-        }
-    });
-    let mut all = Vec::new();
-    let mut seen = 0;
+    for directory in std::env::split_paths(&directories) {
+        eprintln!("{}:", directory.display());
+        boot(&directory);
+    }
+}
+
+fn boot(directory: &Path) {
+    let path = |name: &str| directory.join(name).to_str().expect("a plain path").to_owned();
+    let drive = format!("file={},format=raw,snapshot=on", path("root.img"));
+    let (kernel, initrd) = (path("vmlinuz"), path("initrd.img"));
+    let machine = ["--backend", "bt", "--memory", "1024", "--rng", "--balloon", "64", "--drive", &drive];
+    let linux = ["--kernel", &kernel, "--initrd", &initrd, "--append", "root=/dev/vda console=ttyS0 quiet"];
+    let args: Vec<String> = machine.into_iter().chain(linux).map(str::to_owned).collect();
+    let mut guest = Session::start(&args, LIMIT);
     for (wanted, answer) in SESSION {
-        while !all[seen..].windows(wanted.len()).any(|w| w == wanted.as_bytes()) {
-            let left = LIMIT.saturating_sub(started.elapsed());
-            match from.recv_timeout(left) {
-                Ok(bytes) => all.extend(bytes),
-                Err(e) => {
-                    let _ = guest.kill();
-                    panic!("no `{wanted}`: {e}\n{}", String::from_utf8_lossy(&all));
-                }
-            }
-        }
-        eprintln!("{:6.1} s: `{wanted}`", started.elapsed().as_secs_f64());
-        seen = all.len();
+        guest.wait(wanted).expect("the session goes on");
+        eprintln!("{:6.1} s: `{wanted}`", guest.seconds());
         if !answer.is_empty() {
-            typed.write_all(format!("{answer}\n").as_bytes()).expect("the guest reads");
+            guest.answer(answer).expect("the guest reads");
         }
     }
-    assert_eq!(guest.wait().expect("ends").code(), Some(0));
-    let all = String::from_utf8_lossy(&all);
+    assert_eq!(guest.status(), Some(0));
+    let all = guest.text();
     // The shell's bracketed-paste sequence stands before the first line of what a command prints.
     let sum =
         |l: &str| l.trim_end().strip_suffix("  -").and_then(|l| l.get(l.len().checked_sub(32)?..)).map(str::to_owned);

@@ -1,15 +1,20 @@
 //! Guests that others made, by the recipes of docs/guests.md: BIVISOR_GUESTS names the folder that testsuite/fetch-guests.sh filled. Those
 //! that are not there are skipped, and it is said. `BIVISOR_GUESTS=FOLDER cargo test --release --test guests -- --nocapture`.
 
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
+mod session;
 
-/// A guest: its name in the README's table, the file it needs, the arguments after it, and what it must print.
+use session::Session;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// A guest: its name in the README's table, the files it needs, the arguments (`@` is the folder), and what it must print.
 struct Guest {
     name: &'static str,
     needs: &'static [&'static str],
     args: &'static [&'static str],
-    /// In the arguments, the folder.
+    /// What to wait for and what to type then; words that the guest prints are computed there, so that the echo of a command is none of them.
+    types: &'static [(&'static str, &'static str)],
+    /// Then this is printed, in this order.
     prints: &'static [&'static str],
     /// The exit status; `None`: the guest does not turn the machine off, the time is up.
     status: Option<i32>,
@@ -23,11 +28,41 @@ const BT: &[&str] = &["bt"];
 const SCRIPT: &[&str] =
     &["init reached", "b6d81b360a5672d80c27430f39153e2c  -", "forked 50 times", "reboot: Power down"];
 
+/// A session at busybox's shell.
+const SHELL: &[(&str, &str)] = &[
+    ("# ", "ls -l /init /bin/busybox | wc -l; echo listed $((6*7))"),
+    ("listed 42", "umount /proc; mount -t proc none /proc; grep -c ^processor /proc/cpuinfo; echo mounted $((6*7))"),
+    (
+        "1\r\nmounted 42",
+        "dd if=/dev/zero of=/tmp/z bs=64k count=16 2>/dev/null; gzip /tmp/z; gunzip -c /tmp/z.gz | md5sum",
+    ),
+    (
+        "b6d81b360a5672d80c27430f39153e2c  -",
+        "head -c 300000 /dev/urandom | tee /tmp/r | md5sum >/tmp/a; md5sum </tmp/r | cmp - /tmp/a && echo same $((6*7))",
+    ),
+    ("same 42", "n=0; for i in $(seq 100); do n=$((n + $(echo $i))); done; echo sum $n"),
+    ("sum 5050", "(sleep 1; echo late $((6*7))) & wait; kill -0 $$ && echo alive $((6*7))"),
+    ("late 42", ""),
+    ("alive 42", "poweroff -f"),
+];
+/// A session at xv6's shell.
+const XV6: &[(&str, &str)] = &[
+    ("$ ", "ls"),
+    ("console        3", ""),
+    ("$ ", "echo hello > f; cat f; rm f"),
+    ("rm f\nhello\n", "forktest"),
+    ("fork test OK", ""),
+    ("$ ", "cat README | wc"),
+    (" 329 2286", ""),
+    ("$ ", "echo a | cat | grep a"),
+];
+
 const GUESTS: &[Guest] = &[
     Guest {
         name: "Debian's cloud kernel",
         needs: &["vmlinuz-cloud", "initramfs.gz"],
         args: &["--kernel", "@/vmlinuz-cloud", "--initrd", "@/initramfs.gz", "--append", "console=ttyS0"],
+        types: &[],
         prints: SCRIPT,
         status: Some(0),
         seconds: 600,
@@ -37,15 +72,27 @@ const GUESTS: &[Guest] = &[
         name: "Debian's amd64 kernel",
         needs: &["vmlinuz-amd64", "initramfs.gz"],
         args: &["--kernel", "@/vmlinuz-amd64", "--initrd", "@/initramfs.gz", "--append", "console=ttyS0"],
+        types: &[],
         prints: SCRIPT,
         status: Some(0),
         seconds: 600,
-        engines: BT,
+        engines: BOTH,
+    },
+    Guest {
+        name: "Debian's amd64 kernel, a shell",
+        needs: &["vmlinuz-amd64", "initramfs.gz"],
+        args: &["--kernel", "@/vmlinuz-amd64", "--initrd", "@/initramfs.gz", "--append", "console=ttyS0 quiet shell"],
+        types: SHELL,
+        prints: &["reboot: Power down"],
+        status: Some(0),
+        seconds: 600,
+        engines: BOTH,
     },
     Guest {
         name: "Debian's 686-pae kernel",
         needs: &["vmlinuz-686", "initramfs-686.gz"],
         args: &["--kernel", "@/vmlinuz-686", "--initrd", "@/initramfs-686.gz", "--append", "console=ttyS0"],
+        types: &[],
         prints: SCRIPT,
         status: Some(0),
         seconds: 900,
@@ -55,6 +102,7 @@ const GUESTS: &[Guest] = &[
         name: "SeaBIOS and GRUB",
         needs: &["bios-256k.bin", "vgabios-isavga.bin", "grub.iso"],
         args: &["--bios", "@/bios-256k.bin", "--cdrom", "@/grub.iso", "--serial", "stdio"],
+        types: &[],
         prints: &["GNU GRUB", "Booting `Linux'", "init reached", "forked 50 times", "reboot: Power down"],
         status: Some(0),
         seconds: 600,
@@ -64,6 +112,7 @@ const GUESTS: &[Guest] = &[
         name: "memtest86+",
         needs: &["memtest86+x64.bin"],
         args: &["--kernel", "@/memtest86+x64.bin", "--append", "console=ttyS0,115200", "--memory", "64"],
+        types: &[],
         prints: &["Pass:  1        Errors: 0 "],
         status: None,
         seconds: 900,
@@ -73,33 +122,51 @@ const GUESTS: &[Guest] = &[
         name: "iPXE",
         needs: &["bios-256k.bin", "vgabios-isavga.bin", "ipxe.iso"],
         args: &["--bios", "@/bios-256k.bin", "--cdrom", "@/ipxe.iso", "--display", "text"],
+        types: &[],
         prints: &["iPXE initialising devices...ok", "Open Source Network Boot Firmware", "No more network devices"],
         status: None,
         seconds: 120,
         engines: BT,
     },
+    Guest {
+        name: "xv6",
+        needs: &["xv6.img", "fs.img"],
+        args: &[
+            "--drive",
+            "file=@/xv6.img,format=raw,if=ide,snapshot=on",
+            "--drive",
+            "file=@/fs.img,format=raw,if=ide,snapshot=on",
+            "--serial",
+            "stdio",
+            "--bios",
+            "@/bios-256k.bin",
+        ],
+        types: XV6,
+        prints: &["grep a\na\n"],
+        status: None,
+        seconds: 120,
+        engines: BOTH,
+    },
 ];
 
-/// Runs it until it has printed everything or has ended; gives what it printed and its exit status, if it ended by itself.
-fn run(guest: &Guest, folder: &str, engine: &str) -> (String, Option<i32>) {
+/// Runs it until it has printed everything or has ended: how long it took, in seconds. `Err`: what is missing.
+fn run(guest: &Guest, folder: &str, engine: &str) -> Result<f64, String> {
     let args = guest.args.iter().map(|a| a.replace('@', folder));
-    let seconds = guest.seconds.to_string();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_bivisor"));
-    command.arg("boot").args(args).args(["--backend", engine, "--timeout", &seconds]);
-    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().expect("bivisor starts");
-    let mut out = child.stdout.take().expect("piped");
-    let mut printed = Vec::new();
-    let mut buffer = [0; 4096];
-    while let Ok(n @ 1..) = std::io::Read::read(&mut out, &mut buffer) {
-        printed.extend(&buffer[..n]);
-        let text = String::from_utf8_lossy(&printed);
-        if guest.status.is_none() && guest.prints.iter().all(|p| text.contains(p)) {
-            let _ = child.kill();
-            break;
+    let args: Vec<String> = args.chain(["--backend".to_owned(), engine.to_owned()]).collect();
+    let mut session = Session::start(&args, Duration::from_secs(guest.seconds.into()));
+    for (words, line) in guest.types {
+        session.wait(words)?;
+        if !line.is_empty() {
+            session.answer(line)?;
         }
     }
-    let status = child.wait().expect("ended");
-    (String::from_utf8_lossy(&printed).into_owned(), status.code())
+    for words in guest.prints {
+        session.wait(words)?;
+    }
+    if guest.status.is_some() && session.status() != guest.status {
+        return Err(format!("the status is not {:?}:\n{}", guest.status, session.text()));
+    }
+    Ok(session.seconds())
 }
 
 #[test]
@@ -111,23 +178,18 @@ fn guests_of_others_boot() {
     let text = folder.to_str().expect("a plain path");
     let mut failed = Vec::new();
     for guest in GUESTS {
-        if let Some(missing) = guest.needs.iter().find(|f| !folder.join(f).exists()) {
-            println!("{:24} skipped: there is no {missing} in {text}", guest.name);
+        let there = |file: &&&str| Path::new(&folder).join(file).exists();
+        if let Some(missing) = guest.needs.iter().find(|f| !there(f)) {
+            println!("{:32} skipped: there is no {missing} in {text}", guest.name);
             continue;
         }
         for engine in guest.engines {
-            let began = std::time::Instant::now();
-            let (printed, status) = run(guest, text, engine);
-            let missing = guest.prints.iter().find(|p| !printed.contains(**p));
-            let good = missing.is_none() && (guest.status.is_none() || status == guest.status);
-            let seconds = began.elapsed().as_secs();
-            println!("{:24} {engine:8} {} in {seconds} s", guest.name, if good { "ok" } else { "FAILED" });
-            if !good {
-                let end: String = printed.chars().rev().take(800).collect::<Vec<_>>().into_iter().rev().collect();
-                failed.push(format!(
-                    "{} on {engine}: status {status:?}, not printed: {missing:?}; its end:\n{end}",
-                    guest.name
-                ));
+            match run(guest, text, engine) {
+                Ok(seconds) => println!("{:32} {engine:8} ok in {seconds:.0} s", guest.name),
+                Err(why) => {
+                    println!("{:32} {engine:8} FAILED", guest.name);
+                    failed.push(format!("{} on {engine}: {why}", guest.name));
+                }
             }
         }
     }

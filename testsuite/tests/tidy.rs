@@ -50,6 +50,7 @@ const UNSAFE: &[&str] = &[
     "kvm-backend/src/kick.rs",
     "kvm-backend/src/vm.rs",
     "src/compare/natively.rs",
+    "src/ending.rs",
     "src/vessel.rs",
     "testsuite/src/campaign/arena.rs",
     "testsuite/src/campaign/oracle.rs",

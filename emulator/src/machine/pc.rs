@@ -360,6 +360,9 @@ impl Chips {
             0x3b0..=0x3df => self.vga.read(port, now),
             0x3f8..=0x3ff => {
                 let v = self.com1.read(port as u8 & 7);
+                // As with the keyboard: a line that falls does so before the next byte raises it.
+                self.wire(4, self.com1.irq());
+                self.settle();
                 self.feed_serial();
                 v
             }
