@@ -8,7 +8,8 @@
 //! else must stay. `eax=1` before the arrow sets the low half and leaves the upper half what it is; after the arrow it means what an
 //! instruction's write means, the upper half cleared. Memory is `b[addr]`, `w[..]`, `d[..]`, `q[..]`; flags are `cf pf af zf sf of df`;
 //! `?` is undefined by the manual: there the engines must agree with the host CPU. `fault=de`, `fault=gp(0)`, `fault=pf(addr,code)`:
-//! the exception, with what it leaves changed. `rip=+n`: where RIP is then; not given, behind the instruction.
+//! the exception, with what it leaves changed. `rip=+n`: where RIP is then; not given, behind the instruction. `on=amd` and `on=intel`
+//! before the arrow: processors differ, and those do so.
 //!
 //! A case runs with all status flags clear and all set. If an operand is a register where memory could be, it also runs with the
 //! operand in memory: aligned, across a page end, under LOCK where allowed, partly on a page that is not there, and on a read-only
@@ -16,6 +17,7 @@
 
 use crate::world::{CODE, DATA, HOLE, ROM, Setup};
 use bivisor_emulator::cpu::{Fault, Rflags};
+use bivisor_emulator::interp::alu::Vendor;
 use bivisor_emulator::isa::{Gpr, Width};
 use iced_x86::{
     Code, Decoder, DecoderOptions, Encoder, FlowControl, Formatter, Instruction, InstructionInfoFactory,
@@ -37,6 +39,8 @@ pub struct Case {
     after: Vec<(Target, Value)>,
     fault: Option<Fault>,
     advance: Option<u64>,
+    /// Whose processors do so; `None`: all.
+    pub vendor: Option<Vendor>,
 }
 
 /// One run of a case: where it starts, and what must come out.
@@ -182,10 +186,15 @@ impl Case {
             after: Vec::new(),
             fault: None,
             advance: None,
+            vendor: None,
         };
         for word in before.split_whitespace() {
             let (name, value) = word.split_once('=').ok_or(format!("`{word}`: name=value"))?;
-            case.before.push((target(name)?, Value::Is(number(value)?)));
+            match (name, value) {
+                ("on", "amd") => case.vendor = Some(Vendor::Amd),
+                ("on", "intel") => case.vendor = Some(Vendor::Intel),
+                _ => case.before.push((target(name)?, Value::Is(number(value)?))),
+            }
         }
         for word in after.split_whitespace() {
             let (name, value) = word.split_once('=').ok_or(format!("`{word}`: name=value"))?;

@@ -33,6 +33,14 @@ const TABLES: u64 = 0x4_0000;
 /// Start and length of what holds data.
 pub const REGIONS: [(u64, usize); 3] = [(DATA, 0x2000), (ROM, 0x1000), (STACK, 0x2000)];
 
+/// Of its own half of the address space Linux says that a page is there; behind page tables of our own none is.
+pub fn without_kernel(fault: Fault) -> Fault {
+    match fault {
+        Fault::Pf { addr, code } if addr >= 0x7fff_ffff_f000 => Fault::Pf { addr, code: code & !1 },
+        other => other,
+    }
+}
+
 /// The contents of the [`REGIONS`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Image([Vec<u8>; 3]);

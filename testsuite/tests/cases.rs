@@ -4,7 +4,7 @@ use bivisor_emulator::cpu::{Fault, Rflags, cpuid::CpuModel};
 use bivisor_emulator::interp::alu::Vendor;
 use bivisor_testsuite::case::{Case, Trial, disassembly};
 use bivisor_testsuite::engines::{Engine, engines};
-use bivisor_testsuite::world::{Outcome, Setup};
+use bivisor_testsuite::world::{Outcome, Setup, without_kernel};
 use iced_x86::{Code, FlowControl};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -53,7 +53,7 @@ fn read(file: &Path, wrong: &mut Vec<String>) -> Vec<Case> {
 
 /// What is wrong with an outcome; `undefined` is what the host did, where the manual leaves it open.
 fn difference(trial: &Trial, after: &Setup, out: &Outcome, free: bool) -> Option<String> {
-    if out.fault != trial.fault {
+    if out.fault.map(without_kernel) != trial.fault.map(without_kernel) {
         return Some(format!("exception {:x?}, not {:x?}", out.fault, trial.fault));
     }
     for (i, (is, should)) in out.gpr.iter().zip(after.gpr).enumerate() {
@@ -137,6 +137,10 @@ fn cases() {
     for file in files() {
         for case in read(&file, &mut wrong) {
             lines += 1;
+            if case.vendor.is_some_and(|v| v != Vendor::host()) {
+                *skipped.entry(format!("all: this host is not {:?}'s", case.vendor)).or_default() += 1;
+                continue;
+            }
             match case.trials() {
                 Err(why) => wrong.push(format!("{}: {why}", case.place)),
                 Ok(trials) => {

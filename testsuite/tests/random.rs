@@ -1,12 +1,12 @@
 //! Random instructions on the host CPU and on every engine. `RANDOM=n` sets how many, `SEED=n` where they start.
 
-use bivisor_emulator::cpu::{Fault, cpuid::CpuModel};
+use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::interp::alu::Vendor;
 use bivisor_testsuite::case::disassembly;
 use bivisor_testsuite::engines::engines;
 use bivisor_testsuite::generate;
 use bivisor_testsuite::random::Random;
-use bivisor_testsuite::world::{Outcome, Setup};
+use bivisor_testsuite::world::{Outcome, Setup, without_kernel};
 use iced_x86::{Decoder, DecoderOptions};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
@@ -29,16 +29,8 @@ fn compared(setup: &Setup) -> u64 {
     !bits.iter().filter(|(b, _)| undefined & b != 0).map(|(_, f)| *f).sum::<u64>()
 }
 
-/// Of its own half Linux says that a page is there; in RAM of our own none is.
-fn without_kernel(fault: Option<Fault>) -> Option<Fault> {
-    match fault {
-        Some(Fault::Pf { addr, code }) if addr >= 0x7fff_ffff_f000 => Some(Fault::Pf { addr, code: code & !1 }),
-        other => other,
-    }
-}
-
 fn difference(host: &Outcome, out: &Outcome, mask: u64) -> Option<String> {
-    if without_kernel(host.fault) != without_kernel(out.fault) {
+    if host.fault.map(without_kernel) != out.fault.map(without_kernel) {
         return Some(format!("exception {:x?}, CPU {:x?}", out.fault, host.fault));
     }
     for (i, (is, should)) in out.gpr.iter().zip(host.gpr).enumerate() {

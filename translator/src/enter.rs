@@ -27,7 +27,6 @@ pub const CAPTURED: u32 = 0xffff_ff01;
 pub const ABORTED: u32 = 0xffff_ff02;
 
 const AVX: u64 = 1;
-const XSAVEOPT: u64 = 2;
 const AVX512: u64 = 4;
 const XGETBV1: u64 = 8;
 /// Components that are saved and restored by XSAVE and XRSTOR if they are in use.
@@ -191,11 +190,8 @@ global_asm!(
     "2:",
     "mov eax, dword ptr gs:[{components}]",
     "mov edx, dword ptr gs:[{components} + 4]",
-    "test r9d, {xsaveopt}",
-    "jz 3f",
-    "xsaveopt64 [rbx + {xsave}]",
-    "jmp 4f",
-    "3: xsave64 [rbx + {xsave}]",
+    // Not XSAVEOPT: docs/fidelity.md, what was found in the host.
+    "xsave64 [rbx + {xsave}]",
     "4:",
     // From the signal handler, which has put all registers into the state.
     "bivisor_bt_leave_captured:",
@@ -244,7 +240,6 @@ global_asm!(
     avx = const AVX,
     avx512 = const AVX512,
     xgetbv1 = const XGETBV1,
-    xsaveopt = const XSAVEOPT,
     aborted = const ABORTED,
 );
 
@@ -285,9 +280,6 @@ pub fn prepare(block: &ThreadBlock) {
         let mut flags = 0;
         if std::is_x86_feature_detected!("avx") {
             flags |= AVX;
-        }
-        if std::is_x86_feature_detected!("xsaveopt") {
-            flags |= XSAVEOPT;
         }
         if layout.components & component::AVX512 == component::AVX512 && std::is_x86_feature_detected!("avx512bw") {
             flags |= AVX512;

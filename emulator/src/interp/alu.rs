@@ -9,7 +9,7 @@
 
 use crate::cpu::Rflags;
 use crate::isa::Width;
-use std::sync::OnceLock;
+use crate::isa::decode::is_amd;
 
 /// Whose undefined flags a CPU shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,12 +24,7 @@ impl Vendor {
     /// The host CPU's. Instructions that other engines run on the host must not differ from ours.
     #[inline]
     pub fn host() -> Vendor {
-        static HOST: OnceLock<Vendor> = OnceLock::new();
-        *HOST.get_or_init(|| {
-            let id = std::arch::x86_64::__cpuid(0);
-            // "Auth", "Hygo" in EBX.
-            if [0x6874_7541, 0x6f67_7948].contains(&id.ebx) { Vendor::Amd } else { Vendor::Intel }
-        })
+        if is_amd() { Vendor::Amd } else { Vendor::Intel }
     }
 }
 

@@ -176,11 +176,19 @@ fn goes_on(x: &Exec<'_>, i: &Insn) -> bool {
 /// CMPS: source minus destination.
 pub fn cmps(x: &mut Exec<'_>, i: &Insn) -> Step {
     let f = Form::of(x, i);
+    let source_first = f.w == Width::B && i.iced.has_rep_prefix() && !i.iced.has_repne_prefix();
     repeat(x, i, &f, |x, f, _| {
         let (from, to) = (f.index(x, Gpr::Rsi), f.index(x, Gpr::Rdi));
-        // If both fault, processors (Zen 4) report the second operand.
+        // If both fault, Zen 4 reports the second operand, but of REPE CMPSB the first.
+        let first = match source_first {
+            true => Some(access::load(x, f.source, from, f.w)?),
+            false => None,
+        };
         let b = access::load(x, Seg::Es, to, f.w)?;
-        let a = access::load(x, f.source, from, f.w)?;
+        let a = match first {
+            Some(a) => a,
+            None => access::load(x, f.source, from, f.w)?,
+        };
         let (_, flags) = alu::sub(f.w, a, b, false);
         x.cpu.rflags.replace(Rflags::STATUS, flags);
         f.advance(x, Gpr::Rsi, 1);

@@ -10,12 +10,15 @@ pub const MAX_INSN_LEN: usize = 15;
 /// AMD and Hygon differ from the others in a few encodings of 64-bit code: a 66 prefix makes near branches 16 bits wide, far pointers
 /// have no 64-bit offset, UD0 has no ModRM byte. All engines follow the host, because two of them run guest code on it.
 pub fn options() -> u32 {
-    static HOST: OnceLock<u32> = OnceLock::new();
-    *HOST.get_or_init(|| {
-        // "Auth" of AuthenticAMD, "Hygo" of HygonGenuine in EBX.
-        let amd = matches!(std::arch::x86_64::__cpuid(0).ebx, 0x6874_7541 | 0x6f67_7948);
-        if amd { DecoderOptions::AMD } else { DecoderOptions::NONE }
-    })
+    if is_amd() { DecoderOptions::AMD } else { DecoderOptions::NONE }
+}
+
+/// Is the host AMD's or Hygon's?
+#[inline]
+pub fn is_amd() -> bool {
+    static HOST: OnceLock<bool> = OnceLock::new();
+    // "Auth" of AuthenticAMD, "Hygo" of HygonGenuine in EBX.
+    *HOST.get_or_init(|| matches!(std::arch::x86_64::__cpuid(0).ebx, 0x6874_7541 | 0x6f67_7948))
 }
 
 /// Why bytes are no instruction.
@@ -47,6 +50,9 @@ pub fn decode(bytes: &[u8], bitness: u32) -> Result<Insn, DecodeError> {
         return Ok(Insn::new(iced));
     }
     if bitness == 64 && no_opcode_in_64_bit_code(window) {
+        return Err(DecodeError::Invalid);
+    }
+    if is_amd() && is_ud1(window) {
         return Err(DecodeError::Invalid);
     }
     match decoder.last_error() {
@@ -109,6 +115,13 @@ fn no_opcode_in_64_bit_code(window: &[u8]) -> bool {
     })
 }
 
+/// UD1: AMD's CPUs raise #UD before they fetch its ModRM byte (measured on Zen 4), Intel's after (SDM 2B UD).
+fn is_ud1(window: &[u8]) -> bool {
+    let is_prefix = |b: u8| matches!(b, 0x26 | 0x2e | 0x36 | 0x3e | 0x40..=0x4f | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3);
+    let opcode = window.iter().position(|&b| !is_prefix(b)).map(|n| &window[n..]);
+    matches!(opcode, Some([0x0f, 0xb9, ..]))
+}
+
 /// Of fifteen bytes that are no instruction: because it goes on behind them? iced does not tell. Without the first byte, which is a
 /// prefix then, there is room to see.
 fn needs_more(window: &[u8], bitness: u32) -> bool {
@@ -152,6 +165,7 @@ mod tests {
             (prefixes(14, &[0x06]), Some(DecodeError::Invalid)),
             (prefixes(13, &[0xf0, 0x90]), Some(DecodeError::Invalid)),
             (prefixes(1, &[0x06]), Some(DecodeError::Invalid)),
+            (vec![0x41, 0x0f, 0xb9], Some(if is_amd() { DecodeError::Invalid } else { DecodeError::Truncated })),
             (vec![0x48], Some(DecodeError::Truncated)),
             (vec![], Some(DecodeError::Truncated)),
         ];

@@ -3,6 +3,7 @@
 //! Nothing in it depends on where the instruction stands: branch targets and RIP-relative addresses are kept as displacements, so
 //! that one decoded copy serves every mapping of a physical page.
 
+use crate::isa::decode::is_amd;
 use crate::isa::{Facts, Gpr, Seg, Width, facts};
 use iced_x86::{Code, CodeSize, Instruction, OpKind, Register};
 
@@ -119,13 +120,18 @@ impl Insn {
     }
 }
 
+/// Bytes that the explicit memory operand has. MOVSXD of 16 bits reads two by Intel's manual, four on AMD's CPUs (measured on Zen 4).
+pub fn memory_len(iced: &Instruction) -> usize {
+    if iced.code() == Code::Movsxd_r16_rm16 && is_amd() { 4 } else { iced.memory_size().size() }
+}
+
 fn op_width(iced: &Instruction, i: u32) -> Option<Width> {
     if i >= iced.op_count() {
         return None;
     }
     match iced.op_kind(i) {
         OpKind::Register if iced.op_register(i).is_gpr() => Width::from_bytes(iced.op_register(i).size()),
-        OpKind::Memory => Width::from_bytes(iced.memory_size().size()),
+        OpKind::Memory => Width::from_bytes(memory_len(iced)),
         _ => None,
     }
 }

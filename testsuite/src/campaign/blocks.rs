@@ -139,14 +139,18 @@ fn is_apart(m: M) -> bool {
         || matches!(m, M::Lea | M::Xlatb | M::Wrfsbase | M::Rdfsbase)
 }
 
+/// The bytes of each instruction.
+pub fn instructions(code: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let mut rest = code;
+    std::iter::from_fn(move || {
+        let len = decode(rest, 64).map_or(1, |i| usize::from(i.len)).min(rest.len());
+        let (first, behind) = rest.split_at(len);
+        rest = behind;
+        (!first.is_empty()).then_some(first)
+    })
+}
+
 /// Some instructions, disassembled.
 pub fn text(code: &[u8]) -> String {
-    let mut out = Vec::new();
-    let mut at = 0;
-    while at < code.len() {
-        let len = decode(&code[at..], 64).map_or(1, |i| usize::from(i.len)).min(code.len() - at);
-        out.push(disassembly(64, &code[at..at + len]));
-        at += len;
-    }
-    out.join("; ")
+    instructions(code).map(|i| disassembly(64, i)).collect::<Vec<_>>().join("; ")
 }

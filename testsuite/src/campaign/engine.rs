@@ -97,6 +97,8 @@ impl Engine {
         // No I/O permission map: ports are closed.
         template.tr.limit = 0;
         template.gdtr = Table { base: arena::GDT, limit: arena::GDT_LIMIT };
+        // No LDT.
+        template.ldtr.limit = 0;
         // No gate: INT n is #GP, as through a gate that is the kernel's.
         template.idtr.limit = 0;
         *vcpu.state() = template.clone();

@@ -1,12 +1,13 @@
 //! The list of expected divergences, `testsuite/expected.txt`: what differs from this host's CPU, for which reason.
 
+use super::blocks;
 use super::case::{Case, Kind};
 use super::outcome::{End, Outcome, Part};
 use bivisor_emulator::cpu::Fault;
 use bivisor_emulator::interp::alu::Vendor;
-use bivisor_emulator::isa::{Class, Gpr, facts};
+use bivisor_emulator::isa::{Class, Gpr, decode, facts};
 use bivisor_kvm_backend::Kind as Kvm;
-use iced_x86::{Code, CpuidFeature, EncodingKind};
+use iced_x86::{Code, CpuidFeature, Decoder, DecoderOptions, EncodingKind, Register};
 
 /// One line.
 #[derive(Clone, Debug)]
@@ -95,7 +96,7 @@ impl Expected {
         // The reasons are those of single instructions.
         let single = case.kind == Kind::Insn;
         self.0.iter().position(|r| {
-            (single || r.when == "in a block")
+            (single || IN_BLOCKS.contains(&r.when.as_str()))
                 && r.parts.iter().any(|p| p == part.name())
                 && r.engines.iter().any(|e| e == "*" || e == engine)
                 && r.codes[case.insn as usize]
@@ -104,11 +105,28 @@ impl Expected {
     }
 }
 
+/// Conditions of blocks.
+const IN_BLOCKS: [&str; 2] = ["in a block", "rsp by evex.x, amd"];
+
 impl Row {
     /// The row without its reason.
     pub fn what(&self) -> String {
         format!("{} on {}: {}, {}", self.mnemonics.join(" "), self.engines.join(" "), self.parts.join(" "), self.when)
     }
+}
+
+/// Is it a VEX or EVEX instruction but for bits that must have one value?
+fn has_reserved_bits(code: &[u8]) -> bool {
+    let lenient = Decoder::new(64, code, DecoderOptions::NO_INVALID_CHECK).decode();
+    matches!(lenient.op_code().encoding(), EncodingKind::VEX | EncodingKind::EVEX)
+}
+
+/// EVEX with a register operand of number 4 whose X bit is inverted: it is bit 4 of a vector register's number, and nothing of RSP's.
+fn takes_rsp_by_evex_x(bytes: &[u8]) -> bool {
+    let Ok(insn) = decode(bytes, 64) else { return false };
+    let Some(evex) = bytes[..usize::from(insn.len)].iter().position(|b| *b == 0x62) else { return false };
+    let rsp = |k: u32| insn.iced.op_register(k).full_register() == Register::RSP;
+    insn.iced.encoding() == EncodingKind::EVEX && bytes[evex + 1] & 0x40 == 0 && (0..insn.iced.op_count()).any(rsp)
 }
 
 fn software_kvm() -> bool {
@@ -135,6 +153,8 @@ fn holds(when: &str, about: Option<(&Case, &Outcome, &Outcome)>) -> Option<bool>
             | "software kvm, rsp not canonical"
             | "software kvm, another exception"
             | "in a block"
+            | "reserved bits, amd"
+            | "rsp by evex.x, amd"
             | "the modrm byte of fop"
             | "far call, another exception"
             | "far call with rex.w",
@@ -142,6 +162,10 @@ fn holds(when: &str, about: Option<(&Case, &Outcome, &Outcome)>) -> Option<bool>
         ) => true,
         ("always", _) => true,
         ("amd", _) => amd,
+        ("reserved bits, amd", Some((case, ..))) => amd && has_reserved_bits(&case.code),
+        ("rsp by evex.x, amd", Some((case, ..))) => {
+            amd && case.kind == Kind::Block && blocks::instructions(&case.code).any(takes_rsp_by_evex_x)
+        }
         // RFLAGS.AC is set at the start.
         ("alignment check", Some((case, is, should))) => {
             let ac = |o: &Outcome| o.end == End::Fault(Fault::Ac);

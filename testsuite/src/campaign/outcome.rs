@@ -2,6 +2,7 @@
 
 use super::arena::View;
 use super::case::Case;
+use crate::world::without_kernel;
 use bivisor_emulator::cpu::xsave::{Layout, component};
 use bivisor_emulator::cpu::{Fault, XsaveArea};
 use bivisor_emulator::isa::Gpr;
@@ -121,15 +122,13 @@ impl Part {
 /// Compares an outcome with the judge's: which part differs first, and how.
 pub type Compare = fn(case: &Case, is: &Outcome, should: &Outcome) -> Option<(Part, String)>;
 
-/// Of its own half of the address space Linux says that a page is there; behind page tables of our own none is.
-fn without_kernel(end: End) -> End {
+/// Without what a host does not say.
+fn as_seen(end: End) -> End {
     match end {
-        End::Fault(Fault::Pf { addr, code }) if addr >= 0x7fff_ffff_f000 => {
-            End::Fault(Fault::Pf { addr, code: code & !1 })
-        }
-        // A host says neither the vectors of #DB's causes nor a selector.
+        // Neither the vectors of #DB's causes nor a selector.
         End::Fault(Fault::Db(_)) => End::Fault(Fault::Db(0)),
-        other => other,
+        End::Fault(fault) => End::Fault(without_kernel(fault)),
+        End::Left => End::Left,
     }
 }
 
@@ -140,7 +139,7 @@ fn without_null(selectors: [u16; 5]) -> [u16; 5] {
 
 /// See [`Compare`]: everything.
 pub fn compare(case: &Case, is: &Outcome, should: &Outcome) -> Option<(Part, String)> {
-    if is.end != should.end && without_kernel(is.end) != without_kernel(should.end) {
+    if is.end != should.end && as_seen(is.end) != as_seen(should.end) {
         return Some((Part::Fault, format!("{:x?}, not {:x?}", is.end, should.end)));
     }
     if is.rip != should.rip {

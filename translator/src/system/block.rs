@@ -5,6 +5,7 @@ use crate::route::{Route, Routes};
 use crate::system::Mode;
 use bivisor_emulator::cpu::msr::{Msrs, index};
 use bivisor_emulator::isa::decode::{correct, options};
+use bivisor_emulator::isa::insn::memory_len;
 use bivisor_emulator::isa::{Class, Gpr, MAX_INSN_LEN, Sensitivity, facts};
 use bivisor_emulator::mem::{PAGE_SIZE, Ram};
 use iced_x86::{
@@ -547,7 +548,7 @@ fn operand_of(iced: &Instruction, len: u8, write: bool) -> Option<Access> {
 
 /// The one access of an instruction with a memory operand; `None` if there is none, or more.
 fn operand(iced: &Instruction, factory: &mut InstructionInfoFactory) -> Option<Access> {
-    let len = iced.memory_size().size();
+    let len = memory_len(iced);
     let info = factory.info(iced);
     let mut explicit = info.used_memory().iter().filter(|m| {
         // PUSH has the stack besides.

@@ -20,7 +20,6 @@ pub const FAULT: u32 = 0xffff_ff01;
 pub const ABORTED: u32 = 0xffff_ff02;
 
 const AVX: u64 = 1;
-const XSAVEOPT: u64 = 2;
 const RAX: usize = offset_of!(CpuState, gpr) + 8 * Gpr::Rax as usize;
 
 global_asm!(
@@ -125,12 +124,8 @@ global_asm!(
     "4:",
     "mov eax, dword ptr gs:[{components}]",
     "mov edx, dword ptr gs:[{components} + 4]",
-    "test byte ptr gs:[{host_flags}], {xsaveopt}",
-    "jz 5f",
-    "xsaveopt64 [rbx + {xsave}]",
-    "jmp 6f",
-    "5: xsave64 [rbx + {xsave}]",
-    "6:",
+    // Not XSAVEOPT: docs/fidelity.md, what was found in the host.
+    "xsave64 [rbx + {xsave}]",
     "mov dword ptr gs:[{vectors_at}], 0",
     "test byte ptr gs:[{host_flags}], {avx}",
     "jz 7f",
@@ -181,7 +176,6 @@ global_asm!(
     xsave = const offset_of!(CpuState, xsave),
     upper = const gs(at::UPPER),
     avx = const AVX,
-    xsaveopt = const XSAVEOPT,
 );
 
 unsafe extern "sysv64" {
@@ -229,9 +223,6 @@ pub fn prepare(area: &Area) {
     let mut flags = 0;
     if std::is_x86_feature_detected!("avx") {
         flags |= AVX;
-    }
-    if std::is_x86_feature_detected!("xsaveopt") {
-        flags |= XSAVEOPT;
     }
     area.set(at::HOST_FLAGS, flags);
     area.set(at::COMPONENTS, Layout::host().components);
