@@ -20,6 +20,8 @@ pub const STATES: u64 = 32;
 const FEW: u64 = 4;
 /// Instructions on the first code page, each with a tail to branch back to, at a distance.
 const SLOTS: u64 = 62;
+/// Those of them that take all instructions in turn, so that each has as many cases as any other; the rest are wild bytes.
+const IN_TURN: u64 = 60;
 const DISTANCE: u64 = 64;
 /// From a slot's start to its instruction.
 const HEAD: u64 = 20;
@@ -145,13 +147,13 @@ impl Source {
         };
         let mut slots = Vec::new();
         for i in 0..SLOTS + 3 {
-            let next = self.codes[((n * (SLOTS + 3) + i) % self.codes.len() as u64) as usize];
+            let turn = if i < IN_TURN { n * IN_TURN + i } else { r.next() >> 8 };
+            let next = self.codes[(turn % self.codes.len() as u64) as usize];
             let slot = match i {
                 _ if i < SLOTS => {
                     let head = CODE + DISTANCE * i;
                     put(head, &tail(head));
-                    let wild = r.once_in(24);
-                    self.slot(&mut r, next, &places, |_| head + HEAD, wild)
+                    self.slot(&mut r, next, &places, |_| head + HEAD, i >= IN_TURN)
                 }
                 SLOTS => self.slot(&mut r, next, &places, |len| CODE + 0x1000 - len.div_ceil(2), false),
                 n if n == SLOTS + 1 => {
@@ -192,7 +194,7 @@ impl Source {
         at: impl Fn(u64) -> u64,
         wild: bool,
     ) -> Option<Slot> {
-        for _ in 0..40 {
+        for _ in 0..400 {
             let mut bytes = if wild && r.once_in(2) { encode::wild(r) } else { encode::attempt(r, op) };
             match decode(&bytes, 64) {
                 Ok(insn) if insn.iced.code() == code || wild => {

@@ -168,20 +168,28 @@ impl Worker {
             batch.load(view);
         }
         for slot in 0..batch.slots.len() {
-            for _ in 0..batch.slots[slot].states {
-                self.one(&mut batch, slot, n);
+            // Not every draw is a state that is safe.
+            let mut left = batch.slots[slot].states;
+            for _ in 0..8 * left {
+                left -= u64::from(self.one(&mut batch, slot, n));
+                if left == 0 {
+                    break;
+                }
             }
             self.strays(&mut batch, slot, n);
         }
     }
 
-    fn one(&mut self, batch: &mut Batch, slot: usize, n: u64) {
+    /// One case, if the dice give one.
+    fn one(&mut self, batch: &mut Batch, slot: usize, n: u64) -> bool {
         let mut case = std::mem::take(&mut self.case);
-        if batch.state(slot, &mut case) {
+        let drawn = batch.state(slot, &mut case);
+        if drawn {
             self.result.cases += 1;
             self.all(batch, &case, n);
         }
         self.case = case;
+        drawn
     }
 
     fn all(&mut self, batch: &Batch, case: &Case, n: u64) {
