@@ -115,7 +115,8 @@ pub fn movs(x: &mut Exec<'_>, i: &Insn) -> Step {
 
 /// May a run be done without a check of each element's alignment?
 fn unaligned_ok(x: &Exec<'_>) -> bool {
-    !x.cpu.rflags.contains(Rflags::AC)
+    // AC alone is STAC's, in a kernel that copies from and to its users.
+    !access::checks_alignment(x.cpu)
 }
 
 /// Moves bytes that lie inside one page each. False, and nothing done, if it cannot be done whole.
@@ -248,6 +249,21 @@ mod tests {
         let (_, regs) = go(&mut m, [60, DATA, DATA + 3]);
         assert_eq!(regs[0], 0);
         assert_eq!(bytes(&m, DATA, 63), b"abc".repeat(21));
+    }
+
+    /// AC checks at CPL 3 only; a kernel has it set while it copies from its users (SMAP).
+    #[test]
+    fn alignment_is_checked_at_cpl_3_only() {
+        for (cpl, expected) in [
+            (0, (Exit::Budget, [0, DATA + 0x21, DATA + 0x60, 3])),
+            (3, (Exit::Exception(Fault::Ac), [16, DATA + 1, DATA + 0x40, 0])),
+        ] {
+            // rep movsw
+            let mut m = Machine::long64(cpl, &[0xf3, 0x66, 0xa5]);
+            m.cpu().cr0 |= crate::cpu::Cr0::AM;
+            m.cpu().rflags |= Rflags::AC;
+            assert_eq!(go(&mut m, [16, DATA + 1, DATA + 0x40]), expected, "CPL {cpl}");
+        }
     }
 
     #[test]
