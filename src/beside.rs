@@ -8,16 +8,13 @@ use bivisor_emulator::interp::Interpreter;
 use bivisor_emulator::linux::{LastWords, VcpuFactory};
 use bivisor_kvm_backend::KvmVm;
 use bivisor_testsuite::lockstep::engine::{BLOCK, Counts, Difference, Lockstep, Shared};
+use bivisor_testsuite::lockstep::files::{self, write};
 use bivisor_testsuite::lockstep::sentinel::Sentinel;
 use bivisor_translator::{Cache, Translator};
 use serde_json::json;
-use std::collections::HashSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
-
-/// Repros that a process writes, at most.
-const MOST: usize = 20;
 
 /// `--lockstep GRAIN:DIR`: after what stretches is compared, and where is told what came out.
 #[derive(Clone, Debug)]
@@ -50,13 +47,6 @@ impl Beside {
 pub fn one_in(text: &str) -> Result<u64, String> {
     let n = text.strip_prefix("1/").and_then(|n| n.parse().ok()).filter(|n| *n > 0);
     n.ok_or_else(|| "1/N, as in 1/1000".into())
-}
-
-fn write(path: &Path, text: &str) -> std::io::Result<()> {
-    // Whole or not at all: whoever looks does not see a half.
-    let part = path.with_extension("part");
-    std::fs::write(&part, text)?;
-    std::fs::rename(part, path)
 }
 
 fn counts(c: &Counts) -> serde_json::Value {
@@ -121,21 +111,7 @@ pub fn sentinel(
 ) -> Result<VcpuFactory> {
     std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
     let dir = dir.canonicalize().with_context(|| dir.display().to_string())?;
-    let seen: Mutex<HashSet<u64>> = Mutex::default();
-    let report = move |d: &Difference| {
-        let Ok(mut seen) = seen.lock() else { return };
-        if seen.len() >= MOST || !seen.insert(d.start.rip) {
-            return;
-        }
-        let path = dir.join(format!("bivisor-repro-{}-{:x}.json", std::process::id(), d.start.rip));
-        let what: Vec<&str> = d.changes.iter().take(4).map(|c| c.what.as_str()).collect();
-        let end = match write(&path, &format!("{}\n", d.request("bt"))) {
-            Ok(()) => format!("see `bivisor diff replay {}`", path.display()),
-            Err(error) => format!("{}: {error}", path.display()),
-        };
-        say(log, &format!("bivisor: sentinel: the block at {:#x} differs in {}: {end}", d.start.rip, what.join(", ")));
-    };
-    let shared = Shared::new(model.clone(), Box::new(report));
+    let shared = Shared::new(model.clone(), files::report(dir, move |text| say(log, text)));
     let cache = cache.clone();
     Ok(Arc::new(move || Ok(Box::new(Sentinel::new(Translator::with_cache(cache.clone()), shared.clone(), every)?))))
 }

@@ -111,6 +111,36 @@ pub trait Vcpu: std::any::Any {
     }
 }
 
+impl<V: Vcpu + ?Sized> Vcpu for Box<V> {
+    fn run(&mut self, board: Board<'_>, budget: u64) -> Exit {
+        (**self).run(board, budget)
+    }
+    fn run_stretch(&mut self, board: Board<'_>, most: u64) -> (Exit, u64) {
+        (**self).run_stretch(board, most)
+    }
+    fn state(&mut self) -> &mut CpuState {
+        (**self).state()
+    }
+    fn integer_state(&mut self) -> &mut CpuState {
+        (**self).integer_state()
+    }
+    fn set_intercepts(&mut self, intercepts: Intercepts) {
+        (**self).set_intercepts(intercepts);
+    }
+    fn kicker(&self) -> Kicker {
+        (**self).kicker()
+    }
+    fn around_fork(&mut self, fork: &mut dyn FnMut()) {
+        (**self).around_fork(fork);
+    }
+    fn survives_fork(&mut self) -> bool {
+        (**self).survives_fork()
+    }
+    fn instructions(&self) -> Option<u64> {
+        (**self).instructions()
+    }
+}
+
 /// How an engine carries out an instruction; each engine exports `fn how(code: iced_x86::Code) -> How`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum How {

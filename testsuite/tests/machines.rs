@@ -1,16 +1,20 @@
 //! Lockstep of machines: a small guest does the same on interpreter and translator, and a bug planted in the translator's results is
 //! found and cut down to one instruction.
 
+#[path = "common/planted.rs"]
+mod planted;
+
+use bivisor_emulator::cpu::Rflags;
 use bivisor_emulator::cpu::cpuid::CpuModel;
-use bivisor_emulator::cpu::{CpuState, Rflags};
 use bivisor_emulator::interp::Interpreter;
 use bivisor_emulator::interp::sensitive::time::TimeSource;
 use bivisor_emulator::isa::Gpr;
 use bivisor_emulator::machine::{Config, Machine, Sink, boot};
-use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Kicker, Vcpu};
+use bivisor_emulator::vcpu::Vcpu;
 use bivisor_testsuite::lockstep::machine::{Plan, run};
 use bivisor_translator::Translator;
 use iced_x86::code_asm::*;
+use planted::{Bug, Planted};
 use std::sync::Arc;
 
 const CODE: u64 = 0x10_0000;
@@ -44,37 +48,6 @@ fn code() -> Vec<u8> {
     assemble().expect("it can be assembled")
 }
 
-/// An engine that loses a bit of a register when the guest's counter has reached a value.
-struct Planted {
-    engine: Translator,
-    at: u64,
-}
-
-impl Vcpu for Planted {
-    fn run(&mut self, board: Board<'_>, budget: u64) -> Exit {
-        let before = self.engine.state().gpr[Gpr::Rbx as usize];
-        let exit = self.engine.run(board, budget);
-        let s = self.engine.state();
-        if before < self.at && s.gpr[Gpr::Rbx as usize] >= self.at {
-            s.rflags.toggle(Rflags::AF);
-            s.gpr[Gpr::R9 as usize] ^= 4;
-        }
-        exit
-    }
-    fn state(&mut self) -> &mut CpuState {
-        self.engine.state()
-    }
-    fn set_intercepts(&mut self, intercepts: Intercepts) {
-        self.engine.set_intercepts(intercepts);
-    }
-    fn kicker(&self) -> Kicker {
-        self.engine.kicker()
-    }
-    fn instructions(&self) -> Option<u64> {
-        self.engine.instructions()
-    }
-}
-
 fn machine(vcpu: Box<dyn Vcpu + Send>) -> Result<Machine, String> {
     let config = Config {
         memory: 16 << 20,
@@ -103,7 +76,19 @@ fn pair(planted: Option<u64>) -> Result<(Machine, Machine), String> {
     let mut engine = Translator::new(model).map_err(|e| e.to_string())?;
     engine.env().time = TimeSource::deterministic(0);
     let tested: Box<dyn Vcpu + Send> = match planted {
-        Some(at) => Box::new(Planted { engine, at }),
+        // It loses a bit of a register when the guest's counter has reached a value.
+        Some(at) => {
+            let mut last = 0;
+            let bug: Bug = Box::new(move |_, s| {
+                let count = s.gpr[Gpr::Rbx as usize];
+                if last < at && count >= at {
+                    s.rflags.toggle(Rflags::AF);
+                    s.gpr[Gpr::R9 as usize] ^= 4;
+                }
+                last = count;
+            });
+            Box::new(Planted { engine, bug })
+        }
         None => Box::new(engine),
     };
     Ok((machine(Box::new(reference))?, machine(tested)?))

@@ -14,9 +14,11 @@
 //! | [`sentinel`] | a translator that has one block in so many compared |
 //! | [`turn`] | whose turn it is |
 //! | [`machine`] | two machines with counted time |
+//! | [`files`] | a repro for each difference in a process that goes on |
 //! | [`repro`] | a stretch as a request of `bivisor exec` |
 
 pub mod engine;
+pub mod files;
 pub mod machine;
 pub mod reference;
 pub mod repro;

@@ -16,9 +16,21 @@ use std::time::Duration;
 /// How often the clock brings a thread out.
 const TICK: Duration = Duration::from_millis(10);
 
+/// An engine that comes back after so many ways into its code.
+pub trait Entries: Vcpu {
+    /// Runs until it has come to its dispatcher `entries` times, or leaves for another reason.
+    fn run_entries(&mut self, board: Board<'_>, entries: u64) -> Exit;
+}
+
+impl Entries for Translator {
+    fn run_entries(&mut self, board: Board<'_>, entries: u64) -> Exit {
+        Translator::run_entries(self, board, entries)
+    }
+}
+
 /// The translator with a sentinel.
-pub struct Sentinel {
-    pair: Lockstep<Translator>,
+pub struct Sentinel<V = Translator> {
+    pair: Lockstep<V>,
     every: u64,
     /// What the clock looks at: it ends when this is gone.
     running: Arc<AtomicBool>,
@@ -29,12 +41,12 @@ pub struct Sentinel {
 /// Clocks there are in this process, for tests.
 pub static CLOCKS: AtomicU32 = AtomicU32::new(0);
 
-impl Sentinel {
+impl<V: Entries> Sentinel<V> {
     /// Compares one block in `every`.
     ///
     /// # Errors
     /// A sentence: no memory.
-    pub fn new(translator: Translator, shared: Arc<Shared>, every: u64) -> Result<Sentinel, String> {
+    pub fn new(translator: V, shared: Arc<Shared>, every: u64) -> Result<Sentinel<V>, String> {
         let pair = Lockstep::new(translator, shared, super::engine::BLOCK)?;
         Ok(Sentinel { pair, every: every.max(1), running: Arc::default(), clock: 0 })
     }
@@ -66,7 +78,7 @@ fn tick(running: &Weak<AtomicBool>, kicker: &Kicker) {
     CLOCKS.fetch_sub(1, Ordering::Relaxed);
 }
 
-impl Vcpu for Sentinel {
+impl<V: Entries> Vcpu for Sentinel<V> {
     fn run(&mut self, board: Board<'_>, budget: u64) -> Exit {
         let Some(flat) = board.mem.flat().filter(|_| budget == u64::MAX) else {
             return self.pair.tested.run(board, budget);

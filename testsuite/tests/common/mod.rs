@@ -1,0 +1,4 @@
+//! What several tests of lockstep need.
+
+pub mod planted;
+pub mod small;
