@@ -7,7 +7,6 @@ use bivisor_emulator::interp::sensitive::time::TimeSource;
 use bivisor_emulator::linux::VcpuFactory;
 use bivisor_emulator::vcpu::Vcpu;
 use bivisor_kvm_backend::{HostKvm, Kind, KvmVm};
-use bivisor_translator::cache::DEFAULT_SIZE;
 use bivisor_translator::{Cache, Policy, Translator};
 use clap::ValueEnum;
 use std::arch::x86_64::__cpuid;
@@ -150,17 +149,21 @@ pub fn for_machine(backend: Backend, model: Arc<CpuModel>, repeatable: bool) -> 
 }
 
 /// The way to make an engine for each thread of a Linux process, and the translator's code cache if it is that; `backend` has been
-/// [chosen](choose).
+/// [chosen](choose). The cache holds `code_size` bytes of code.
 ///
 /// # Errors
 /// A sentence: the engine is not to be had here.
-pub fn for_process(backend: Backend, model: &Arc<CpuModel>) -> Result<(VcpuFactory, Option<Arc<Cache>>), String> {
+pub fn for_process(
+    backend: Backend,
+    model: &Arc<CpuModel>,
+    code_size: usize,
+) -> Result<(VcpuFactory, Option<Arc<Cache>>), String> {
     let model = model.clone();
     let mut code = None;
     let factory: VcpuFactory = match backend {
         Backend::Auto | Backend::Interp => Arc::new(move || Ok(Box::new(Interpreter::new(model.clone())))),
         Backend::Bt => {
-            let cache = Cache::new(model, Policy::default(), DEFAULT_SIZE).map_err(no_code_memory)?;
+            let cache = Cache::new(model, Policy::default(), code_size).map_err(no_code_memory)?;
             code = Some(cache.clone());
             Arc::new(move || Ok(Box::new(Translator::with_cache(cache.clone()))))
         }

@@ -9,6 +9,7 @@ use anyhow::{Result, bail};
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::host::{fds, fork::exit_thread};
 use bivisor_emulator::linux::{self, ExitStatus, Image, LastWords, LoadError, Options, Why, host, run, start};
+use bivisor_translator::cache::DEFAULT_SIZE;
 use clap::Args;
 use clap::error::ErrorKind;
 use std::ffi::{OsStr, OsString};
@@ -40,6 +41,9 @@ pub struct RunArgs {
     /// When the program ends, write the addresses of its translated blocks to /tmp/perf-PID.map for `perf report`.
     #[arg(long)]
     perf: bool,
+    /// The translator's memory for code; when it is full, all of it is thrown away. At least 128.
+    #[arg(long, value_name = "KIB", value_parser = clap::value_parser!(u32).range(128..=1 << 20))]
+    code_cache: Option<u32>,
     /// Do not keep translations for later runs, nor use those of earlier ones.
     #[arg(long)]
     no_cache: bool,
@@ -73,6 +77,13 @@ pub struct RunArgs {
     command: Vec<OsString>,
 }
 
+impl RunArgs {
+    /// Bytes for translated code.
+    fn code_size(&self) -> usize {
+        self.code_cache.map_or(DEFAULT_SIZE, |kib| kib as usize * 1024)
+    }
+}
+
 /// Runs the program. Comes back only if it could not be started, or with its exit status.
 pub fn run(args: &RunArgs) -> Result<i32> {
     if let Some(option) = args.command[0].to_str().filter(|s| !args.exact && s.starts_with('-')) {
@@ -89,7 +100,7 @@ pub fn run(args: &RunArgs) -> Result<i32> {
         asked => asked,
     };
     let chosen = engine::choose(asked, engine::Purpose::Process)
-        .and_then(|(backend, why)| Ok((backend, why, engine::for_process(backend, &model)?)));
+        .and_then(|(backend, why)| Ok((backend, why, engine::for_process(backend, &model, args.code_size())?)));
     let (backend, why, (mut factory, cache)) = match chosen {
         Ok(found) => found,
         Err(why) => bail!("{why}"),
@@ -166,10 +177,11 @@ fn again(args: &RunArgs, backend: Backend) -> Vec<OsString> {
     words.extend(args.perf.then_some("--perf"));
     words.extend(args.no_cache.then_some("--no-cache"));
     let stats = args.stats.map(|format| format!("--stats={}", format.name()));
+    let code_cache = args.code_cache.map(|kib| vec!["--code-cache".into(), kib.to_string().into()]);
     let sentinel = args.sentinel.map(|every| vec!["--sentinel".into(), format!("1/{every}").into()]);
     let repro = args.repro.as_ref().map(|dir| vec!["--repro".into(), dir.clone().into_os_string()]);
     let lockstep = args.lockstep.as_ref().map(|b| vec!["--lockstep".into(), b.text().into()]);
-    let more: Vec<Vec<OsString>> = [sentinel, repro, lockstep].into_iter().flatten().collect();
+    let more: Vec<Vec<OsString>> = [code_cache, sentinel, repro, lockstep].into_iter().flatten().collect();
     words.into_iter().map(OsString::from).chain(stats.map(OsString::from)).chain(more.concat()).collect()
 }
 

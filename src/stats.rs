@@ -53,6 +53,8 @@ fn json(cache: &Cache) -> String {
             "blocks": c.blocks, "adopted": c.adopted, "instructions": c.insns, "guest_bytes": c.guest_bytes, "host_bytes": c.host_bytes,
             "nanoseconds": c.nanoseconds,
         },
+        "memory": { "bytes": c.memory, "guest_bytes": c.live_bytes },
+        "system_calls_inside": t.direct,
         "links": c.links, "landings": c.landings, "stale": c.stale, "flushes": c.flushes, "found": c.found,
         "entries": t.entries,
         "exits": {
@@ -76,9 +78,15 @@ fn text(cache: &Cache) -> String {
             c.nanoseconds as f64 / 1e6,
             each(c.nanoseconds, c.insns)
         ),
+        format!(
+            "  holds        {} bytes for code and what is known of it, {:.1} for one",
+            c.memory,
+            each(c.memory, c.live_bytes)
+        ),
         format!("  connected    {} jumps, {} targets of indirect branches", c.links, c.landings),
         format!("  looked up    {} blocks that were there", c.found),
         format!("  thrown away  {} blocks stale, {} times all", c.stale, c.flushes),
+        format!("  carried out  {} system calls without coming out", t.direct),
         format!("  went in      {} times; came out because of", t.entries),
         format!("    {:>10}  a block not yet linked", t.to_block),
         format!("    {:>10}  an indirect branch to a new target", t.misses),

@@ -37,6 +37,9 @@ bitflags::bitflags! {
     }
 }
 
+/// System calls that [`Vcpu::set_direct`] can speak of: those with smaller numbers.
+pub const DIRECT_CALLS: usize = 512;
+
 /// Why an engine returned. RIP is at the instruction unless said otherwise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -62,6 +65,12 @@ pub enum Exit {
     Kicked,
     /// The engine cannot do the instruction at RIP.
     Unsupported,
+    /// A system call that the engine has carried out as [`Vcpu::set_direct`] allows, with the result in RAX, was interrupted (EINTR) or
+    /// met memory that the kernel may not write (EFAULT). RIP is past it.
+    Made {
+        /// The call.
+        number: u32,
+    },
 }
 
 /// An engine: one virtual CPU. It can be asked as [`std::any::Any`] which one it is, for counters that only that one has.
@@ -93,6 +102,9 @@ pub trait Vcpu: std::any::Any {
     }
     /// What to stop at, from the next `run` on.
     fn set_intercepts(&mut self, intercepts: Intercepts);
+    /// Where `calls` is 0 for its number, the engine may carry out a system call as the host's with the guest's registers, instead of
+    /// stopping at it.
+    fn set_direct(&mut self, _calls: &'static [u8; DIRECT_CALLS]) {}
     /// The way to stop it.
     fn kicker(&self) -> Kicker;
     /// Calls `fork`, which forks the process and comes back twice, while it holds the locks that it shares with other engines: the

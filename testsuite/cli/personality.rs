@@ -6,8 +6,19 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-const PROGRAMS: &[&str] =
-    &["signals", "restart", "threads", "processes", "stacks", "storm", "notify", "mappings", "self", "rewriting"];
+const PROGRAMS: &[&str] = &[
+    "signals",
+    "restart",
+    "threads",
+    "processes",
+    "stacks",
+    "storm",
+    "notify",
+    "mappings",
+    "self",
+    "rewriting",
+    "direct",
+];
 
 /// Compiles a program; `None` without a compiler.
 fn compile(name: &str, dir: &Path) -> Option<PathBuf> {
@@ -48,7 +59,7 @@ fn available(engine: &str) -> Result<(), String> {
     }
 }
 
-fn on(engine: &str) {
+fn on(engine: &str, options: &[&str]) {
     // Only KVM may be missing.
     if engine == "kvm"
         && let Err(reason) = available(engine)
@@ -56,7 +67,7 @@ fn on(engine: &str) {
         println!("SKIPPED: the programs on {engine}: {reason}");
         return;
     }
-    let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("personality-{engine}"));
+    let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("personality-{engine}{}", options.concat()));
     std::fs::create_dir_all(&dir).expect("a directory for the programs");
     let mut failed = Vec::new();
     for name in PROGRAMS {
@@ -66,7 +77,7 @@ fn on(engine: &str) {
         };
         let native = run(&mut Command::new(&binary));
         let mut command = Command::new(env!("CARGO_BIN_EXE_bivisor"));
-        let ours = run(command.args(["run", "--backend", engine, "--"]).arg(&binary));
+        let ours = run(command.args(["run", "--backend", engine]).args(options).arg("--").arg(&binary));
         if ours.stdout != native.stdout || ours.status != native.status {
             let text = |o: &Output| String::from_utf8_lossy(&o.stdout).into_owned();
             let (a, b) = (text(&native), text(&ours));
@@ -85,21 +96,27 @@ fn on(engine: &str) {
         }
     }
     let _ = std::fs::remove_dir_all(&dir);
-    println!("{engine}: {} programs ran, {} differ from native", PROGRAMS.len(), failed.len());
+    println!("{engine} {options:?}: {} programs ran, {} differ from native", PROGRAMS.len(), failed.len());
     assert!(failed.is_empty(), "{}", failed.join("\n\n"));
 }
 
 #[test]
 fn interp() {
-    on("interp");
+    on("interp", &[]);
 }
 
 #[test]
 fn bt() {
-    on("bt");
+    on("bt", &[]);
+}
+
+/// All code is thrown away time and again, while threads are in it, or in system calls.
+#[test]
+fn bt_in_little_memory() {
+    on("bt", &["--no-cache", "--code-cache=128"]);
 }
 
 #[test]
 fn kvm() {
-    on("kvm");
+    on("kvm", &[]);
 }

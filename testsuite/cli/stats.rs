@@ -31,7 +31,9 @@ fn numbers_for_machines_and_for_people() {
     assert!(number("/translated/host_bytes") > number("/translated/guest_bytes"), "{all}");
     assert!(number("/translated/nanoseconds") > 0, "{all}");
     // execve's successor to exit_group: a dynamic program has at least a dozen system calls.
-    assert!(number("/exits/syscall") > 12, "{all}");
+    assert!(number("/exits/syscall") > 5 && number("/exits/syscall") + number("/system_calls_inside") > 12, "{all}");
+    assert!(number("/memory/bytes") > number("/translated/host_bytes"), "{all}");
+    assert!(number("/memory/guest_bytes") > 1000, "{all}");
     assert!(number("/entries") >= number("/exits/syscall") + number("/exits/unlinked"), "{all}");
 
     let output = bivisor(&["--backend", "bt", "--stats"], &["/bin/sh", "-c", "kill -9 $$; echo unreached"]);

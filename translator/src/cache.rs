@@ -180,7 +180,9 @@ impl Cache {
 
     /// Counters.
     pub fn stats(&self) -> CacheStats {
-        self.lock().stats
+        let store = self.lock();
+        let (memory, live_bytes) = store.memory();
+        CacheStats { memory, live_bytes, ..store.stats }
     }
 
     /// From now on, time is taken and what threads do is summed up.
@@ -297,16 +299,17 @@ impl Cache {
         let most = MAX_INSNS;
         let home = if let Via::Link(exit, _) = via { self.exits.home(exit) } else { Home::Slot };
         let mut store = self.lock();
+        let mut wanted = rip;
         loop {
             if let Some(found) = store.get(rip, home) {
                 store.stats.found += 1;
                 return Some(self.connect(&mut store, found, via));
             }
             if let Some(archive) = self.archive.get()
-                && !store.was_asked(rip)
+                && !store.was_asked(wanted)
             {
                 drop(store);
-                let page = rip & !(PAGE_SIZE - 1);
+                let page = wanted & !(PAGE_SIZE - 1);
                 let epoch = source.epoch();
                 let found = persist::adopt::ask(archive, source, page);
                 store = self.lock();
@@ -322,6 +325,11 @@ impl Cache {
                 return None;
             }
             store = self.lock();
+            // To be kept, it needs the sums of both its pages.
+            wanted = scratch.block.end().wrapping_sub(1);
+            if !store.was_asked(wanted) {
+                continue;
+            }
             if source.epoch() != epoch || store.get(rip, home).is_some() {
                 continue;
             }

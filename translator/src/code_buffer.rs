@@ -5,7 +5,8 @@
 #![allow(unsafe_code)]
 
 use bivisor_emulator::host::thread::{ENGINE_AREA_OFFSET, ENGINE_AREA_SIZE, ThreadBlock};
-use std::io::{Error, Result};
+use std::fs::File;
+use std::io::{Error, IoSlice, Result, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
@@ -26,6 +27,8 @@ pub struct CodeBuffer {
     used: usize,
     /// Rarely executed code lies from here on to the end, put downwards, so that it does not lie between what is executed often.
     cold: usize,
+    /// The memory, as long as nothing was written to the table.
+    fresh: Option<OwnedFd>,
     /// The host has given memory up to here, and from there on for the cold part.
     ready: usize,
     cold_ready: usize,
@@ -42,16 +45,24 @@ impl CodeBuffer {
     /// The host's, e.g. if it allows no executable mappings.
     pub fn new(size: usize) -> Result<CodeBuffer> {
         let size = size.next_multiple_of(4096).min(1 << 30);
-        // The descriptor is closed at the end: the guest never sees it.
+        // The descriptor is closed with the first filling of the table: the guest never sees it.
         let fd = memfd(TABLE_SIZE + size)?;
         // SAFETY: fresh mappings of our own file; failure of the second unmaps the first by `Drop`.
         unsafe {
             let rw = map(std::ptr::null_mut(), TABLE_SIZE + size, libc::PROT_READ | libc::PROT_WRITE, 0, &fd, 0)?;
-            let mut buffer =
-                CodeBuffer { rw, rx: std::ptr::null_mut(), size, used: 0, cold: size - 64, ready: 0, cold_ready: size };
-            buffer.populate(0..TABLE_SIZE);
+            let mut buffer = CodeBuffer {
+                rw,
+                rx: std::ptr::null_mut(),
+                size,
+                used: 0,
+                cold: size - 64,
+                fresh: None,
+                ready: 0,
+                cold_ready: size,
+            };
             let prot = libc::PROT_READ | libc::PROT_EXEC;
             buffer.rx = map(std::ptr::null_mut(), size, prot, 0, &fd, TABLE_SIZE)?;
+            buffer.fresh = Some(fd);
             Ok(buffer)
         }
     }
@@ -70,6 +81,11 @@ impl CodeBuffer {
     /// Bytes there are.
     pub fn size(&self) -> usize {
         self.size
+    }
+
+    /// Bytes of memory in use: table, code, rarely executed code.
+    pub fn memory(&self) -> usize {
+        TABLE_SIZE + self.used + self.size - self.cold
     }
 
     /// Bytes in use.
@@ -162,7 +178,15 @@ impl CodeBuffer {
     }
 
     /// Sets all branch targets.
-    pub fn fill_targets(&self, target: usize) {
+    pub fn fill_targets(&mut self, target: usize) {
+        // Written by the kernel, fresh memory costs half of what it does through the mapping, and only pages that are used are mapped.
+        if let Some(fd) = self.fresh.take() {
+            let page = (self.base() + target as u64).to_ne_bytes().repeat(512);
+            let pages = vec![IoSlice::new(&page); TABLE_SIZE / page.len()];
+            if File::from(fd).write_vectored(&pages).is_ok_and(|n| n == TABLE_SIZE) {
+                return;
+            }
+        }
         for i in 0..=u16::MAX {
             self.entry(i).store(self.base() + target as u64, Ordering::Relaxed);
         }

@@ -51,6 +51,14 @@ pub mod slot {
     pub const HI16_AT: usize = 34;
     /// What [`EXIT`] held when a signal found the guest.
     pub const PENDING: usize = 21;
+    /// The number of the last system call tried in the cache.
+    pub const NUMBER: usize = 22;
+    /// Address of a table by number: 0 if that system call can be carried out in the cache.
+    pub const DIRECT: usize = 23;
+    /// System calls carried out in the cache.
+    pub const CALLS: usize = 24;
+    /// RIP after a system call carried out in the cache that ended with EINTR or EFAULT and was the last thing done; else 0.
+    pub const MADE: usize = 25;
     /// System mode: not 0 if somebody wants the code to be left.
     pub const LOOK: usize = 40;
 }

@@ -59,6 +59,9 @@ impl Default for Exits {
 }
 
 impl Exits {
+    /// Bytes that an exit takes.
+    pub const EACH: usize = size_of::<Record>();
+
     fn record(&self, id: u32) -> &Record {
         let id = id as usize;
         let chunks = self.chunks[id / CHUNK / CHUNKS].get_or_init(lazy);

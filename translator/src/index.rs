@@ -26,6 +26,11 @@ impl Index {
         Index { slots: vec![[0, EMPTY]; slots], used: 0, filter: vec![0; slots / 8] }
     }
 
+    /// Bytes it takes.
+    pub fn memory(&self) -> usize {
+        size_of_val(&*self.slots) + size_of_val(&*self.filter)
+    }
+
     fn filter_bit(&self, rip: u64) -> (usize, u64) {
         let x = rip.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
         ((x >> 6) as usize & (self.filter.len() - 1), 1 << (x & 63))

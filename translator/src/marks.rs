@@ -17,6 +17,8 @@ pub enum What {
     Undo(u16, Gpr),
     /// As [`What::At`]; a fault here says that the target of the branch is no code that can be read.
     Probe(u16),
+    /// The instruction that ends at this distance, SYSCALL, is done; what it says of RCX is still to be done.
+    Called(u16),
     /// RCX is in [`slot::TMP`], the block has not begun; a fault here says that its code cannot be read.
     Compare,
     /// RIP is in [`slot::TARGET`].
@@ -59,6 +61,8 @@ pub trait Registers {
     fn set_gpr(&mut self, r: Gpr, v: u64);
     /// A slot of the thread block.
     fn slot(&self, i: usize) -> u64;
+    /// Told if the thread has just come back from a system call, with RIP after it.
+    fn called(&mut self, _next_rip: u64) {}
 }
 
 /// Does the instruction `at` bytes into a piece of code only look at guest code, or whether the target of a branch can be read?
@@ -94,6 +98,12 @@ pub fn recover(
         What::Undo(d, r) => {
             regs.set_gpr(r, regs.slot(slot::TMP));
             start.wrapping_add(u64::from(d))
+        }
+        What::Called(d) => {
+            let next = start.wrapping_add(u64::from(d));
+            regs.set_gpr(Gpr::Rcx, next);
+            regs.called(next);
+            next
         }
         What::Compare => {
             regs.set_gpr(Gpr::Rcx, regs.slot(slot::TMP));

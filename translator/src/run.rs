@@ -19,11 +19,13 @@ use bivisor_emulator::interp::deliver::Event;
 use bivisor_emulator::interp::{Core, Env};
 use bivisor_emulator::isa::{Gpr, Seg};
 use bivisor_emulator::mem::GuestMemory;
-use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Kicker, Vcpu};
+use bivisor_emulator::vcpu::{Board, DIRECT_CALLS, Exit, Intercepts, Kicker, Vcpu};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 const LOOKASIDE: usize = 1024;
+/// No system call is made in the cache.
+static NONE_DIRECT: [u8; DIRECT_CALLS] = [1; DIRECT_CALLS];
 
 /// The engine.
 pub struct Translator {
@@ -44,6 +46,8 @@ pub struct Translator {
     pub(crate) scratch: Scratch,
     pub(crate) stats: Stats,
     pub(crate) system: Option<Box<System>>,
+    /// See [`Vcpu::set_direct`].
+    direct: Option<&'static [u8; DIRECT_CALLS]>,
     /// Instructions of runs with a budget on the memory of a machine.
     pub(crate) counted: Option<u64>,
 }
@@ -76,6 +80,7 @@ impl Translator {
             scratch: Scratch::default(),
             stats: Stats::default(),
             system: None,
+            direct: None,
             counted: None,
         }
     }
@@ -157,6 +162,7 @@ impl Translator {
         self.kicker.entered(tid);
         block.scratch[slot::CPU].set(&raw mut *self.cpu as u64);
         block.scratch[slot::KICK].set(self.kicker.flag_address() as u64);
+        block.scratch[slot::DIRECT].set(NONE_DIRECT.as_ptr() as u64);
         block.engine_hook.set(Some(fault::hook));
         let (start, end) = self.cache.range();
         block.scratch[slot::CACHE_START].set(start);
@@ -170,6 +176,7 @@ impl Translator {
         block.scratch[slot::CACHE_START].set(0);
         block.scratch[slot::CACHE_END].set(0);
         self.kicker.left();
+        self.stats.direct += block.scratch[slot::CALLS].take();
         if self.cache.counts() {
             *self.member.stats.lock().expect("no panic under the lock") = self.stats;
         }
@@ -288,6 +295,9 @@ impl Translator {
                 let mut regs = Mend { cpu: &mut self.cpu, block };
                 let (rip, probe) = self.cache.recover(pc, &mut regs);
                 self.cpu.rip = rip;
+                if let Some(made) = self.made(block) {
+                    return Some(made);
+                }
                 let trap = block.scratch[slot::TRAP].get();
                 if trap == NO_TRAP {
                     self.stats.signals += 1;
@@ -321,7 +331,7 @@ impl Translator {
                     }
                     Leave::Syscall(rip, len) => {
                         self.cpu.rip = rip;
-                        Some(Act::Syscall(len))
+                        self.made(block).or(Some(Act::Syscall(len)))
                     }
                     Leave::Changed(rip) => {
                         self.stats.changes += 1;
@@ -335,10 +345,20 @@ impl Translator {
         }
     }
 
+    /// Was the last thing done a system call that somebody must look at?
+    fn made(&mut self, block: &ThreadBlock) -> Option<Act> {
+        let next_rip = block.scratch[slot::MADE].take();
+        (next_rip != 0).then(|| {
+            self.cpu.rip = next_rip;
+            Act::Made(block.scratch[slot::NUMBER].get() as u32)
+        })
+    }
+
     /// `Some`: `run` returns.
     pub(crate) fn act(&mut self, board: Board<'_>, act: Act) -> Option<Exit> {
         let exit = match act {
             Act::Again => Exit::Budget,
+            Act::Made(number) => Exit::Made { number },
             Act::Syscall(len) if self.core.intercepts.contains(Intercepts::SYSCALL) => {
                 self.stats.syscalls += 1;
                 let next_rip = self.cpu.rip.wrapping_add(u64::from(len));
@@ -413,6 +433,8 @@ fn is_canonical(address: u64) -> bool {
 pub(crate) enum Act {
     /// Look whether somebody wants us to stop.
     Again,
+    /// A system call has been made, of this number.
+    Made(u32),
     Syscall(u8),
     Step,
     Trap {
@@ -437,6 +459,12 @@ impl Registers for Mend<'_> {
     fn slot(&self, i: usize) -> u64 {
         self.block.scratch[i].get()
     }
+    fn called(&mut self, next_rip: u64) {
+        let result = self.cpu.gpr[Gpr::Rax as usize] as i64;
+        if [libc::EINTR, libc::EFAULT].map(|errno| -i64::from(errno)).contains(&result) {
+            self.block.scratch[slot::MADE].set(next_rip);
+        }
+    }
 }
 
 impl Vcpu for Translator {
@@ -444,7 +472,12 @@ impl Vcpu for Translator {
         if let Some(ram) = board.mem.ram() {
             self.run_system(board, ram, budget)
         } else if budget == u64::MAX {
-            self.run_flat(board, |t, block| t.dispatch(board, block, u64::MAX))
+            self.run_flat(board, |t, block| {
+                if let Some(calls) = t.direct {
+                    block.scratch[slot::DIRECT].set(calls.as_ptr() as u64);
+                }
+                t.dispatch(board, block, u64::MAX)
+            })
         } else if budget == 1 {
             self.run_flat(board, |t, block| t.single(board, block))
         } else {
@@ -490,6 +523,10 @@ impl Vcpu for Translator {
             self.cache = cache;
             self.cache_id = 0;
         }
+    }
+
+    fn set_direct(&mut self, calls: &'static [u8; DIRECT_CALLS]) {
+        self.direct = Some(calls);
     }
 
     fn kicker(&self) -> Kicker {

@@ -23,6 +23,10 @@ pub struct CacheStats {
     pub flushes: u64,
     /// Blocks that were there when they were looked for from outside the code.
     pub found: u64,
+    /// Bytes of memory in use: code, metadata, and the table of branch targets ([`Store::memory`](crate::store::Store::memory)).
+    pub memory: u64,
+    /// Guest bytes of the code that is there.
+    pub live_bytes: u64,
     /// Nanoseconds spent translating, if [`crate::Cache::count`] was called.
     pub nanoseconds: u64,
 }
@@ -38,8 +42,10 @@ pub struct Stats {
     pub misses: u64,
     /// Single steps of the interpreter.
     pub steps: u64,
-    /// SYSCALLs.
+    /// SYSCALLs it was left for.
     pub syscalls: u64,
+    /// SYSCALLs carried out in it.
+    pub direct: u64,
     /// Host exceptions in translated code.
     pub faults: u64,
     /// Writes to watched pages.
@@ -55,13 +61,25 @@ pub struct Stats {
 impl Stats {
     /// Adds another virtual CPU's.
     pub fn add(&mut self, other: &Stats) {
-        let Stats { entries, to_block, misses, steps, syscalls, faults, code_writes, changes, tlb_misses, signals } =
-            other;
+        let Stats {
+            entries,
+            to_block,
+            misses,
+            steps,
+            syscalls,
+            direct,
+            faults,
+            code_writes,
+            changes,
+            tlb_misses,
+            signals,
+        } = other;
         self.entries += entries;
         self.to_block += to_block;
         self.misses += misses;
         self.steps += steps;
         self.syscalls += syscalls;
+        self.direct += direct;
         self.faults += faults;
         self.code_writes += code_writes;
         self.changes += changes;

@@ -141,6 +141,21 @@ impl Store {
         store
     }
 
+    /// Bytes of host memory in use for what is there, and guest bytes it was made from. Code in the middle of being thrown away counts
+    /// until that has been done.
+    pub fn memory(&self) -> (u64, u64) {
+        fn bytes<T>(all: &[T]) -> usize {
+            size_of_val(all)
+        }
+        let maps = self.by_page.len() * size_of::<(u64, u32)>() + self.landings.len() * size_of::<(u16, u32)>();
+        let pages = self.pages.as_ref().map_or(0, |p| p.len() * size_of::<(u64, crate::persist::adopt::Page)>());
+        let compared: usize = self.compared.values().map(|(then, changed)| then.len() + changed.len()).sum();
+        let metadata = bytes(&self.blocks) + bytes(&self.marks) + bytes(&self.relocations) + self.index.memory();
+        let exits = self.exits_used as usize * Exits::EACH;
+        let total = self.buffer.memory() + metadata + exits + maps + pages + compared;
+        (total as u64, self.blocks.iter().map(|b| u64::from(b.len)).sum())
+    }
+
     fn push(&mut self, (start, home): (u64, Home), at: usize, size: usize, body: u32, len: u16, marks: &[Mark]) -> u32 {
         self.blocks.push(Block {
             start,

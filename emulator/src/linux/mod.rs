@@ -183,6 +183,9 @@ impl Task {
     pub fn new(process: Arc<Process>) -> Result<Task, String> {
         let mut vcpu = (process.factory)()?;
         vcpu.set_intercepts(INTERCEPTS);
+        if !process.options.strace {
+            vcpu.set_direct(table::direct());
+        }
         let signals = signal::TaskSignals::new(vcpu.kicker());
         Ok(Task { process, vcpu, tid: host::gettid(), signals, clear_child_tid: 0, exec: exec::Arguments::default() })
     }

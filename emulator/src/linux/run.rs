@@ -38,6 +38,7 @@ fn act(task: &mut Task, exit: Exit) -> Flow {
             state.rip = state.rip.wrapping_sub(1);
             signal::raise_fault(task, Fault::Gp(0))
         }
+        Exit::Made { number } => syscall::made(task, number),
         Exit::Kicked | Exit::Budget => Flow::Continue,
         Exit::Unsupported => signal::raise_fault(task, Fault::Ud),
         Exit::Shutdown => signal::raise_fault(task, Fault::Df),

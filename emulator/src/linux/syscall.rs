@@ -32,6 +32,7 @@ pub type Handler = fn(&mut Task, Args) -> Outcome;
 /// When the handler runs, RIP is past the instruction and RCX and R11 are as the kernel leaves them; RAX still holds the number.
 pub fn dispatch(task: &mut Task, next_rip: u64) -> Flow {
     let state = task.vcpu.integer_state();
+    let [rcx, r11] = [Gpr::Rcx, Gpr::R11].map(|r| state.gpr[r as usize]);
     // SYSCALL: RCX = RIP of the next instruction, R11 = RFLAGS (SDM 2B SYSCALL).
     state.rip = next_rip;
     state.gpr[Gpr::Rcx as usize] = next_rip;
@@ -48,12 +49,32 @@ pub fn dispatch(task: &mut Task, next_rip: u64) -> Flow {
             if let Some(row) = traced {
                 strace::returned(task, row, &args, result);
             }
-            task.vcpu.integer_state().gpr[Gpr::Rax as usize] = result as u64;
+            let state = task.vcpu.integer_state();
+            state.gpr[Gpr::Rax as usize] = result as u64;
+            if result == signal::RESTART {
+                // The handler comes before the instruction.
+                (state.gpr[Gpr::Rcx as usize], state.gpr[Gpr::R11 as usize]) = (rcx, r11);
+            }
             signal::after_syscall(task, number, result)
         }
         Outcome::Resume => Flow::Continue,
         Outcome::Exit(status) => Flow::Exit(status),
     }
+}
+
+/// What is to be said of a system call that the engine has made, see [`Exit::Made`](crate::vcpu::Exit::Made): as [`pass`] does.
+pub fn made(task: &mut Task, number: u32) -> Flow {
+    let state = task.vcpu.integer_state();
+    let (result, next_rip) = (state.gpr[Gpr::Rax as usize] as i64, state.rip);
+    let again = match result == err(libc::EFAULT) {
+        true => task.process.mem().flat().is_some_and(|space| space.expect_write(0..u64::MAX)),
+        false => !task.signals.inbox.any() && task.signals.inbox.take_disturbed(),
+    };
+    if !again {
+        return signal::after_syscall(task, u64::from(number), result);
+    }
+    task.vcpu.integer_state().gpr[Gpr::Rax as usize] = u64::from(number);
+    dispatch(task, next_rip)
 }
 
 fn call(task: &mut Task, number: u64, args: Args) -> Outcome {

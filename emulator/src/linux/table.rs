@@ -9,7 +9,9 @@
 
 use crate::linux::syscall::Handler;
 use crate::linux::{clone, exec, file, misc, mm, sigcalls, thread};
+use crate::vcpu::DIRECT_CALLS;
 use libc::{EINVAL, ENOSYS, EPERM};
+use std::sync::OnceLock;
 
 /// Which way a system call goes.
 #[derive(Clone, Copy)]
@@ -41,6 +43,14 @@ pub fn row(number: u32) -> Option<&'static Row> {
     // The numbers have one hole, 337 to 423; after it they are 87 less their index.
     let index = if number >= 424 { number - 87 } else { number };
     ROWS.get(index as usize).filter(|r| r.number == number)
+}
+
+/// 0 for the numbers of the calls that are passed through.
+pub fn direct() -> &'static [u8; DIRECT_CALLS] {
+    static TABLE: OnceLock<[u8; DIRECT_CALLS]> = OnceLock::new();
+    TABLE.get_or_init(|| {
+        std::array::from_fn(|n| !row(n as u32).is_some_and(|r| matches!(r.status, Status::PassedThrough)) as u8)
+    })
 }
 
 /// Passed through.

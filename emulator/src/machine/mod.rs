@@ -401,7 +401,8 @@ fn ended(exit: Exit) -> Option<End> {
     match exit {
         Exit::Shutdown => Some(End::Shutdown),
         Exit::Unsupported | Exit::Exception(_) | Exit::Intercept { .. } => Some(End::Unsupported),
-        Exit::Halt | Exit::Budget | Exit::Kicked => None,
+        // Only processes have their calls made by the engine.
+        Exit::Halt | Exit::Budget | Exit::Kicked | Exit::Made { .. } => None,
     }
 }
 

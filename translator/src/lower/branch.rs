@@ -214,14 +214,14 @@ fn loop_is_fast() -> bool {
     })
 }
 
-/// Has the host RORX, which moves bits without touching flags?
-fn has_rorx() -> bool {
+/// Has the host RORX and SHRX, which move bits without touching flags?
+pub(super) fn has_bmi2() -> bool {
     std::is_x86_feature_detected!("bmi2")
 }
 
 /// Emits the landing of the block at `guest`, which must follow it. `next` is where a branch goes that was not meant.
 pub fn emit_landing(e: &mut Emitter, marks: &mut Vec<Mark>, guest: u64, next: u64) -> Landing {
-    landing(e, marks, guest, next, loop_is_fast(), has_rorx())
+    landing(e, marks, guest, next, loop_is_fast(), has_bmi2())
 }
 
 /// With LOOP, which jumps unless RCX was 1, the way to the block is straight. A taken jump there, as with JRCXZ, would fill the history

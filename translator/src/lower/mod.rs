@@ -10,6 +10,7 @@ mod compare;
 mod copy;
 pub mod memory;
 mod relocate;
+mod syscall;
 
 use crate::block::{GuestBlock, Item};
 use crate::emit::{Emitter, gs, slot};
@@ -398,7 +399,7 @@ fn attempt_lower(
             Route::JumpIndirect | Route::CallIndirect => branch::indirect(&mut l, item),
             Route::Return => branch::ret(&mut l, item),
             Route::Syscall => {
-                l.leave(Leave::Syscall(block.rip(item), item.len));
+                syscall::syscall(&mut l, item);
                 false
             }
             Route::Step => {

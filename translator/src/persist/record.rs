@@ -90,6 +90,7 @@ fn what_out(what: What) -> (u8, u8, u16) {
         What::Exit(n) => (10, 0, n as u16),
         What::Exiting => (11, 0, 0),
         What::Compare => (12, 0, 0),
+        What::Called(d) => (13, 0, d),
     }
 }
 
@@ -102,6 +103,7 @@ fn what_in(tag: u8, r: u8, d: u16) -> Option<What> {
         7 => What::Target,
         8 => What::Comparing,
         10 => What::Exit(u32::from(d)),
+        13 => What::Called(d),
         _ => return None,
     })
 }
