@@ -1,5 +1,8 @@
 //! Memory for translated code: one memfd mapped twice, once to write and once to execute, so that nothing is ever both.
 //!
+//! The code lies in the host's huge pages where it gives them: a compiler's code, translated, is thousands of small ones, more than a
+//! CPU has TLB entries for.
+//!
 //! In front of the code lies the table of branch targets: one code address for each value of the low 16 bits of a guest address.
 //! Every thread maps it read-only behind its thread block, so that generated code reaches it through GS.
 #![allow(unsafe_code)]
@@ -13,6 +16,10 @@ use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 /// Entries of the table of branch targets.
 pub const TABLE_ENTRIES: usize = 1 << 16;
 const TABLE_SIZE: usize = TABLE_ENTRIES * 8;
+/// Where the code begins in the memory, which is where a huge page may begin.
+const CODE_AT: usize = HUGE;
+/// A huge page.
+const HUGE: usize = 2 << 20;
 /// Memory is asked for in pieces of this size.
 const PIECE: usize = 64 << 10;
 const _: () = assert!(TABLE_SIZE == ENGINE_AREA_SIZE);
@@ -32,6 +39,8 @@ pub struct CodeBuffer {
     /// The host has given memory up to here, and from there on for the cold part.
     ready: usize,
     cold_ready: usize,
+    /// The host was asked to make one of so many of the first huge pages.
+    huge: usize,
 }
 
 // SAFETY: the views are plain memory owned by this value; all writes to code that other threads may execute are single aligned-enough
@@ -46,10 +55,11 @@ impl CodeBuffer {
     pub fn new(size: usize) -> Result<CodeBuffer> {
         let size = size.next_multiple_of(4096).min(1 << 30);
         // The descriptor is closed with the first filling of the table: the guest never sees it.
-        let fd = memfd(TABLE_SIZE + size)?;
-        // SAFETY: fresh mappings of our own file; failure of the second unmaps the first by `Drop`.
+        let fd = memfd(CODE_AT + size)?;
+        // SAFETY: fresh mappings of our own file over addresses reserved for them; failure of the second unmaps the first by `Drop`.
         unsafe {
-            let rw = map(std::ptr::null_mut(), TABLE_SIZE + size, libc::PROT_READ | libc::PROT_WRITE, 0, &fd, 0)?;
+            let rw = reserve(CODE_AT + size)?;
+            map(rw, CODE_AT + size, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_FIXED, &fd, 0)?;
             let mut buffer = CodeBuffer {
                 rw,
                 rx: std::ptr::null_mut(),
@@ -59,9 +69,11 @@ impl CodeBuffer {
                 fresh: None,
                 ready: 0,
                 cold_ready: size,
+                huge: 0,
             };
             let prot = libc::PROT_READ | libc::PROT_EXEC;
-            buffer.rx = map(std::ptr::null_mut(), size, prot, 0, &fd, TABLE_SIZE)?;
+            let rx = reserve(size)?;
+            buffer.rx = map(rx, size, prot, libc::MAP_FIXED, &fd, CODE_AT)?;
             buffer.fresh = Some(fd);
             Ok(buffer)
         }
@@ -116,12 +128,12 @@ impl CodeBuffer {
         if at < self.cold_ready {
             let start = (at / PIECE * PIECE).max(self.ready);
             if start < self.cold_ready {
-                self.populate(TABLE_SIZE + start..TABLE_SIZE + self.cold_ready);
+                self.populate(CODE_AT + start..CODE_AT + self.cold_ready);
             }
             self.cold_ready = start;
         }
         // SAFETY: in range of the writable view; nobody executes there yet.
-        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.rw.add(TABLE_SIZE + at), code.len()) };
+        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.rw.add(CODE_AT + at), code.len()) };
         self.cold = at;
     }
 
@@ -131,12 +143,18 @@ impl CodeBuffer {
         assert!(at + code.len() <= self.cold, "the code buffer is full");
         if at + code.len() > self.ready {
             let end = (at + code.len()).next_multiple_of(PIECE).min(self.size);
-            self.populate(TABLE_SIZE + self.ready..TABLE_SIZE + end);
+            self.populate(CODE_AT + self.ready..CODE_AT + end);
             self.ready = end;
         }
         // SAFETY: in range of the writable view; nobody executes beyond `used`.
-        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.rw.add(TABLE_SIZE + at), code.len()) };
+        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.rw.add(CODE_AT + at), code.len()) };
         self.used = at + code.len();
+        if self.used / HUGE > self.huge {
+            // It need not succeed: there may be none, or a kernel before 6.1.
+            // SAFETY: our own mapping; the content does not change.
+            unsafe { libc::madvise(self.rx.add(self.huge * HUGE).cast(), HUGE, libc::MADV_COLLAPSE) };
+            self.huge += 1;
+        }
         at
     }
 
@@ -153,7 +171,7 @@ impl CodeBuffer {
         // SAFETY: in range; x86 executes either the old or the new displacement, both lead to live code: the field lies in one cache
         // line, where one store instruction is atomic.
         unsafe {
-            let field = self.rw.add(TABLE_SIZE + at);
+            let field = self.rw.add(CODE_AT + at);
             std::arch::asm!("mov dword ptr [{}], {:e}", in(reg) field, in(reg) displacement, options(nostack, preserves_flags));
         }
     }
@@ -164,7 +182,7 @@ impl CodeBuffer {
         let displacement =
             i8::try_from(target as i64 - (at as i64 + 1)).expect("a short jump reaches its block and its stub");
         // SAFETY: in range; a byte is written at once.
-        unsafe { self.rw.add(TABLE_SIZE + at).cast::<i8>().write_volatile(displacement) };
+        unsafe { self.rw.add(CODE_AT + at).cast::<i8>().write_volatile(displacement) };
     }
 
     fn entry(&self, index: u16) -> &AtomicU64 {
@@ -194,7 +212,7 @@ impl CodeBuffer {
 
     fn generation_cell(&self) -> &AtomicU64 {
         // SAFETY: the last eight bytes are never code: see `fits`.
-        unsafe { &*self.rw.add(TABLE_SIZE + self.size - 8).cast::<AtomicU64>() }
+        unsafe { &*self.rw.add(CODE_AT + self.size - 8).cast::<AtomicU64>() }
     }
 
     /// A number kept in the memory itself: a forked child sees there what the parent has set since.
@@ -230,9 +248,9 @@ impl CodeBuffer {
     /// # Errors
     /// The host's.
     pub fn after_fork(&mut self) -> Result<()> {
-        let fd = memfd(TABLE_SIZE + self.size)?;
-        let used = TABLE_SIZE + self.used;
-        for (from, to) in [(0, used), (TABLE_SIZE + self.cold, TABLE_SIZE + self.size)] {
+        let fd = memfd(CODE_AT + self.size)?;
+        let code = |from, to| (CODE_AT + from, CODE_AT + to);
+        for (from, to) in [(0, TABLE_SIZE), code(0, self.used), code(self.cold, self.size)] {
             // SAFETY: reads our own mapping; the file is new.
             let written =
                 unsafe { libc::pwrite(fd.as_raw_fd(), self.rw.add(from).cast(), to - from, from as libc::off_t) };
@@ -246,8 +264,8 @@ impl CodeBuffer {
         let rx = libc::PROT_READ | libc::PROT_EXEC;
         // SAFETY: replaces our own mappings, while no thread but this one exists.
         unsafe {
-            map(self.rw, TABLE_SIZE + self.size, rw, libc::MAP_FIXED, &fd, 0)?;
-            map(self.rx, self.size, rx, libc::MAP_FIXED, &fd, TABLE_SIZE)?;
+            map(self.rw, CODE_AT + self.size, rw, libc::MAP_FIXED, &fd, 0)?;
+            map(self.rx, self.size, rx, libc::MAP_FIXED, &fd, CODE_AT)?;
         }
         self.set_generation(generation);
         Ok(())
@@ -265,7 +283,7 @@ impl Drop for CodeBuffer {
     fn drop(&mut self) {
         // SAFETY: our own mappings; no thread is inside when the last owner goes.
         unsafe {
-            libc::munmap(self.rw.cast(), TABLE_SIZE + self.size);
+            libc::munmap(self.rw.cast(), CODE_AT + self.size);
             if !self.rx.is_null() {
                 libc::munmap(self.rx.cast(), self.size);
             }
@@ -287,6 +305,25 @@ fn memfd(size: usize) -> Result<OwnedFd> {
         return Err(Error::last_os_error());
     }
     Ok(fd)
+}
+
+/// Addresses for `len` bytes, where a huge page may begin.
+fn reserve(len: usize) -> Result<*mut u8> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a fresh mapping, of which the ends are given back.
+    unsafe {
+        let p = libc::mmap(std::ptr::null_mut(), len + HUGE, libc::PROT_NONE, flags, -1, 0);
+        if p == libc::MAP_FAILED {
+            return Err(Error::last_os_error());
+        }
+        let before = (p as usize).wrapping_neg() % HUGE;
+        let start = p.cast::<u8>().add(before);
+        if before > 0 {
+            libc::munmap(p, before);
+        }
+        libc::munmap(start.add(len).cast(), HUGE - before);
+        Ok(start)
+    }
 }
 
 /// # Safety
