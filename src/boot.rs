@@ -89,7 +89,7 @@ pub struct BootArgs {
     /// The kernel's command line.
     #[arg(long, value_name = "TEXT", default_value = "", allow_hyphen_values = true)]
     append: String,
-    /// RAM in MiB, or with a unit: 512, 512M, 2G.
+    /// RAM in MiB, or with a unit: 512, 512M, 2G; up to 64G. What does not fit below 3 GiB is from 4 GiB on.
     #[arg(short, long, value_name = "SIZE", default_value = "512", value_parser = memory)]
     memory: u64,
     /// Processors: 1.

@@ -1,4 +1,4 @@
-//! A machine's processor on KVM: guest-physical memory is one slot, ports and addresses without memory are the bus's.
+//! A machine's processor on KVM: guest-physical memory is a slot, or two with a hole between them, ports and addresses without memory are the bus's.
 //!
 //! Told to stop at exceptions or INT n, the hardware gets an interrupt table of length zero: any event then ends in a triple fault
 //! with the state as it was before, and one step of the interpreter says exactly which it was. Small budgets, and intercepts that
@@ -33,9 +33,10 @@ const DR6_BS: u64 = 1 << 14;
 pub(crate) struct Machine {
     vm: Vm,
     fd: VcpuFd,
-    /// Host address and size of the RAM behind slot 0.
+    /// Host address and size of the RAM.
     ram: (u64, u64),
-    slot: u32,
+    /// Its parts: slot, address, length.
+    slots: Vec<(u32, u64, u64)>,
     /// KVM notes which pages are written.
     logs: bool,
     extended: Extended,
@@ -60,19 +61,20 @@ impl Machine {
         let make = || -> io::Result<Machine> {
             let mut vm = Vm::new()?;
             let place = (ram.host_base() as u64, ram.size());
-            if ram.size() <= TSS_ADDRESS {
+            if ram.low() <= TSS_ADDRESS {
                 // Three pages that VT-x without "unrestricted guest" needs for real mode.
                 let _ = vm.fd().set_tss_address(TSS_ADDRESS as usize);
             }
             let logs = ram.is_watched();
-            let slot = vm.map(0, place.0, place.1, logs)?;
+            let slots = ram.parts().map(|(at, len)| Ok((vm.map(at, place.0 + at, len, logs)?, at, len)));
+            let slots = slots.collect::<io::Result<_>>()?;
             let fd = vm.vcpu(0)?;
             fd.set_cpuid2(&cpuid).map_err(host_error)?;
             Ok(Machine {
                 vm,
                 fd,
                 ram: place,
-                slot,
+                slots,
                 logs,
                 extended: Extended::Unknown,
                 held: None,
@@ -195,12 +197,14 @@ impl Machine {
         if !self.logs {
             return Ok(());
         }
-        let bitmap = self.vm.fd().get_dirty_log(self.slot, self.ram.1 as usize).map_err(host_error)?;
-        for (i, word) in bitmap.iter().enumerate() {
-            let mut word = *word;
-            while word != 0 {
-                ram.wrote((i as u64 * 64 + u64::from(word.trailing_zeros())) * PAGE_SIZE);
-                word &= word - 1;
+        for &(slot, at, len) in &self.slots {
+            let bitmap = self.vm.fd().get_dirty_log(slot, len as usize).map_err(host_error)?;
+            for (i, word) in bitmap.iter().enumerate() {
+                let mut word = *word;
+                while word != 0 {
+                    ram.wrote(at + (i as u64 * 64 + u64::from(word.trailing_zeros())) * PAGE_SIZE);
+                    word &= word - 1;
+                }
             }
         }
         Ok(())
@@ -315,7 +319,9 @@ impl KvmVcpu {
             && ram.is_watched() != m.logs
         {
             m.logs = ram.is_watched();
-            m.vm.set_slot(m.slot, 0, place.0, place.1, m.logs).map_err(|e| format!("KVM: {e}"))?;
+            for &(slot, at, len) in &m.slots {
+                m.vm.set_slot(slot, at, place.0 + at, len, m.logs).map_err(|e| format!("KVM: {e}"))?;
+            }
         }
         Ok(())
     }

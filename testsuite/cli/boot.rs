@@ -211,7 +211,7 @@ fn bad_input_is_said_in_a_line() {
     fails(&["--kernel", &kernel, "--initrd", "/"], 1, &["--initrd", "directory"]);
     let large = file("large", &vec![0; 17 << 20]);
     fails(&["--kernel", &kernel, "--initrd", &large, "--memory", "16"], 1, &["does not fit", "16 MiB"]);
-    fails(&["--kernel", &kernel, "--memory", "5000"], 1, &["memory", "3072 MiB"]);
+    fails(&["--kernel", &kernel, "--memory", "100G"], 1, &["memory", "65536 MiB"]);
     fails(&["--kernel", &kernel, "--smp", "2"], 1, &["--smp 2"]);
     fails(&["--kernel", &kernel, "--display", "text", "--serial", "stdio"], 1, &["both want the terminal"]);
     let drive = |words: &str, expected: &[&str]| fails(&["--kernel", &kernel, "--drive", words], 1, expected);

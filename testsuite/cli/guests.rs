@@ -30,7 +30,8 @@ const SCRIPT: &[&str] =
 
 /// A session at busybox's shell.
 const SHELL: &[(&str, &str)] = &[
-    ("# ", "ls -l /init /bin/busybox | wc -l; echo listed $((6*7))"),
+    ("# ", "awk '/MemTotal/ {print \"GiB:\", int($2 / 1048576)}' /proc/meminfo"),
+    ("GiB: 5", "ls -l /init /bin/busybox | wc -l; echo listed $((6*7))"),
     ("listed 42", "umount /proc; mount -t proc none /proc; grep -c ^processor /proc/cpuinfo; echo mounted $((6*7))"),
     (
         "1\r\nmounted 42",
@@ -81,7 +82,16 @@ const GUESTS: &[Guest] = &[
     Guest {
         name: "Debian's amd64 kernel, a shell",
         needs: &["vmlinuz-amd64", "initramfs.gz"],
-        args: &["--kernel", "@/vmlinuz-amd64", "--initrd", "@/initramfs.gz", "--append", "console=ttyS0 quiet shell"],
+        args: &[
+            "--kernel",
+            "@/vmlinuz-amd64",
+            "--initrd",
+            "@/initramfs.gz",
+            "--memory",
+            "6G",
+            "--append",
+            "console=ttyS0 quiet shell",
+        ],
         types: SHELL,
         prints: &["reboot: Power down"],
         status: Some(0),

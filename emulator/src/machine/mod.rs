@@ -36,6 +36,9 @@ const SHORTEST: Ns = 20_000;
 const QUANTUM: u64 = 20_000;
 const INSTRUCTION: Ns = 1;
 
+/// The most RAM: a table of 1/1024 of it is the host's cost.
+const MOST_MEMORY: u64 = 64 << 30;
+
 /// The most virtio devices.
 const MOST_VIRTIO: usize = 24;
 
@@ -60,7 +63,7 @@ pub enum End {
 
 /// What a machine is made of.
 pub struct Config {
-    /// Bytes of RAM, at most [`RAM_END`].
+    /// Bytes of RAM; what does not fit below [`RAM_END`] is from 4 GiB on.
     pub memory: u64,
     /// Seconds since 1970 that the clock shows at the start.
     pub epoch: i64,
@@ -172,10 +175,14 @@ impl Machine {
     /// # Errors
     /// A sentence: the host has no memory for it, or it is too much.
     pub fn new(vcpu: Box<dyn Vcpu + Send>, config: Config) -> Result<Machine, String> {
-        if config.memory > RAM_END || config.memory < 1 << 20 {
-            return Err(format!("a machine has 1 to {} MiB of memory", RAM_END >> 20));
+        if config.memory > MOST_MEMORY || config.memory < 1 << 20 {
+            return Err(format!("a machine has 1 to {} MiB of memory", MOST_MEMORY >> 20));
         }
-        let ram = Ram::new(config.memory).map_err(|e| format!("no memory for the guest: {e}"))?;
+        let ram = match config.memory.checked_sub(RAM_END) {
+            Some(above @ 1..) => Ram::with_hole(RAM_END, above),
+            _ => Ram::new(config.memory),
+        };
+        let ram = ram.map_err(|e| format!("no memory for the guest: {e}"))?;
         let clock = if config.counted_time { Clock::counted() } else { Clock::host() };
         let mut chips = Chips::new(config.epoch, config.serial);
         chips.debugcon = config.debugcon;
@@ -450,5 +457,10 @@ fn tell_memory(chips: &mut Chips, memory: u64) {
     let extended = (memory >> 10).saturating_sub(1024).min(0xffff);
     word(0x17, extended);
     word(0x30, extended);
-    word(0x34, (memory.saturating_sub(16 << 20) >> 16).min(0xffff));
+    let low = memory.min(RAM_END);
+    word(0x34, low.saturating_sub(16 << 20) >> 16);
+    // Above 4 GiB, in units of 64 KiB: three bytes (QEMU, SeaBIOS).
+    let above = (memory - low) >> 16;
+    word(0x5b, above);
+    chips.cmos.set(0x5d, (above >> 16) as u8);
 }

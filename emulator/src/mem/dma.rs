@@ -85,7 +85,7 @@ impl GuestMemoryRegion for Ram {
     }
 
     fn get_slice(&self, at: MemoryRegionAddress, len: usize) -> Result<VolatileSlice<'_, Marks<'_>>, GuestMemoryError> {
-        if at.0.checked_add(len as u64).is_none_or(|end| end > self.size()) {
+        if self.reach(at.0, len as u64).is_none() && !(len == 0 && at.0 <= self.size()) {
             return Err(GuestMemoryError::InvalidGuestAddress(GuestAddress(at.0)));
         }
         // SAFETY: the range is inside the mapping, which lives as long as `self`; everybody else uses raw accesses too.
@@ -131,6 +131,13 @@ mod tests {
             assert!(Bytes::read_slice(&ram, &mut b, GuestAddress(at)).is_err(), "{at:#x}");
             assert!(Bytes::write_slice(&ram, &b, GuestAddress(at)).is_err(), "{at:#x}");
             assert!(!GuestMemory::check_range(&ram, GuestAddress(at), 16, Permissions::Read));
+        }
+        let ram = Ram::with_hole(PAGE_SIZE, PAGE_SIZE).expect("sparse");
+        for (at, there) in
+            [(0, true), (PAGE_SIZE - 8, false), (PAGE_SIZE, false), ((1 << 32) - 8, false), (1 << 32, true)]
+        {
+            assert_eq!(Bytes::write_slice(&ram, &b, GuestAddress(at)).is_ok(), there, "{at:#x}");
+            assert_eq!(Bytes::read_slice(&ram, &mut b, GuestAddress(at)).is_ok(), there, "{at:#x}");
         }
         assert!(GuestMemoryRegion::get_slice(&ram, MemoryRegionAddress(u64::MAX), 2).is_err());
     }

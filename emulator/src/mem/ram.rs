@@ -1,4 +1,5 @@
-//! RAM of a machine: one anonymous mapping from guest-physical address 0, and a generation for each page that holds cached code.
+//! RAM of a machine: one anonymous mapping from guest-physical address 0, which may have a hole for devices below 4 GiB, and a generation for
+//! each page that holds cached code.
 #![allow(unsafe_code)]
 
 use crate::host::probe::Reach;
@@ -9,6 +10,8 @@ use memmap2::{MmapRaw, UncheckedAdvice};
 use std::fs::File;
 use std::os::fd::FromRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+
+const FOUR_GIB: u64 = 1 << 32;
 
 /// Code was cached from the page: stores raise the generation.
 const CODE: u32 = 1;
@@ -23,7 +26,11 @@ const GENERATION: u32 = 8;
 /// Rust reference to the bytes is ever made.
 pub struct Ram {
     map: MmapRaw,
+    /// Where the last of it ends.
     size: u64,
+    /// Where the part from address 0 ends, and where the other begins; without a hole both are `size`.
+    low: u64,
+    high: u64,
     /// For each page: 0 = stores need no care; else [`CODE`], [`TRACK`], [`DIRTY`] and the generation from [`GENERATION`] on.
     pages: Vec<AtomicU32>,
     epoch: AtomicU64,
@@ -43,6 +50,17 @@ impl Ram {
         let size = size.next_multiple_of(PAGE_SIZE).max(PAGE_SIZE);
         let map = memmap2::MmapOptions::new().len(size as usize).no_reserve_swap().map_anon()?;
         Ok(Ram::over(MmapRaw::from(map), size, None))
+    }
+
+    /// `low` bytes from address 0 and `above` bytes from 4 GiB on, both rounded up to a page; what is between is no RAM.
+    ///
+    /// # Errors
+    /// The host's error if it cannot map so much.
+    pub fn with_hole(low: u64, above: u64) -> std::io::Result<Ram> {
+        let low = low.next_multiple_of(PAGE_SIZE).clamp(PAGE_SIZE, FOUR_GIB);
+        let mut ram = Ram::new(FOUR_GIB.checked_add(above).ok_or(std::io::ErrorKind::InvalidInput)?)?;
+        (ram.low, ram.high) = (low, FOUR_GIB);
+        Ok(ram)
     }
 
     /// As [`Ram::new`], in a file without a name ([`Ram::file`]) that another process can map as well.
@@ -68,6 +86,8 @@ impl Ram {
         Ram {
             map,
             size,
+            low: size,
+            high: size,
             file,
             pages: (0..size / PAGE_SIZE).map(|_| AtomicU32::new(0)).collect(),
             epoch: AtomicU64::new(0),
@@ -82,9 +102,25 @@ impl Ram {
         self.file.as_ref()
     }
 
-    /// Size in bytes.
+    /// Where it ends: its size in bytes, with the hole if there is one.
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// Where the part from address 0 ends.
+    pub fn low(&self) -> u64 {
+        self.low
+    }
+
+    /// Its parts: address and length.
+    pub fn parts(&self) -> impl Iterator<Item = (u64, u64)> + use<> {
+        [(0, self.low), (self.high, self.size - self.high)].into_iter().filter(|(_, len)| *len > 0)
+    }
+
+    /// Is there RAM at this address?
+    #[inline(always)]
+    pub fn contains(&self, gpa: u64) -> bool {
+        gpa < self.low || (self.high..self.size).contains(&gpa)
     }
 
     /// Host address of guest-physical 0, for generated code and KVM memory slots. Whoever writes through it calls
@@ -101,8 +137,14 @@ impl Ram {
 
     #[inline(always)]
     fn at(&self, gpa: u64, len: u64) -> Option<*mut u8> {
+        let inside = gpa < self.low && len <= self.low - gpa || self.is_above(gpa, len);
         // SAFETY: the sum is inside the mapping.
-        (gpa < self.size && len <= self.size - gpa).then(|| unsafe { self.map.as_mut_ptr().add(gpa as usize) })
+        inside.then(|| unsafe { self.map.as_mut_ptr().add(gpa as usize) })
+    }
+
+    /// Is it RAM behind the hole?
+    fn is_above(&self, gpa: u64, len: u64) -> bool {
+        (self.high..self.size).contains(&gpa) && len <= self.size - gpa
     }
 
     /// See [`crate::mem::GuestMemory::id`].
@@ -331,6 +373,37 @@ impl Ram {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_hole_below_4_gib_is_no_ram() {
+        let (low, four) = (3 << 20, FOUR_GIB);
+        let ram = Ram::with_hole(low, 2 * PAGE_SIZE).expect("sparse");
+        assert_eq!((ram.low(), ram.size()), (low, four + 2 * PAGE_SIZE));
+        assert_eq!(ram.parts().collect::<Vec<_>>(), [(0, low), (four, 2 * PAGE_SIZE)]);
+        for (at, there) in [
+            (low - 8, true),
+            (low - 4, false),
+            (low, false),
+            (four - 8, false),
+            (four - 4, false),
+            (four, true),
+            (four + 2 * PAGE_SIZE - 8, true),
+            (four + 2 * PAGE_SIZE - 4, false),
+            (u64::MAX - 3, false),
+        ] {
+            assert_eq!(ram.store(at, Width::Q, at).is_some(), there, "{at:#x}");
+            assert_eq!(ram.load(at, Width::Q), there.then_some(at), "{at:#x}");
+        }
+        assert_eq!(
+            [low - 1, low, four - 1, four, ram.size()].map(|at| ram.contains(at)),
+            [true, false, false, true, false]
+        );
+        ram.watch_code(four + PAGE_SIZE);
+        ram.store(four + PAGE_SIZE, Width::B, 1).expect("RAM");
+        assert_eq!(ram.code_generation(four + PAGE_SIZE), 1);
+        assert!(ram.give_back(low, PAGE_SIZE).is_err() && ram.give_back(four, PAGE_SIZE).is_ok());
+        assert_eq!(Ram::new(low).expect("memory").parts().collect::<Vec<_>>(), [(0, low)]);
+    }
 
     #[test]
     fn dirty_pages_are_those_written() {

@@ -69,7 +69,7 @@ impl Tlb {
     /// needs care.
     pub fn fill(&mut self, area: &Area, ram: &Ram, context: usize, laddr: u64, gpa: u64, write: bool) -> bool {
         let (page, to) = (laddr & !(PAGE_SIZE - 1), gpa & !(PAGE_SIZE - 1));
-        if to >= ram.size() || write && ram.store_needs_care(to) {
+        if !ram.contains(to) || write && ram.store_needs_care(to) {
             return false;
         }
         self.used[context] = true;

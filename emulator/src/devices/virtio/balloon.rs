@@ -84,7 +84,7 @@ impl Device for Balloon {
                     break;
                 }
                 let number = u64::from(u32::from_le_bytes(number));
-                if number * PAGE_SIZE >= ram.size() {
+                if !ram.contains(number * PAGE_SIZE) {
                     return Err(Broken);
                 }
                 // Neighbours are given back together.

@@ -71,7 +71,7 @@ impl Params {
     }
 
     fn finish(mut self, mem: &GuestMemory, rsdp: u64) -> Result<(), String> {
-        let map = memory_map(size(mem));
+        let map = memory_map(mem);
         self.0[E820_ENTRIES] = map.len() as u8;
         for (i, (start, end, kind)) in map.into_iter().enumerate() {
             let entry = [&start.to_le_bytes()[..], &(end - start).to_le_bytes(), &kind.to_le_bytes()].concat();
@@ -186,7 +186,7 @@ pub fn load_vmlinux(mem: &GuestMemory, cpu: &mut CpuState, payload: &Payload<'_>
 
 /// The start information of the PVH protocol (Xen's public/arch-x86/hvm/start_info.h, version 1).
 fn put_pvh(mem: &GuestMemory, initrd: (u32, u32), rsdp: u64) -> Result<(), String> {
-    let map = memory_map(size(mem));
+    let map = memory_map(mem);
     let modules = u32::from(initrd.1 != 0);
     let mut info = Vec::new();
     for word in [0x336e_c578, 1, 0, modules] {

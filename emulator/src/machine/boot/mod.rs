@@ -117,8 +117,9 @@ fn put(mem: &GuestMemory, at: u64, bytes: &[u8], what: &str) -> Result<(), Strin
     })
 }
 
+/// Where RAM below the devices' addresses ends: all that is put into RAM here lies below.
 fn size(mem: &GuestMemory) -> u64 {
-    mem.ram().map_or(0, |r| r.size())
+    mem.ram().map_or(0, |r| r.low())
 }
 
 /// 32-bit protected mode without paging, flat segments, interrupts off.
@@ -137,13 +138,15 @@ fn enter_flat32(cpu: &mut CpuState, entry: u32) {
 }
 
 /// The memory map, as firmware tells it: start, end, 1 for RAM and 2 for reserved.
-fn memory_map(top: u64) -> Vec<(u64, u64, u32)> {
-    vec![
+fn memory_map(mem: &GuestMemory) -> Vec<(u64, u64, u32)> {
+    let above = mem.ram().into_iter().flat_map(|r| r.parts()).filter(|(start, _)| *start > 0);
+    let below = [
         (0, 0x9_fc00, 1),
         (0x9_fc00, 0xa_0000, 2),
         (0xe_0000, 0x10_0000, 2),
-        (0x10_0000, top, 1),
+        (0x10_0000, size(mem), 1),
         (0xfec0_0000, 0xfec0_1000, 2),
         (0xfee0_0000, 0xfee0_1000, 2),
-    ]
+    ];
+    below.into_iter().chain(above.map(|(start, len)| (start, start + len, 1))).collect()
 }

@@ -120,7 +120,7 @@ fn write_info(mem: &GuestMemory, payload: &Payload<'_>, module: Option<(u64, u64
     }
     area.at = area.at.next_multiple_of(4);
     let mut map = Vec::new();
-    for (start, end, kind) in crate::machine::boot::memory_map(top) {
+    for (start, end, kind) in crate::machine::boot::memory_map(mem) {
         map.extend(20u32.to_le_bytes());
         map.extend(start.to_le_bytes());
         map.extend((end - start).to_le_bytes());

@@ -183,7 +183,7 @@ fn information(
     tag(&mut info, info_tag::MEMORY, &words(&[640, ((top >> 10) as u32).saturating_sub(1024)]));
     // Entries of 24 bytes, version 0.
     let mut map = words(&[24, 0]);
-    for (start, end, kind) in memory_map(top) {
+    for (start, end, kind) in memory_map(mem) {
         map.extend(start.to_le_bytes());
         map.extend((end - start).to_le_bytes());
         map.extend(words(&[kind, 0]));
