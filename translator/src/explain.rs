@@ -188,7 +188,7 @@ fn kernel(bytes: &[u8], start: u64, model: Arc<CpuModel>) -> Option<Explained> {
             s.rip = start;
             s
         },
-        true,
+        3,
     )?;
     let ram = Ram::new(4 * PAGE_SIZE).ok()?;
     let gpa = PAGE_SIZE + start % PAGE_SIZE;

@@ -69,6 +69,8 @@ pub mod at {
     pub const CR8_BUS: usize = SLOTS + 0x148;
     /// Was the light way out taken?
     pub const LIGHT: usize = SLOTS + 0x138;
+    /// Not 0: translated code was entered without the vector registers, which stay where they are.
+    pub const ASLEEP: usize = SLOTS + 0x150;
     /// TSC offset.
     pub const TSC_OFFSET: usize = SLOTS + 0x110;
     /// XMM0 to XMM15.
@@ -95,6 +97,9 @@ pub const fn gs(offset: usize) -> i32 {
 
 /// The area of one virtual CPU.
 pub struct Area {
+    own: *mut u8,
+    /// Where it is accessed: behind the thread block while it is mapped there, because the processor forwards a store to a load only under the
+    /// same address.
     base: *mut u8,
 }
 
@@ -111,20 +116,29 @@ impl Area {
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a fresh mapping.
         let p = unsafe { libc::mmap(std::ptr::null_mut(), ENGINE_AREA_SIZE, prot, flags, -1, 0) };
-        if p == libc::MAP_FAILED { Err(Error::last_os_error()) } else { Ok(Area { base: p.cast() }) }
+        if p == libc::MAP_FAILED { Err(Error::last_os_error()) } else { Ok(Area { own: p.cast(), base: p.cast() }) }
     }
 
     /// Maps it behind the calling thread's block.
     ///
     /// # Errors
     /// The host's.
-    pub fn map(&self, block: &ThreadBlock) -> Result<()> {
+    pub fn map(&mut self, block: &ThreadBlock) -> Result<()> {
         let to = (block.this as usize + ENGINE_AREA_OFFSET) as *mut libc::c_void;
         // SAFETY: the area behind the block is reserved for this. An old size of 0 makes a second mapping of a shared one (mremap(2)).
         let p = unsafe {
-            libc::mremap(self.base.cast(), 0, ENGINE_AREA_SIZE, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, to)
+            libc::mremap(self.own.cast(), 0, ENGINE_AREA_SIZE, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, to)
         };
-        if p == libc::MAP_FAILED { Err(Error::last_os_error()) } else { Ok(()) }
+        if p == libc::MAP_FAILED {
+            return Err(Error::last_os_error());
+        }
+        self.base = p.cast();
+        Ok(())
+    }
+
+    /// The thread may end, or another engine map its own there.
+    pub fn unmap(&mut self) {
+        self.base = self.own;
     }
 
     #[inline(always)]
@@ -173,6 +187,6 @@ impl Area {
 impl Drop for Area {
     fn drop(&mut self) {
         // SAFETY: our own mapping; the other one is the thread block's.
-        unsafe { libc::munmap(self.base.cast(), ENGINE_AREA_SIZE) };
+        unsafe { libc::munmap(self.own.cast(), ENGINE_AREA_SIZE) };
     }
 }

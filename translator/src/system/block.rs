@@ -95,6 +95,8 @@ pub enum Way {
     Return(u16),
     /// One step of the interpreter.
     Step,
+    /// An x87 or SIMD instruction in a mode without: perhaps another mode has them.
+    Asleep,
 }
 
 impl Way {
@@ -102,7 +104,14 @@ impl Way {
     pub fn ends(self) -> bool {
         matches!(
             self,
-            Way::Jump | Way::Call | Way::JumpIndirect | Way::CallIndirect | Way::Return(_) | Way::Step | Way::Counted
+            Way::Jump
+                | Way::Call
+                | Way::JumpIndirect
+                | Way::CallIndirect
+                | Way::Return(_)
+                | Way::Step
+                | Way::Asleep
+                | Way::Counted
         )
     }
 
@@ -431,7 +440,7 @@ fn item(
         }
         _ => {}
     }
-    if way == Way::Step {
+    if matches!(way, Way::Step | Way::Asleep) {
         flags_in = STATUS;
     }
     // Division, x87 and SIMD exceptions; all others have an access.
@@ -675,9 +684,14 @@ fn string(iced: &Instruction, mode: Mode) -> Way {
 }
 
 fn copied(iced: &Instruction, class: Class, mode: Mode) -> Way {
-    if class == Class::Native && !native(iced, mode) {
-        return Way::Step;
+    match copied_awake(iced, class, mode) {
+        Way::Plain | Way::Memory if class == Class::Native && !native(iced, mode) => Way::Asleep,
+        way => way,
     }
+}
+
+/// As [`copied`] where x87 and SIMD instructions may run.
+fn copied_awake(iced: &Instruction, class: Class, mode: Mode) -> Way {
     if class == Class::String {
         return string(iced, mode);
     }

@@ -4,6 +4,8 @@
 //! Where the guest has nothing above XMM in use ([`at::UPPER`]) the sixteen XMM registers go to the area and the x87 state stays where it
 //! is; otherwise, and whenever somebody wants the XSAVE image of `CpuState` ([`sync`]), everything goes there. What Rust code leaves in
 //! the upper parts is not seen: VEX and EVEX instructions run only in modes that were entered with the image.
+//!
+//! Code of a mode without vector instructions ([`at::ASLEEP`]) is entered and left without any of that: kernels hardly ever use them.
 #![allow(unsafe_code)]
 
 use crate::system::area::{Area, at, gs};
@@ -36,6 +38,8 @@ global_asm!(
     "cmp dword ptr gs:[{look}], 0",
     "jne bivisor_system_abort",
     "mov rbx, gs:[{cpu}]",
+    "cmp dword ptr gs:[{asleep}], 0",
+    "jne 20f",
     "cmp dword ptr gs:[{vectors_at}], 0",
     "jne 1f",
     "mov eax, dword ptr gs:[{components}]",
@@ -70,10 +74,22 @@ global_asm!(
     "mov r15, [rbx + {rax} + 120]",
     "mov rbx, [rbx + {rax} + 24]",
     "jmp qword ptr gs:[{entry}]",
+    // Without the vector registers: MXCSR is Rust's.
+    "20:",
+    "cmp dword ptr gs:[{vectors_at}], 2",
+    "jne 2b",
+    "stmxcsr gs:[{guest_mxcsr}]",
+    "ldmxcsr gs:[{host_mxcsr}]",
+    "mov dword ptr gs:[{vectors_at}], 1",
+    "jmp 2b",
     "bivisor_system_to:",
     "bivisor_system_abort:",
     "mov rsp, gs:[{host_rsp}]",
     "mov dword ptr gs:[{exit}], {aborted}",
+    "cmp dword ptr gs:[{vectors_at}], 2",
+    "jne 7f",
+    "stmxcsr gs:[{guest_mxcsr}]",
+    "mov dword ptr gs:[{vectors_at}], 1",
     "jmp 7f",
     // From the cache, or from a signal handler: the exit number is in its slot.
     ".p2align 4",
@@ -108,6 +124,8 @@ global_asm!(
     "mov [rbx + {rax} + 112], r14",
     "mov [rbx + {rax} + 120], r15",
     "mov rsp, gs:[{host_rsp}]",
+    "cmp dword ptr gs:[{asleep}], 0",
+    "jne 8f",
     "cmp dword ptr gs:[{upper}], 0",
     "jne 4f",
     ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15",
@@ -175,6 +193,7 @@ global_asm!(
     rax = const RAX,
     xsave = const offset_of!(CpuState, xsave),
     upper = const gs(at::UPPER),
+    asleep = const gs(at::ASLEEP),
     avx = const AVX,
 );
 

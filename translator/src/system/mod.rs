@@ -47,36 +47,10 @@ impl Mode {
     const SINGLE: u16 = 0x40;
     const NO_TIME: u16 = 0x80;
 
-    /// Of the state as it is; `None` if the interpreter must go on. Without `upper` VEX and EVEX instructions are not translated.
-    pub fn of(s: &CpuState, upper: bool) -> Option<Mode> {
-        const NEVER: Rflags = Rflags::TF.union(Rflags::RF).union(Rflags::VM);
-        let canonical = ((s.rip << 16) as i64 >> 16) as u64 == s.rip;
-        let cpl = s.cpl();
-        let ac = s.rflags.contains(Rflags::AC);
-        let plain = s.activity == Activity::Active
-            && s.mode() == bivisor_emulator::cpu::Mode::Long64
-            && !s.rflags.intersects(NEVER)
-            && !s.interrupt_shadow
-            && s.dr7 & 0xff == 0
-            && canonical
-            && !s.cr4.contains(Cr4::LA57)
-            && !(ac && cpl == 3 && s.cr0.contains(Cr0::AM))
-            && matches!(cpl, 0 | 3);
-        if !plain {
-            return None;
-        }
-        let mut mode = if cpl == 3 { Mode::USER } else { 0 };
-        if ac && cpl == 0 && s.cr4.contains(Cr4::SMAP) {
-            mode |= Mode::AC;
-        }
-        if s.rflags.contains(Rflags::DF) {
-            mode |= Mode::DOWN;
-        }
-        if cpl == 3 && s.cr4.contains(Cr4::TSD) {
-            mode |= Mode::NO_TIME;
-        }
-        let most = if upper { 3 } else { 1 };
-        Some(Mode(mode | vectors(s).min(most) << Mode::VECTORS))
+    /// Of the state as it is; `None` if the interpreter must go on. At most the instructions of level `most` (see [`Mode::vectors`]) are
+    /// translated.
+    pub fn of(s: &CpuState, most: u16) -> Option<Mode> {
+        Control::of(s)?.mode(s, most)
     }
 
     /// The same, for blocks whose instructions are counted: none leads straight to another.
@@ -126,6 +100,58 @@ impl Mode {
             (false, false) => 1,
             (false, true) => 2,
         }
+    }
+}
+
+/// What modes depend on that only a few instructions change.
+#[derive(Clone, Copy, Debug)]
+pub struct Control {
+    vectors: u16,
+    alignment: bool,
+    smap: bool,
+    no_time: bool,
+}
+
+impl Control {
+    /// Of the state as it is; `None`: the interpreter must go on.
+    pub fn of(s: &CpuState) -> Option<Control> {
+        let plain = s.dr7 & 0xff == 0 && !s.cr4.contains(Cr4::LA57);
+        plain.then(|| Control {
+            vectors: vectors(s),
+            alignment: s.cr0.contains(Cr0::AM),
+            smap: s.cr4.contains(Cr4::SMAP),
+            no_time: s.cr4.contains(Cr4::TSD),
+        })
+    }
+
+    /// The mode: see [`Mode::of`].
+    #[inline]
+    pub fn mode(&self, s: &CpuState, most: u16) -> Option<Mode> {
+        const NEVER: Rflags = Rflags::TF.union(Rflags::RF).union(Rflags::VM);
+        let canonical = ((s.rip << 16) as i64 >> 16) as u64 == s.rip;
+        let cpl = s.cpl();
+        let ac = s.rflags.contains(Rflags::AC);
+        let plain = s.activity == Activity::Active
+            && s.mode() == bivisor_emulator::cpu::Mode::Long64
+            && !s.rflags.intersects(NEVER)
+            && !s.interrupt_shadow
+            && canonical
+            && !(ac && cpl == 3 && self.alignment)
+            && matches!(cpl, 0 | 3);
+        if !plain {
+            return None;
+        }
+        let mut mode = if cpl == 3 { Mode::USER } else { 0 };
+        if ac && cpl == 0 && self.smap {
+            mode |= Mode::AC;
+        }
+        if s.rflags.contains(Rflags::DF) {
+            mode |= Mode::DOWN;
+        }
+        if cpl == 3 && self.no_time {
+            mode |= Mode::NO_TIME;
+        }
+        Some(Mode(mode | self.vectors.min(most) << Mode::VECTORS))
     }
 }
 

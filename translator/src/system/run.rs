@@ -12,14 +12,14 @@ use crate::system::cache::{Cache, cell_at};
 use crate::system::enter::{self, ABORTED, FAULT};
 use crate::system::lower::{Flags, Kind, Told};
 use crate::system::tlb::Tlb;
-use crate::system::{Mode, handler};
+use crate::system::{Control, Mode, handler};
 use bivisor_emulator::cpu::xsave::component;
 use bivisor_emulator::cpu::{CpuState, Rflags};
 use bivisor_emulator::host::signal;
 use bivisor_emulator::host::thread::ThreadBlock;
 use bivisor_emulator::interp::Prepared;
 use bivisor_emulator::interp::sensitive::time::TimeSource;
-use bivisor_emulator::isa::{Insn, Seg, decode};
+use bivisor_emulator::isa::{Class, Insn, Seg, Sensitivity, decode};
 use bivisor_emulator::mem::{Access, By, PAGE_SIZE, Ram};
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts};
 use iced_x86::Code;
@@ -28,6 +28,8 @@ use std::collections::BTreeMap;
 
 /// State components above x87 and XMM.
 const UPPER: u64 = component::AVX | component::AVX512;
+/// Times that code of CPL 0 is entered with the vector registers after it has used them.
+const AWAKE: u32 = 256;
 /// Instructions that the interpreter does at once where nothing is translated.
 const STRETCH: u64 = 64;
 
@@ -57,6 +59,10 @@ pub struct System {
     upper: bool,
     /// They are going to be.
     wants_upper: bool,
+    /// Of the state, if it is known.
+    control: Option<Option<Control>>,
+    /// So many times code of CPL 0 is still entered with the vector registers.
+    awake: u32,
     /// An address in each page that the map of code pages knows.
     code_pages: Box<[u64; CELLS]>,
     /// RDTSC shows the host's counter; CPUID need not leave.
@@ -70,6 +76,14 @@ struct Call {
     steady: bool,
     /// It reads or writes CR8.
     priority: bool,
+    /// It changes nothing of [`Control`].
+    quiet: bool,
+    /// It stands for [`Kind::Step`], without vector registers: where things are when it is reached.
+    light: bool,
+    rip: u64,
+    spilled: u16,
+    flags: Flags,
+    told: Option<Told>,
     code: Code,
     times: u64,
     next: u64,
@@ -112,6 +126,18 @@ fn is_steady(insn: &Insn) -> bool {
         || insn.iced.mnemonic() == M::Mov && insn.iced.op1_register().is_cr()
 }
 
+/// Does it change nothing of [`Control`], nor its exception?
+fn is_quiet(insn: &Insn) -> bool {
+    use Mnemonic as M;
+    let known = matches!(
+        insn.iced.mnemonic(),
+        M::In | M::Out | M::Syscall | M::Sysretq | M::Iretq | M::Int | M::Int3 | M::Cpuid | M::Rdmsr
+    );
+    known
+        || insn.facts.sensitivity == Sensitivity::Innocuous
+            && !matches!(insn.facts.class, Class::Native | Class::System)
+}
+
 /// RF, which the frames of faults have set, ends with the next instruction. Without breakpoints nobody sees that it ends before it: a
 /// fault sets it anew, and no instruction reads it (SDM 3B 17.3.1.1).
 fn resume(cpu: &mut CpuState) {
@@ -122,6 +148,43 @@ fn resume(cpu: &mut CpuState) {
 
 fn by(cpu: &CpuState) -> By {
     if cpu.cpl() == 3 { By::User } else { By::Supervisor }
+}
+
+/// Registers and flags from slots back into the state: which are spilled, where the flags are, how they are told.
+#[inline(always)]
+fn mend(
+    area: &Area,
+    cache: &Cache,
+    cpu: &mut CpuState,
+    board: Board<'_>,
+    (spilled, flags, told): (u16, Flags, Option<Told>),
+) {
+    let mut rest = spilled;
+    while rest != 0 {
+        let r = rest.trailing_zeros() as usize;
+        cpu.gpr[r] = area.get(at::SPILL + 8 * r);
+        rest &= rest - 1;
+    }
+    let status = area.get_u16(if flags == Flags::Slot { at::STATUS } else { at::EXIT_STATUS });
+    let replay = match told {
+        Some(Told::Here(r)) => Some(r),
+        Some(Told::Before) => cache.recipe(area.get(at::RECIPE)),
+        None => None,
+    };
+    let status = match replay {
+        Some(r) if flags == Flags::Slot => r.status(cpu),
+        _ => Rflags::from_bits_retain(status >> 8 & 0xd5 | (status & 1) << 11),
+    };
+    let own = Rflags::from_bits_retain(area.get(at::FLAGS) | area.get(at::INTERRUPTS));
+    cpu.rflags = own | status;
+    cpu.seg[Seg::Gs as usize].base = area.get(at::GS_BASE);
+    cpu.msr.kernel_gs_base = area.get(at::KERNEL_GS_BASE);
+    let (priority, told) = (area.get(at::CR8), area.get(at::CR8_BUS));
+    if priority != told {
+        cpu.cr8 = priority;
+        board.bus.set_task_priority(priority as u8);
+        area.set(at::CR8_BUS, priority);
+    }
 }
 
 impl System {
@@ -147,6 +210,8 @@ impl System {
             flushes: 0,
             upper: false,
             wants_upper: false,
+            control: None,
+            awake: 0,
             code_pages: Box::new([u64::MAX; CELLS]),
             in_cache: (true, true),
         })
@@ -223,12 +288,33 @@ impl System {
 
     /// The guest is about to use what is above XMM: from now on that is saved too. False if it was before.
     fn take_upper(&mut self, t: &mut Translator) -> bool {
-        if self.upper || Mode::of(&t.cpu, true) == Mode::of(&t.cpu, false) {
+        if self.upper || Mode::of(&t.cpu, 3) == Mode::of(&t.cpu, 1) {
             return false;
         }
         self.sync(t);
         self.wants_upper = true;
         true
+    }
+
+    /// The guest's kernel is about to use vector registers: for a while they are its own to load and save. False if they were before, or
+    /// it may not.
+    fn wake(&mut self, cpu: &CpuState) -> bool {
+        if cpu.cpl() != 0 || self.awake > 0 || Mode::of(cpu, 1) == Mode::of(cpu, 0) {
+            return false;
+        }
+        self.awake = AWAKE;
+        true
+    }
+
+    /// The mode of the code to run.
+    #[inline]
+    fn mode(&mut self, cpu: &CpuState) -> Option<Mode> {
+        let most = match () {
+            () if cpu.cpl() == 0 && self.awake == 0 => 0,
+            () if self.upper => 3,
+            () => 1,
+        };
+        self.control.get_or_insert_with(|| Control::of(cpu)).as_ref()?.mode(cpu, most)
     }
 
     /// Is there an event to take now?
@@ -318,6 +404,7 @@ impl System {
             self.cache.set_policy(t.cache.model().clone(), Policy { host_time: time, cpuid, ..t.cache.policy() });
             self.cache.flush(&self.area);
         }
+        self.control = None;
         t.kicker.entered(block.tid.get());
         self.area.set(at::CPU, &raw mut *t.cpu as u64);
         self.area.set(at::VECTORS_AT, 0);
@@ -362,13 +449,15 @@ impl System {
             if !due && !counted {
                 resume(&mut t.cpu);
             }
-            let mode = if due { None } else { Mode::of(&t.cpu, self.upper) };
+            self.awake = if t.cpu.cpl() == 3 { 0 } else { self.awake.saturating_sub(1) };
+            let mode = if due { None } else { self.mode(&t.cpu) };
             let Some(mode) = mode else {
                 self.sync(t);
                 let most = if due || t.cpu.interrupt_shadow { 1 } else { STRETCH.min(*left) };
                 let before = t.core.instructions();
                 t.stats.steps += 1;
                 let exit = t.core.run(&mut t.cpu, board, most, Some(&t.kicker));
+                self.control = None;
                 self.forget_priority();
                 *left = left.saturating_sub(if counted { t.core.instructions() - before } else { 0 });
                 self.ask_line(board);
@@ -434,7 +523,10 @@ impl System {
         let (before, instructions) = (ram.code_epoch(), t.core.instructions());
         let exit = match id {
             Some(id) => self.call(t, board, ram, id),
-            None => t.core.run(&mut t.cpu, board, 1, None),
+            None => {
+                self.control = None;
+                t.core.run(&mut t.cpu, board, 1, None)
+            }
         };
         self.follow_priority(&t.cpu, board, id);
         self.ask_line(board);
@@ -466,16 +558,39 @@ impl System {
         }
         if self.calls[n].is_none() {
             let insn = self.cache.bytes(ram, id, t.cpu.rip).and_then(|b| decode(&b, 64).ok());
-            let Some(insn) = insn else { return t.core.run(&mut t.cpu, board, 1, None) };
-            let (code, steady) = (insn.iced.code(), is_steady(&insn));
+            let Some(insn) = insn else {
+                self.control = None;
+                return t.core.run(&mut t.cpu, board, 1, None);
+            };
+            let (code, steady, quiet) = (insn.iced.code(), is_steady(&insn), is_quiet(&insn));
+            let exit = self.cache.exit(id);
+            let (rip, spilled, flags, told) = (exit.rip, exit.spilled, exit.flags, exit.told);
+            let light = exit.kind == Kind::Step && !exit.native;
             let priority = [0, 1].map(|i| insn.iced.op_register(i)).contains(&Register::CR8);
             let insn = t.core.prepare(&mut t.cpu, board, insn);
-            self.calls[n] =
-                Some(Box::new(Call { insn, steady, priority, code, times: 0, next: 0, block: u32::MAX, mapping: 0 }));
+            self.calls[n] = Some(Box::new(Call {
+                insn,
+                steady,
+                priority,
+                quiet,
+                light,
+                rip,
+                spilled,
+                flags,
+                told,
+                code,
+                times: 0,
+                next: 0,
+                block: u32::MAX,
+                mapping: 0,
+            }));
         }
         match &mut self.calls[n] {
             Some(c) => {
                 c.times += 1;
+                if !c.quiet {
+                    self.control = None;
+                }
                 t.core.execute(&mut t.cpu, board, &c.insn)
             }
             None => t.core.run(&mut t.cpu, board, 1, None),
@@ -500,6 +615,7 @@ impl System {
         let entries = self.cache.block(b).entries;
         let mut host = self.cache.host(entries.both());
         self.load(&t.cpu);
+        self.area.set(at::ASLEEP, u64::from(self.cache.block(b).mode.vectors() == 0));
         if self.watches != ram.watches() {
             self.watches = ram.watches();
             self.tlb.clear(&self.area);
@@ -517,6 +633,13 @@ impl System {
                 }
                 return (Next::Go(Via::Start), 0);
             }
+            if !counted && let Some(next) = self.quick(t, board, ram, block, id) {
+                match next {
+                    Next::Resume(at) => (host, resumed) = (at, None),
+                    next => return (next, 0),
+                }
+                continue;
+            }
             resumed = Some(id);
             let (next, done) = self.left(t, board, ram, id);
             match next {
@@ -532,6 +655,51 @@ impl System {
         }
     }
 
+    /// As [`System::left`] and [`System::call_out`] for an exit that was taken before, if it is one of the usual ones.
+    #[inline]
+    fn quick(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, block: &ThreadBlock, id: u32) -> Option<Next> {
+        let c = self.calls.get_mut(id as usize)?.as_deref_mut().filter(|c| c.light)?;
+        t.cpu.rip = c.rip;
+        mend(&self.area, &self.cache, &mut t.cpu, board, (c.spilled, c.flags, c.told));
+        if !c.steady || c.priority {
+            return Some(self.call_out(t, board, ram, block, id, Via::Call(id)));
+        }
+        t.stats.steps += 1;
+        c.times += 1;
+        let before = t.core.instructions();
+        let exit = t.core.execute(&mut t.cpu, board, &c.insn);
+        (self.line, self.nmi) = (board.bus.interrupt_pending(), board.bus.nmi_pending());
+        let (b, known, quiet) = (c.block, (c.next, c.mapping) == (t.cpu.rip, self.mapping), c.quiet);
+        if !quiet {
+            self.control = None;
+        }
+        let goes_on = exit == Exit::Budget && t.core.instructions() != before && known && self.cache.is_live(b);
+        if goes_on && !self.is_due(t, ram, block) {
+            self.area.set(at::STATUS, status(t.cpu.rflags));
+            self.area.set(at::PENDING, if self.line { Rflags::IF.bits() } else { 0 });
+            return Some(Next::Resume(self.cache.host(self.cache.block(b).entries.both())));
+        }
+        if exit != Exit::Budget {
+            self.sync(t);
+            return Some(Next::Out(exit));
+        }
+        if t.core.instructions() == before {
+            // It faulted.
+            self.forget_priority();
+        }
+        Some(Next::Go(Via::Call(id)))
+    }
+
+    /// After a call of the interpreter: is there an event to take, or has something changed that only the dispatch loop looks at?
+    #[inline]
+    fn is_due(&self, t: &Translator, ram: &Ram, block: &ThreadBlock) -> bool {
+        let same = self.mapping == t.core.mmu.generation()
+            && self.epoch == ram.code_epoch()
+            && self.watches == ram.watches()
+            && self.flushes == self.cache.counts.flushes;
+        !same || block.scratch[slot::LOOK].get() != 0 || t.kicker.requested() || self.due(&t.cpu)
+    }
+
     /// One instruction by the interpreter, without its vector registers, and at once back into the code if nothing else is to be done.
     fn call_out(
         &mut self,
@@ -543,7 +711,6 @@ impl System {
         via: Via,
     ) -> Next {
         t.stats.steps += 1;
-        let before = t.core.instructions();
         let exit = self.call(t, board, ram, id);
         self.follow_priority(&t.cpu, board, Some(id));
         self.ask_line(board);
@@ -551,31 +718,17 @@ impl System {
             self.sync(t);
             return Next::Out(exit);
         }
-        let look = block.scratch[slot::LOOK].get() != 0 || t.kicker.requested() || self.due(&t.cpu);
-        let same = self.mapping == t.core.mmu.generation()
-            && self.epoch == ram.code_epoch()
-            && self.watches == ram.watches()
-            && self.flushes == self.cache.counts.flushes;
-        if look || !same {
+        if self.is_due(t, ram, block) {
             return Next::Go(via);
         }
-        if let Some(Some(c)) = self.calls.get(id as usize)
-            && c.steady
-            && t.core.instructions() != before
-            && (c.next, c.mapping) == (t.cpu.rip, self.mapping)
-            && self.cache.is_live(c.block)
-        {
-            self.area.set(at::STATUS, status(t.cpu.rflags));
-            self.area.set(at::PENDING, if self.line { Rflags::IF.bits() } else { 0 });
-            return Next::Resume(self.cache.host(self.cache.block(c.block).entries.both()));
-        }
         resume(&mut t.cpu);
-        let Some(mode) = Mode::of(&t.cpu, self.upper) else { return Next::Go(via) };
+        let Some(mode) = self.mode(&t.cpu) else { return Next::Go(via) };
         let Some(b) = self.find(t, board, ram, mode, via) else { return Next::Go(Via::Start) };
         if self.flushes != self.cache.counts.flushes {
             return Next::Go(Via::Start);
         }
         self.load(&t.cpu);
+        self.area.set(at::ASLEEP, u64::from(mode.vectors() == 0));
         Next::Resume(self.cache.host(self.cache.block(b).entries.both()))
     }
 
@@ -592,34 +745,8 @@ impl System {
         self.area.set(at::TSC_OFFSET, cpu.msr.tsc_offset);
     }
 
-    /// Registers and flags from slots back into the state.
     fn mend(&self, cpu: &mut CpuState, board: Board<'_>, spilled: u16, flags: Flags, told: Option<Told>) {
-        let mut rest = spilled;
-        while rest != 0 {
-            let r = rest.trailing_zeros() as usize;
-            cpu.gpr[r] = self.area.get(at::SPILL + 8 * r);
-            rest &= rest - 1;
-        }
-        let status = self.area.get_u16(if flags == Flags::Slot { at::STATUS } else { at::EXIT_STATUS });
-        let replay = match told {
-            Some(Told::Here(r)) => Some(r),
-            Some(Told::Before) => self.cache.recipe(self.area.get(at::RECIPE)),
-            None => None,
-        };
-        let status = match replay {
-            Some(r) if flags == Flags::Slot => r.status(cpu),
-            _ => Rflags::from_bits_retain(status >> 8 & 0xd5 | (status & 1) << 11),
-        };
-        let own = Rflags::from_bits_retain(self.area.get(at::FLAGS) | self.area.get(at::INTERRUPTS));
-        cpu.rflags = own | status;
-        cpu.seg[Seg::Gs as usize].base = self.area.get(at::GS_BASE);
-        cpu.msr.kernel_gs_base = self.area.get(at::KERNEL_GS_BASE);
-        let (priority, told) = (self.area.get(at::CR8), self.area.get(at::CR8_BUS));
-        if priority != told {
-            cpu.cr8 = priority;
-            board.bus.set_task_priority(priority as u8);
-            self.area.set(at::CR8_BUS, priority);
-        }
+        mend(&self.area, &self.cache, cpu, board, (spilled, flags, told));
     }
 
     /// CR8 is not known any more: the interpreter may have changed the local APIC.
@@ -680,7 +807,8 @@ impl System {
                 t.cpu.interrupt_shadow = true;
                 Next::Go(Via::Start)
             }
-            Kind::Step => Next::Step(Some(id), exit.native, Via::Call(id)),
+            Kind::Asleep if self.wake(&t.cpu) => Next::Go(Via::Start),
+            Kind::Step | Kind::Asleep => Next::Step(Some(id), exit.native, Via::Call(id)),
             Kind::Indirect => {
                 t.stats.misses += 1;
                 Next::Step(Some(id), false, Via::Indirect)
@@ -775,6 +903,7 @@ impl Translator {
         block.scratch[slot::CACHE_START].set(0);
         block.scratch[slot::CACHE_END].set(0);
         self.kicker.left();
+        system.area.unmap();
         self.system = Some(system);
         exit
     }

@@ -23,9 +23,24 @@ fn check(x: &mut Exec<'_>, port: u16, w: Width) -> Step {
 }
 
 fn read_port(x: &Exec<'_>, port: u16, w: Width) -> u64 {
-    let mut data = [0; 8];
-    x.bus.read_port(port, &mut data[..w.bytes() as usize]);
-    u64::from_le_bytes(data)
+    // Each is read back in the width it was written in, so that the processor can forward it.
+    match w {
+        Width::B => {
+            let mut data = [0; 1];
+            x.bus.read_port(port, &mut data);
+            data[0].into()
+        }
+        Width::W => {
+            let mut data = [0; 2];
+            x.bus.read_port(port, &mut data);
+            u16::from_le_bytes(data).into()
+        }
+        Width::D | Width::Q => {
+            let mut data = [0; 4];
+            x.bus.read_port(port, &mut data);
+            u32::from_le_bytes(data).into()
+        }
+    }
 }
 
 fn write_port(x: &Exec<'_>, port: u16, w: Width, v: u64) {

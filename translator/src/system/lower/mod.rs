@@ -39,6 +39,8 @@ pub enum Kind {
     To,
     /// One interpreter step.
     Step,
+    /// The same, if the mode must be without x87 and vector registers.
+    Asleep,
     /// An access that the TLB did not have: the whole range that was asked for, and where to ask again.
     Miss {
         /// The access itself.
@@ -406,6 +408,7 @@ impl Lower<'_> {
             Way::Call => self.call(item),
             Way::JumpIndirect | Way::CallIndirect => self.indirect(item),
             Way::Return(more) => self.ret(item, more),
+            Way::Asleep => Some(self.leave_here(item, Kind::Asleep)),
             Way::Step => None,
         };
         match done {

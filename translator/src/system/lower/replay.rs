@@ -231,7 +231,7 @@ mod tests {
         let ram = Ram::new(1 << 16).expect("RAM");
         ram.write(0x1000, code).expect("RAM");
         let routes = Routes::new(Arc::new(CpuModel::host()), Policy::default());
-        let mode = Mode::of(&CpuState::long64(3), false).expect("64-bit mode");
+        let mode = Mode::of(&CpuState::long64(3), 1).expect("64-bit mode");
         let mut none = || None;
         let mut source = Source { ram: &ram, gpa: 0x1000, next: &mut none };
         let (block, _) = decode(&mut source, 0x1000, mode, &routes, 1).expect("an instruction");
