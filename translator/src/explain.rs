@@ -182,14 +182,18 @@ fn starts(marks: &[Mark], unit: &Unit, start: u64) -> Vec<(u16, usize)> {
 }
 
 fn kernel(bytes: &[u8], start: u64, model: Arc<CpuModel>) -> Option<Explained> {
-    let mode = system::Mode::of(
-        &{
-            let mut s = CpuState::long64(0);
-            s.rip = start;
-            s
-        },
-        3,
-    )?;
+    let mut s = CpuState::long64(0);
+    s.rip = start;
+    // Kernels hardly ever use vector registers; what does runs where they are loaded.
+    let asleep = kernel_at(bytes, start, model.clone(), system::Mode::of(&s, 0)?)?;
+    match asleep.1 {
+        false => Some(asleep.0),
+        true => Some(kernel_at(bytes, start, model, system::Mode::of(&s, 3)?)?.0),
+    }
+}
+
+/// The second value: it wants the vector registers.
+fn kernel_at(bytes: &[u8], start: u64, model: Arc<CpuModel>, mode: system::Mode) -> Option<(Explained, bool)> {
     let ram = Ram::new(4 * PAGE_SIZE).ok()?;
     let gpa = PAGE_SIZE + start % PAGE_SIZE;
     ram.write(gpa, &bytes[..bytes.len().min(2 * PAGE_SIZE as usize)])?;
@@ -209,6 +213,7 @@ fn kernel(bytes: &[u8], start: u64, model: Arc<CpuModel>) -> Option<Explained> {
         first_recipe: 0,
         leave: OUT,
         leave_light: OUT,
+        port: OUT,
         targets: at::TARGETS,
         tlb: at::TLB + mode.context() * system::tlb::TABLE,
         share: true,
@@ -231,19 +236,23 @@ fn kernel(bytes: &[u8], start: u64, model: Arc<CpuModel>) -> Option<Explained> {
             Kind::To => "to the block",
             Kind::Step => "one interpreter step",
             Kind::Miss { .. } => "not in the inline TLB: filled, then again",
+            Kind::Port { .. } => "the device is called, then on",
+            Kind::Asleep => "the vector registers are loaded, then on",
             Kind::Indirect => "the target of the branch is not known yet: looked up",
             _ => "events are looked at, then on",
         };
         (format!("{what} at {:#x}", e.rip), e.site.is_some())
     });
-    Some(Explained {
+    let asleep = block.items.iter().any(|i| i.way == system::block::Way::Asleep);
+    let explained = Explained {
         start,
         bytes: block.bytes.clone(),
         exits: exits.collect(),
         pieces,
         rest: end..unit.code.len(),
         code: unit.code,
-    })
+    };
+    Some((explained, asleep))
 }
 
 fn way(way: Way, same: bool) -> (How, (&'static str, &'static str)) {

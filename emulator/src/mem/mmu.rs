@@ -10,8 +10,19 @@ use crate::mem::{Access, By, GuestMemory};
 pub struct Mmu {
     tlb: Tlb,
     generation: u64,
-    /// What the last flush forgot, if it was one small page.
-    page: Option<u64>,
+    last: Flushed,
+}
+
+/// What a flush forgot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Flushed {
+    /// Everything.
+    #[default]
+    All,
+    /// All but global pages.
+    Local,
+    /// The 4 KiB with this linear address.
+    Page(u64),
 }
 
 impl Mmu {
@@ -77,7 +88,7 @@ impl Mmu {
             write: page.dirty && paging::allowed(cpu, &page, Access::Write, by),
             execute: paging::allowed(cpu, &page, Access::Execute, by),
         };
-        self.tlb.put(context, laddr, page.gpa, page.size, rights);
+        self.tlb.put(context, laddr, page.gpa, page.size, page.global, rights);
         Ok(page.gpa | laddr & 0xfff)
     }
 
@@ -85,12 +96,16 @@ impl Mmu {
     pub fn flush(&mut self) {
         self.tlb.flush();
         self.generation += 1;
-        self.page = None;
+        self.last = Flushed::All;
     }
 
     /// Forgets at least all but global pages: MOV to CR3. (The processor may forget global ones too, SDM 3A 4.10.2.4.)
     pub fn flush_non_global(&mut self) {
-        self.flush();
+        if !self.tlb.flush_local() {
+            return self.flush();
+        }
+        self.generation += 1;
+        self.last = Flushed::Local;
     }
 
     /// Forgets one page, global or not: INVLPG.
@@ -100,13 +115,17 @@ impl Mmu {
             self.tlb.flush();
         }
         self.generation += 1;
-        self.page = small.then_some(laddr);
+        self.last = if small { Flushed::Page(laddr) } else { Flushed::All };
     }
 
-    /// The linear address of INVLPG if that is what raised [`Mmu::generation`] last and only its 4 KiB are forgotten. Where it may be in
-    /// a large page everything is.
-    pub fn flushed_page(&self) -> Option<u64> {
-        self.page
+    /// What was forgotten when [`Mmu::generation`] was raised last.
+    pub fn flushed(&self) -> Flushed {
+        self.last
+    }
+
+    /// Is the page of an address, which was just translated, global?
+    pub fn is_global(&self, context: usize, laddr: u64) -> bool {
+        self.tlb.is_global(context, laddr)
     }
 
     /// Changes with every flush: what is cached of translations elsewhere compares it.

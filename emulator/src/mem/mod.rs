@@ -10,7 +10,7 @@ pub mod tlb;
 
 pub use flat::{FlatSpace, Prot, Vma};
 pub use guest::{GuestMemory, PAGE_SIZE};
-pub use mmu::Mmu;
+pub use mmu::{Flushed, Mmu};
 pub use ram::Ram;
 
 /// What a memory access is for; decides rights and error code.

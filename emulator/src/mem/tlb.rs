@@ -31,7 +31,14 @@ pub struct Tlb {
     generation: u64,
     /// The linear range in which parts of large pages are cached: INVLPG there forgets all.
     large: (u64, u64),
+    /// A bit for each entry: its page is global.
+    global: Box<[u64; ENTRIES * CONTEXTS / 64]>,
+    /// Entries that were filled with pages that are not since all was forgotten; at most [`MOST_LOCAL`].
+    local: Vec<u16>,
 }
+
+/// So many pages are forgotten one by one.
+const MOST_LOCAL: usize = 2 * ENTRIES;
 
 impl Default for Tlb {
     fn default() -> Tlb {
@@ -40,6 +47,8 @@ impl Default for Tlb {
             entries: vec![[EMPTY; 4]; ENTRIES * CONTEXTS].try_into().expect("that many"),
             generation: 1,
             large: (u64::MAX, 0),
+            global: Box::new([0; ENTRIES * CONTEXTS / 64]),
+            local: Vec::new(),
         }
     }
 }
@@ -58,8 +67,23 @@ impl Tlb {
             .then(|| laddr.wrapping_add(entry[DELTA]))
     }
 
+    /// Is the page, which is known, global?
+    pub fn is_global(&self, context: usize, laddr: u64) -> bool {
+        let n = slot(context, laddr);
+        self.global[n / 64] >> (n % 64) & 1 != 0
+    }
+
     /// Remembers the page of `laddr`, of `size` bytes in all.
-    pub fn put(&mut self, context: usize, laddr: u64, gpa: u64, size: u64, rights: Rights) {
+    pub fn put(&mut self, context: usize, laddr: u64, gpa: u64, size: u64, global: bool, rights: Rights) {
+        let n = slot(context, laddr);
+        if global {
+            self.global[n / 64] |= 1 << (n % 64);
+        } else {
+            self.global[n / 64] &= !(1 << (n % 64));
+            if self.local.len() < MOST_LOCAL {
+                self.local.push(n as u16);
+            }
+        }
         let page = laddr & !(PAGE_SIZE - 1);
         let tag = page | self.generation;
         let tag_if = |right: bool| if right { tag } else { EMPTY };
@@ -74,11 +98,26 @@ impl Tlb {
     /// Forgets everything.
     pub fn flush(&mut self) {
         self.large = (u64::MAX, 0);
+        self.local.clear();
         self.generation += 1;
         if self.generation == PAGE_SIZE {
             self.generation = 1;
             self.entries.fill([EMPTY; 4]);
         }
+    }
+
+    /// Forgets all pages but global ones. False if there are too many: flush all.
+    pub fn flush_local(&mut self) -> bool {
+        if self.local.len() >= MOST_LOCAL {
+            return false;
+        }
+        for n in self.local.drain(..) {
+            let n = usize::from(n);
+            if self.global[n / 64] >> (n % 64) & 1 == 0 {
+                self.entries[n] = [EMPTY; 4];
+            }
+        }
+        true
     }
 
     /// Forgets one page. False if it may be part of a large page: flush all.
@@ -102,7 +141,7 @@ mod tests {
     #[test]
     fn a_page_is_found_by_address_context_and_right() {
         let mut tlb = Tlb::default();
-        tlb.put(0, 0x7fff_1234_5678, 0x9000, PAGE_SIZE, Rights { write: false, ..ALL });
+        tlb.put(0, 0x7fff_1234_5678, 0x9000, PAGE_SIZE, false, Rights { write: false, ..ALL });
         assert_eq!(tlb.get(0, 0x7fff_1234_5abc, Access::Read), Some(0x9abc));
         assert_eq!(tlb.get(0, 0x7fff_1234_5abc, Access::Execute), Some(0x9abc));
         assert_eq!(tlb.get(0, 0x7fff_1234_5abc, Access::Write), None);
@@ -116,7 +155,7 @@ mod tests {
     fn flushes_forget_even_when_the_generation_wraps() {
         let mut tlb = Tlb::default();
         for _ in 0..10_000 {
-            tlb.put(1, 0x5000, 0x9000, PAGE_SIZE, ALL);
+            tlb.put(1, 0x5000, 0x9000, PAGE_SIZE, false, ALL);
             assert_eq!(tlb.get(1, 0x5000, Access::Read), Some(0x9000));
             tlb.flush();
             assert_eq!(tlb.get(1, 0x5000, Access::Read), None);
@@ -127,11 +166,34 @@ mod tests {
     #[test]
     fn one_page_of_a_large_one_cannot_be_forgotten_alone() {
         let mut tlb = Tlb::default();
-        tlb.put(0, 0x5000, 0x9000, PAGE_SIZE, ALL);
+        tlb.put(0, 0x5000, 0x9000, PAGE_SIZE, false, ALL);
         assert!(tlb.flush_page(0x5fff));
         assert_eq!(tlb.get(0, 0x5000, Access::Read), None);
-        tlb.put(0, 0x40_5000, 0x9000, 2 << 20, ALL);
+        tlb.put(0, 0x40_5000, 0x9000, 2 << 20, false, ALL);
         assert!(!tlb.flush_page(0x40_0000));
         assert!(tlb.flush_page(0x60_0000));
+    }
+
+    /// MOV to CR3 keeps global pages (SDM 3A 4.10.4.1).
+    #[test]
+    fn global_pages_outlive_the_others() {
+        let mut tlb = Tlb::default();
+        for n in 0..10u64 {
+            tlb.put(1, n << 12, n << 12, PAGE_SIZE, n % 2 == 0, ALL);
+        }
+        // A global page where another was.
+        tlb.put(1, 1 << 12 | 1024 << 12, 0x9000, PAGE_SIZE, true, ALL);
+        assert!(tlb.is_global(1, 0x4000) && !tlb.is_global(1, 0x5000));
+        assert!(tlb.flush_local());
+        let left: Vec<u64> = (0..10).filter(|n| tlb.get(1, n << 12, Access::Read).is_some()).collect();
+        assert_eq!(left, [0, 2, 4, 6, 8]);
+        assert_eq!(tlb.get(1, 1 << 12 | 1024 << 12, Access::Read), Some(0x9000));
+        for n in 0..MOST_LOCAL as u64 {
+            tlb.put(0, n << 12, n << 12, PAGE_SIZE, false, ALL);
+        }
+        assert!(!tlb.flush_local(), "too many");
+        tlb.flush();
+        assert!(tlb.flush_local());
+        assert_eq!(tlb.get(1, 0, Access::Read), None);
     }
 }

@@ -13,9 +13,9 @@ pub mod at {
     /// The inline TLBs: see [`super::super::tlb`].
     pub const TLB: usize = 0;
     /// The map of code pages: a 32-bit number each.
-    pub const CELLS: usize = 0x6000;
+    pub const CELLS: usize = 0xc000;
     /// The slots.
-    pub const SLOTS: usize = 0x7000;
+    pub const SLOTS: usize = 0xe000;
     /// The guest's values of borrowed registers, by register.
     pub const SPILL: usize = SLOTS;
     /// The guest's status flags: AH as LAHF gives it, AL the overflow flag.
@@ -71,6 +71,26 @@ pub mod at {
     pub const LIGHT: usize = SLOTS + 0x138;
     /// Not 0: translated code was entered without the vector registers, which stay where they are.
     pub const ASLEEP: usize = SLOTS + 0x150;
+    /// Registers that a call of Rust may change, by number, while a device is called.
+    pub const CALLER: usize = SLOTS + 0x158;
+    /// What is called for a device.
+    pub const CALL: usize = SLOTS + 0x1b8;
+    /// Was the device called, where the code was left for one?
+    pub const CALLED: usize = SLOTS + 0x348;
+    /// Where SYSCALL goes: host address, or 0.
+    pub const SYSCALL: usize = SLOTS + 0x1c0;
+    /// What it keeps of RFLAGS.
+    pub const SYSCALL_KEEP: usize = SLOTS + 0x1c8;
+    /// CS and SS after it.
+    pub const SYSCALL_SEGMENTS: usize = SLOTS + 0x1d0;
+    /// The cache of branch targets of where SYSRET goes, as an offset, or 0.
+    pub const SYSRET: usize = SLOTS + 0x300;
+    /// Flags that it may not set.
+    pub const SYSRET_FORBIDDEN: usize = SLOTS + 0x308;
+    /// What [`ASLEEP`] must be there.
+    pub const SYSRET_ASLEEP: usize = SLOTS + 0x310;
+    /// CS and SS after it.
+    pub const SYSRET_SEGMENTS: usize = SLOTS + 0x318;
     /// TSC offset.
     pub const TSC_OFFSET: usize = SLOTS + 0x110;
     /// XMM0 to XMM15.
@@ -80,15 +100,17 @@ pub mod at {
 }
 
 /// Entries of the map of code pages.
-pub const CELLS: usize = 1024;
+pub const CELLS: usize = 2048;
 /// Caches of branch targets.
 pub const TABLES: usize = 7;
 /// Entries of each; 16 bytes: guest address, host address.
 pub const TARGETS: usize = 4096;
 /// Bytes of each.
 pub const TABLE_SIZE: usize = TARGETS * 16;
+const _: () = assert!(at::CELLS + 4 * CELLS <= at::SLOTS);
 const _: () = assert!(at::TARGETS + TABLES * TABLE_SIZE <= ENGINE_AREA_SIZE);
-const _: () = assert!(at::VECTORS + 256 <= at::TARGETS);
+const _: () = assert!(at::SYSCALL_SEGMENTS + 48 <= at::VECTORS && at::VECTORS + 256 <= at::SYSRET);
+const _: () = assert!(size_of::<bivisor_emulator::cpu::Segment>() == 24);
 
 /// Offset from GS base of an offset in the area.
 pub const fn gs(offset: usize) -> i32 {
@@ -160,6 +182,14 @@ impl Area {
         assert!(offset.is_multiple_of(2) && offset < ENGINE_AREA_SIZE, "no such word");
         // SAFETY: as for `word`.
         u64::from(unsafe { &*self.base.add(offset).cast::<AtomicU16>() }.load(Ordering::Relaxed))
+    }
+
+    /// Reads four bytes.
+    #[inline(always)]
+    pub fn get_u32(&self, offset: usize) -> u32 {
+        assert!(offset.is_multiple_of(4) && offset < ENGINE_AREA_SIZE, "no such word");
+        // SAFETY: as for `word`.
+        unsafe { &*self.base.add(offset).cast::<AtomicU32>() }.load(Ordering::Relaxed)
     }
 
     /// Writes eight bytes.

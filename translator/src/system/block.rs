@@ -93,6 +93,12 @@ pub enum Way {
     CallIndirect,
     /// RET; bytes it drops besides.
     Return(u16),
+    /// IN or OUT at CPL 0.
+    Port,
+    /// SYSCALL.
+    Syscall,
+    /// SYSRET to 64-bit code at CPL 0.
+    Sysret,
     /// One step of the interpreter.
     Step,
     /// An x87 or SIMD instruction in a mode without: perhaps another mode has them.
@@ -109,6 +115,8 @@ impl Way {
                 | Way::JumpIndirect
                 | Way::CallIndirect
                 | Way::Return(_)
+                | Way::Syscall
+                | Way::Sysret
                 | Way::Step
                 | Way::Asleep
                 | Way::Counted
@@ -440,7 +448,7 @@ fn item(
         }
         _ => {}
     }
-    if matches!(way, Way::Step | Way::Asleep) {
+    if matches!(way, Way::Step | Way::Asleep | Way::Port | Way::Syscall | Way::Sysret) {
         flags_in = STATUS;
     }
     // Division, x87 and SIMD exceptions; all others have an access.
@@ -645,6 +653,13 @@ fn way(iced: &Instruction, mode: Mode, routes: &Routes) -> Way {
         Code::Rdtsc if mode.time() && routes.base(code) == Route::Copy => return Way::ReadTime,
         Code::Cld if !mode.down() => return Way::Nop,
         Code::Endbr64 => return Way::Nop,
+        Code::Syscall if !mode.is_counted() => return Way::Syscall,
+        _ if !kernel || mode.is_counted() || mode.vectors() != 0 => {}
+        Code::Sysretq => return Way::Sysret,
+        _ if matches!(iced.mnemonic(), Mnemonic::In | Mnemonic::Out) => return Way::Port,
+        _ => {}
+    }
+    match code {
         // PREFETCHW of a register: AMD has #UD.
         Code::Reservednop_rm16_r16_0F0D | Code::Reservednop_rm32_r32_0F0D | Code::Reservednop_rm64_r64_0F0D => {
             return Way::Step;

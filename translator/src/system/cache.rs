@@ -154,7 +154,7 @@ impl Cache {
     pub fn new(model: Arc<CpuModel>, policy: Policy) -> std::io::Result<Cache> {
         let mut buffer = CodeBuffer::new(SIZE)?;
         let mut e = Emitter::new(buffer.base());
-        for to in [enter::leave(), enter::leave_light()] {
+        for to in [enter::leave(), enter::leave_light(), enter::port()] {
             // jmp [rip + 0]
             e.bytes.extend_from_slice(&[0xff, 0x25, 0, 0, 0, 0]);
             e.push_u64(to);
@@ -219,7 +219,7 @@ impl Cache {
 
     /// Is there no cache of branch targets for code of this mode?
     pub fn is_out_of_modes(&self, mode: Mode) -> bool {
-        self.modes.len() == area::TABLES && !self.modes.contains(&mode)
+        self.modes.len() == area::TABLES && !mode.is_rare() && !self.modes.contains(&mode)
     }
 
     /// Throws everything away. Nobody is in the code.
@@ -242,8 +242,11 @@ impl Cache {
         self.counts.flushes += 1;
     }
 
-    /// Offset of the cache of branch targets of a mode; `None` if there is none left.
-    fn targets(&mut self, mode: Mode) -> Option<usize> {
+    /// Offset of the cache of branch targets of a mode; `None` if there is none left. Rare modes do not use it.
+    pub fn targets(&mut self, mode: Mode) -> Option<usize> {
+        if mode.is_rare() {
+            return Some(at::TARGETS);
+        }
         let n = match self.modes.iter().position(|m| *m == mode) {
             Some(n) => n,
             None if self.modes.len() < area::TABLES => {
@@ -276,6 +279,7 @@ impl Cache {
             first_recipe: self.recipes.len() as u32,
             leave: self.leave,
             leave_light: self.leave + 14,
+            port: self.leave + 28,
             targets,
             tlb: at::TLB + mode.context() * tlb::TABLE,
             share: !hints.apart,
@@ -290,13 +294,13 @@ impl Cache {
         let offset = self.buffer.append(&unit.code) as u32;
         let b = self.blocks.len() as u32;
         let first_exit = self.exits.len() as u32;
-        let number = self.cell(block.start, gpa, block.mode.user());
+        let number = self.number(block.start, gpa, block.mode.user());
         self.exits.extend(unit.exits.iter().map(|e| {
             let mut e = *e;
             e.stub += offset;
             e.site = e.site.map(|s| s + offset);
-            if let Kind::Miss { retry, .. } = &mut e.kind {
-                *retry += offset;
+            if let Kind::Miss { retry: at, .. } | Kind::Port { resume: at, .. } = &mut e.kind {
+                *at += offset;
             }
             e
         }));
@@ -342,7 +346,7 @@ impl Cache {
     }
 
     /// The number that stands for code of a linear page at a physical page.
-    fn cell(&mut self, rip: u64, gpa: u64, user: bool) -> u32 {
+    fn number(&mut self, rip: u64, gpa: u64, user: bool) -> u32 {
         let next = self.cells.len() as u32 + 1;
         *self.cells.entry((rip / PAGE_SIZE, gpa / PAGE_SIZE, user)).or_insert(next)
     }
@@ -424,9 +428,9 @@ impl Cache {
     /// Code that asks the map of code pages and goes to block `b`; gives its offset. Without an origin it is for indirect branches, and
     /// looks whether somebody wants the code to be left.
     fn way_in(&mut self, b: u32, save: bool, origin: Option<u32>, word: Option<(u32, Replay)>) -> u32 {
-        let (rip, number, to) = {
+        let (rip, user, number, to) = {
             let t = &self.blocks[b as usize];
-            (t.rip, t.number, word.map_or(t.entries.slot, |(at, _)| at))
+            (t.rip, t.mode.user(), t.number, word.map_or(t.entries.slot, |(at, _)| at))
         };
         let told = word.map(|(_, replay)| Told::Here(replay));
         let offset = self.buffer.next() as u32;
@@ -438,7 +442,7 @@ impl Cache {
             e.rm(super::lower::asm::W::D, &[0x89], 0, At::slot(at::STATUS), &[]);
             e.load(Gpr::Rax, At::slot(at::TEMP));
         }
-        e.compare_u32(At::slot(cell_at(rip)), number);
+        e.compare_u32(At::slot(cell_at(rip, user)), number);
         e.bytes.extend_from_slice(&[0x0f, 0x85, 0, 0, 0, 0]);
         let miss = e.len() - 4;
         let mut leave = None;
@@ -487,11 +491,15 @@ impl Cache {
         offset
     }
 
-    /// Enters block `b` in the cache of branch targets.
-    pub fn enter_target(&mut self, area: &Area, b: u32) {
+    /// Enters block `b` in the cache of branch targets; gives the host address of its way in, if it can have one.
+    pub fn enter_target(&mut self, area: &Area, b: u32) -> Option<u64> {
         let target = &self.blocks[b as usize];
-        if target.pages[0] != target.pages[1] || target.mode.is_counted() || !self.buffer.fits(MAX_BLOCK) {
-            return;
+        if target.pages[0] != target.pages[1]
+            || target.mode.is_counted()
+            || target.mode.is_rare()
+            || !self.buffer.fits(MAX_BLOCK)
+        {
+            return None;
         }
         let (rip, mode) = (target.rip, target.mode);
         let landing = match target.landing {
@@ -499,10 +507,10 @@ impl Cache {
             None => self.way_in(b, false, None, None),
         };
         self.blocks[b as usize].landing = Some(landing);
-        let Some(table) = self.targets(mode) else { return };
-        let entry = table + (rip as usize % area::TARGETS) * 16;
+        let entry = self.targets(mode)? + (rip as usize % area::TARGETS) * 16;
         area.set(entry, rip);
         area.set(entry + 8, self.host(landing));
+        Some(self.host(landing))
     }
 
     /// Makes the thread that is in the code at `pc` leave soon: the jumps of what it executes lead to their stubs from now on. Called in the
@@ -665,7 +673,12 @@ impl Cache {
 /// Stores to a code page that hit no code, before its blocks give way.
 const HARMLESS: u32 = 256;
 
-/// Where the number of a linear page is.
-pub fn cell_at(rip: u64) -> usize {
-    at::CELLS + 4 * ((rip / PAGE_SIZE) as usize % area::CELLS)
+/// Which of the map of code pages is for a linear page, as code of CPL 0 or of CPL 3.
+pub fn cell(rip: u64, user: bool) -> usize {
+    ((rip / PAGE_SIZE) as usize ^ usize::from(user) << 10) % area::CELLS
+}
+
+/// Where that is.
+pub fn cell_at(rip: u64, user: bool) -> usize {
+    at::CELLS + 4 * cell(rip, user)
 }

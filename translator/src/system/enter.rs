@@ -13,6 +13,7 @@ use bivisor_emulator::cpu::CpuState;
 use bivisor_emulator::cpu::xsave::Layout;
 use bivisor_emulator::isa::Gpr;
 use std::arch::global_asm;
+use std::ffi::c_void;
 use std::mem::offset_of;
 
 /// Left because the host raised an exception; its address is in the thread block.
@@ -25,14 +26,15 @@ const AVX: u64 = 1;
 const RAX: usize = offset_of!(CpuState, gpr) + 8 * Gpr::Rax as usize;
 
 global_asm!(
-    ".globl bivisor_system_enter, bivisor_system_from, bivisor_system_to, bivisor_system_abort, bivisor_system_leave, bivisor_system_leave_light, bivisor_system_sync, bivisor_system_settle",
-    ".hidden bivisor_system_enter, bivisor_system_from, bivisor_system_to, bivisor_system_abort, bivisor_system_leave, bivisor_system_leave_light, bivisor_system_sync, bivisor_system_settle",
+    ".globl bivisor_system_enter, bivisor_system_from, bivisor_system_to, bivisor_system_abort, bivisor_system_leave, bivisor_system_leave_light, bivisor_system_sync, bivisor_system_settle, bivisor_system_port, bivisor_system_called, bivisor_system_returned, bivisor_system_give_up",
+    ".hidden bivisor_system_enter, bivisor_system_from, bivisor_system_to, bivisor_system_abort, bivisor_system_leave, bivisor_system_leave_light, bivisor_system_sync, bivisor_system_settle, bivisor_system_port, bivisor_system_called, bivisor_system_returned, bivisor_system_give_up",
     ".p2align 4",
-    // fn(rdi = entry) -> eax = exit
+    // fn(rdi = entry, rsi = what to call for devices) -> eax = exit
     "bivisor_system_enter:",
     "push rbx; push rbp; push r12; push r13; push r14; push r15",
     "mov gs:[{host_rsp}], rsp",
     "mov gs:[{entry}], rdi",
+    "mov gs:[{call}], rsi",
     // A kick that comes from here on sends the thread to the abort label.
     "bivisor_system_from:",
     "cmp dword ptr gs:[{look}], 0",
@@ -154,6 +156,60 @@ global_asm!(
     "mov eax, dword ptr gs:[{exit}]",
     "pop r15; pop r14; pop r13; pop r12; pop rbp; pop rbx",
     "ret",
+    // From the cache: a device is called, without leaving if that is possible. Nothing is in EFLAGS.
+    ".p2align 4",
+    "bivisor_system_port:",
+    "mov dword ptr gs:[{called}], 0",
+    "cmp dword ptr gs:[{asleep}], 0",
+    "je bivisor_system_leave",
+    "mov gs:[{caller}], rax",
+    "mov gs:[{caller} + 8], rcx",
+    "mov gs:[{caller} + 16], rdx",
+    "mov gs:[{caller} + 32], rsp",
+    "mov gs:[{caller} + 48], rsi",
+    "mov gs:[{caller} + 56], rdi",
+    "mov gs:[{caller} + 64], r8",
+    "mov gs:[{caller} + 72], r9",
+    "mov gs:[{caller} + 80], r10",
+    "mov gs:[{caller} + 88], r11",
+    "mov rsp, gs:[{host_rsp}]",
+    "mov rdi, gs:[{call}]",
+    "mov esi, dword ptr gs:[{exit}]",
+    // Six registers and the return address are above.
+    "sub rsp, 8",
+    "call {device}",
+    // A kick that comes from here on sends the thread to where it gives up.
+    "bivisor_system_called:",
+    "test rax, rax",
+    "je bivisor_system_give_up",
+    "cmp dword ptr gs:[{look}], 0",
+    "jne bivisor_system_give_up",
+    "mov gs:[{entry}], rax",
+    "mov rax, gs:[{caller}]",
+    "mov rcx, gs:[{caller} + 8]",
+    "mov rdx, gs:[{caller} + 16]",
+    "mov rsp, gs:[{caller} + 32]",
+    "mov rsi, gs:[{caller} + 48]",
+    "mov rdi, gs:[{caller} + 56]",
+    "mov r8, gs:[{caller} + 64]",
+    "mov r9, gs:[{caller} + 72]",
+    "mov r10, gs:[{caller} + 80]",
+    "mov r11, gs:[{caller} + 88]",
+    "jmp qword ptr gs:[{entry}]",
+    "bivisor_system_returned:",
+    "bivisor_system_give_up:",
+    "mov dword ptr gs:[{called}], 1",
+    "mov rax, gs:[{caller}]",
+    "mov rcx, gs:[{caller} + 8]",
+    "mov rdx, gs:[{caller} + 16]",
+    "mov rsp, gs:[{caller} + 32]",
+    "mov rsi, gs:[{caller} + 48]",
+    "mov rdi, gs:[{caller} + 56]",
+    "mov r8, gs:[{caller} + 64]",
+    "mov r9, gs:[{caller} + 72]",
+    "mov r10, gs:[{caller} + 80]",
+    "mov r11, gs:[{caller} + 88]",
+    "jmp bivisor_system_leave",
     // The XMM registers are Rust's: back to the guest's values for XSAVE. fn(rdi = image)
     ".p2align 4",
     "bivisor_system_sync:",
@@ -192,17 +248,25 @@ global_asm!(
     rbx = const gs(at::RBX),
     rax = const RAX,
     xsave = const offset_of!(CpuState, xsave),
+    caller = const gs(at::CALLER),
+    call = const gs(at::CALL),
+    called = const gs(at::CALLED),
+    device = sym device,
     upper = const gs(at::UPPER),
     asleep = const gs(at::ASLEEP),
     avx = const AVX,
 );
 
 unsafe extern "sysv64" {
-    fn bivisor_system_enter(entry: u64) -> u32;
+    fn bivisor_system_enter(entry: u64, call: *mut c_void) -> u32;
     fn bivisor_system_sync(image: *mut u8);
     fn bivisor_system_settle();
     safe static bivisor_system_leave: u8;
     safe static bivisor_system_leave_light: u8;
+    safe static bivisor_system_port: u8;
+    safe static bivisor_system_called: u8;
+    safe static bivisor_system_returned: u8;
+    safe static bivisor_system_give_up: u8;
     safe static bivisor_system_from: u8;
     safe static bivisor_system_to: u8;
     safe static bivisor_system_abort: u8;
@@ -211,6 +275,30 @@ unsafe extern "sysv64" {
 /// The host addresses at which a kick must not let the thread go in.
 pub fn entering() -> std::ops::Range<u64> {
     (&raw const bivisor_system_from) as u64..(&raw const bivisor_system_to) as u64
+}
+
+/// The host addresses at which a kick must not let the thread go back in after the call of a device.
+pub fn returning() -> std::ops::Range<u64> {
+    (&raw const bivisor_system_called) as u64..(&raw const bivisor_system_returned) as u64
+}
+
+/// Where the signal handler sends a thread that was about to go back.
+pub fn give_up() -> u64 {
+    (&raw const bivisor_system_give_up) as u64
+}
+
+/// Where generated code goes to have a device called.
+pub fn port() -> u64 {
+    (&raw const bivisor_system_port) as u64
+}
+
+/// What calls a device: takes an exit, gives the host address to go on at, or 0.
+pub type Device<'a> = &'a mut dyn FnMut(u32) -> u64;
+
+unsafe extern "sysv64" fn device(call: *mut c_void, exit: u32) -> u64 {
+    // SAFETY: `run` has made it from one, which nobody else uses while the code runs.
+    let call = unsafe { &mut *call.cast::<Device<'_>>() };
+    call(exit)
 }
 
 /// Where the signal handler sends a thread that was about to go in.
@@ -250,15 +338,14 @@ pub fn prepare(area: &Area) {
     area.set(at::UPPER, 0);
 }
 
-/// Runs translated code from host address `entry` until it leaves; gives the exit.
+/// Runs translated code from host address `entry` until it leaves; gives the exit. `call` does IN and OUT.
 ///
-/// The caller has filled in the slots of `area`, which is mapped behind the calling thread's block; `entry` is live code. `cpu` is what
-/// [`at::CPU`] names, and its MXCSR is valid.
-pub fn run(area: &Area, cpu: &mut CpuState, entry: u64) -> u32 {
-    debug_assert_eq!(area.get(at::CPU), std::ptr::from_mut(cpu) as u64);
-    // SAFETY: as the caller says; XRSTOR finds a valid image; the routine keeps the calling convention and touches only `cpu`, the
-    // area and guest RAM.
-    unsafe { bivisor_system_enter(entry) }
+/// The caller has filled in the slots of the area, which is mapped behind the calling thread's block; `entry` is live code. What
+/// [`at::CPU`] names is there, and its MXCSR is valid.
+pub fn run(entry: u64, mut call: Device<'_>) -> u32 {
+    // SAFETY: as the caller says; XRSTOR finds a valid image; the routine keeps the calling convention and touches only the state, the
+    // area and guest RAM. `call` lives until it comes back.
+    unsafe { bivisor_system_enter(entry, (&raw mut call).cast()) }
 }
 
 /// Puts the vector and x87 registers into the image, where they must be before anybody looks there.

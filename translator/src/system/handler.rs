@@ -21,6 +21,8 @@ pub unsafe fn hook(block: &ThreadBlock, sig: i32, info: *mut libc::siginfo_t, uc
         block.scratch[slot::LOOK].set(1);
         if enter::entering().contains(&pc) {
             regs[libc::REG_RIP as usize] = enter::abort() as i64;
+        } else if enter::returning().contains(&pc) {
+            regs[libc::REG_RIP as usize] = enter::give_up() as i64;
         } else if (block.scratch[slot::CACHE_START].get()..block.scratch[slot::CACHE_END].get()).contains(&pc) {
             // SAFETY: the run loop has put its cache there, and this thread is in the code: nobody changes the cache.
             unsafe { &*block.engine_data.get().cast::<Cache>() }.poison(pc);

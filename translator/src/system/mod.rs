@@ -83,6 +83,11 @@ impl Mode {
         self.0 & Mode::COUNTED != 0
     }
 
+    /// So seldom that indirect branches leave, and have no cache of their targets.
+    pub fn is_rare(self) -> bool {
+        self.down() || self.0 & Mode::AC != 0 && self.vectors() > 0
+    }
+
     /// One instruction a block?
     pub fn is_single(self) -> bool {
         self.0 & Mode::SINGLE != 0

@@ -8,19 +8,20 @@ use crate::route::Policy;
 use crate::run::Translator;
 use crate::system::area::{Area, CELLS, at};
 use crate::system::block::Access as GuestAccess;
-use crate::system::cache::{Cache, cell_at};
+use crate::system::cache::{Cache, cell, cell_at};
 use crate::system::enter::{self, ABORTED, FAULT};
 use crate::system::lower::{Flags, Kind, Told};
-use crate::system::tlb::Tlb;
+use crate::system::tlb::{Found, Tlb};
 use crate::system::{Control, Mode, handler};
 use bivisor_emulator::cpu::xsave::component;
-use bivisor_emulator::cpu::{CpuState, Rflags};
+use bivisor_emulator::cpu::{CpuState, Cr0, Cr4, Rflags};
 use bivisor_emulator::host::signal;
 use bivisor_emulator::host::thread::ThreadBlock;
 use bivisor_emulator::interp::Prepared;
 use bivisor_emulator::interp::sensitive::time::TimeSource;
-use bivisor_emulator::isa::{Class, Insn, Seg, Sensitivity, decode};
-use bivisor_emulator::mem::{Access, By, PAGE_SIZE, Ram};
+use bivisor_emulator::interp::sensitive::{fast, io};
+use bivisor_emulator::isa::{Class, Gpr, Insn, Seg, Sensitivity, Width, decode};
+use bivisor_emulator::mem::{Access, By, Flushed, Mmu, PAGE_SIZE, Ram};
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts};
 use iced_x86::Code;
 use iced_x86::{Mnemonic, Register};
@@ -28,8 +29,12 @@ use std::collections::BTreeMap;
 
 /// State components above x87 and XMM.
 const UPPER: u64 = component::AVX | component::AVX512;
-/// Times that code of CPL 0 is entered with the vector registers after it has used them.
-const AWAKE: u32 = 256;
+/// So many entries of the map of code pages are forgotten one by one.
+const MOST_LOCAL: usize = 2 * CELLS;
+/// Times that code of CPL 0 is entered with the vector registers after it has used them: at first, and at most if it uses them again soon.
+const AWAKE: [u32; 2] = [16, 4096];
+/// Times it is entered without before that was not soon.
+const SLEPT: u32 = 64;
 /// Instructions that the interpreter does at once where nothing is translated.
 const STRETCH: u64 = 64;
 
@@ -54,6 +59,8 @@ pub struct System {
     calls: Vec<Option<Box<Call>>>,
     /// How often, of those that were thrown away.
     called: BTreeMap<Code, u64>,
+    /// IN and OUT done without leaving the code.
+    ports: [u64; 2],
     flushes: u64,
     /// Components above XMM are in use.
     upper: bool,
@@ -61,10 +68,15 @@ pub struct System {
     wants_upper: bool,
     /// Of the state, if it is known.
     control: Option<Option<Control>>,
-    /// So many times code of CPL 0 is still entered with the vector registers.
+    /// So many times code of CPL 0 is still entered with the vector registers; so many times it was the last time; how often it was
+    /// entered without since.
     awake: u32,
+    stays_awake: u32,
+    slept: u32,
     /// An address in each page that the map of code pages knows.
     code_pages: Box<[u64; CELLS]>,
+    /// Which of them are not global.
+    local_pages: Vec<u16>,
     /// RDTSC shows the host's counter; CPUID need not leave.
     in_cache: (bool, bool),
 }
@@ -179,6 +191,12 @@ fn mend(
     cpu.rflags = own | status;
     cpu.seg[Seg::Gs as usize].base = area.get(at::GS_BASE);
     cpu.msr.kernel_gs_base = area.get(at::KERNEL_GS_BASE);
+    tell_priority(area, cpu, board);
+}
+
+/// CR8 as the code has left it, to the bus.
+#[inline(always)]
+fn tell_priority(area: &Area, cpu: &mut CpuState, board: Board<'_>) {
     let (priority, told) = (area.get(at::CR8), area.get(at::CR8_BUS));
     if priority != told {
         cpu.cr8 = priority;
@@ -207,12 +225,16 @@ impl System {
             store: None,
             calls: Vec::new(),
             called: BTreeMap::new(),
+            ports: [0; 2],
             flushes: 0,
             upper: false,
             wants_upper: false,
             control: None,
             awake: 0,
+            stays_awake: 0,
+            slept: u32::MAX,
             code_pages: Box::new([u64::MAX; CELLS]),
+            local_pages: Vec::new(),
             in_cache: (true, true),
         })
     }
@@ -225,6 +247,9 @@ impl System {
     /// How often the interpreter was called, by instruction.
     pub fn called(&self) -> BTreeMap<Code, u64> {
         let mut all = self.called.clone();
+        for (code, n) in [Code::In_AL_imm8, Code::Out_imm8_AL].into_iter().zip(self.ports).filter(|(_, n)| *n > 0) {
+            *all.entry(code).or_default() += n;
+        }
         for c in self.calls.iter().flatten() {
             *all.entry(c.code).or_default() += c.times;
         }
@@ -234,24 +259,57 @@ impl System {
     fn flush_mapping(&mut self) {
         self.tlb.clear(&self.area);
         self.area.fill(at::CELLS..at::CELLS + 4 * CELLS, 0);
+        self.local_pages.clear();
+    }
+
+    /// Forgets all pages but global ones.
+    fn flush_local(&mut self) {
+        self.tlb.clear_local(&self.area);
+        if self.local_pages.len() >= MOST_LOCAL {
+            self.area.fill(at::CELLS..at::CELLS + 4 * CELLS, 0);
+        }
+        for n in self.local_pages.drain(..) {
+            self.code_pages[usize::from(n)] = u64::MAX;
+            self.area.set_u32(at::CELLS + 4 * usize::from(n), 0);
+        }
     }
 
     /// Forgets one small page.
     fn flush_page(&mut self, laddr: u64) {
         self.tlb.clear_page(&self.area, laddr);
-        let n = (laddr / PAGE_SIZE) as usize % CELLS;
-        if self.code_pages[n] / PAGE_SIZE == laddr / PAGE_SIZE {
-            self.code_pages[n] = u64::MAX;
-            self.area.set_u32(at::CELLS + 4 * n, 0);
+        for n in [cell(laddr, false), cell(laddr, true)] {
+            if self.code_pages[n] / PAGE_SIZE == laddr / PAGE_SIZE {
+                self.code_pages[n] = u64::MAX;
+                self.area.set_u32(at::CELLS + 4 * n, 0);
+            }
         }
     }
 
     /// Throws the code away, and what is known by the numbers of its exits.
     fn flush(&mut self) {
         self.cache.flush(&self.area);
+        self.forget_calls();
+    }
+
+    /// The cache was flushed.
+    fn forget_calls(&mut self) {
         self.flushes = self.cache.counts.flushes;
         self.called = self.called();
+        self.ports = [0; 2];
         self.calls.clear();
+        self.close_gates();
+    }
+
+    /// SYSCALL and SYSRET leave until it is known where they go.
+    fn close_gates(&self) {
+        self.area.set(at::SYSCALL, 0);
+        self.area.set(at::SYSRET, 0);
+    }
+
+    /// An instruction may have changed what modes depend on.
+    fn forget_control(&mut self) {
+        self.control = None;
+        self.close_gates();
     }
 
     /// Takes notice of what the guest has changed of mappings and code.
@@ -260,6 +318,7 @@ impl System {
             self.memory = board.mem.id();
             t.core.mmu.flush();
             self.cache.flush(&self.area);
+            self.close_gates();
             self.epoch = ram.code_epoch();
             self.mapping = t.core.mmu.generation();
             self.flush_mapping();
@@ -267,9 +326,10 @@ impl System {
         if self.mapping != t.core.mmu.generation() {
             let one = self.mapping.wrapping_add(1) == t.core.mmu.generation();
             self.mapping = t.core.mmu.generation();
-            match t.core.mmu.flushed_page().filter(|_| one) {
-                Some(page) => self.flush_page(page),
-                None => self.flush_mapping(),
+            match t.core.mmu.flushed() {
+                Flushed::Page(page) if one => self.flush_page(page),
+                Flushed::Local if one => self.flush_local(),
+                _ => self.flush_mapping(),
             }
         }
         if self.epoch != ram.code_epoch() {
@@ -282,7 +342,9 @@ impl System {
     }
 
     fn set_upper(&mut self, upper: bool) {
-        self.upper = upper;
+        if std::mem::replace(&mut self.upper, upper) != upper {
+            self.close_gates();
+        }
         self.area.set(at::UPPER, u64::from(upper));
     }
 
@@ -302,7 +364,10 @@ impl System {
         if cpu.cpl() != 0 || self.awake > 0 || Mode::of(cpu, 1) == Mode::of(cpu, 0) {
             return false;
         }
-        self.awake = AWAKE;
+        let [first, most] = AWAKE;
+        self.stays_awake = if self.slept < SLEPT { (2 * self.stays_awake).clamp(first, most) } else { first };
+        (self.awake, self.slept) = (self.stays_awake, 0);
+        self.close_gates();
         true
     }
 
@@ -352,6 +417,10 @@ impl System {
                     // The exit it came from is gone.
                     via = Via::Start;
                 }
+                if rip == t.cpu.msr.lstar {
+                    // The block that SYSCALL goes to is no more.
+                    self.close_gates();
+                }
                 ram.watch_code(gpa);
                 let (cpu, core, mem) = (&t.cpu, &mut t.core, board.mem);
                 let mut next = || {
@@ -371,13 +440,22 @@ impl System {
                 }?
             }
         };
-        self.area.set_u32(cell_at(rip), self.cache.block(b).number);
-        self.code_pages[(rip / PAGE_SIZE) as usize % CELLS] = rip;
+        let n = cell(rip, mode.user());
+        if self.code_pages[n] / PAGE_SIZE != rip / PAGE_SIZE || self.area.get_u32(cell_at(rip, mode.user())) == 0 {
+            self.code_pages[n] = rip;
+            let global = t.core.mmu.is_global(Mmu::context(&t.cpu, by), rip);
+            if !global && self.local_pages.len() < MOST_LOCAL {
+                self.local_pages.push(n as u16);
+            }
+        }
+        self.area.set_u32(cell_at(rip, mode.user()), self.cache.block(b).number);
         // What led here may just have been thrown away.
         match if self.cache.counts.flushes == flushes { via } else { Via::Start } {
             Via::Start => {}
             Via::Link(id) => self.cache.link(id, b),
-            Via::Indirect => self.cache.enter_target(&self.area, b),
+            Via::Indirect => {
+                self.cache.enter_target(&self.area, b);
+            }
             Via::Call(id) => {
                 if let Some(Some(c)) = self.calls.get_mut(id as usize) {
                     (c.next, c.block, c.mapping) = (rip, b, self.mapping);
@@ -404,7 +482,7 @@ impl System {
             self.cache.set_policy(t.cache.model().clone(), Policy { host_time: time, cpuid, ..t.cache.policy() });
             self.cache.flush(&self.area);
         }
-        self.control = None;
+        self.forget_control();
         t.kicker.entered(block.tid.get());
         self.area.set(at::CPU, &raw mut *t.cpu as u64);
         self.area.set(at::VECTORS_AT, 0);
@@ -432,9 +510,7 @@ impl System {
                 self.ask_line(board);
             }
             if self.flushes != self.cache.counts.flushes {
-                self.flushes = self.cache.counts.flushes;
-                self.called = self.called();
-                self.calls.clear();
+                self.forget_calls();
                 via = Via::Start;
             }
             if t.kicker.requested() && t.kicker.take() {
@@ -450,6 +526,7 @@ impl System {
                 resume(&mut t.cpu);
             }
             self.awake = if t.cpu.cpl() == 3 { 0 } else { self.awake.saturating_sub(1) };
+            self.slept = self.slept.saturating_add(u32::from(self.awake == 0));
             let mode = if due { None } else { self.mode(&t.cpu) };
             let Some(mode) = mode else {
                 self.sync(t);
@@ -457,7 +534,7 @@ impl System {
                 let before = t.core.instructions();
                 t.stats.steps += 1;
                 let exit = t.core.run(&mut t.cpu, board, most, Some(&t.kicker));
-                self.control = None;
+                self.forget_control();
                 self.forget_priority();
                 *left = left.saturating_sub(if counted { t.core.instructions() - before } else { 0 });
                 self.ask_line(board);
@@ -524,7 +601,7 @@ impl System {
         let exit = match id {
             Some(id) => self.call(t, board, ram, id),
             None => {
-                self.control = None;
+                self.forget_control();
                 t.core.run(&mut t.cpu, board, 1, None)
             }
         };
@@ -559,7 +636,7 @@ impl System {
         if self.calls[n].is_none() {
             let insn = self.cache.bytes(ram, id, t.cpu.rip).and_then(|b| decode(&b, 64).ok());
             let Some(insn) = insn else {
-                self.control = None;
+                self.forget_control();
                 return t.core.run(&mut t.cpu, board, 1, None);
             };
             let (code, steady, quiet) = (insn.iced.code(), is_steady(&insn), is_quiet(&insn));
@@ -588,10 +665,12 @@ impl System {
         match &mut self.calls[n] {
             Some(c) => {
                 c.times += 1;
-                if !c.quiet {
-                    self.control = None;
+                let quiet = c.quiet;
+                let exit = t.core.execute(&mut t.cpu, board, &c.insn);
+                if !quiet {
+                    self.forget_control();
                 }
-                t.core.execute(&mut t.cpu, board, &c.insn)
+                exit
             }
             None => t.core.run(&mut t.cpu, board, 1, None),
         }
@@ -623,7 +702,7 @@ impl System {
         t.stats.entries += 1;
         let mut resumed = None;
         loop {
-            let id = enter::run(&self.area, &mut t.cpu, host);
+            let id = enter::run(host, &mut |id| self.device(t, board, ram, block, id));
             if id == ABORTED {
                 if let Some(exit) = resumed {
                     let exit = *self.cache.exit(exit);
@@ -658,46 +737,25 @@ impl System {
     /// As [`System::left`] and [`System::call_out`] for an exit that was taken before, if it is one of the usual ones.
     #[inline]
     fn quick(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, block: &ThreadBlock, id: u32) -> Option<Next> {
-        let c = self.calls.get_mut(id as usize)?.as_deref_mut().filter(|c| c.light)?;
+        let c = self.calls.get(id as usize)?.as_deref().filter(|c| c.light)?;
         t.cpu.rip = c.rip;
         mend(&self.area, &self.cache, &mut t.cpu, board, (c.spilled, c.flags, c.told));
-        if !c.steady || c.priority {
-            return Some(self.call_out(t, board, ram, block, id, Via::Call(id)));
-        }
-        t.stats.steps += 1;
-        c.times += 1;
-        let before = t.core.instructions();
-        let exit = t.core.execute(&mut t.cpu, board, &c.insn);
-        (self.line, self.nmi) = (board.bus.interrupt_pending(), board.bus.nmi_pending());
-        let (b, known, quiet) = (c.block, (c.next, c.mapping) == (t.cpu.rip, self.mapping), c.quiet);
-        if !quiet {
-            self.control = None;
-        }
-        let goes_on = exit == Exit::Budget && t.core.instructions() != before && known && self.cache.is_live(b);
-        if goes_on && !self.is_due(t, ram, block) {
-            self.area.set(at::STATUS, status(t.cpu.rflags));
-            self.area.set(at::PENDING, if self.line { Rflags::IF.bits() } else { 0 });
-            return Some(Next::Resume(self.cache.host(self.cache.block(b).entries.both())));
-        }
-        if exit != Exit::Budget {
-            self.sync(t);
-            return Some(Next::Out(exit));
-        }
-        if t.core.instructions() == before {
-            // It faulted.
-            self.forget_priority();
-        }
-        Some(Next::Go(Via::Call(id)))
+        Some(self.call_out(t, board, ram, block, id, Via::Call(id)))
     }
 
     /// After a call of the interpreter: is there an event to take, or has something changed that only the dispatch loop looks at?
     #[inline]
     fn is_due(&self, t: &Translator, ram: &Ram, block: &ThreadBlock) -> bool {
-        let same = self.mapping == t.core.mmu.generation()
+        !self.is_same(t, ram) || block.scratch[slot::LOOK].get() != 0 || t.kicker.requested() || self.due(&t.cpu)
+    }
+
+    /// Has nothing changed of mappings and code?
+    #[inline]
+    fn is_same(&self, t: &Translator, ram: &Ram) -> bool {
+        self.mapping == t.core.mmu.generation()
             && self.epoch == ram.code_epoch()
             && self.watches == ram.watches()
-            && self.flushes == self.cache.counts.flushes;
-        !same || block.scratch[slot::LOOK].get() != 0 || t.kicker.requested() || self.due(&t.cpu)
+            && self.flushes == self.cache.counts.flushes
     }
 
     /// One instruction by the interpreter, without its vector registers, and at once back into the code if nothing else is to be done.
@@ -727,9 +785,84 @@ impl System {
         if self.flushes != self.cache.counts.flushes {
             return Next::Go(Via::Start);
         }
+        self.open_gate(&t.cpu, id, b);
         self.load(&t.cpu);
         self.area.set(at::ASLEEP, u64::from(mode.vectors() == 0));
         Next::Resume(self.cache.host(self.cache.block(b).entries.both()))
+    }
+
+    /// After SYSCALL or SYSRET by the interpreter, which led to block `b`: from now on they go there by themselves.
+    fn open_gate(&mut self, cpu: &CpuState, id: u32, b: u32) {
+        let mnemonic = match self.calls.get(id as usize) {
+            Some(Some(c)) => c.code.mnemonic(),
+            _ => return,
+        };
+        let (mode, alignment) = (self.cache.block(b).mode, cpu.cr0.contains(Cr0::AM));
+        let segments = match mnemonic {
+            Mnemonic::Syscall => {
+                let kept = fast::kept(cpu);
+                let same_mode =
+                    !kept.contains(Rflags::DF) && !(kept.contains(Rflags::AC) && cpu.cr4.contains(Cr4::SMAP));
+                if mode.user() || mode.vectors() != 0 || !same_mode {
+                    return;
+                }
+                let Some(host) = self.cache.enter_target(&self.area, b) else { return };
+                self.area.set(at::SYSCALL_KEEP, (kept | Rflags::FIXED).bits());
+                self.area.set(at::SYSCALL, host);
+                at::SYSCALL_SEGMENTS
+            }
+            Mnemonic::Sysretq => {
+                if !mode.user() || mode.down() || self.cache.enter_target(&self.area, b).is_none() {
+                    return;
+                }
+                let Some(table) = self.cache.targets(mode) else { return };
+                let mut forbidden = Rflags::TF | Rflags::RF | Rflags::VM | Rflags::DF;
+                forbidden.set(Rflags::AC, alignment);
+                self.area.set(at::SYSRET_FORBIDDEN, forbidden.bits());
+                self.area.set(at::SYSRET_ASLEEP, u64::from(mode.vectors() == 0));
+                self.area.set(at::SYSRET, table as u64);
+                at::SYSRET_SEGMENTS
+            }
+            _ => return,
+        };
+        for (n, seg) in [Seg::Cs, Seg::Ss].into_iter().enumerate() {
+            let s = cpu.segment(seg);
+            let words = [s.base, u64::from(s.limit) | u64::from(s.attr.bits()) << 32, s.selector.into()];
+            for (word, v) in words.into_iter().enumerate() {
+                self.area.set(segments + 8 * (3 * n + word), v);
+            }
+        }
+    }
+
+    /// IN or OUT at CPL 0, called from the code: where to go on, or 0 if it must be left.
+    fn device(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, block: &ThreadBlock, id: u32) -> u64 {
+        let Kind::Port { port, width, write, resume } = self.cache.exit(id).kind else { return 0 };
+        let register = |r: Gpr| at::CALLER + 8 * r as usize;
+        let port = port.unwrap_or(self.area.get(register(Gpr::Rdx)) as u16);
+        t.cpu.gpr[Gpr::Rax as usize] = self.area.get(register(Gpr::Rax));
+        self.access_port(t, board, port, width, write);
+        self.area.set(register(Gpr::Rax), t.cpu.gpr[Gpr::Rax as usize]);
+        self.area.set(at::PENDING, if self.line { Rflags::IF.bits() } else { 0 });
+        let due = self.line && self.area.get(at::INTERRUPTS) != 0 || self.nmi && !t.cpu.nmi_blocked;
+        if due || !self.is_same(t, ram) || block.scratch[slot::LOOK].get() != 0 {
+            return 0;
+        }
+        self.cache.host(resume)
+    }
+
+    /// The work of IN or OUT, by the interpreter's functions; RAX is in the state.
+    #[inline]
+    fn access_port(&mut self, t: &mut Translator, board: Board<'_>, port: u16, width: Width, write: bool) {
+        t.stats.steps += 1;
+        self.ports[usize::from(write)] += 1;
+        tell_priority(&self.area, &mut t.cpu, board);
+        if write {
+            io::write_port(board.bus, port, width, t.cpu.read(Gpr::Rax, width));
+        } else {
+            let v = io::read_port(board.bus, port, width);
+            t.cpu.write(Gpr::Rax, width, v);
+        }
+        self.ask_line(board);
     }
 
     /// The state's flags and bases into their slots.
@@ -802,6 +935,13 @@ impl System {
                 t.stats.to_block += 1;
                 Next::Go(Via::Link(id))
             }
+            Kind::Port { port, width, write, .. } => {
+                if self.area.get(at::CALLED) == 0 {
+                    let port = port.unwrap_or(t.cpu.gpr[Gpr::Rdx as usize] as u16);
+                    self.access_port(t, board, port, width, write);
+                }
+                Next::Go(Via::Start)
+            }
             Kind::Look => Next::Go(Via::Start),
             Kind::Shadow => {
                 t.cpu.interrupt_shadow = true;
@@ -832,7 +972,10 @@ impl System {
         let by = by(&t.cpu);
         let context = self.context(t);
         match t.core.mmu.translate(&t.cpu, board.mem, laddr, kind, by) {
-            Ok(gpa) => self.tlb.fill(&self.area, ram, context, laddr, gpa, access.write),
+            Ok(gpa) => {
+                let global = t.core.mmu.is_global(context, laddr);
+                self.tlb.fill(&self.area, ram, Found { context, laddr, gpa, global }, access.write)
+            }
             Err(_) => false,
         }
     }

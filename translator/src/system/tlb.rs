@@ -8,7 +8,7 @@ use crate::system::area::{Area, at};
 use bivisor_emulator::mem::{PAGE_SIZE, Ram};
 
 /// Entries of a table.
-pub const ENTRIES: usize = 256;
+pub const ENTRIES: usize = 512;
 /// Bytes of an entry: read tag, write tag, addend, unused.
 pub const ENTRY: usize = 32;
 /// Bytes of a table.
@@ -31,26 +31,57 @@ pub const fn entry(laddr: u64) -> usize {
 /// No page has this address.
 const NONE: u64 = u64::MAX;
 
+/// A page and who accesses it.
+#[derive(Clone, Copy, Debug)]
+pub struct Found {
+    /// Whose table.
+    pub context: usize,
+    /// Linear address.
+    pub laddr: u64,
+    /// Guest-physical address.
+    pub gpa: u64,
+    /// Global?
+    pub global: bool,
+}
+
 /// The tables, which lie in the area.
 #[derive(Debug)]
 pub struct Tlb {
     used: [bool; CONTEXTS],
+    /// Entries that were filled with pages that are not global; at most [`MOST_LOCAL`].
+    local: Vec<u16>,
 }
+
+/// So many pages are forgotten one by one.
+const MOST_LOCAL: usize = 2 * ENTRIES;
 
 impl Tlb {
     /// Empty.
     pub fn new(area: &Area) -> Tlb {
-        let mut tlb = Tlb { used: [true; CONTEXTS] };
+        let mut tlb = Tlb { used: [true; CONTEXTS], local: Vec::new() };
         tlb.clear(area);
         tlb
     }
 
     /// Forgets everything.
     pub fn clear(&mut self, area: &Area) {
+        self.local.clear();
         for (n, used) in self.used.iter_mut().enumerate() {
             if std::mem::take(used) {
                 area.fill(at::TLB + n * TABLE..at::TLB + (n + 1) * TABLE, 0xff);
             }
+        }
+    }
+
+    /// Forgets all pages but global ones.
+    pub fn clear_local(&mut self, area: &Area) {
+        if self.local.len() >= MOST_LOCAL {
+            return self.clear(area);
+        }
+        for n in self.local.drain(..) {
+            let e = at::TLB + usize::from(n) * ENTRY;
+            area.set(e + READ, NONE);
+            area.set(e + WRITE, NONE);
         }
     }
 
@@ -67,12 +98,16 @@ impl Tlb {
 
     /// Enters the page of `laddr`, which is guest-physical `gpa`, for loads or (also) for stores. False if it is no RAM or a store there
     /// needs care.
-    pub fn fill(&mut self, area: &Area, ram: &Ram, context: usize, laddr: u64, gpa: u64, write: bool) -> bool {
+    pub fn fill(&mut self, area: &Area, ram: &Ram, page: Found, write: bool) -> bool {
+        let Found { context, laddr, gpa, global } = page;
         let (page, to) = (laddr & !(PAGE_SIZE - 1), gpa & !(PAGE_SIZE - 1));
         if !ram.contains(to) || write && ram.store_needs_care(to) {
             return false;
         }
         self.used[context] = true;
+        if !global && self.local.len() < MOST_LOCAL {
+            self.local.push((context * ENTRIES + (laddr / PAGE_SIZE) as usize % ENTRIES) as u16);
+        }
         let e = at::TLB + context * TABLE + entry(laddr);
         if area.get(e + READ) != page {
             area.set(e + WRITE, NONE);
@@ -96,22 +131,26 @@ mod tests {
         let area = Area::new().expect("memory");
         ram.watch_code(PAGE_SIZE);
         let mut tlb = Tlb::new(&area);
+        let page = |laddr, gpa| Found { context: 1, laddr, gpa, global: false };
         let at = |n: usize, offset| area.get(TABLE + n * ENTRY + offset);
-        assert!(tlb.fill(&area, &ram, 1, 0x5123, 0x123, true));
+        assert!(tlb.fill(&area, &ram, page(0x5123, 0x123), true));
         assert_eq!((at(5, READ), at(5, WRITE)), (0x5000, 0x5000));
         assert_eq!(at(5, ADDEND).wrapping_add(0x5000), ram.host_base() as u64);
-        assert!(tlb.fill(&area, &ram, 1, 0x6000, PAGE_SIZE, false), "code may be read");
-        assert!(!tlb.fill(&area, &ram, 1, 0x6000, PAGE_SIZE, true), "a store would make code stale");
-        assert!(!tlb.fill(&area, &ram, 1, 0x7000, 2 * PAGE_SIZE, false), "no RAM");
-        assert!(tlb.fill(&area, &ram, 1, 0x10_5000, 0, false));
-        assert_eq!((at(5, READ), at(5, WRITE)), (0x10_5000, NONE), "the same slot, another page");
-        assert!(tlb.fill(&area, &ram, 1, 0xa000, 0, true));
-        tlb.clear_page(&area, 0x10_afff);
+        assert!(tlb.fill(&area, &ram, page(0x6000, PAGE_SIZE), false), "code may be read");
+        assert!(!tlb.fill(&area, &ram, page(0x6000, PAGE_SIZE), true), "a store would make code stale");
+        assert!(!tlb.fill(&area, &ram, page(0x7000, 2 * PAGE_SIZE), false), "no RAM");
+        assert!(tlb.fill(&area, &ram, page(0x20_5000, 0), false));
+        assert_eq!((at(5, READ), at(5, WRITE)), (0x20_5000, NONE), "the same slot, another page");
+        assert!(tlb.fill(&area, &ram, page(0xa000, 0), true));
+        tlb.clear_page(&area, 0x20_afff);
         assert_eq!(at(10, READ), 0xa000, "another page in the same slot");
         tlb.clear_page(&area, 0xafff);
         assert_eq!((at(10, READ), at(10, WRITE)), (NONE, NONE));
         assert_eq!(at(6, READ), 0x6000);
+        assert!(tlb.fill(&area, &ram, Found { global: true, ..page(0x7000, 0) }, false));
+        tlb.clear_local(&area);
+        assert_eq!((at(6, READ), at(7, READ)), (NONE, 0x7000), "a global page stays");
         tlb.clear(&area);
-        assert_eq!(at(6, READ), NONE);
+        assert_eq!(at(7, READ), NONE);
     }
 }

@@ -32,6 +32,14 @@ fn set_cs_ss(cpu: &mut CpuState, cs: Segment, ss: u16) {
     cpu.seg[Seg::Ss as usize] = Segment::data32(ss, dpl);
 }
 
+/// "RFLAGS := (R11 & 3C7FD7H) | 2": what SYSRET takes.
+pub const RETURNED: u64 = 0x3c_7fd7;
+
+/// What SYSCALL leaves of RFLAGS; bit 1 is set besides.
+pub fn kept(cpu: &CpuState) -> Rflags {
+    !(Rflags::from_bits_retain(cpu.msr.fmask) | Rflags::RF)
+}
+
 /// SYSCALL.
 pub fn syscall(x: &mut Exec<'_>, _: &Insn) -> Step {
     // "IF (CS.L ≠ 1) or (IA32_EFER.LMA ≠ 1) or (IA32_EFER.SCE ≠ 1): #UD". AMD asks for LMA only; its legacy-mode form is not offered.
@@ -43,7 +51,7 @@ pub fn syscall(x: &mut Exec<'_>, _: &Insn) -> Step {
     let msr = x.cpu.msr;
     x.cpu.gpr[Gpr::Rcx as usize] = x.next_rip;
     x.cpu.gpr[Gpr::R11 as usize] = (x.cpu.rflags - Rflags::RF).bits();
-    x.cpu.rflags.remove(Rflags::from_bits_retain(msr.fmask) | Rflags::RF);
+    x.cpu.rflags &= kept(x.cpu);
     x.cpu.rflags.insert(Rflags::FIXED);
     // "CS.Selector := IA32_STAR[47:32] AND FFFCH; SS.Selector := IA32_STAR[47:32] + 8".
     let base = (msr.star >> 32) as u16;
@@ -66,8 +74,7 @@ pub fn sysret(x: &mut Exec<'_>, i: &Insn) -> Step {
     if long && intel && !is_canonical(x.cpu, target) {
         return Err(GP0.into());
     }
-    // "RFLAGS := (R11 & 3C7FD7H) | 2".
-    let flags = x.cpu.gpr[Gpr::R11 as usize] & 0x3c_7fd7 | 2;
+    let flags = x.cpu.gpr[Gpr::R11 as usize] & RETURNED | 2;
     // "CS.Selector := IA32_STAR[63:48] (+ 16 for 64-bit) OR 3; SS.Selector := (IA32_STAR[63:48] + 8) OR 3".
     let base = (x.cpu.msr.star >> 48) as u16;
     let cs = if long { base.wrapping_add(16) | 3 } else { base | 3 };

@@ -1,5 +1,6 @@
 //! IN OUT INS OUTS, with IOPL and the I/O permission map (SDM 1 19.5; SDM 2A, 2B).
 
+use crate::bus::Bus;
 use crate::cpu::{Fault, Rflags};
 use crate::interp::sensitive::selector::is_protected;
 use crate::interp::sensitive::task;
@@ -22,29 +23,33 @@ fn check(x: &mut Exec<'_>, port: u16, w: Width) -> Step {
     Ok(())
 }
 
-fn read_port(x: &Exec<'_>, port: u16, w: Width) -> u64 {
+/// Reads a port; whoever asks may.
+#[inline]
+pub fn read_port(bus: &dyn Bus, port: u16, w: Width) -> u64 {
     // Each is read back in the width it was written in, so that the processor can forward it.
     match w {
         Width::B => {
             let mut data = [0; 1];
-            x.bus.read_port(port, &mut data);
+            bus.read_port(port, &mut data);
             data[0].into()
         }
         Width::W => {
             let mut data = [0; 2];
-            x.bus.read_port(port, &mut data);
+            bus.read_port(port, &mut data);
             u16::from_le_bytes(data).into()
         }
         Width::D | Width::Q => {
             let mut data = [0; 4];
-            x.bus.read_port(port, &mut data);
+            bus.read_port(port, &mut data);
             u32::from_le_bytes(data).into()
         }
     }
 }
 
-fn write_port(x: &Exec<'_>, port: u16, w: Width, v: u64) {
-    x.bus.write_port(port, &v.to_le_bytes()[..w.bytes() as usize]);
+/// Writes a port; whoever asks may.
+#[inline]
+pub fn write_port(bus: &dyn Bus, port: u16, w: Width, v: u64) {
+    bus.write_port(port, &v.to_le_bytes()[..w.bytes() as usize]);
 }
 
 /// The port: an immediate byte or DX.
@@ -60,7 +65,7 @@ pub fn r#in(x: &mut Exec<'_>, i: &Insn) -> Step {
     let w = operand::width(i, 0);
     let port = port(x, i, 1)?;
     check(x, port, w)?;
-    let v = read_port(x, port, w);
+    let v = read_port(x.bus, port, w);
     x.cpu.write(Gpr::Rax, w, v);
     Ok(())
 }
@@ -70,7 +75,7 @@ pub fn out(x: &mut Exec<'_>, i: &Insn) -> Step {
     let w = operand::width(i, 1);
     let port = port(x, i, 0)?;
     check(x, port, w)?;
-    write_port(x, port, w, x.cpu.read(Gpr::Rax, w));
+    write_port(x.bus, port, w, x.cpu.read(Gpr::Rax, w));
     Ok(())
 }
 
@@ -132,7 +137,7 @@ pub fn ins(x: &mut Exec<'_>, i: &Insn) -> Step {
     repeat(x, i, address, |x| {
         let to = x.cpu.read(Gpr::Rdi, address);
         access::check_write(x, Seg::Es, to, w.bytes())?;
-        let v = read_port(x, port, w);
+        let v = read_port(x.bus, port, w);
         access::store(x, Seg::Es, to, w, v)?;
         advance(x, Gpr::Rdi, address, w);
         Ok(())
@@ -153,7 +158,7 @@ pub fn outs(x: &mut Exec<'_>, i: &Insn) -> Step {
     repeat(x, i, address, |x| {
         let from = x.cpu.read(Gpr::Rsi, address);
         let v = access::load(x, source, from, w)?;
-        write_port(x, port, w, v);
+        write_port(x.bus, port, w, v);
         advance(x, Gpr::Rsi, address, w);
         Ok(())
     })

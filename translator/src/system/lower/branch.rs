@@ -136,7 +136,7 @@ impl Lower<'_> {
 
     /// JMP and CALL through a register or memory.
     pub(super) fn indirect(&mut self, item: &Item) -> Option<bool> {
-        if self.block.mode.is_counted() {
+        if self.block.mode.is_counted() || self.block.mode.is_rare() {
             return Some(self.leave_here(item, Kind::Indirect));
         }
         let target = match item.access {
@@ -156,7 +156,7 @@ impl Lower<'_> {
 
     /// RET.
     pub(super) fn ret(&mut self, item: &Item, more: u16) -> Option<bool> {
-        if self.block.mode.is_counted() {
+        if self.block.mode.is_counted() || self.block.mode.is_rare() {
             return Some(self.leave_here(item, Kind::Indirect));
         }
         let host = self.place(item, &item.access?)?;

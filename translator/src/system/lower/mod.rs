@@ -3,6 +3,7 @@
 pub mod asm;
 mod branch;
 mod flags;
+mod gate;
 mod memory;
 mod replay;
 mod scratch;
@@ -14,7 +15,7 @@ use crate::emit::Emitter;
 use crate::system::area::at;
 use crate::system::block::{Access, GuestBlock, Item, STATUS, Way};
 use asm::{Assembler, At};
-use bivisor_emulator::isa::{Class, Gpr, facts};
+use bivisor_emulator::isa::{Class, Gpr, Width, facts};
 use dynasmrt::DynasmApi;
 use iced_x86::Mnemonic;
 use replay::Producer;
@@ -53,6 +54,17 @@ pub enum Kind {
         write: bool,
         /// Code offset of the probe.
         retry: u32,
+    },
+    /// IN or OUT; the code goes on at an offset when it is done, or is left then.
+    Port {
+        /// Which; `None`: DX says.
+        port: Option<u16>,
+        /// Bytes.
+        width: Width,
+        /// OUT?
+        write: bool,
+        /// Where to go on.
+        resume: u32,
     },
     /// An indirect branch whose target was not found; it has not begun.
     Indirect,
@@ -158,6 +170,8 @@ pub struct Around {
     pub leave: u64,
     /// Host address of the light way out.
     pub leave_light: u64,
+    /// Host address of the way to a device.
+    pub port: u64,
     /// Offset of the cache of branch targets.
     pub targets: usize,
     /// Offset of the TLB.
@@ -326,7 +340,12 @@ impl Lower<'_> {
         let site = self.branch(&[0xe9]);
         let Exit { kind, native, .. } = self.exits[exit];
         let light = matches!(kind, Kind::Miss { .. } | Kind::Step) && !native;
-        self.e.set_rel32(site, if light { self.around.leave_light } else { self.around.leave });
+        let to = match kind {
+            Kind::Port { .. } => self.around.port,
+            _ if light => self.around.leave_light,
+            _ => self.around.leave,
+        };
+        self.e.set_rel32(site, to);
     }
 
     /// Emits what was put off.
@@ -408,6 +427,9 @@ impl Lower<'_> {
             Way::Call => self.call(item),
             Way::JumpIndirect | Way::CallIndirect => self.indirect(item),
             Way::Return(more) => self.ret(item, more),
+            Way::Port => self.port(item),
+            Way::Syscall => self.syscall(item),
+            Way::Sysret => self.sysret(item),
             Way::Asleep => Some(self.leave_here(item, Kind::Asleep)),
             Way::Step => None,
         };
