@@ -8,7 +8,7 @@
 //! | [`tlb`] | the inline TLB |
 //! | [`cache`] | blocks by address and mode, links, invalidation |
 //! | [`enter`] | the way in and out (unsafe) |
-//! | [`run`] | the dispatch loop |
+//! | [`run`] | the dispatch loop; `calls`: instructions that the interpreter does; `gates`: SYSCALL, SYSRET, IN and OUT that stay in the cache |
 //!
 //! One virtual CPU has one cache, and only its thread touches it, so nothing is locked.
 //!

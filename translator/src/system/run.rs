@@ -3,6 +3,9 @@
 //! Interrupts are looked at whenever the code is left; whoever raises one from another thread kicks. While an interrupt waits for IF,
 //! STI and POPF leave.
 
+mod calls;
+mod gates;
+
 use crate::emit::slot;
 use crate::route::Policy;
 use crate::run::Translator;
@@ -10,31 +13,25 @@ use crate::system::area::{Area, CELLS, at};
 use crate::system::block::Access as GuestAccess;
 use crate::system::cache::{Cache, cell, cell_at};
 use crate::system::enter::{self, ABORTED, FAULT};
-use crate::system::lower::{Flags, Kind, Told};
+use crate::system::lower::Kind;
 use crate::system::tlb::{Found, Tlb};
 use crate::system::{Control, Mode, handler};
 use bivisor_emulator::cpu::xsave::component;
-use bivisor_emulator::cpu::{CpuState, Cr0, Cr4, Rflags};
+use bivisor_emulator::cpu::{CpuState, Rflags};
 use bivisor_emulator::host::signal;
 use bivisor_emulator::host::thread::ThreadBlock;
-use bivisor_emulator::interp::Prepared;
 use bivisor_emulator::interp::sensitive::time::TimeSource;
-use bivisor_emulator::interp::sensitive::{fast, io};
-use bivisor_emulator::isa::{Class, Gpr, Insn, Seg, Sensitivity, Width, decode};
+use bivisor_emulator::isa::Gpr;
 use bivisor_emulator::mem::{Access, By, Flushed, Mmu, PAGE_SIZE, Ram};
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts};
+use calls::Call;
 use iced_x86::Code;
-use iced_x86::{Mnemonic, Register};
 use std::collections::BTreeMap;
 
 /// State components above x87 and XMM.
 const UPPER: u64 = component::AVX | component::AVX512;
 /// So many entries of the map of code pages are forgotten one by one.
 const MOST_LOCAL: usize = 2 * CELLS;
-/// Times that code of CPL 0 is entered with the vector registers after it has used them: at first, and at most if it uses them again soon.
-const AWAKE: [u32; 2] = [16, 4096];
-/// Times it is entered without before that was not soon.
-const SLEPT: u32 = 64;
 /// Instructions that the interpreter does at once where nothing is translated.
 const STRETCH: u64 = 64;
 
@@ -81,29 +78,6 @@ pub struct System {
     in_cache: (bool, bool),
 }
 
-/// An instruction that the interpreter does, and what followed it last.
-struct Call {
-    insn: Prepared,
-    /// It changes general registers only, if it completes.
-    steady: bool,
-    /// It reads or writes CR8.
-    priority: bool,
-    /// It changes nothing of [`Control`].
-    quiet: bool,
-    /// It stands for [`Kind::Step`], without vector registers: where things are when it is reached.
-    light: bool,
-    rip: u64,
-    spilled: u16,
-    flags: Flags,
-    told: Option<Told>,
-    code: Code,
-    times: u64,
-    next: u64,
-    block: u32,
-    /// [`bivisor_emulator::mem::Mmu::generation`] then.
-    mapping: u64,
-}
-
 /// How the block that is looked for was come by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Via {
@@ -126,30 +100,6 @@ enum Next {
     Out(Exit),
 }
 
-/// The status flags as their slot has them.
-fn status(flags: Rflags) -> u64 {
-    (flags.bits() & 0xd5) << 8 | flags.bits() >> 11 & 1
-}
-
-/// Does an instruction that completes change nothing of the CPU but general registers?
-fn is_steady(insn: &Insn) -> bool {
-    use Mnemonic as M;
-    matches!(insn.iced.mnemonic(), M::In | M::Out | M::Cpuid | M::Rdmsr | M::Rdpmc | M::Xgetbv)
-        || insn.iced.mnemonic() == M::Mov && insn.iced.op1_register().is_cr()
-}
-
-/// Does it change nothing of [`Control`], nor its exception?
-fn is_quiet(insn: &Insn) -> bool {
-    use Mnemonic as M;
-    let known = matches!(
-        insn.iced.mnemonic(),
-        M::In | M::Out | M::Syscall | M::Sysretq | M::Iretq | M::Int | M::Int3 | M::Cpuid | M::Rdmsr
-    );
-    known
-        || insn.facts.sensitivity == Sensitivity::Innocuous
-            && !matches!(insn.facts.class, Class::Native | Class::System)
-}
-
 /// RF, which the frames of faults have set, ends with the next instruction. Without breakpoints nobody sees that it ends before it: a
 /// fault sets it anew, and no instruction reads it (SDM 3B 17.3.1.1).
 fn resume(cpu: &mut CpuState) {
@@ -160,49 +110,6 @@ fn resume(cpu: &mut CpuState) {
 
 fn by(cpu: &CpuState) -> By {
     if cpu.cpl() == 3 { By::User } else { By::Supervisor }
-}
-
-/// Registers and flags from slots back into the state: which are spilled, where the flags are, how they are told.
-#[inline(always)]
-fn mend(
-    area: &Area,
-    cache: &Cache,
-    cpu: &mut CpuState,
-    board: Board<'_>,
-    (spilled, flags, told): (u16, Flags, Option<Told>),
-) {
-    let mut rest = spilled;
-    while rest != 0 {
-        let r = rest.trailing_zeros() as usize;
-        cpu.gpr[r] = area.get(at::SPILL + 8 * r);
-        rest &= rest - 1;
-    }
-    let status = area.get_u16(if flags == Flags::Slot { at::STATUS } else { at::EXIT_STATUS });
-    let replay = match told {
-        Some(Told::Here(r)) => Some(r),
-        Some(Told::Before) => cache.recipe(area.get(at::RECIPE)),
-        None => None,
-    };
-    let status = match replay {
-        Some(r) if flags == Flags::Slot => r.status(cpu),
-        _ => Rflags::from_bits_retain(status >> 8 & 0xd5 | (status & 1) << 11),
-    };
-    let own = Rflags::from_bits_retain(area.get(at::FLAGS) | area.get(at::INTERRUPTS));
-    cpu.rflags = own | status;
-    cpu.seg[Seg::Gs as usize].base = area.get(at::GS_BASE);
-    cpu.msr.kernel_gs_base = area.get(at::KERNEL_GS_BASE);
-    tell_priority(area, cpu, board);
-}
-
-/// CR8 as the code has left it, to the bus.
-#[inline(always)]
-fn tell_priority(area: &Area, cpu: &mut CpuState, board: Board<'_>) {
-    let (priority, told) = (area.get(at::CR8), area.get(at::CR8_BUS));
-    if priority != told {
-        cpu.cr8 = priority;
-        board.bus.set_task_priority(priority as u8);
-        area.set(at::CR8_BUS, priority);
-    }
 }
 
 impl System {
@@ -300,18 +207,6 @@ impl System {
         self.close_gates();
     }
 
-    /// SYSCALL and SYSRET leave until it is known where they go.
-    fn close_gates(&self) {
-        self.area.set(at::SYSCALL, 0);
-        self.area.set(at::SYSRET, 0);
-    }
-
-    /// An instruction may have changed what modes depend on.
-    fn forget_control(&mut self) {
-        self.control = None;
-        self.close_gates();
-    }
-
     /// Takes notice of what the guest has changed of mappings and code.
     fn look_around(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram) {
         if self.memory != board.mem.id() {
@@ -339,47 +234,6 @@ impl System {
             }
             self.epoch = ram.code_epoch();
         }
-    }
-
-    fn set_upper(&mut self, upper: bool) {
-        if std::mem::replace(&mut self.upper, upper) != upper {
-            self.close_gates();
-        }
-        self.area.set(at::UPPER, u64::from(upper));
-    }
-
-    /// The guest is about to use what is above XMM: from now on that is saved too. False if it was before.
-    fn take_upper(&mut self, t: &mut Translator) -> bool {
-        if self.upper || Mode::of(&t.cpu, 3) == Mode::of(&t.cpu, 1) {
-            return false;
-        }
-        self.sync(t);
-        self.wants_upper = true;
-        true
-    }
-
-    /// The guest's kernel is about to use vector registers: for a while they are its own to load and save. False if they were before, or
-    /// it may not.
-    fn wake(&mut self, cpu: &CpuState) -> bool {
-        if cpu.cpl() != 0 || self.awake > 0 || Mode::of(cpu, 1) == Mode::of(cpu, 0) {
-            return false;
-        }
-        let [first, most] = AWAKE;
-        self.stays_awake = if self.slept < SLEPT { (2 * self.stays_awake).clamp(first, most) } else { first };
-        (self.awake, self.slept) = (self.stays_awake, 0);
-        self.close_gates();
-        true
-    }
-
-    /// The mode of the code to run.
-    #[inline]
-    fn mode(&mut self, cpu: &CpuState) -> Option<Mode> {
-        let most = match () {
-            () if cpu.cpl() == 0 && self.awake == 0 => 0,
-            () if self.upper => 3,
-            () => 1,
-        };
-        self.control.get_or_insert_with(|| Control::of(cpu)).as_ref()?.mode(cpu, most)
     }
 
     /// Is there an event to take now?
@@ -627,55 +481,6 @@ impl System {
         None
     }
 
-    /// The instruction at RIP, which an exit stands for, without decoding it each time.
-    fn call(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, id: u32) -> Exit {
-        let n = id as usize;
-        if self.calls.len() <= n {
-            self.calls.resize_with(n + 1, || None);
-        }
-        if self.calls[n].is_none() {
-            let insn = self.cache.bytes(ram, id, t.cpu.rip).and_then(|b| decode(&b, 64).ok());
-            let Some(insn) = insn else {
-                self.forget_control();
-                return t.core.run(&mut t.cpu, board, 1, None);
-            };
-            let (code, steady, quiet) = (insn.iced.code(), is_steady(&insn), is_quiet(&insn));
-            let exit = self.cache.exit(id);
-            let (rip, spilled, flags, told) = (exit.rip, exit.spilled, exit.flags, exit.told);
-            let light = exit.kind == Kind::Step && !exit.native;
-            let priority = [0, 1].map(|i| insn.iced.op_register(i)).contains(&Register::CR8);
-            let insn = t.core.prepare(&mut t.cpu, board, insn);
-            self.calls[n] = Some(Box::new(Call {
-                insn,
-                steady,
-                priority,
-                quiet,
-                light,
-                rip,
-                spilled,
-                flags,
-                told,
-                code,
-                times: 0,
-                next: 0,
-                block: u32::MAX,
-                mapping: 0,
-            }));
-        }
-        match &mut self.calls[n] {
-            Some(c) => {
-                c.times += 1;
-                let quiet = c.quiet;
-                let exit = t.core.execute(&mut t.cpu, board, &c.insn);
-                if !quiet {
-                    self.forget_control();
-                }
-                exit
-            }
-            None => t.core.run(&mut t.cpu, board, 1, None),
-        }
-    }
-
     fn sync(&mut self, t: &mut Translator) {
         enter::sync(&self.area, &mut t.cpu);
         // FIP, where the host keeps it, names the last x87 instruction in the cache: the guest's is meant (SDM 1 8.1.8).
@@ -731,174 +536,6 @@ impl System {
                 }
                 next => return (next, done),
             }
-        }
-    }
-
-    /// As [`System::left`] and [`System::call_out`] for an exit that was taken before, if it is one of the usual ones.
-    #[inline]
-    fn quick(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, block: &ThreadBlock, id: u32) -> Option<Next> {
-        let c = self.calls.get(id as usize)?.as_deref().filter(|c| c.light)?;
-        t.cpu.rip = c.rip;
-        mend(&self.area, &self.cache, &mut t.cpu, board, (c.spilled, c.flags, c.told));
-        Some(self.call_out(t, board, ram, block, id, Via::Call(id)))
-    }
-
-    /// After a call of the interpreter: is there an event to take, or has something changed that only the dispatch loop looks at?
-    #[inline]
-    fn is_due(&self, t: &Translator, ram: &Ram, block: &ThreadBlock) -> bool {
-        !self.is_same(t, ram) || block.scratch[slot::LOOK].get() != 0 || t.kicker.requested() || self.due(&t.cpu)
-    }
-
-    /// Has nothing changed of mappings and code?
-    #[inline]
-    fn is_same(&self, t: &Translator, ram: &Ram) -> bool {
-        self.mapping == t.core.mmu.generation()
-            && self.epoch == ram.code_epoch()
-            && self.watches == ram.watches()
-            && self.flushes == self.cache.counts.flushes
-    }
-
-    /// One instruction by the interpreter, without its vector registers, and at once back into the code if nothing else is to be done.
-    fn call_out(
-        &mut self,
-        t: &mut Translator,
-        board: Board<'_>,
-        ram: &Ram,
-        block: &ThreadBlock,
-        id: u32,
-        via: Via,
-    ) -> Next {
-        t.stats.steps += 1;
-        let exit = self.call(t, board, ram, id);
-        self.follow_priority(&t.cpu, board, Some(id));
-        self.ask_line(board);
-        if exit != Exit::Budget {
-            self.sync(t);
-            return Next::Out(exit);
-        }
-        if self.is_due(t, ram, block) {
-            return Next::Go(via);
-        }
-        resume(&mut t.cpu);
-        let Some(mode) = self.mode(&t.cpu) else { return Next::Go(via) };
-        let Some(b) = self.find(t, board, ram, mode, via) else { return Next::Go(Via::Start) };
-        if self.flushes != self.cache.counts.flushes {
-            return Next::Go(Via::Start);
-        }
-        self.open_gate(&t.cpu, id, b);
-        self.load(&t.cpu);
-        self.area.set(at::ASLEEP, u64::from(mode.vectors() == 0));
-        Next::Resume(self.cache.host(self.cache.block(b).entries.both()))
-    }
-
-    /// After SYSCALL or SYSRET by the interpreter, which led to block `b`: from now on they go there by themselves.
-    fn open_gate(&mut self, cpu: &CpuState, id: u32, b: u32) {
-        let mnemonic = match self.calls.get(id as usize) {
-            Some(Some(c)) => c.code.mnemonic(),
-            _ => return,
-        };
-        let (mode, alignment) = (self.cache.block(b).mode, cpu.cr0.contains(Cr0::AM));
-        let segments = match mnemonic {
-            Mnemonic::Syscall => {
-                let kept = fast::kept(cpu);
-                let same_mode =
-                    !kept.contains(Rflags::DF) && !(kept.contains(Rflags::AC) && cpu.cr4.contains(Cr4::SMAP));
-                if mode.user() || mode.vectors() != 0 || !same_mode {
-                    return;
-                }
-                let Some(host) = self.cache.enter_target(&self.area, b) else { return };
-                self.area.set(at::SYSCALL_KEEP, (kept | Rflags::FIXED).bits());
-                self.area.set(at::SYSCALL, host);
-                at::SYSCALL_SEGMENTS
-            }
-            Mnemonic::Sysretq => {
-                if !mode.user() || mode.down() || self.cache.enter_target(&self.area, b).is_none() {
-                    return;
-                }
-                let Some(table) = self.cache.targets(mode) else { return };
-                let mut forbidden = Rflags::TF | Rflags::RF | Rflags::VM | Rflags::DF;
-                forbidden.set(Rflags::AC, alignment);
-                self.area.set(at::SYSRET_FORBIDDEN, forbidden.bits());
-                self.area.set(at::SYSRET_ASLEEP, u64::from(mode.vectors() == 0));
-                self.area.set(at::SYSRET, table as u64);
-                at::SYSRET_SEGMENTS
-            }
-            _ => return,
-        };
-        for (n, seg) in [Seg::Cs, Seg::Ss].into_iter().enumerate() {
-            let s = cpu.segment(seg);
-            let words = [s.base, u64::from(s.limit) | u64::from(s.attr.bits()) << 32, s.selector.into()];
-            for (word, v) in words.into_iter().enumerate() {
-                self.area.set(segments + 8 * (3 * n + word), v);
-            }
-        }
-    }
-
-    /// IN or OUT at CPL 0, called from the code: where to go on, or 0 if it must be left.
-    fn device(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, block: &ThreadBlock, id: u32) -> u64 {
-        let Kind::Port { port, width, write, resume } = self.cache.exit(id).kind else { return 0 };
-        let register = |r: Gpr| at::CALLER + 8 * r as usize;
-        let port = port.unwrap_or(self.area.get(register(Gpr::Rdx)) as u16);
-        t.cpu.gpr[Gpr::Rax as usize] = self.area.get(register(Gpr::Rax));
-        self.access_port(t, board, port, width, write);
-        self.area.set(register(Gpr::Rax), t.cpu.gpr[Gpr::Rax as usize]);
-        self.area.set(at::PENDING, if self.line { Rflags::IF.bits() } else { 0 });
-        let due = self.line && self.area.get(at::INTERRUPTS) != 0 || self.nmi && !t.cpu.nmi_blocked;
-        if due || !self.is_same(t, ram) || block.scratch[slot::LOOK].get() != 0 {
-            return 0;
-        }
-        self.cache.host(resume)
-    }
-
-    /// The work of IN or OUT, by the interpreter's functions; RAX is in the state.
-    #[inline]
-    fn access_port(&mut self, t: &mut Translator, board: Board<'_>, port: u16, width: Width, write: bool) {
-        t.stats.steps += 1;
-        self.ports[usize::from(write)] += 1;
-        tell_priority(&self.area, &mut t.cpu, board);
-        if write {
-            io::write_port(board.bus, port, width, t.cpu.read(Gpr::Rax, width));
-        } else {
-            let v = io::read_port(board.bus, port, width);
-            t.cpu.write(Gpr::Rax, width, v);
-        }
-        self.ask_line(board);
-    }
-
-    /// The state's flags and bases into their slots.
-    fn load(&self, cpu: &CpuState) {
-        let flags = cpu.rflags;
-        self.area.set(at::STATUS, status(flags));
-        self.area.set(at::FLAGS, ((flags - Rflags::STATUS - Rflags::IF) | Rflags::FIXED).bits());
-        self.area.set(at::INTERRUPTS, (flags & Rflags::IF).bits());
-        self.area.set(at::PENDING, if self.line { Rflags::IF.bits() } else { 0 });
-        self.area.set(at::FS_BASE, cpu.seg[Seg::Fs as usize].base);
-        self.area.set(at::GS_BASE, cpu.seg[Seg::Gs as usize].base);
-        self.area.set(at::KERNEL_GS_BASE, cpu.msr.kernel_gs_base);
-        self.area.set(at::TSC_OFFSET, cpu.msr.tsc_offset);
-    }
-
-    fn mend(&self, cpu: &mut CpuState, board: Board<'_>, spilled: u16, flags: Flags, told: Option<Told>) {
-        mend(&self.area, &self.cache, cpu, board, (spilled, flags, told));
-    }
-
-    /// CR8 is not known any more: the interpreter may have changed the local APIC.
-    fn forget_priority(&self) {
-        self.area.set(at::CR8, u64::MAX);
-        self.area.set(at::CR8_BUS, u64::MAX);
-    }
-
-    /// After the instruction of this exit: is CR8 known now, or no longer?
-    fn follow_priority(&self, cpu: &CpuState, board: Board<'_>, id: Option<u32>) {
-        let call = id.and_then(|id| self.calls.get(id as usize)?.as_ref());
-        match call {
-            Some(c) if c.priority => {
-                let v = board.bus.task_priority().map_or(cpu.cr8, u64::from);
-                self.area.set(at::CR8, v);
-                self.area.set(at::CR8_BUS, v);
-            }
-            Some(c) if c.steady => {}
-            _ => self.forget_priority(),
         }
     }
 

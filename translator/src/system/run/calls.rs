@@ -1,0 +1,257 @@
+//! Calls of the interpreter for one instruction, from the code and back into it, and what the state must know for that.
+
+use super::{Next, System, Via, resume};
+use crate::emit::slot;
+use crate::run::Translator;
+use crate::system::area::{Area, at};
+use crate::system::cache::Cache;
+use crate::system::lower::{Flags, Kind, Told};
+use bivisor_emulator::cpu::{CpuState, Rflags};
+use bivisor_emulator::host::thread::ThreadBlock;
+use bivisor_emulator::interp::Prepared;
+use bivisor_emulator::isa::{Class, Insn, Seg, Sensitivity, decode};
+use bivisor_emulator::mem::Ram;
+use bivisor_emulator::vcpu::{Board, Exit};
+use iced_x86::{Code, Mnemonic, Register};
+
+/// An instruction that the interpreter does, and what followed it last.
+pub(super) struct Call {
+    pub(super) insn: Prepared,
+    /// It changes general registers only, if it completes.
+    pub(super) steady: bool,
+    /// It reads or writes CR8.
+    pub(super) priority: bool,
+    /// It changes nothing of [`Control`].
+    pub(super) quiet: bool,
+    /// It stands for [`Kind::Step`], without vector registers: where things are when it is reached.
+    pub(super) light: bool,
+    pub(super) rip: u64,
+    pub(super) spilled: u16,
+    pub(super) flags: Flags,
+    pub(super) told: Option<Told>,
+    pub(super) code: Code,
+    pub(super) times: u64,
+    pub(super) next: u64,
+    pub(super) block: u32,
+    /// [`bivisor_emulator::mem::Mmu::generation`] then.
+    pub(super) mapping: u64,
+}
+
+/// Does an instruction that completes change nothing of the CPU but general registers?
+pub(super) fn is_steady(insn: &Insn) -> bool {
+    use Mnemonic as M;
+    matches!(insn.iced.mnemonic(), M::In | M::Out | M::Cpuid | M::Rdmsr | M::Rdpmc | M::Xgetbv)
+        || insn.iced.mnemonic() == M::Mov && insn.iced.op1_register().is_cr()
+}
+
+/// Does it change nothing of [`Control`], nor its exception?
+pub(super) fn is_quiet(insn: &Insn) -> bool {
+    use Mnemonic as M;
+    let known = matches!(
+        insn.iced.mnemonic(),
+        M::In | M::Out | M::Syscall | M::Sysretq | M::Iretq | M::Int | M::Int3 | M::Cpuid | M::Rdmsr
+    );
+    known
+        || insn.facts.sensitivity == Sensitivity::Innocuous
+            && !matches!(insn.facts.class, Class::Native | Class::System)
+}
+
+/// Registers and flags from slots back into the state: which are spilled, where the flags are, how they are told.
+#[inline(always)]
+pub(super) fn mend(
+    area: &Area,
+    cache: &Cache,
+    cpu: &mut CpuState,
+    board: Board<'_>,
+    (spilled, flags, told): (u16, Flags, Option<Told>),
+) {
+    let mut rest = spilled;
+    while rest != 0 {
+        let r = rest.trailing_zeros() as usize;
+        cpu.gpr[r] = area.get(at::SPILL + 8 * r);
+        rest &= rest - 1;
+    }
+    let status = area.get_u16(if flags == Flags::Slot { at::STATUS } else { at::EXIT_STATUS });
+    let replay = match told {
+        Some(Told::Here(r)) => Some(r),
+        Some(Told::Before) => cache.recipe(area.get(at::RECIPE)),
+        None => None,
+    };
+    let status = match replay {
+        Some(r) if flags == Flags::Slot => r.status(cpu),
+        _ => Rflags::from_bits_retain(status >> 8 & 0xd5 | (status & 1) << 11),
+    };
+    let own = Rflags::from_bits_retain(area.get(at::FLAGS) | area.get(at::INTERRUPTS));
+    cpu.rflags = own | status;
+    cpu.seg[Seg::Gs as usize].base = area.get(at::GS_BASE);
+    cpu.msr.kernel_gs_base = area.get(at::KERNEL_GS_BASE);
+    tell_priority(area, cpu, board);
+}
+
+/// CR8 as the code has left it, to the bus.
+#[inline(always)]
+pub(super) fn tell_priority(area: &Area, cpu: &mut CpuState, board: Board<'_>) {
+    let (priority, told) = (area.get(at::CR8), area.get(at::CR8_BUS));
+    if priority != told {
+        cpu.cr8 = priority;
+        board.bus.set_task_priority(priority as u8);
+        area.set(at::CR8_BUS, priority);
+    }
+}
+
+/// The status flags as their slot has them.
+pub(super) fn status(flags: Rflags) -> u64 {
+    (flags.bits() & 0xd5) << 8 | flags.bits() >> 11 & 1
+}
+
+impl System {
+    /// The instruction at RIP, which an exit stands for, without decoding it each time.
+    pub(super) fn call(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, id: u32) -> Exit {
+        let n = id as usize;
+        if self.calls.len() <= n {
+            self.calls.resize_with(n + 1, || None);
+        }
+        if self.calls[n].is_none() {
+            let insn = self.cache.bytes(ram, id, t.cpu.rip).and_then(|b| decode(&b, 64).ok());
+            let Some(insn) = insn else {
+                self.forget_control();
+                return t.core.run(&mut t.cpu, board, 1, None);
+            };
+            let (code, steady, quiet) = (insn.iced.code(), is_steady(&insn), is_quiet(&insn));
+            let exit = self.cache.exit(id);
+            let (rip, spilled, flags, told) = (exit.rip, exit.spilled, exit.flags, exit.told);
+            let light = exit.kind == Kind::Step && !exit.native;
+            let priority = [0, 1].map(|i| insn.iced.op_register(i)).contains(&Register::CR8);
+            let insn = t.core.prepare(&mut t.cpu, board, insn);
+            self.calls[n] = Some(Box::new(Call {
+                insn,
+                steady,
+                priority,
+                quiet,
+                light,
+                rip,
+                spilled,
+                flags,
+                told,
+                code,
+                times: 0,
+                next: 0,
+                block: u32::MAX,
+                mapping: 0,
+            }));
+        }
+        match &mut self.calls[n] {
+            Some(c) => {
+                c.times += 1;
+                let quiet = c.quiet;
+                let exit = t.core.execute(&mut t.cpu, board, &c.insn);
+                if !quiet {
+                    self.forget_control();
+                }
+                exit
+            }
+            None => t.core.run(&mut t.cpu, board, 1, None),
+        }
+    }
+
+    /// As [`System::left`] and [`System::call_out`] for an exit that was taken before, if it is one of the usual ones.
+    #[inline]
+    pub(super) fn quick(
+        &mut self,
+        t: &mut Translator,
+        board: Board<'_>,
+        ram: &Ram,
+        block: &ThreadBlock,
+        id: u32,
+    ) -> Option<Next> {
+        let c = self.calls.get(id as usize)?.as_deref().filter(|c| c.light)?;
+        t.cpu.rip = c.rip;
+        mend(&self.area, &self.cache, &mut t.cpu, board, (c.spilled, c.flags, c.told));
+        Some(self.call_out(t, board, ram, block, id, Via::Call(id)))
+    }
+
+    /// After a call of the interpreter: is there an event to take, or has something changed that only the dispatch loop looks at?
+    #[inline]
+    pub(super) fn is_due(&self, t: &Translator, ram: &Ram, block: &ThreadBlock) -> bool {
+        !self.is_same(t, ram) || block.scratch[slot::LOOK].get() != 0 || t.kicker.requested() || self.due(&t.cpu)
+    }
+
+    /// Has nothing changed of mappings and code?
+    #[inline]
+    pub(super) fn is_same(&self, t: &Translator, ram: &Ram) -> bool {
+        self.mapping == t.core.mmu.generation()
+            && self.epoch == ram.code_epoch()
+            && self.watches == ram.watches()
+            && self.flushes == self.cache.counts.flushes
+    }
+
+    /// One instruction by the interpreter, without its vector registers, and at once back into the code if nothing else is to be done.
+    pub(super) fn call_out(
+        &mut self,
+        t: &mut Translator,
+        board: Board<'_>,
+        ram: &Ram,
+        block: &ThreadBlock,
+        id: u32,
+        via: Via,
+    ) -> Next {
+        t.stats.steps += 1;
+        let exit = self.call(t, board, ram, id);
+        self.follow_priority(&t.cpu, board, Some(id));
+        self.ask_line(board);
+        if exit != Exit::Budget {
+            self.sync(t);
+            return Next::Out(exit);
+        }
+        if self.is_due(t, ram, block) {
+            return Next::Go(via);
+        }
+        resume(&mut t.cpu);
+        let Some(mode) = self.mode(&t.cpu) else { return Next::Go(via) };
+        let Some(b) = self.find(t, board, ram, mode, via) else { return Next::Go(Via::Start) };
+        if self.flushes != self.cache.counts.flushes {
+            return Next::Go(Via::Start);
+        }
+        self.open_gate(&t.cpu, id, b);
+        self.load(&t.cpu);
+        self.area.set(at::ASLEEP, u64::from(mode.vectors() == 0));
+        Next::Resume(self.cache.host(self.cache.block(b).entries.both()))
+    }
+
+    /// The state's flags and bases into their slots.
+    pub(super) fn load(&self, cpu: &CpuState) {
+        let flags = cpu.rflags;
+        self.area.set(at::STATUS, status(flags));
+        self.area.set(at::FLAGS, ((flags - Rflags::STATUS - Rflags::IF) | Rflags::FIXED).bits());
+        self.area.set(at::INTERRUPTS, (flags & Rflags::IF).bits());
+        self.area.set(at::PENDING, if self.line { Rflags::IF.bits() } else { 0 });
+        self.area.set(at::FS_BASE, cpu.seg[Seg::Fs as usize].base);
+        self.area.set(at::GS_BASE, cpu.seg[Seg::Gs as usize].base);
+        self.area.set(at::KERNEL_GS_BASE, cpu.msr.kernel_gs_base);
+        self.area.set(at::TSC_OFFSET, cpu.msr.tsc_offset);
+    }
+
+    pub(super) fn mend(&self, cpu: &mut CpuState, board: Board<'_>, spilled: u16, flags: Flags, told: Option<Told>) {
+        mend(&self.area, &self.cache, cpu, board, (spilled, flags, told));
+    }
+
+    /// CR8 is not known any more: the interpreter may have changed the local APIC.
+    pub(super) fn forget_priority(&self) {
+        self.area.set(at::CR8, u64::MAX);
+        self.area.set(at::CR8_BUS, u64::MAX);
+    }
+
+    /// After the instruction of this exit: is CR8 known now, or no longer?
+    pub(super) fn follow_priority(&self, cpu: &CpuState, board: Board<'_>, id: Option<u32>) {
+        let call = id.and_then(|id| self.calls.get(id as usize)?.as_ref());
+        match call {
+            Some(c) if c.priority => {
+                let v = board.bus.task_priority().map_or(cpu.cr8, u64::from);
+                self.area.set(at::CR8, v);
+                self.area.set(at::CR8_BUS, v);
+            }
+            Some(c) if c.steady => {}
+            _ => self.forget_priority(),
+        }
+    }
+}

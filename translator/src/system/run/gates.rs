@@ -1,0 +1,157 @@
+//! What the code does by itself where the interpreter has gone before: SYSCALL, SYSRET, IN and OUT; and when it has the vector registers.
+
+use super::System;
+use super::calls::tell_priority;
+use crate::emit::slot;
+use crate::run::Translator;
+use crate::system::area::at;
+use crate::system::lower::Kind;
+use crate::system::{Control, Mode};
+use bivisor_emulator::cpu::{CpuState, Cr0, Cr4, Rflags};
+use bivisor_emulator::host::thread::ThreadBlock;
+use bivisor_emulator::interp::sensitive::{fast, io};
+use bivisor_emulator::isa::{Gpr, Seg, Width};
+use bivisor_emulator::mem::Ram;
+use bivisor_emulator::vcpu::Board;
+use iced_x86::Mnemonic;
+
+/// Times that code of CPL 0 is entered with the vector registers after it has used them: at first, and at most if it uses them again soon.
+const AWAKE: [u32; 2] = [16, 4096];
+/// Times it is entered without before that was not soon.
+const SLEPT: u32 = 64;
+
+impl System {
+    pub(super) fn set_upper(&mut self, upper: bool) {
+        if std::mem::replace(&mut self.upper, upper) != upper {
+            self.close_gates();
+        }
+        self.area.set(at::UPPER, u64::from(upper));
+    }
+
+    /// The guest is about to use what is above XMM: from now on that is saved too. False if it was before.
+    pub(super) fn take_upper(&mut self, t: &mut Translator) -> bool {
+        if self.upper || Mode::of(&t.cpu, 3) == Mode::of(&t.cpu, 1) {
+            return false;
+        }
+        self.sync(t);
+        self.wants_upper = true;
+        true
+    }
+
+    /// The guest's kernel is about to use vector registers: for a while they are its own to load and save. False if they were before, or
+    /// it may not.
+    pub(super) fn wake(&mut self, cpu: &CpuState) -> bool {
+        if cpu.cpl() != 0 || self.awake > 0 || Mode::of(cpu, 1) == Mode::of(cpu, 0) {
+            return false;
+        }
+        let [first, most] = AWAKE;
+        self.stays_awake = if self.slept < SLEPT { (2 * self.stays_awake).clamp(first, most) } else { first };
+        (self.awake, self.slept) = (self.stays_awake, 0);
+        self.close_gates();
+        true
+    }
+
+    /// The mode of the code to run.
+    #[inline]
+    pub(super) fn mode(&mut self, cpu: &CpuState) -> Option<Mode> {
+        let most = match () {
+            () if cpu.cpl() == 0 && self.awake == 0 => 0,
+            () if self.upper => 3,
+            () => 1,
+        };
+        self.control.get_or_insert_with(|| Control::of(cpu)).as_ref()?.mode(cpu, most)
+    }
+
+    /// SYSCALL and SYSRET leave until it is known where they go.
+    pub(super) fn close_gates(&self) {
+        self.area.set(at::SYSCALL, 0);
+        self.area.set(at::SYSRET, 0);
+    }
+
+    /// An instruction may have changed what modes depend on.
+    pub(super) fn forget_control(&mut self) {
+        self.control = None;
+        self.close_gates();
+    }
+
+    /// After SYSCALL or SYSRET by the interpreter, which led to block `b`: from now on they go there by themselves.
+    pub(super) fn open_gate(&mut self, cpu: &CpuState, id: u32, b: u32) {
+        let mnemonic = match self.calls.get(id as usize) {
+            Some(Some(c)) => c.code.mnemonic(),
+            _ => return,
+        };
+        let (mode, alignment) = (self.cache.block(b).mode, cpu.cr0.contains(Cr0::AM));
+        let segments = match mnemonic {
+            Mnemonic::Syscall => {
+                let kept = fast::kept(cpu);
+                let same_mode =
+                    !(kept.contains(Rflags::DF) || kept.contains(Rflags::AC) && cpu.cr4.contains(Cr4::SMAP));
+                if mode.user() || mode.vectors() != 0 || !same_mode {
+                    return;
+                }
+                let Some(host) = self.cache.enter_target(&self.area, b) else { return };
+                self.area.set(at::SYSCALL_KEEP, (kept | Rflags::FIXED).bits());
+                self.area.set(at::SYSCALL, host);
+                at::SYSCALL_SEGMENTS
+            }
+            Mnemonic::Sysretq => {
+                if !mode.user() || mode.down() || self.cache.enter_target(&self.area, b).is_none() {
+                    return;
+                }
+                let Some(table) = self.cache.targets(mode) else { return };
+                let mut forbidden = Rflags::TF | Rflags::RF | Rflags::VM | Rflags::DF;
+                forbidden.set(Rflags::AC, alignment);
+                self.area.set(at::SYSRET_FORBIDDEN, forbidden.bits());
+                self.area.set(at::SYSRET_ASLEEP, u64::from(mode.vectors() == 0));
+                self.area.set(at::SYSRET, table as u64);
+                at::SYSRET_SEGMENTS
+            }
+            _ => return,
+        };
+        for (n, seg) in [Seg::Cs, Seg::Ss].into_iter().enumerate() {
+            let s = cpu.segment(seg);
+            let words = [s.base, u64::from(s.limit) | u64::from(s.attr.bits()) << 32, s.selector.into()];
+            for (word, v) in words.into_iter().enumerate() {
+                self.area.set(segments + 8 * (3 * n + word), v);
+            }
+        }
+    }
+
+    /// IN or OUT at CPL 0, called from the code: where to go on, or 0 if it must be left.
+    pub(super) fn device(
+        &mut self,
+        t: &mut Translator,
+        board: Board<'_>,
+        ram: &Ram,
+        block: &ThreadBlock,
+        id: u32,
+    ) -> u64 {
+        let Kind::Port { port, width, write, resume } = self.cache.exit(id).kind else { return 0 };
+        let register = |r: Gpr| at::CALLER + 8 * r as usize;
+        let port = port.unwrap_or(self.area.get(register(Gpr::Rdx)) as u16);
+        t.cpu.gpr[Gpr::Rax as usize] = self.area.get(register(Gpr::Rax));
+        self.access_port(t, board, port, width, write);
+        self.area.set(register(Gpr::Rax), t.cpu.gpr[Gpr::Rax as usize]);
+        self.area.set(at::PENDING, if self.line { Rflags::IF.bits() } else { 0 });
+        let due = self.line && self.area.get(at::INTERRUPTS) != 0 || self.nmi && !t.cpu.nmi_blocked;
+        if due || !self.is_same(t, ram) || block.scratch[slot::LOOK].get() != 0 {
+            return 0;
+        }
+        self.cache.host(resume)
+    }
+
+    /// The work of IN or OUT, by the interpreter's functions; RAX is in the state.
+    #[inline]
+    pub(super) fn access_port(&mut self, t: &mut Translator, board: Board<'_>, port: u16, width: Width, write: bool) {
+        t.stats.steps += 1;
+        self.ports[usize::from(write)] += 1;
+        tell_priority(&self.area, &mut t.cpu, board);
+        if write {
+            io::write_port(board.bus, port, width, t.cpu.read(Gpr::Rax, width));
+        } else {
+            let v = io::read_port(board.bus, port, width);
+            t.cpu.write(Gpr::Rax, width, v);
+        }
+        self.ask_line(board);
+    }
+}
