@@ -524,3 +524,52 @@ pub fn store_system(x: &mut Exec<'_>, laddr: u64, w: Width, v: u64) -> Step {
     let p = place(x, laddr, w.bytes(), Access::Write, By::Implicit)?;
     store_at(x, &p, w, v)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::interp::testing::{CODE, Machine};
+    use crate::isa::Gpr;
+    use crate::vcpu::Exit;
+
+    /// SDM 3A 5.3: first and last byte; of an expand-down segment all but what the limit leaves out, up to 64 KiB or 4 GiB.
+    #[test]
+    fn limits_upwards_and_expand_down() {
+        let data = Attr::from_bits_retain(0x93);
+        let rows: [(Attr, u32, u64, u64, bool); 12] = [
+            (data, 0xffff, 0xffff, 1, true),
+            (data, 0xffff, 0xffff, 2, false),
+            (data, 0xfff, 0x0ffd, 4, false),
+            (data, 0xfff, 0x0ffc, 4, true),
+            (data, 0xffff_ffff, 0xffff_fffd, 4, false),
+            (data | Attr::EXPAND_DOWN, 0xfff, 0xfff, 1, false),
+            (data | Attr::EXPAND_DOWN, 0xfff, 0x1000, 4, true),
+            (data | Attr::EXPAND_DOWN, 0xfff, 0xfffe, 2, true),
+            (data | Attr::EXPAND_DOWN, 0xfff, 0xffff, 2, false),
+            (data | Attr::EXPAND_DOWN | Attr::DB, 0xfff, 0xffff, 2, true),
+            (data | Attr::EXPAND_DOWN | Attr::DB, 0xfff, 0xffff_fffc, 4, true),
+            (data | Attr::EXPAND_DOWN | Attr::DB, 0xfff, 0xffff_fffd, 4, false),
+        ];
+        for (attr, limit, offset, len, allowed) in rows {
+            let s = Segment { attr, limit, ..Segment::default() };
+            assert_eq!(limit_allows(&s, offset, len), allowed, "{attr:?} {limit:#x}: {len} bytes at {offset:#x}");
+        }
+    }
+
+    /// A limit that protected mode left stays in real mode, whatever is loaded there (SDM 3B 20.1.1).
+    #[test]
+    fn unreal_mode_reaches_beyond_64_kib() {
+        // mov ds, ax; mov dx, [ebx]
+        let code = [0x8e, 0xd8, 0x67, 0x8b, 0x13];
+        for (limit, end) in [(0xffff, Exit::Exception(Fault::Gp(0))), (0xffff_ffff, Exit::Budget)] {
+            let mut m = Machine::real(&code);
+            m.cpu().seg[Seg::Ds as usize].limit = limit;
+            m.cpu().gpr[Gpr::Rax as usize] = 0x100;
+            m.cpu().gpr[Gpr::Rbx as usize] = 0x2_0000;
+            m.mem.store(0x2_1000, Width::W, 0x1234).expect("RAM");
+            assert_eq!((m.run(1), m.cpu().rip), (Exit::Budget, CODE + 2));
+            assert_eq!(m.run(1), end, "{limit:#x}");
+            assert_eq!(m.cpu().gpr[Gpr::Rdx as usize] & 0xffff, if end == Exit::Budget { 0x1234 } else { 0 });
+        }
+    }
+}

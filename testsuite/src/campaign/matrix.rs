@@ -144,6 +144,21 @@ fn pairs() -> (BTreeSet<&'static str>, Rows) {
     (engines, rows)
 }
 
+/// The text with those of its parts, from a line `{if CONDITION}` to a line `{end}`, whose conditions hold.
+fn parts(conditions: &[(&str, bool)]) -> String {
+    let (mut out, mut shown) = (String::new(), true);
+    for line in TEXT.lines() {
+        let wanted = line.strip_prefix("{if ").and_then(|l| l.strip_suffix('}'));
+        match (wanted, line) {
+            (Some(name), _) => shown = conditions.contains(&(name, true)),
+            (None, "{end}") => shown = true,
+            _ if shown => out += &format!("{line}\n"),
+            _ => {}
+        }
+    }
+    out
+}
+
 /// `docs/fidelity.md`.
 pub fn page() -> String {
     let (cases, unexpected, expected, forms) = totals();
@@ -161,7 +176,8 @@ pub fn page() -> String {
         let (why, codes) = l.split_once(": ").unwrap_or((l, ""));
         let _ = writeln!(without, "| {why} | {} | {codes} |", codes.split(' ').count());
     }
-    let mut out = TEXT.to_string();
+    let has_kvm = campaigns().iter().any(|c| c.1.split(',').any(|e| e == Which::Kvm.name()));
+    let mut out = parts(&[("unexpected", unexpected > 0), ("kvm", has_kvm), ("no kvm", !has_kvm)]);
     for (key, text) in [
         ("{campaigns}\n", table),
         ("{without}\n", without),
