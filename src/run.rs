@@ -38,7 +38,8 @@ pub struct RunArgs {
     /// When the program ends, print what the translator did; `--stats=json` for machines.
     #[arg(long, value_enum, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "text")]
     stats: Option<Format>,
-    /// When the program ends, write the addresses of its translated blocks to /tmp/perf-PID.map for `perf report`.
+    /// When the program ends, write the addresses of its translated blocks to /tmp/perf-PID.map for `perf report`, and with their code to
+    /// /tmp/jit-PID.dump for `perf record -k mono` and `perf inject --jit`.
     #[arg(long)]
     perf: bool,
     /// The translator's memory for code; when it is full, all of it is thrown away. At least 128.

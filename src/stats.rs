@@ -2,9 +2,13 @@
 
 use bivisor_emulator::linux::LastWords;
 use bivisor_translator::Cache;
+use bivisor_translator::code_buffer::show_to_perf;
 use clap::ValueEnum;
 use serde_json::json;
+use std::fs::File;
+use std::io::Write;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// How the numbers are printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -32,17 +36,31 @@ pub fn last_words(cache: &Arc<Cache>, format: Option<Format>, perf: bool) -> Las
     }
     cache.count();
     let cache = cache.clone();
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let begin = Duration::new(now.tv_sec as u64, now.tv_nsec as u32);
     LastWords(Some(Arc::new(move || {
         let cache = cache.current();
-        let path = format!("/tmp/perf-{}.map", std::process::id());
-        let failed = perf.then(|| std::fs::write(&path, cache.map()).err()).flatten();
+        let failed = perf.then(|| for_perf(&cache, begin).err()).flatten();
         match (failed, format) {
-            (Some(error), _) => format!("bivisor: --perf cannot write {path}: {error}"),
+            (Some(error), _) => format!("bivisor: --perf: {error}"),
             (_, Some(Format::Text)) => text(&cache),
             (_, Some(Format::Json)) => json(&cache),
             (_, None) => String::new(),
         }
     })))
+}
+
+/// The two files that perf knows: names alone, and names with code.
+fn for_perf(cache: &Cache, begin: Duration) -> Result<(), String> {
+    let pid = std::process::id();
+    let write = |path: String, content: &[u8]| {
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(&path);
+        let done = file.and_then(|mut file| file.write_all(content).map(|()| file));
+        done.map_err(|error| format!("{path}: {error}"))
+    };
+    write(format!("/tmp/perf-{pid}.map"), cache.map().as_bytes())?;
+    show_to_perf(&write(format!("/tmp/jit-{pid}.dump"), &cache.jitdump(begin))?);
+    Ok(())
 }
 
 fn json(cache: &Cache) -> String {

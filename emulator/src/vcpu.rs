@@ -139,6 +139,9 @@ impl<V: Vcpu + ?Sized> Vcpu for Box<V> {
     fn set_intercepts(&mut self, intercepts: Intercepts) {
         (**self).set_intercepts(intercepts);
     }
+    fn set_direct(&mut self, calls: &'static [u8; DIRECT_CALLS]) {
+        (**self).set_direct(calls);
+    }
     fn kicker(&self) -> Kicker {
         (**self).kicker()
     }

@@ -31,7 +31,8 @@ fn numbers_for_machines_and_for_people() {
     assert!(number("/translated/host_bytes") > number("/translated/guest_bytes"), "{all}");
     assert!(number("/translated/nanoseconds") > 0, "{all}");
     // execve's successor to exit_group: a dynamic program has at least a dozen system calls.
-    assert!(number("/exits/syscall") > 5 && number("/exits/syscall") + number("/system_calls_inside") > 12, "{all}");
+    assert!(number("/exits/syscall") > 5 && number("/system_calls_inside") > 2, "{all}");
+    assert!(number("/exits/syscall") + number("/system_calls_inside") > 12, "{all}");
     assert!(number("/memory/bytes") > number("/translated/host_bytes"), "{all}");
     assert!(number("/memory/guest_bytes") > 1000, "{all}");
     assert!(number("/entries") >= number("/exits/syscall") + number("/exits/unlinked"), "{all}");
@@ -62,6 +63,11 @@ fn a_map_for_perf() {
         assert!(name.starts_with("guest:"), "{line}");
     }
     assert!(map.lines().count() as u64 >= all["translated"]["blocks"].as_u64().expect("a number"), "{all}");
+    let path = format!("/tmp/jit-{}.dump", all["pid"]);
+    let dump = std::fs::read(&path).expect("the map with code");
+    std::fs::remove_file(&path).expect("removed");
+    assert_eq!(&dump[..4], b"DTiJ");
+    assert_eq!(dump.windows(6).filter(|w| w == b"guest:").count(), map.lines().count(), "{all}");
 }
 
 #[test]

@@ -10,6 +10,7 @@ use crate::block::{CodeSource, MAX_INSNS, Scratch};
 use crate::code_buffer::{CodeBuffer, ForkMark};
 use crate::exits::Exits;
 use crate::fault::kick;
+use crate::jitdump;
 use crate::lower::Leave;
 use crate::marks::{Home, Registers};
 use crate::persist::archive::MOST;
@@ -26,7 +27,7 @@ use iced_x86::Mnemonic;
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Bytes of code a cache holds unless told otherwise.
 pub const DEFAULT_SIZE: usize = 64 << 20;
@@ -230,6 +231,11 @@ impl Cache {
     /// (tools/perf/Documentation/jit-interface.txt).
     pub fn map(&self) -> String {
         self.lock().map(self.range.0)
+    }
+
+    /// The same for `perf inject --jit`, see [`crate::jitdump`].
+    pub fn jitdump(&self, when: Duration) -> Vec<u8> {
+        jitdump::content(std::process::id(), when, self.lock().all_code(self.range.0))
     }
 
     /// What all threads together have done, up to the last time each came back.

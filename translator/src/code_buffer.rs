@@ -291,6 +291,14 @@ impl Drop for CodeBuffer {
     }
 }
 
+/// Maps a file that [`crate::jitdump`] made as perf(1) wants it: an executable mapping is what it notes while it records. Nothing is ever
+/// executed there. If it cannot be, perf does not find the file.
+pub fn show_to_perf(file: &File) {
+    let prot = libc::PROT_READ | libc::PROT_EXEC;
+    // SAFETY: a fresh mapping that nobody uses.
+    unsafe { libc::mmap(std::ptr::null_mut(), 4096, prot, libc::MAP_PRIVATE, file.as_raw_fd(), 0) };
+}
+
 fn memfd(size: usize) -> Result<OwnedFd> {
     // SAFETY: a fresh descriptor, owned from here on.
     let fd = unsafe {

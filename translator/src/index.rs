@@ -69,7 +69,7 @@ impl Index {
 
     fn put(&mut self, slot: Slot) {
         let rip = slot[0];
-        if self.used * 2 >= self.slots.len() {
+        if self.used * 4 >= self.slots.len() * 3 {
             self.grow();
         }
         let (word, bit) = self.filter_bit(rip);
@@ -84,8 +84,8 @@ impl Index {
 
     /// Makes an empty table large enough for so many blocks.
     pub fn reserve(&mut self, blocks: usize) {
-        if self.used == 0 && blocks * 2 > self.slots.len() {
-            *self = Index::with_slots((blocks * 2).next_power_of_two());
+        if self.used == 0 && blocks * 3 / 2 > self.slots.len() {
+            *self = Index::with_slots((blocks * 3 / 2).next_power_of_two());
         }
     }
 

@@ -32,6 +32,7 @@ pub mod exits;
 pub mod explain;
 pub mod fault;
 pub mod index;
+pub mod jitdump;
 pub mod lower;
 pub mod marks;
 pub mod persist;

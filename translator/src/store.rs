@@ -499,6 +499,12 @@ impl Store {
         self.blocks.iter().skip(1).map(line).collect()
     }
 
+    /// See [`crate::jitdump`]: host address, guest address and code of each block.
+    pub fn all_code(&self, base: u64) -> impl Iterator<Item = (u64, u64, Vec<u8>)> {
+        let blocks = self.blocks.iter().skip(1);
+        blocks.map(move |b| (base + u64::from(b.at), b.start, self.buffer.code(b.at as usize..b.end as usize)))
+    }
+
     /// The code of the block at a guest address, with its code offset.
     pub fn code(&self, rip: u64) -> Option<(u32, Vec<u8>)> {
         let b = &self.blocks[self.get(rip, Home::Slot)?.0 as usize];

@@ -54,7 +54,7 @@ impl Archive {
 
     /// About how many blocks there are.
     pub fn blocks(&self) -> usize {
-        self.bytes.len() / 128
+        self.bytes.len() / 256
     }
 
     /// The record of a page with this content. A record that is not whole is none.
