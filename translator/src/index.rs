@@ -1,4 +1,4 @@
-//! From guest address to block: open addressing with linear probing, one cache line a lookup.
+//! From guest address to block: open addressing with linear probing, one cache line a lookup, few for a function.
 
 /// Guest address; block number and code offset. Zeros take no memory until they are written.
 type Slot = [u64; 2];
@@ -13,6 +13,13 @@ pub struct Index {
     used: usize,
     /// Eight bits of hashes for each slot: most addresses asked for are not there, and this stays in the host's cache.
     filter: Vec<u64>,
+}
+
+const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// Neighbours lie together, as they are asked for together: 256 bytes of code have 16 slots in four cache lines.
+fn group(rip: u64) -> usize {
+    ((rip >> 8).wrapping_mul(MIX) >> 32) as usize
 }
 
 impl Default for Index {
@@ -32,13 +39,12 @@ impl Index {
     }
 
     fn filter_bit(&self, rip: u64) -> (usize, u64) {
-        let x = rip.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
-        ((x >> 6) as usize & (self.filter.len() - 1), 1 << (x & 63))
+        let word = group(rip) << 1 | (rip >> 7 & 1) as usize;
+        (word & (self.filter.len() - 1), 1 << (rip.wrapping_mul(MIX) >> 58))
     }
 
     fn start(&self, rip: u64) -> usize {
-        let x = rip.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        (x >> 32) as usize & (self.slots.len() - 1)
+        (group(rip) << 4 | (rip >> 4 & 15) as usize) & (self.slots.len() - 1)
     }
 
     fn position(&self, rip: u64) -> Option<usize> {
@@ -69,7 +75,7 @@ impl Index {
 
     fn put(&mut self, slot: Slot) {
         let rip = slot[0];
-        if self.used * 4 >= self.slots.len() * 3 {
+        if self.used * 3 >= self.slots.len() * 2 {
             self.grow();
         }
         let (word, bit) = self.filter_bit(rip);

@@ -311,14 +311,14 @@ pub fn stub_at(before: u64) -> u32 {
 
 /// Emits the stub of an exit: it says which it is and goes to the way out.
 pub fn emit_stub(at: u64, exit: u32, way_out: u64) -> [u8; STUB] {
-    let mut e = Emitter::new(at);
-    let slot = gs(slot::EXIT);
-    dynasm!(e; .arch x64; gs mov DWORD [slot], exit as i32; .u8 0xe9);
-    let site = e.len();
-    e.push_u32(0);
-    e.set_rel32(site, way_out);
-    e.bytes.resize(STUB, 0xcc);
-    e.bytes.try_into().expect("resized")
+    let mut code = [0xcc; STUB];
+    // mov dword gs:[EXIT], exit; jmp way_out
+    code[..4].copy_from_slice(&[0x65, 0xc7, 0x04, 0x25]);
+    code[4..8].copy_from_slice(&gs(slot::EXIT).to_le_bytes());
+    code[8..12].copy_from_slice(&exit.to_le_bytes());
+    code[12] = 0xe9;
+    code[13..17].copy_from_slice(&(way_out.wrapping_sub(at + 17) as u32).to_le_bytes());
+    code
 }
 
 /// Lowers `block`; with a landing if it is the target of an indirect branch. The vectors of `old` are used again.
