@@ -31,11 +31,14 @@ pub fn mfence(_: &mut Exec<'_>, _: &Insn) -> Step {
     Ok(())
 }
 
-/// CLFLUSH, CLFLUSHOPT, CLWB, CLDEMOTE: checked like a load of one byte; caches are the host's.
+/// CLFLUSH, CLFLUSHOPT, CLWB, CLDEMOTE: checked like a load of one byte, but allowed in execute-only code segments; caches are the host's.
 pub fn clflush(x: &mut Exec<'_>, i: &Insn) -> Step {
-    if let Some(m) = i.mem() {
-        let offset = operand::effective_address(x, i, m);
-        access::check(x, m.seg, offset, Width::B.bytes(), Access::Read)?;
+    let Some(m) = i.mem() else { return Ok(()) };
+    let offset = operand::effective_address(x, i, m);
+    if x.mem.flat().is_some() {
+        return access::check(x, m.seg, offset, Width::B.bytes(), Access::Read);
     }
-    Ok(())
+    let laddr = access::linear(x, m.seg, offset, Width::B.bytes(), Access::Execute)?;
+    let by = access::accessor(x.cpu);
+    access::place(x, laddr, Width::B.bytes(), Access::Read, by).map(|_| ())
 }

@@ -155,15 +155,17 @@ pub fn enter(x: &mut Exec<'_>, i: &Insn) -> Step {
     let bp = x.cpu.gpr[Gpr::Rbp as usize];
     let slot = |n: u64| a.cut(sp.wrapping_sub((n + 1) * w.bytes()));
     // Values are pushed one by one, as processors do: a fault leaves what was written below the stack pointer, which has not moved.
-    let frame = slot(0);
-    access::store(x, Seg::Ss, frame, w, bp)?;
+    // The upper half of ESP goes along where the stack has 16 bits, as on Zen 4.
+    let kept = if a == Width::W { sp & 0xffff_0000 } else { 0 };
+    let frame = slot(0) | kept;
+    access::store(x, Seg::Ss, slot(0), w, bp)?;
     for n in 1..level {
         let from = a.cut(bp.wrapping_sub(n * w.bytes()));
         let outer = access::load(x, Seg::Ss, from, w)?;
         access::store(x, Seg::Ss, slot(n), w, outer)?;
     }
     if level > 0 {
-        access::store(x, Seg::Ss, slot(level), w, frame)?;
+        access::store(x, Seg::Ss, slot(level), w, w.cut(frame))?;
     }
     // SDM 2A ENTER: a page fault if a write with the final stack pointer would fault.
     let end = a.cut(slot(level).wrapping_sub(size));

@@ -45,6 +45,9 @@ pub fn decode(bytes: &[u8], bitness: u32) -> Result<Insn, DecodeError> {
     let mut decoder = Decoder::with_ip(bitness, window, 0, options());
     let mut iced = Instruction::default();
     decoder.decode_out(&mut iced);
+    if bitness != 64 && wide_is_none(&iced, window) {
+        return Err(DecodeError::Invalid);
+    }
     if !iced.is_invalid() {
         correct(&mut iced, window);
         return Ok(Insn::new(iced));
@@ -86,6 +89,15 @@ pub fn correct(iced: &mut Instruction, window: &[u8]) {
     if iced.code() == Code::Pause {
         xchg_r8_not_pause(iced, window);
     }
+}
+
+/// With VEX.W Zen 4 has neither VPINSRD nor VPEXTRD in 16- and 32-bit code; Intel's manual says that W is ignored there.
+fn wide_is_none(iced: &Instruction, window: &[u8]) -> bool {
+    if !matches!(iced.code(), Code::VEX_Vpinsrd_xmm_xmm_rm32_imm8 | Code::VEX_Vpextrd_rm32_xmm_imm8) {
+        return false;
+    }
+    let vex = window[..iced.len()].iter().position(|b| *b == 0xc4);
+    options() == DecoderOptions::AMD && vex.and_then(|at| window.get(at + 2)).is_some_and(|b| b & 0x80 != 0)
 }
 
 /// F3 41 90 is XCHG with R8 on processors: with REX.B 90 is no NOP, and F3 does not make it PAUSE. iced thinks it does.

@@ -3,7 +3,7 @@
 //! SDM 2A 2.4 to 2.7 (exception types of SSE, VEX and EVEX instructions); whether masked-out elements may fault was read off a
 //! processor, instruction by instruction, and agrees with the classes E4NF, E5NF, E6NF there.
 
-use iced_x86::{Code, CpuidFeature as F, EncodingKind, Instruction, Mnemonic as M, OpKind};
+use iced_x86::{Code, CodeSize, CpuidFeature as F, EncodingKind, Instruction, Mnemonic as M, OpKind};
 
 bitflags::bitflags! {
     /// What to check and to set up.
@@ -166,7 +166,13 @@ fn is_aligned_move(m: M) -> bool {
 
 /// The x87 opcode as FOP has it: the low three bits of the first byte, and ModRM but for an addressing form (SDM 1 8.1.9).
 pub fn x87_opcode(i: &Instruction) -> u16 {
-    let mut encoder = iced_x86::Encoder::new(64);
+    // 64-bit code has no 16-bit addresses.
+    let bits = match i.code_size() {
+        CodeSize::Code16 => 16,
+        CodeSize::Code32 => 32,
+        _ => 64,
+    };
+    let mut encoder = iced_x86::Encoder::new(bits);
     // The address does not matter: a RIP-relative operand is within reach of the instruction's own.
     if encoder.encode(i, i.ip()).is_err() {
         return 0;

@@ -2,7 +2,7 @@
 //! VMASKMOV, VPMASKMOV, MASKMOVQ, MASKMOVDQU. What is not selected cannot fault.
 
 use crate::cpu::xsave::component;
-use crate::interp::native::{at, check, check_aligned, check_alignment, enter_x87, execute};
+use crate::interp::native::{at, behind, check, check_aligned, check_alignment, enter_x87, execute};
 use crate::interp::operand::effective_address;
 use crate::interp::{Exec, Step, access};
 use crate::isa::{Gpr, Insn, MemRef, Operand, Width};
@@ -13,6 +13,8 @@ use iced_x86::{Mnemonic, Register};
 struct Active {
     bits: u64,
     element: usize,
+    /// Each element has an address of its own, which wraps at the address size (VEX); else the operand has one (EVEX).
+    apart: bool,
 }
 
 impl Active {
@@ -23,12 +25,17 @@ impl Active {
         while rest != 0 {
             let skip = rest.trailing_zeros();
             rest >>= skip;
-            let n = rest.trailing_ones();
+            let n = if self.apart { 1 } else { rest.trailing_ones() };
             f((done + skip) as usize * self.element, n as usize * self.element)?;
             done += skip + n;
             rest = rest.checked_shr(n).unwrap_or(0);
         }
         Ok(())
+    }
+
+    /// The offset of the bytes from `start` on of an operand.
+    fn offset(&self, m: &MemRef, offset: u64, start: usize) -> u64 {
+        if self.apart { at(m, offset, start as u64) } else { behind(offset, start) }
     }
 }
 
@@ -57,7 +64,7 @@ pub fn run(x: &mut Exec<'_>, i: &Insn, m: &MemRef, offset: u64, t: &Thunk) -> St
         access::check_write(x, m.seg, offset, u64::from(t.len))?;
     }
     if store && t.needs.contains(Needs::MXCSR) {
-        active.runs(|start, len| access::check_write(x, m.seg, at(m, offset, start as u64), len as u64))?;
+        active.runs(|start, len| access::check_write(x, m.seg, active.offset(m, offset, start), len as u64))?;
     }
     execute(x, t, None)?;
     if store {
@@ -83,7 +90,7 @@ fn active(i: &Insn, mask: u64, t: &Thunk) -> Active {
     } else {
         mask
     };
-    Active { bits, element }
+    Active { bits, element, apart: false }
 }
 
 /// Broadcasts by their name; their destination has more elements than memory.
@@ -103,7 +110,7 @@ fn repeats(m: Mnemonic) -> bool {
 fn read(x: &mut Exec<'_>, m: &MemRef, offset: u64, active: &Active) -> Step {
     active.runs(|start, len| {
         let mut bytes = [0; 64];
-        access::read_bytes(x, m.seg, at(m, offset, start as u64), &mut bytes[..len])?;
+        access::read_bytes(x, m.seg, active.offset(m, offset, start), &mut bytes[..len])?;
         x.env.native.operand()[start..start + len].copy_from_slice(&bytes[..len]);
         Ok(())
     })
@@ -111,8 +118,8 @@ fn read(x: &mut Exec<'_>, m: &MemRef, offset: u64, active: &Active) -> Step {
 
 /// All faults of all elements first.
 fn write(x: &mut Exec<'_>, m: &MemRef, offset: u64, active: &Active, bytes: &[u8]) -> Step {
-    active.runs(|start, len| access::check_write(x, m.seg, at(m, offset, start as u64), len as u64))?;
-    active.runs(|start, len| access::write_bytes(x, m.seg, at(m, offset, start as u64), &bytes[start..start + len]))
+    active.runs(|start, len| access::check_write(x, m.seg, active.offset(m, offset, start), len as u64))?;
+    active.runs(|start, len| access::write_bytes(x, m.seg, active.offset(m, offset, start), &bytes[start..start + len]))
 }
 
 /// The sign bits of a vector register's elements.
@@ -128,7 +135,7 @@ pub fn vmaskmov(x: &mut Exec<'_>, i: &Insn) -> Step {
         Mnemonic::Vmaskmovps | Mnemonic::Vpmaskmovd => 4,
         _ => 8,
     };
-    let active = Active { bits: signs(x, i.iced.op1_register(), element), element };
+    let active = Active { bits: signs(x, i.iced.op1_register(), element), element, apart: true };
     let Some(m) = i.mem() else { return Err(crate::cpu::Fault::Ud.into()) };
     let offset = effective_address(x, i, m);
     if matches!(i.ops[0], Operand::Mem(_)) {
@@ -160,7 +167,7 @@ pub fn set_vector(x: &mut Exec<'_>, r: Register, z: [u8; 64]) {
 pub fn maskmovdqu(x: &mut Exec<'_>, i: &Insn) -> Step {
     let avx = i.iced.mnemonic() == Mnemonic::Vmaskmovdqu;
     check(x.cpu, if avx { Needs::AVX } else { Needs::SSE })?;
-    let active = Active { bits: signs(x, i.iced.op2_register(), 1), element: 1 };
+    let active = Active { bits: signs(x, i.iced.op2_register(), 1), element: 1, apart: false };
     let data = x.cpu.xsave.zmm(i.iced.op1_register().number());
     let m = destination(i);
     let offset = m.address.cut(x.cpu.gpr[Gpr::Rdi as usize]);
@@ -181,7 +188,7 @@ pub fn maskmovq(x: &mut Exec<'_>, i: &Insn) -> Step {
     // The state is MMX's even if the store faults.
     enter_mmx(x);
     access::check_write(x, m.seg, offset, 8)?;
-    write(x, &m, offset, &Active { bits, element: 1 }, &source)
+    write(x, &m, offset, &Active { bits, element: 1, apart: false }, &source)
 }
 
 /// The implicit operand DS:rDI, with its override.

@@ -202,7 +202,8 @@ pub(super) fn check_alignment(x: &Exec<'_>, t: &Thunk, seg: Seg, offset: u64) ->
         // Wider vectors need no more than those of 16 bytes: measured on an AMD EPYC.
         len => u64::from(len).min(16),
     };
-    let laddr = access::linear(x, seg, offset, u64::from(t.len), Access::Read)?;
+    let access = if t.needs.contains(Needs::STORE) { Access::Write } else { Access::Read };
+    let laddr = access::linear(x, seg, offset, u64::from(t.len), access)?;
     if laddr & (to - 1) != 0 { Err(Fault::Ac.into()) } else { Ok(()) }
 }
 
@@ -309,6 +310,11 @@ pub fn wait(x: &mut Exec<'_>, _: &Insn) -> Step {
         return Err(Fault::Nm.into());
     }
     enter_x87(x, Needs::WAITING)
+}
+
+/// The offset of a part of an operand that begins at `offset`: past the end of 16- or 32-bit addresses it does not wrap, but meets the limit.
+fn behind(offset: u64, delta: usize) -> u64 {
+    offset.wrapping_add(delta as u64)
 }
 
 /// The sum of a memory operand's offset and `delta`, in its address width.

@@ -2,7 +2,7 @@
 
 use crate::cpu::xsave::{Layout, component};
 use crate::cpu::{CpuState, Cr0, Cr4, Fault, XsaveArea};
-use crate::interp::native::{at, check, enter_x87};
+use crate::interp::native::{behind, check, enter_x87};
 use crate::interp::operand::effective_address;
 use crate::interp::{Exec, Step, Stop, access};
 use crate::isa::{Gpr, Insn, MemRef, Width};
@@ -281,7 +281,7 @@ pub fn xsave(x: &mut Exec<'_>, i: &Insn) -> Step {
         16
     } else {
         let mut old = [0; 8];
-        access::read_bytes(x, m.seg, at(&m, offset, XSTATE_BV as u64), &mut old)?;
+        access::read_bytes(x, m.seg, behind(offset, XSTATE_BV), &mut old)?;
         header[..8].copy_from_slice(&(u64::from_le_bytes(old) & !wanted | used).to_le_bytes());
         8
     };
@@ -310,7 +310,7 @@ pub fn xsave(x: &mut Exec<'_>, i: &Insn) -> Step {
     }
     // A processor looks at the whole area of the requested components, in use or not.
     access::check_write(x, m.seg, offset, extent(x.cpu, wanted, compact) as u64)?;
-    pieces.iter().try_for_each(|(to, bytes)| access::write_bytes(x, m.seg, at(&m, offset, *to as u64), bytes))
+    pieces.iter().try_for_each(|(to, bytes)| access::write_bytes(x, m.seg, behind(offset, *to), bytes))
 }
 
 /// XRSTOR, XRSTOR64: both formats, with the checks of the header (SDM 1 13.8).

@@ -145,11 +145,27 @@ fn direct_target(x: &mut Exec<'_>, found: &Found, selector: u16) -> Result<Segme
 /// The transfer itself, at the same privilege level.
 fn direct(x: &mut Exec<'_>, w: Width, cs: Segment, offset: u64, is_call: bool) -> Step {
     check_target(x.cpu, &cs, offset)?;
+    if is_call && !access::is_long64(x.cpu) {
+        return push_and_go(x, w, cs, offset);
+    }
     if is_call {
         let from = u64::from(x.cpu.segment(Seg::Cs).selector);
         push_all(x, w, &[from, x.next_rip])?;
     }
     x.cpu.seg[Seg::Cs as usize] = cs;
+    x.next_rip = offset;
+    Ok(())
+}
+
+/// The frame of a far CALL is pushed by the rules of the code that is called: a 64-bit stack if compatibility code calls 64-bit code.
+fn push_and_go(x: &mut Exec<'_>, w: Width, cs: Segment, offset: u64) -> Step {
+    let from = *x.cpu.segment(Seg::Cs);
+    let next = x.next_rip;
+    x.cpu.seg[Seg::Cs as usize] = cs;
+    if let Err(stop) = push_all(x, w, &[u64::from(from.selector), next]) {
+        x.cpu.seg[Seg::Cs as usize] = from;
+        return Err(stop);
+    }
     x.next_rip = offset;
     Ok(())
 }
@@ -204,16 +220,7 @@ fn gate(x: &mut Exec<'_>, selector: u16, is_call: bool) -> Step {
     if !is_call {
         return direct(x, w, cs, offset, false);
     }
-    // The frame of a 64-bit gate is pushed by the rules of 64-bit code, also when compatibility code called.
-    let from = *x.cpu.segment(Seg::Cs);
-    let next = x.next_rip;
-    x.cpu.seg[Seg::Cs as usize] = cs;
-    if let Err(stop) = push_all(x, w, &[u64::from(from.selector), next]) {
-        x.cpu.seg[Seg::Cs as usize] = from;
-        return Err(stop);
-    }
-    x.next_rip = offset;
-    Ok(())
+    push_and_go(x, w, cs, offset)
 }
 
 /// MORE-PRIVILEGE: the stack of the inner level from the TSS, the old SS:rSP, parameters, the return address.
@@ -293,9 +300,10 @@ pub fn ret(x: &mut Exec<'_>, i: &Insn) -> Step {
     if new_cpl == x.cpu.cpl() {
         check_target(x.cpu, &cs, offset)?;
         selector::set_accessed(x, &found)?;
-        // The stack is the old one, its address size too.
-        stack::adjust(x, (2 * w.bytes() + released) as i64);
+        // The frame is popped by the rules of the old code; parameters are released by those of the new: 64-bit code has all of RSP.
+        stack::adjust(x, (2 * w.bytes()) as i64);
         x.cpu.seg[Seg::Cs as usize] = cs;
+        stack::adjust(x, released as i64);
         x.next_rip = offset;
         return Ok(());
     }

@@ -4,6 +4,7 @@
 use crate::cpu::descriptor::{Descriptor, is_null, kind, rpl};
 use crate::cpu::{Cr4, Fault, Rflags};
 use crate::interp::access::{self, is_canonical, is_long64};
+use crate::interp::alu::Vendor;
 use crate::interp::sensitive::selector;
 use crate::interp::{Exec, Step, Stop, operand, stack};
 use crate::isa::{Gpr, Insn, Seg, Width};
@@ -55,7 +56,8 @@ pub fn push(x: &mut Exec<'_>, i: &Insn) -> Step {
     let seg = sreg(i, 0)?;
     let w = i.width;
     let selector = u64::from(x.cpu.segment(seg).selector);
-    if w != Width::D {
+    if w != Width::D || Vendor::host() == Vendor::Amd {
+        // Zen 4 zero-extends.
         return stack::push(x, w, selector);
     }
     // "if the operand size is 32 bits, ... all recent Intel Core and Atom processors perform a 16-bit move, leaving the upper portion of
@@ -67,11 +69,12 @@ pub fn push(x: &mut Exec<'_>, i: &Insn) -> Step {
     Ok(())
 }
 
-/// POP Sreg: only the low word of the slot is the selector.
+/// POP Sreg: only the low word of the slot is the selector. Zen 4 reads all of it.
 pub fn pop(x: &mut Exec<'_>, i: &Insn) -> Step {
     let seg = sreg(i, 0)?;
     let w = i.width;
-    let selector = stack::peek(x, 0, if w == Width::D { Width::W } else { w })? as u16;
+    let word = w == Width::D && Vendor::host() != Vendor::Amd;
+    let selector = stack::peek(x, 0, if word { Width::W } else { w })? as u16;
     // The stack-address size is that of the SS before.
     let old = x.cpu.gpr[Gpr::Rsp as usize];
     stack::adjust(x, w.bytes() as i64);
@@ -112,7 +115,11 @@ fn need_protected(x: &Exec<'_>) -> Result<(), Fault> {
 pub fn arpl(x: &mut Exec<'_>, i: &Insn) -> Step {
     need_protected(x)?;
     let source = operand::read(x, i, 1)? & 3;
-    let (old, _) = operand::modify(x, i, |d| if d & 3 < source { d & !3 | source } else { d })?;
+    // Read, and written only if it changes: seen on Zen 4 by the error codes of page faults.
+    let old = operand::read(x, i, 0)?;
+    if old & 3 < source {
+        operand::write(x, i, 0, old & !3 | source)?;
+    }
     x.cpu.rflags.set(Rflags::ZF, old & 3 < source);
     Ok(())
 }
