@@ -6,8 +6,10 @@ use bivisor_testsuite::campaign::case::Kind;
 use bivisor_testsuite::campaign::coordinator::{self, Options, Plan};
 use bivisor_testsuite::campaign::engine::Which;
 use bivisor_testsuite::campaign::matrix::Coverage;
+use bivisor_testsuite::campaign::modes::matrix as modes;
 use bivisor_testsuite::campaign::tally::Tally;
 use indicatif::{ProgressBar, ProgressStyle};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -24,7 +26,9 @@ pub fn run(args: &AllArgs) -> Result<i32> {
     }
     for name in &args.kinds {
         if Kind::named(name).is_none() {
-            bail!("no kind of case is called {name}: there are insn, block, bytes and cpl0");
+            bail!(
+                "no kind of case is called {name}: there are insn, block, bytes, cpl0, insn32, insn16, block32 and block16"
+            );
         }
     }
     let plan = Plan::new(args.seed, args.cases, args.shard, args.engines.clone(), args.kinds.clone());
@@ -108,10 +112,22 @@ pub fn report(tally: &Tally) {
 
 /// How many instructions were met, and which were not.
 fn coverage(tally: &Tally) {
+    let modes = [32, 16].map(|bits| (bits, modes::Coverage::of(tally, bits)));
+    let only = modes.iter().any(|m| m.1.is_some());
+    for (bits, found) in modes {
+        let Some(c) = found else { continue };
+        say(&format!("{bits}-bit instructions"), (c.met, c.all, c.thousand), c.without);
+    }
     let c = Coverage::of(tally);
-    let share = 100.0 * c.met as f64 / c.all.max(1) as f64;
-    println!("instructions: {} of {} ({share:.1} %), {} with 1000 cases or more", c.met, c.all, c.thousand);
-    for (why, codes) in c.without {
+    if c.met > 0 || !only {
+        say("instructions", (c.met, c.all, c.thousand), c.without);
+    }
+}
+
+fn say(what: &str, (met, all, thousand): (usize, usize, usize), without: BTreeMap<String, Vec<String>>) {
+    let share = 100.0 * met as f64 / all.max(1) as f64;
+    println!("{what}: {met} of {all} ({share:.1} %), {thousand} with 1000 cases or more");
+    for (why, codes) in without {
         let more = if codes.len() > 8 { " ..." } else { "" };
         println!("    {}: {why} ({}{more})", codes.len(), codes[..codes.len().min(8)].join(" "));
     }

@@ -4,6 +4,7 @@ use super::all::{report, status};
 use anyhow::{Context, Result, bail};
 use bivisor_testsuite::campaign::coordinator::State;
 use bivisor_testsuite::campaign::matrix;
+use bivisor_testsuite::campaign::modes::matrix as modes;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
@@ -16,7 +17,13 @@ pub fn run(files: &[PathBuf], json: bool, summary: Option<&str>) -> Result<i32> 
         let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
         let state: State = serde_json::from_str(&text)
             .with_context(|| format!("{}: no result of diff --all --json", file.display()))?;
-        if !shards.insert((state.plan.seed, state.plan.batches, state.plan.engines.clone(), state.plan.shard)) {
+        if !shards.insert((
+            state.plan.seed,
+            state.plan.batches,
+            state.plan.engines.clone(),
+            state.plan.kinds.clone(),
+            state.plan.shard,
+        )) {
             bail!("{}: this shard was given already: {}/{}", file.display(), state.plan.shard.0, state.plan.shard.1);
         }
         let same = |s: &&mut State| {
@@ -28,7 +35,10 @@ pub fn run(files: &[PathBuf], json: bool, summary: Option<&str>) -> Result<i32> 
         }
     }
     if let Some(revision) = summary {
-        print!("{}", matrix::summary(&joined, revision));
+        // 16- and 32-bit code has lines of its own.
+        let modes = joined.iter().flat_map(|s| s.tally.counts.keys()).any(|e| modes::is_mode(e));
+        let make = if modes { modes::summary } else { matrix::summary };
+        print!("{}", make(&joined, revision));
         return Ok(joined.iter().map(|s| status(&s.tally)).max().unwrap_or(0));
     }
     let Some(all) = joined.pop() else { bail!("no file") };

@@ -64,7 +64,8 @@ enum Sub {
         /// One JSON object.
         #[arg(long)]
         json: bool,
-        /// The lines of testsuite/fidelity.txt, from which docs/fidelity.md is made; REVISION is what was run.
+        /// The lines of testsuite/fidelity.txt, or of fidelity-modes.txt if the results are of 16- and 32-bit code, from which
+        /// docs/fidelity.md is made; REVISION is what was run.
         #[arg(long, conflicts_with = "json", value_name = "REVISION")]
         summary: Option<String>,
         /// The files.
@@ -95,7 +96,8 @@ struct AllArgs {
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "interp,bt,host")]
     engines: Vec<String>,
     /// What kinds of cases: insn (one instruction), block (several, with branches and loops), bytes and cpl0 (any bytes at CPL 3,
-    /// sequences of a kernel at CPL 0: interpreter against translator).
+    /// sequences of a kernel at CPL 0: interpreter against translator), insn32, insn16, block32 and block16 (32- and 16-bit user code
+    /// behind page tables).
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "insn,block")]
     kinds: Vec<String>,
     /// Worker processes; 0: one a CPU.

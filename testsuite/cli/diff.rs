@@ -243,3 +243,16 @@ fn sequences_agree() {
     println!("{}", text(&out.stdout));
     assert_eq!(out.status.code(), Some(0), "{}{}", text(&out.stdout), text(&out.stderr));
 }
+
+/// 32-bit code and 16-bit code of protected mode beside the host CPU in compatibility mode, in segments of all sorts.
+#[test]
+fn code_of_other_modes() {
+    if !has_xsave() {
+        return;
+    }
+    let args = ["diff", "--all", "--kinds", "insn32,insn16,block32,block16", "--cases", "100000", "--seed", "1"];
+    let out = bivisor(&args);
+    println!("{}{}", text(&out.stdout), text(&out.stderr));
+    assert_eq!(out.status.code(), Some(0), "{}{}", text(&out.stdout), text(&out.stderr));
+    assert!(text(&out.stdout).contains("interp-paged:16") && text(&out.stdout).contains("bt-paged:32"));
+}

@@ -53,6 +53,7 @@ const UNSAFE: &[&str] = &[
     "src/ending.rs",
     "src/vessel.rs",
     "testsuite/src/campaign/arena.rs",
+    "testsuite/src/campaign/modes/oracle.rs",
     "testsuite/src/campaign/oracle.rs",
     "testsuite/src/host.rs",
     "testsuite/src/world.rs",

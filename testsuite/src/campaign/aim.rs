@@ -290,7 +290,7 @@ fn is_own(m: M) -> bool {
 }
 
 /// Small indexes in a vector register.
-fn indexes(r: &mut Random, case: &mut Case, register: usize, bytes: usize, count: usize) {
+pub(super) fn indexes(r: &mut Random, case: &mut Case, register: usize, bytes: usize, count: usize) {
     let mut line = case.xsave.zmm(register);
     for n in 0..count {
         let v = r.below(32).wrapping_sub(16).to_le_bytes();
@@ -314,7 +314,7 @@ fn size(m: M, size: MemorySize) -> u64 {
 }
 
 /// What an instruction wants to find: images and control words with no reserved bit set, mostly.
-fn content(r: &mut Random, m: M, case: &mut Case, at: u64) {
+pub(super) fn content(r: &mut Random, m: M, case: &mut Case, at: u64) {
     match m {
         M::Ldmxcsr | M::Vldmxcsr if !r.once_in(4) => {
             let v = (r.next() as u32 & 0xffff).to_le_bytes();

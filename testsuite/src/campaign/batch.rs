@@ -71,7 +71,7 @@ const BLOCKS: u64 = 14;
 const BLOCK: u64 = 256;
 
 /// A good seed of seed and number.
-fn mixed(seed: u64, n: u64) -> u64 {
+pub(super) fn mixed(seed: u64, n: u64) -> u64 {
     let mut z = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ n.wrapping_mul(0xd1b5_4a32_d192_ed03);
     z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -292,7 +292,7 @@ impl Source {
 }
 
 /// Bits of registers that get what is the machine's own, or differs from run to run.
-fn free(factory: &mut InstructionInfoFactory, insn: &Insn) -> [u64; 16] {
+pub(super) fn free(factory: &mut InstructionInfoFactory, insn: &Insn) -> [u64; 16] {
     let mut out = [0; 16];
     if matches!(
         insn.iced.mnemonic(),
@@ -315,7 +315,7 @@ fn free(factory: &mut InstructionInfoFactory, insn: &Insn) -> [u64; 16] {
 }
 
 /// Flags that Intel's manual leaves open and that nobody models.
-fn undefined(insn: &Insn) -> u64 {
+pub(super) fn undefined(insn: &Insn) -> u64 {
     use iced_x86::RflagsBits as B;
     let undefined = insn.iced.rflags_undefined();
     let bits = [(B::CF, 1), (B::PF, 4), (B::AF, 0x10), (B::ZF, 0x40), (B::SF, 0x80), (B::OF, 0x800)];
@@ -323,7 +323,7 @@ fn undefined(insn: &Insn) -> u64 {
 }
 
 /// Could the host not take these bytes for something that leaves the process? They are no instruction by our decoder.
-fn harmless(bytes: &[u8]) -> bool {
+pub(super) fn harmless(bytes: &[u8]) -> bool {
     !bytes.windows(2).any(|w| matches!(w, [0x0f, 0x00 | 0x01 | 0x05 | 0x07 | 0x20 | 0x22 | 0x34 | 0x35] | [0xcd, _]))
 }
 

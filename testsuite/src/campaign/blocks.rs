@@ -15,11 +15,14 @@ use iced_x86::{
 
 /// Registers that point to data.
 pub const POINTERS: [Register; 4] = [Register::R12, Register::R13, Register::R14, Register::R15];
+/// The same in 16- and 32-bit code.
+pub const POINTERS_BELOW_8: [Register; 2] = [Register::ESI, Register::EDI];
 /// Most bytes of a block.
 pub const ROOM: usize = 224;
 
 /// What blocks are made from.
 pub struct Members {
+    bits: u32,
     codes: Vec<&'static OpCodeInfo>,
     factory: InstructionInfoFactory,
 }
@@ -27,10 +30,20 @@ pub struct Members {
 impl Members {
     /// The instructions of a CPU that can stand in a block.
     pub fn new(model: &CpuModel) -> Members {
+        Members::in_code(model, 64)
+    }
+
+    /// The same in code of so many bits.
+    pub fn in_code(model: &CpuModel, bits: u32) -> Members {
         let may = |c: &Code| {
             let f = facts(*c);
             let op = c.op_code();
-            op.mode64()
+            let decodes = match bits {
+                16 => op.mode16(),
+                32 => op.mode32(),
+                _ => op.mode64(),
+            };
+            decodes
                 && op.is_instruction()
                 && model.supports(*c)
                 && super::reason_against(*c).is_none()
@@ -40,7 +53,7 @@ impl Members {
                 && !is_apart(c.mnemonic())
         };
         let codes = Code::values().filter(may).map(Code::op_code).collect();
-        Members { codes, factory: InstructionInfoFactory::new() }
+        Members { bits, codes, factory: InstructionInfoFactory::new() }
     }
 
     /// A block's bytes.
@@ -66,18 +79,19 @@ impl Members {
             out.extend_from_slice(part);
         }
         if r.once_in(2) {
-            // dec ebx; jnz to the start
+            // dec ebx (or BX); jnz to the start
             out.extend([0xff, 0xcb]);
-            let back = -(out.len() as i64 + 6);
+            let size = if self.bits == 16 { 2 } else { 4 };
+            let back = -(out.len() as i64 + 2 + size as i64);
             out.extend([0x0f, 0x85]);
-            out.extend((back as i32).to_le_bytes());
+            out.extend(&back.to_le_bytes()[..size]);
         }
         out
     }
 
     fn member(&mut self, r: &mut Random) -> Option<Vec<u8>> {
-        let bytes = encode::attempt(r, r.clone().one_of(&self.codes));
-        let insn = decode(&bytes, 64).ok()?;
+        let bytes = encode::attempt_in(r, r.clone().one_of(&self.codes), self.bits);
+        let insn = decode(&bytes, self.bits).ok()?;
         let mut iced = insn.iced;
         if !self.codes.iter().any(|o| o.code() == iced.code())
             || iced.flow_control() != FlowControl::Next
@@ -93,11 +107,11 @@ impl Members {
             return None;
         }
         if explicit {
-            iced.set_memory_base(r.one_of(&POINTERS));
+            iced.set_memory_base(self.pointer(r));
             iced.set_memory_index(Register::None);
             iced.set_memory_index_scale(1);
-            iced.set_memory_displacement64(r.below(0x80).wrapping_sub(0x40));
-            iced.set_memory_displ_size(8);
+            iced.set_memory_displacement64(r.below(0x80).wrapping_sub(0x40) & (u64::MAX >> (64 - self.bits)));
+            iced.set_memory_displ_size(self.bits / 8);
         }
         if !self.keeps(&iced, stack, explicit) {
             return None;
@@ -105,21 +119,33 @@ impl Members {
         if !explicit {
             return Some(bytes[..usize::from(insn.len)].to_vec());
         }
-        let mut encoder = Encoder::new(64);
+        let mut encoder = Encoder::new(self.bits);
         encoder.encode(&iced, 0).ok()?;
         let out = encoder.take_buffer();
         // What the encoder makes of it must be the same instruction.
-        let again = Decoder::new(64, &out, DecoderOptions::NONE).decode();
-        (again.code() == iced.code() && decode(&out, 64).is_ok()).then_some(out)
+        let again = Decoder::new(self.bits, &out, DecoderOptions::NONE).decode();
+        (again.code() == iced.code() && decode(&out, self.bits).is_ok()).then_some(out)
+    }
+
+    fn pointer(&self, r: &mut Random) -> Register {
+        match self.bits {
+            16 => r.one_of(&[Register::SI, Register::DI]),
+            32 => r.one_of(&POINTERS_BELOW_8),
+            _ => r.one_of(&POINTERS),
+        }
     }
 
     /// Are the pointers, the stack and the counter still what they were, and is memory reached through the operand only?
     fn keeps(&mut self, iced: &Instruction, stack: bool, explicit: bool) -> bool {
+        let pointers: Vec<Register> = match self.bits {
+            64 => POINTERS.to_vec(),
+            _ => POINTERS_BELOW_8.iter().map(|p| p.full_register()).collect(),
+        };
         let info = self.factory.info(iced);
-        let only = info.used_memory().iter().all(|m| explicit && POINTERS.contains(&m.base()) || stack);
+        let only = info.used_memory().iter().all(|m| explicit && pointers.contains(&m.base().full_register()) || stack);
         only && info.used_registers().iter().all(|u| {
             let full = u.register().full_register();
-            let kept = POINTERS.contains(&full) || full == Register::RBX || full == Register::RSP && !stack;
+            let kept = pointers.contains(&full) || full == Register::RBX || full == Register::RSP && !stack;
             let reads =
                 matches!(u.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess);
             !kept || reads
@@ -139,18 +165,23 @@ fn is_apart(m: M) -> bool {
         || matches!(m, M::Lea | M::Xlatb | M::Wrfsbase | M::Rdfsbase)
 }
 
-/// The bytes of each instruction.
-pub fn instructions(code: &[u8]) -> impl Iterator<Item = &[u8]> {
+/// The bytes of each instruction of code of so many bits.
+pub fn instructions(code: &[u8], bits: u32) -> impl Iterator<Item = &[u8]> {
     let mut rest = code;
     std::iter::from_fn(move || {
-        let len = decode(rest, 64).map_or(1, |i| usize::from(i.len)).min(rest.len());
+        let len = decode(rest, bits).map_or(1, |i| usize::from(i.len)).min(rest.len());
         let (first, behind) = rest.split_at(len);
         rest = behind;
         (!first.is_empty()).then_some(first)
     })
 }
 
-/// Some instructions, disassembled.
+/// Some instructions of 64-bit code, disassembled.
 pub fn text(code: &[u8]) -> String {
-    instructions(code).map(|i| disassembly(64, i)).collect::<Vec<_>>().join("; ")
+    text_in(code, 64)
+}
+
+/// The same in code of so many bits.
+pub fn text_in(code: &[u8], bits: u32) -> String {
+    instructions(code, bits).map(|i| disassembly(bits, i)).collect::<Vec<_>>().join("; ")
 }

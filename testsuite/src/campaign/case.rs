@@ -1,6 +1,7 @@
 //! A case of a campaign: an instruction at an address, the registers before it, and the memory it may touch.
 
 use super::arena::{self, View};
+use super::outcome::NORMAL;
 use bivisor_emulator::cpu::XsaveArea;
 use iced_x86::Code;
 
@@ -15,11 +16,20 @@ pub enum Kind {
     Bytes,
     /// A sequence at CPL 0, the same two.
     Cpl0,
+    /// A single instruction of 32-bit user code.
+    Insn32,
+    /// Of 16-bit protected-mode user code.
+    Insn16,
+    /// A block of 32-bit user code.
+    Block32,
+    /// Of 16-bit protected-mode user code.
+    Block16,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 4] = [Kind::Insn, Kind::Block, Kind::Bytes, Kind::Cpl0];
+    pub const ALL: [Kind; 8] =
+        [Kind::Insn, Kind::Block, Kind::Bytes, Kind::Cpl0, Kind::Insn32, Kind::Insn16, Kind::Block32, Kind::Block16];
 
     /// As options and reports call it.
     pub fn name(self) -> &'static str {
@@ -28,7 +38,25 @@ impl Kind {
             Kind::Block => "block",
             Kind::Bytes => "bytes",
             Kind::Cpl0 => "cpl0",
+            Kind::Insn32 => "insn32",
+            Kind::Insn16 => "insn16",
+            Kind::Block32 => "block32",
+            Kind::Block16 => "block16",
         }
+    }
+
+    /// 16, 32 or 64: what code.
+    pub fn bits(self) -> u32 {
+        match self {
+            Kind::Insn32 | Kind::Block32 => 32,
+            Kind::Insn16 | Kind::Block16 => 16,
+            _ => 64,
+        }
+    }
+
+    /// One instruction?
+    pub fn is_single(self) -> bool {
+        matches!(self, Kind::Insn | Kind::Insn32 | Kind::Insn16)
     }
 
     /// By name.
@@ -46,8 +74,10 @@ pub struct Case {
     pub kind: Kind,
     /// Its bytes.
     pub code: Vec<u8>,
-    /// Where it stands.
+    /// Where it stands: an offset in CS.
     pub rip: u64,
+    /// Selectors of ES, CS, SS, DS, FS.
+    pub selectors: [u16; 5],
     /// General registers.
     pub gpr: [u64; 16],
     /// Flags.
@@ -75,6 +105,7 @@ impl Default for Case {
             kind: Kind::Insn,
             code: Vec::new(),
             rip: 0,
+            selectors: NORMAL,
             gpr: [0; 16],
             rflags: 0x202,
             fs_base: 0,

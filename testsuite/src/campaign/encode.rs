@@ -5,13 +5,18 @@
 use crate::random::Random;
 use iced_x86::{Code, EncodingKind, MandatoryPrefix, OpCodeInfo, OpCodeTableKind as T};
 
-/// One attempt at bytes for a code; they are followed by thrown ones up to 24.
+/// One attempt at bytes for a code in 64-bit mode; they are followed by thrown ones up to 24.
 pub fn attempt(r: &mut Random, op: &OpCodeInfo) -> [u8; 24] {
+    attempt_in(r, op, 64)
+}
+
+/// The same in code of so many bits.
+pub fn attempt_in(r: &mut Random, op: &OpCodeInfo, bits: u32) -> [u8; 24] {
     let mut out = Vec::with_capacity(40);
     match op.encoding() {
-        EncodingKind::VEX => vex(r, op, &mut out),
-        EncodingKind::EVEX => evex(r, op, &mut out),
-        _ => legacy(r, op, &mut out),
+        EncodingKind::VEX => vex(r, op, bits, &mut out),
+        EncodingKind::EVEX => evex(r, op, bits, &mut out),
+        _ => legacy(r, op, bits, &mut out),
     }
     // SIB, displacement, immediate.
     let (a, b, c) = (r.next(), r.edgy(), r.edgy());
@@ -49,14 +54,16 @@ pub fn wild(r: &mut Random) -> [u8; 24] {
     out.try_into().expect("24 bytes")
 }
 
-fn prefixes(r: &mut Random, op: &OpCodeInfo, out: &mut Vec<u8>) {
-    if r.once_in(24) {
+fn prefixes(r: &mut Random, op: &OpCodeInfo, bits: u32, out: &mut Vec<u8>) {
+    if r.once_in(if bits == 64 { 24 } else { 6 }) {
         out.push(r.one_of(&[0x2e, 0x36, 0x3e, 0x26]));
     }
     if r.once_in(12) {
         out.push(0x64);
     }
-    if r.once_in(16) {
+    // Opcodes with an address size of their own (JCXZ, strings) say which; else 16- and 32-bit code often has the other one.
+    let other = bits != 64 && op.address_size() != 0 && op.address_size() != bits;
+    if other || r.once_in(if bits == 64 { 16 } else { 4 }) {
         out.push(0x67);
     }
     if op.encoding() != EncodingKind::Legacy {
@@ -76,8 +83,8 @@ fn prefixes(r: &mut Random, op: &OpCodeInfo, out: &mut Vec<u8>) {
     } else if op.mandatory_prefix() == MandatoryPrefix::None && r.once_in(60) {
         out.push(r.one_of(&[0xf2, 0xf3]));
     }
-    let p66 = op.operand_size() == 16 || op.mandatory_prefix() == MandatoryPrefix::P66;
-    if p66 || r.once_in(150) {
+    let p66 = op.operand_size() == if bits == 16 { 32 } else { 16 } || op.mandatory_prefix() == MandatoryPrefix::P66;
+    if p66 || r.once_in(if bits == 64 { 150 } else { 12 }) {
         out.push(0x66);
     }
     match op.mandatory_prefix() {
@@ -118,8 +125,21 @@ fn opcode(r: &mut Random, op: &OpCodeInfo, out: &mut Vec<u8>) {
     out.push(modrm);
 }
 
-fn legacy(r: &mut Random, op: &OpCodeInfo, out: &mut Vec<u8>) {
-    prefixes(r, op, out);
+fn legacy(r: &mut Random, op: &OpCodeInfo, bits: u32, out: &mut Vec<u8>) {
+    prefixes(r, op, bits, out);
+    if bits == 64 {
+        rex(r, op, out);
+    }
+    match op.table() {
+        T::T0F => out.push(0x0f),
+        T::T0F38 => out.extend([0x0f, 0x38]),
+        T::T0F3A => out.extend([0x0f, 0x3a]),
+        _ => {}
+    }
+    opcode(r, op, out);
+}
+
+fn rex(r: &mut Random, op: &OpCodeInfo, out: &mut Vec<u8>) {
     let w = match op.operand_size() {
         64 if op.default_op_size64() => r.once_in(4),
         64 => true,
@@ -136,13 +156,6 @@ fn legacy(r: &mut Random, op: &OpCodeInfo, out: &mut Vec<u8>) {
             out.push(0x3e);
         }
     }
-    match op.table() {
-        T::T0F => out.push(0x0f),
-        T::T0F38 => out.extend([0x0f, 0x38]),
-        T::T0F3A => out.extend([0x0f, 0x3a]),
-        _ => {}
-    }
-    opcode(r, op, out);
 }
 
 fn pp(op: &OpCodeInfo) -> u8 {
@@ -165,22 +178,25 @@ fn map(op: &OpCodeInfo) -> u8 {
     }
 }
 
-/// The inverted second source; 15 where there is none.
-fn vvvv(r: &mut Random, op: &OpCodeInfo) -> u8 {
+/// The inverted second source; 15 where there is none. Outside 64-bit mode the first eight registers, mostly.
+fn vvvv(r: &mut Random, op: &OpCodeInfo, bits: u32) -> u8 {
     let used = op.op_kinds().iter().any(|k| format!("{k:?}").contains("_vvvv"));
-    if used || r.once_in(100) { r.below(16) as u8 } else { 15 }
+    let low = if bits == 64 || r.once_in(40) { 0 } else { 8 };
+    if used || r.once_in(100) { r.below(16) as u8 | low } else { 15 }
 }
 
 fn w(r: &mut Random, op: &OpCodeInfo) -> u8 {
     if op.is_wig() || op.is_wig32() && op.w() == 0 { r.below(2) as u8 } else { op.w() as u8 }
 }
 
-fn vex(r: &mut Random, op: &OpCodeInfo, out: &mut Vec<u8>) {
-    prefixes(r, op, out);
+fn vex(r: &mut Random, op: &OpCodeInfo, bits_of_code: u32, out: &mut Vec<u8>) {
+    prefixes(r, op, bits_of_code, out);
     let w = w(r, op);
     let l = if op.is_lig() { r.below(2) as u8 } else { op.l() as u8 };
-    let last = vvvv(r, op) << 3 | l << 2 | pp(op);
-    let bits = if r.once_in(2) { r.below(8) as u8 } else { 7 };
+    let last = vvvv(r, op, bits_of_code) << 3 | l << 2 | pp(op);
+    // R and X as in a register form of LDS and LES, which these bytes are outside 64-bit mode.
+    let fixed = if bits_of_code == 64 { 0 } else { 6 };
+    let bits = if r.once_in(2) { r.below(8) as u8 | fixed } else { 7 };
     if map(op) == 1 && w == 0 && bits & 3 == 3 && r.once_in(2) {
         out.extend([0xc5, bits >> 2 << 7 | last]);
     } else {
@@ -189,13 +205,20 @@ fn vex(r: &mut Random, op: &OpCodeInfo, out: &mut Vec<u8>) {
     opcode(r, op, out);
 }
 
-fn evex(r: &mut Random, op: &OpCodeInfo, out: &mut Vec<u8>) {
-    prefixes(r, op, out);
+fn evex(r: &mut Random, op: &OpCodeInfo, bits_of_code: u32, out: &mut Vec<u8>) {
+    prefixes(r, op, bits_of_code, out);
     let w = w(r, op);
-    let v = vvvv(r, op);
+    let v = vvvv(r, op, bits_of_code);
     let vsib = op.op_kinds().iter().any(|k| format!("{k:?}").contains("vsib"));
-    let high = if v != 15 || vsib { r.below(2) as u8 } else { 1 };
-    let bits = r.below(16) as u8;
+    let mut high = if v != 15 || vsib { r.below(2) as u8 } else { 1 };
+    let mut bits = r.below(16) as u8;
+    if bits_of_code != 64 {
+        // The same of BOUND; and no registers beyond the eighth, mostly.
+        bits |= 12;
+        if !r.once_in(40) {
+            (high, bits) = (1, bits | 1);
+        }
+    }
     let mut b = 0;
     let mut l = if op.is_lig() { r.below(3) as u8 } else { op.l() as u8 };
     let modes = op.can_broadcast() || op.can_use_rounding_control() || op.can_suppress_all_exceptions();
@@ -214,11 +237,21 @@ fn evex(r: &mut Random, op: &OpCodeInfo, out: &mut Vec<u8>) {
 
 /// Codes that a case can show in 64-bit mode on this host, and the others with the reason.
 pub fn codes(supports: impl Fn(Code) -> bool) -> (Vec<Code>, Vec<(Code, &'static str)>) {
+    codes_in(64, supports)
+}
+
+/// The same in code of so many bits.
+pub fn codes_in(bits: u32, supports: impl Fn(Code) -> bool) -> (Vec<Code>, Vec<(Code, &'static str)>) {
     let mut wanted = Vec::new();
     let mut without = Vec::new();
     for code in Code::values() {
         let op = code.op_code();
-        if !op.mode64() || !op.is_instruction() {
+        let decodes = match bits {
+            16 => op.mode16(),
+            32 => op.mode32(),
+            _ => op.mode64(),
+        };
+        if !decodes || !op.is_instruction() {
             continue;
         }
         if !supports(code) || super::never_decodes(code) {

@@ -214,7 +214,7 @@ pub fn page() -> String {
         }
         out.push('\n');
     }
-    out
+    out + &super::modes::matrix::section()
 }
 
 /// The matrix as one HTML file.

@@ -15,6 +15,7 @@
 //! | [`engine`] | the engines |
 //! | [`outcome`] | what came out, and the comparison |
 //! | [`pair`] | sequences at CPL 0 and any bytes, interpreter against translator |
+//! | [`modes`] | 16- and 32-bit code |
 //! | [`tally`] | counts and divergences |
 //! | [`expected`] | the list of expected divergences |
 //! | [`worker`] | runs batches |
@@ -33,6 +34,7 @@ pub mod engine;
 pub mod expected;
 pub mod far;
 pub mod matrix;
+pub mod modes;
 pub mod oracle;
 pub mod outcome;
 pub mod pair;

@@ -264,7 +264,7 @@ unsafe fn hook(block: &ThreadBlock, _sig: i32, info: *mut libc::siginfo_t, uc: *
 ///
 /// # Safety
 /// The kernel's pointer.
-unsafe fn vectors(to: &mut XsaveArea, from: *const u8) {
+pub(super) unsafe fn vectors(to: &mut XsaveArea, from: *const u8) {
     const SW_RESERVED: usize = 464;
     const MAGIC: u32 = 0x4650_5853;
     if from.is_null() {

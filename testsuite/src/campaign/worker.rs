@@ -7,6 +7,7 @@ use super::batch::{Batch, Source};
 use super::case::{Case, Kind};
 use super::engine::{Engine, Which};
 use super::expected::Expected;
+use super::modes::Modes;
 use super::oracle::Oracle;
 use super::outcome::{Compare, End, Outcome, Part, compare, take_memory};
 use super::pair::{self, Pair};
@@ -27,6 +28,7 @@ pub struct Worker {
     engines: Vec<Engine>,
     kinds: Vec<Kind>,
     pair: Option<Pair>,
+    modes: Option<Modes>,
     compare: Compare,
     expected: Expected,
     seed: u64,
@@ -71,6 +73,10 @@ impl Worker {
                 true => Some(Pair::new()?),
                 false => None,
             },
+            modes: match kinds.iter().any(|k| k.bits() != 64) {
+                true => Some(Modes::new(which, host)?),
+                false => None,
+            },
             kinds: kinds.into(),
             engines,
             oracle,
@@ -90,6 +96,9 @@ impl Worker {
     /// Only these instructions.
     pub fn only(&mut self, codes: &[Code]) {
         self.source = Source::new(codes);
+        if let Some(modes) = &mut self.modes {
+            modes.only(codes);
+        }
     }
 
     /// Another comparison: for tests of the campaign itself.
@@ -117,6 +126,11 @@ impl Worker {
                     self.all_of(batch, n);
                 }
                 Kind::Bytes | Kind::Cpl0 => self.sequences(kind, n),
+                Kind::Insn32 | Kind::Insn16 | Kind::Block32 | Kind::Block16 => {
+                    if let Some(modes) = &mut self.modes {
+                        modes.batch(kind, self.seed, n, &mut self.result);
+                    }
+                }
             }
         }
         self.result.batches += 1;

@@ -1,0 +1,152 @@
+//! The engines under test in 16- and 32-bit code: behind page tables, with Linux's global table and the cases' local one.
+
+use super::segments::{LDT, segment};
+use crate::campaign::arena::{self, IDT_AT, TABLES, View};
+use crate::campaign::case::Case;
+use crate::campaign::engine::Which;
+use crate::campaign::outcome::{End, Outcome};
+use bivisor_emulator::bus::EmptyBus;
+use bivisor_emulator::cpu::cpuid::CpuModel;
+use bivisor_emulator::cpu::{Attr, CpuState, Rflags, Segment, Table};
+use bivisor_emulator::interp::Interpreter;
+use bivisor_emulator::isa::{Seg, Width};
+use bivisor_emulator::mem::GuestMemory;
+use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Vcpu};
+use bivisor_translator::Translator;
+use std::sync::Arc;
+
+/// An engine with its memory.
+pub struct Engine {
+    /// Which.
+    pub which: Which,
+    vcpu: Box<dyn Vcpu>,
+    /// The arena as it sees it.
+    pub view: View,
+    mem: GuestMemory,
+    template: CpuState,
+}
+
+/// More than any case needs: whoever runs longer hangs.
+const BUDGET: u64 = 20_000;
+/// ES, CS, SS, DS, FS, as a case names them.
+const ORDER: [Seg; 5] = [Seg::Es, Seg::Cs, Seg::Ss, Seg::Ds, Seg::Fs];
+
+/// Linear addresses of the two descriptor tables: where no 32-bit code can look, as on Linux.
+const GDT: u64 = 0xffff_8000_0000_1000;
+const LOCAL: u64 = GDT + 0x1000;
+
+/// Puts the descriptor tables where they belong, and takes the kernel's pages out of the arena.
+fn tables(mem: &GuestMemory) -> Option<()> {
+    // One page is page-directory pointers, directory and table at once.
+    const TABLE: u64 = TABLES + 0x7000;
+    const WRITABLE: u64 = 0x63;
+    let put = |at: u64, v: u64| mem.store(at, Width::Q, v);
+    put(TABLES + 8 * (GDT >> 39 & 0x1ff), TABLE | WRITABLE)?;
+    put(TABLE, TABLE | WRITABLE)?;
+    put(TABLE + 8, (TABLES + 0x4000) | WRITABLE)?;
+    put(TABLE + 16, IDT_AT as u64 | WRITABLE)?;
+    for page in [arena::GDT, arena::IDT, arena::TSS].into_iter().chain((0..4).map(|n| arena::OWN_TABLES + n * 0x1000)) {
+        put(TABLES + 0x3000 + (page >> 12 & 0x1ff) * 8, 0)?;
+    }
+    for (n, e) in LDT.iter().enumerate() {
+        // The page of an IDT, which these cases do not have.
+        put(IDT_AT as u64 + 8 * n as u64, e.descriptor().low)?;
+    }
+    Some(())
+}
+
+impl Engine {
+    /// Makes an engine.
+    ///
+    /// # Errors
+    /// A sentence: it is not to be had here.
+    pub fn new(which: Which) -> Result<Engine, String> {
+        let model = Arc::new(CpuModel::host());
+        let mut vcpu: Box<dyn Vcpu> = match which {
+            Which::InterpPaged => Box::new(Interpreter::new(model)),
+            Which::BtPaged => Box::new(Translator::new(model).map_err(|e| format!("no executable memory: {e}"))?),
+            other => return Err(format!("{} does not run 16- and 32-bit code", other.name())),
+        };
+        let (view, mem) = arena::ram()?;
+        tables(&mem).ok_or("no room for the tables")?;
+        vcpu.set_intercepts(Intercepts::EXCEPTIONS | Intercepts::SYSCALL);
+        let mut template = CpuState::long64(3);
+        template.cr3 = arena::TABLES;
+        template.tr.limit = 0;
+        template.gdtr = Table { base: GDT, limit: arena::GDT_LIMIT };
+        template.idtr.limit = 0;
+        let limit = 8 * LDT.len() as u32 - 1;
+        template.ldtr = Segment { base: LOCAL, limit, attr: Attr::from_bits_retain(0x82), selector: 0x58 };
+        *vcpu.state() = template.clone();
+        Ok(Engine { which, vcpu, view, mem, template })
+    }
+
+    /// The code in memory was changed from outside.
+    pub fn code_changed(&mut self, page: u64) {
+        if let Some(ram) = self.mem.ram() {
+            ram.wrote((page - arena::BASE) & !0xfff);
+        }
+    }
+
+    /// Runs a case whose memory is set up.
+    ///
+    /// # Errors
+    /// The engine left in a way that no instruction of a case can cause.
+    pub fn run(&mut self, case: &Case, out: &mut Outcome) -> Result<(), String> {
+        let s = self.vcpu.state();
+        s.gpr = case.gpr;
+        s.rip = case.rip;
+        s.rflags = Rflags::from_bits_retain(case.rflags);
+        for (reg, selector) in ORDER.into_iter().zip(case.selectors) {
+            s.seg[reg as usize] = segment(selector).ok_or("a selector of no segment")?;
+        }
+        s.seg[Seg::Gs as usize] = Segment::unusable(0);
+        s.xsave.bytes.copy_from_slice(&case.xsave.bytes);
+        s.cr2 = 0;
+        (s.interrupt_shadow, s.ss_shadow) = (false, false);
+        let budget = if self.which == Which::InterpPaged { BUDGET } else { u64::MAX };
+        let exit = self.vcpu.run(Board { mem: &self.mem, bus: &EmptyBus }, budget);
+        let s = self.vcpu.state();
+        out.gpr = s.gpr.map(|v| v & 0xffff_ffff);
+        out.rip = s.rip;
+        out.rflags = s.rflags.bits();
+        out.fs_base = s.seg[Seg::Fs as usize].base;
+        out.xsave.bytes.copy_from_slice(&s.xsave.bytes);
+        out.selectors = ORDER.map(|g| s.seg[g as usize].selector);
+        out.other = others(&self.template, s, out.selectors);
+        if !out.other.is_empty() {
+            *s = self.template.clone();
+        }
+        match exit {
+            Exit::Exception(fault) => {
+                out.end = End::Fault(fault);
+                Ok(())
+            }
+            other => {
+                let why = format!("{} left with {other:?} at {:#x}", self.which.name(), s.rip);
+                *s = self.template.clone();
+                Err(why)
+            }
+        }
+    }
+}
+
+/// What else changed: the hidden parts of segment registers, which must be those of their selectors, and system registers.
+fn others(template: &CpuState, s: &CpuState, selectors: [u16; 5]) -> String {
+    for (reg, selector) in ORDER.into_iter().zip(selectors) {
+        let is = s.seg[reg as usize];
+        let right = match segment(selector) {
+            Some(_) if selector < 4 => is.attr.contains(Attr::UNUSABLE),
+            should => should == Some(is),
+        };
+        if !right {
+            return format!("{reg:?} is {is:x?}");
+        }
+    }
+    let system = |s: &CpuState| (s.cr0, s.cr3, s.cr4, s.cr8, s.xcr0, s.efer, s.dr, s.dr6, s.dr7, s.activity);
+    // An INT3 behind POP SS is reported while the shadow still holds.
+    if system(s) != system(template) || s.ldtr != template.ldtr || s.tr != template.tr {
+        return "system registers or activity".into();
+    }
+    String::new()
+}

@@ -1,0 +1,191 @@
+//! Cases of 16- and 32-bit user code: segments with bases and limits, 16-bit stacks, both address sizes; the host CPU in compatibility mode
+//! is the judge.
+//!
+//! | module | holds |
+//! | --- | --- |
+//! | [`segments`] | the descriptor tables |
+//! | [`source`] | instructions in their places, states for them |
+//! | [`aim`] | memory operands, branch targets, selectors |
+//! | [`oracle`] | the host CPU (unsafe) |
+//! | [`engine`] | the engines |
+//! | [`matrix`] | the results on record |
+
+pub mod aim;
+pub mod engine;
+pub mod matrix;
+pub mod oracle;
+pub mod segments;
+pub mod source;
+
+use super::arena::{self, BASE, View};
+use super::case::{Case, Kind};
+use super::engine::Which;
+use super::expected::Expected;
+use super::outcome::{Outcome, Part, compare, take_memory};
+use super::tally::{Divergence, Tally};
+use super::values::Pool;
+use crate::case::disassembly;
+use crate::random::Random;
+use engine::Engine;
+use iced_x86::Code;
+use oracle::Oracle;
+use source::{BLOCKS, SLOTS, Slot, Source};
+
+/// Everything for such cases.
+pub struct Modes {
+    source: Source,
+    oracle: Option<(Oracle, View)>,
+    engines: Vec<Engine>,
+    expected: Expected,
+    judge: Outcome,
+    outcome: Outcome,
+    case: Case,
+}
+
+impl Modes {
+    /// With these engines, as far as they take such code; `host`: the host CPU is the judge, else the first engine.
+    ///
+    /// # Errors
+    /// A sentence: something is not to be had here.
+    pub fn new(which: &[Which], host: bool) -> Result<Modes, String> {
+        let mut wanted: Vec<Which> = which
+            .iter()
+            .filter_map(|w| match w {
+                Which::Interp | Which::InterpPaged => Some(Which::InterpPaged),
+                Which::Bt | Which::BtPaged => Some(Which::BtPaged),
+                Which::Kvm => None,
+            })
+            .collect();
+        wanted.sort_unstable();
+        wanted.dedup();
+        let oracle = match host.then(|| Ok::<_, String>((Oracle::new()?, arena::flat_view()?))) {
+            Some(Err(why)) if wanted.len() < 2 => return Err(why),
+            Some(Err(why)) => {
+                eprintln!("SKIPPED: the host CPU is not the judge of 16- and 32-bit code: {why}");
+                None
+            }
+            Some(Ok(oracle)) => Some(oracle),
+            None => None,
+        };
+        Ok(Modes {
+            source: Source::default(),
+            oracle,
+            engines: wanted.into_iter().map(Engine::new).collect::<Result<_, _>>()?,
+            expected: Expected::default(),
+            judge: Outcome::default(),
+            outcome: Outcome::default(),
+            case: Case::default(),
+        })
+    }
+
+    /// Only these instructions.
+    pub fn only(&mut self, codes: &[Code]) {
+        self.source.only(codes);
+    }
+
+    /// Batch number `n` of a kind.
+    pub fn batch(&mut self, kind: Kind, seed: u64, n: u64, result: &mut Tally) {
+        let mut r = Random::new(super::batch::mixed(seed ^ (kind as u64) << 56, n));
+        let pool = Pool::new(&mut r);
+        let pristine = Source::pristine(&pool, &mut r);
+        for e in &mut self.engines {
+            e.view.write(BASE, &pristine);
+            arena::PAGES.iter().for_each(|p| (p.0..p.0 + p.1).step_by(0x1000).for_each(|page| e.code_changed(page)));
+        }
+        if let Some((_, view)) = &self.oracle {
+            view.write(BASE, &pristine);
+        }
+        let at = (seed, n);
+        for i in 0..if kind.is_single() { SLOTS } else { BLOCKS } {
+            let Some(slot) = self.source.slot(&mut r, kind, n, i) else { continue };
+            self.place(&slot, &slot.bytes[..slot.there]);
+            for _ in 0..slot.states {
+                source::state(&mut r, &pool, &slot, &mut self.case);
+                let case = std::mem::take(&mut self.case);
+                self.one(&case, &pristine, at, result);
+                self.case = case;
+            }
+            self.place(&slot, &vec![0xcc; slot.there]);
+        }
+    }
+
+    /// Puts code into all memories.
+    fn place(&mut self, slot: &Slot, bytes: &[u8]) {
+        for e in &mut self.engines {
+            e.view.write(slot.at, bytes);
+            e.code_changed(slot.at);
+            e.code_changed(slot.at + bytes.len() as u64);
+        }
+        if let Some((_, view)) = &self.oracle {
+            view.write(slot.at, bytes);
+        }
+    }
+
+    fn one(&mut self, case: &Case, pristine: &[u8], at: (u64, u64), result: &mut Tally) {
+        result.cases += 1;
+        let mut judged = false;
+        if let Some((oracle, view)) = &mut self.oracle {
+            case.fill(*view, pristine);
+            oracle.run(case, &mut self.judge);
+            take_memory(case, *view, &mut self.judge);
+            judged = true;
+        }
+        for engine in &mut self.engines {
+            case.fill(engine.view, pristine);
+            let done = engine.run(case, &mut self.outcome);
+            take_memory(case, engine.view, &mut self.outcome);
+            if !judged {
+                std::mem::swap(&mut self.judge, &mut self.outcome);
+                judged = true;
+                continue;
+            }
+            let found = match done {
+                Ok(()) => compare(case, &self.outcome, &self.judge),
+                Err(why) => Some((Part::Fault, why)),
+            };
+            let name = format!("{}:{}", engine.which.name(), case.kind.bits());
+            let code = match case.kind.is_single() {
+                true => format!("{:?}", case.insn),
+                false => case.kind.name().into(),
+            };
+            let count = result.counts.entry(name.clone()).or_default().entry(code.clone()).or_default();
+            count.cases += 1;
+            match found {
+                None => count.equal += 1,
+                Some((part, what)) => {
+                    match self.expected.find(engine.which.name(), case, part, &self.outcome, &self.judge) {
+                        Some(row) => {
+                            count.expected += 1;
+                            *result.expected.entry(self.expected.0[row].what()).or_default() += 1;
+                        }
+                        None => result.note(divergence(case, name, code, part, what, at)),
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn divergence(case: &Case, engine: String, code: String, part: Part, what: String, at: (u64, u64)) -> Divergence {
+    let hex = |b: &[u8]| b.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(" ");
+    let text = match case.kind.is_single() {
+        true => disassembly(case.kind.bits(), &case.code),
+        false => super::blocks::text_in(&case.code, case.kind.bits()),
+    };
+    Divergence {
+        engine,
+        code,
+        bytes: hex(&case.code),
+        text,
+        part: part.name().into(),
+        what,
+        seed: at.0,
+        batch: at.1,
+        repro: serde_json::json!({
+            "bits": case.kind.bits(), "eip": format!("{:#x}", case.rip), "eflags": format!("{:#x}", case.rflags),
+            "gpr": case.gpr[..8].iter().map(|v| format!("{v:#x}")).collect::<Vec<_>>(),
+            "es, cs, ss, ds, fs": case.selectors.map(|s| format!("{s:#x}")),
+            "put": case.puts.iter().map(|(a, b)| format!("{a:#x}: {}", hex(b))).collect::<Vec<_>>(),
+        }),
+    }
+}
