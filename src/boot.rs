@@ -68,7 +68,7 @@ pub struct BootArgs {
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
     /// A disk, in QEMU's words: file=PATH and, after commas, format=raw or qcow2, if=virtio or ide, readonly=on, snapshot=on, cache=unsafe. The
-    /// first on virtio is the guest's /dev/vda. qcow2 needs readonly=on or snapshot=on, which keeps in memory what the guest writes. May be repeated.
+    /// first on virtio is the guest's /dev/vda. With snapshot=on what the guest writes is kept in memory. May be repeated.
     #[arg(long, value_name = "file=PATH,...", value_parser = Drive::parse)]
     drive: Vec<Drive>,
     /// A virtio console, the guest's /dev/hvc0: stdio (and --serial none), or file:PATH.

@@ -1,5 +1,6 @@
 //! What is behind a disk of the guest: a file of the host, raw or qcow2, read and written by byte offsets.
 
+mod counts;
 mod overlay;
 mod qcow2;
 
@@ -64,8 +65,7 @@ impl Image {
     fn write(&mut self, at: u64, from: &[u8]) -> IoResult<()> {
         match self {
             Image::Raw(file) => file.write_all_at(from, at),
-            // `Disk::open` gives these no way to write but the overlay.
-            Image::Qcow2(_) => Err(ErrorKind::ReadOnlyFilesystem.into()),
+            Image::Qcow2(image) => image.write(at, from),
         }
     }
 }
@@ -129,17 +129,13 @@ impl Disk {
     /// As [`Disk::open`], behind `depth` images that are backed by each other.
     fn open_backed(path: &Path, options: Options, depth: u32) -> Result<Disk, String> {
         let write = !options.read_only && !options.snapshot;
-        let (file, length) = open_file(path, write && options.format != Some(Format::Qcow2))?;
+        let (file, length) = open_file(path, write)?;
         let format = options.format.unwrap_or(if is_qcow2(&file) { Format::Qcow2 } else { Format::Raw });
         let (image, size) = match format {
             Format::Raw if length == 0 => return Err("is empty".into()),
             Format::Raw => (Image::Raw(file), length),
             Format::Qcow2 => {
-                let image = Qcow2::open(file, length, path, depth)?;
-                if write {
-                    let advice = "add snapshot=on to keep what the guest writes in memory, or readonly=on";
-                    return Err(format!("a qcow2 image cannot be written; {advice}"));
-                }
+                let image = Qcow2::open(file, length, path, depth, write)?;
                 let size = image.size();
                 (Image::Qcow2(image), size)
             }
@@ -212,9 +208,12 @@ impl Disk {
     /// # Errors
     /// The host's.
     pub fn flush(&mut self) -> IoResult<()> {
+        if self.overlay.is_some() || self.read_only || self.no_flush {
+            return Ok(());
+        }
         match &self.image {
-            Image::Raw(file) if self.overlay.is_none() && !self.read_only && !self.no_flush => file.sync_data(),
-            _ => Ok(()),
+            Image::Raw(file) => file.sync_data(),
+            Image::Qcow2(image) => image.flush(),
         }
     }
 }

@@ -1,5 +1,8 @@
-//! Reading qcow2 images, versions 2 and 3 (QEMU's docs/interop/qcow2.txt): two levels of tables, compressed clusters, backing files.
+//! qcow2 images, versions 2 and 3 (QEMU's docs/interop/qcow2.txt): two levels of tables, compressed clusters, backing files. What is written
+//! for the first time goes into a new cluster at the end of the file, counted before a table refers to it: whenever bivisor dies, the image is
+//! whole but for clusters that nobody uses.
 
+use super::counts::Counts;
 use super::{Disk, Format, Options, read_padded};
 use flate2::{Decompress, FlushDecompress};
 use std::fs::File;
@@ -21,6 +24,8 @@ const KEPT: usize = 64;
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 const COMPRESSED: u64 = 1 << 62;
 const ZERO: u64 = 1;
+/// Of both tables: referred to once, so it may be written in place.
+const COPIED: u64 = 1 << 63;
 
 /// Incompatible features: bit 0, refcounts may be wrong, which does not matter to a reader; bit 3, the header names the compression.
 const FEATURE_DIRTY: u64 = 1;
@@ -41,6 +46,9 @@ pub struct Qcow2 {
     cluster_bits: u32,
     size: u64,
     l1: Vec<u64>,
+    l1_at: u64,
+    /// There if it is written.
+    counts: Option<Counts>,
     /// Second-level tables by their offset, the last used first.
     l2: Vec<(u64, Box<[u64]>)>,
     /// The compressed cluster that was read last, by its entry.
@@ -56,28 +64,32 @@ enum Place {
     Packed(u64),
 }
 
-fn damaged(what: &str) -> Error {
+/// An error of an image that contradicts itself.
+pub fn damaged(what: &str) -> Error {
     Error::new(ErrorKind::InvalidData, format!("the qcow2 image is damaged: {what}"))
 }
 
-fn be32(bytes: &[u8], at: usize) -> u32 {
+/// A big-endian word; 0 beyond the end.
+pub fn be32(bytes: &[u8], at: usize) -> u32 {
     bytes.get(at..at + 4).map_or(0, |b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]))
 }
 
-fn be64(bytes: &[u8], at: usize) -> u64 {
+/// As [`be32`], of 64 bits.
+pub fn be64(bytes: &[u8], at: usize) -> u64 {
     u64::from(be32(bytes, at)) << 32 | u64::from(be32(bytes, at + 4))
 }
 
 /// A table of big-endian words.
-fn table(file: &File, at: u64, entries: usize) -> IoResult<Vec<u64>> {
+pub fn table(file: &File, at: u64, entries: usize) -> IoResult<Vec<u64>> {
     let mut bytes = vec![0; entries * 8];
     file.read_exact_at(&mut bytes, at)?;
     Ok(bytes.as_chunks().0.iter().map(|b| u64::from_be_bytes(*b)).collect())
 }
 
 impl Qcow2 {
-    /// Reads header and first table. `path` is where the backing file is looked for; `depth` is how many images are in front.
-    pub fn open(file: File, length: u64, path: &Path, depth: u32) -> Result<Qcow2, String> {
+    /// Reads header and first table, to `write` also the reference counts. `path` is where the backing file is looked for; `depth` is how many
+    /// images are in front.
+    pub fn open(file: File, length: u64, path: &Path, depth: u32, write: bool) -> Result<Qcow2, String> {
         let mut header = [0; 112];
         read_padded(&file, 0, &mut header).map_err(|e| e.to_string())?;
         if header[..4] != MAGIC {
@@ -127,7 +139,9 @@ impl Qcow2 {
                 Some(Box::new(disk.map_err(|e| format!("its backing file {}: {e}", place.display()))?))
             }
         };
-        Ok(Qcow2 { file, length, version, cluster_bits, size, l1, l2: Vec::new(), unpacked: None, backing })
+        let counts = if write { Some(Counts::open(&file, length, &header)?) } else { None };
+        let (l2, unpacked) = (Vec::new(), None);
+        Ok(Qcow2 { file, length, version, cluster_bits, size, l1, l1_at, counts, l2, unpacked, backing })
     }
 
     /// Bytes of the disk.
@@ -140,7 +154,7 @@ impl Qcow2 {
     }
 
     /// The second-level table at a place.
-    fn second(&mut self, at: u64) -> IoResult<&[u64]> {
+    fn second(&mut self, at: u64) -> IoResult<&mut [u64]> {
         if let Some(i) = self.l2.iter().position(|(place, _)| *place == at) {
             self.l2[..=i].rotate_right(1);
         } else {
@@ -152,7 +166,92 @@ impl Qcow2 {
             self.l2.truncate(KEPT - 1);
             self.l2.insert(0, (at, entries.into()));
         }
-        Ok(&self.l2[0].1)
+        Ok(&mut self.l2[0].1)
+    }
+
+    /// Writes bytes inside the disk.
+    pub fn write(&mut self, mut at: u64, mut from: &[u8]) -> IoResult<()> {
+        while !from.is_empty() {
+            let inside = at & (self.cluster() - 1);
+            let (here, rest) = from.split_at(from.len().min((self.cluster() - inside) as usize));
+            self.write_cluster(at - inside, inside as usize, here)?;
+            from = rest;
+            at += here.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes bytes into the cluster of the disk that begins at `at`.
+    fn write_cluster(&mut self, at: u64, inside: usize, bytes: &[u8]) -> IoResult<()> {
+        let second = self.own_second(at)?;
+        let index = ((at >> self.cluster_bits) & (self.cluster() / 8 - 1)) as usize;
+        let entry = self.second(second)?[index];
+        let zero = self.version >= 3 && entry & ZERO != 0;
+        let own = entry & (COPIED | COMPRESSED) == COPIED && entry & OFFSET != 0;
+        if own && !zero {
+            let place = entry & OFFSET;
+            if place >= self.length {
+                return Err(damaged("a cluster is beyond its end"));
+            }
+            return self.file.write_all_at(bytes, place + inside as u64);
+        }
+        // What is not written of a new cluster is as before.
+        let mut whole = vec![0; self.cluster() as usize];
+        if bytes.len() < whole.len() {
+            self.read(at, &mut whole)?;
+        }
+        whole[inside..inside + bytes.len()].copy_from_slice(bytes);
+        let place = if own { entry & OFFSET } else { self.take()? };
+        self.file.write_all_at(&whole, place)?;
+        let new = place | COPIED;
+        self.file.write_all_at(&new.to_be_bytes(), second + 8 * index as u64)?;
+        self.second(second)?[index] = new;
+        if entry & COMPRESSED != 0 {
+            let (at, len) = self.packed(entry & (COMPRESSED - 1));
+            let Some(counts) = &mut self.counts else { return Ok(()) };
+            counts.release(&self.file, at, len)?;
+        }
+        Ok(())
+    }
+
+    /// The place of the second-level table for an address, which is nobody else's; a new one if there is none yet.
+    fn own_second(&mut self, at: u64) -> IoResult<u64> {
+        let index = (at >> (2 * self.cluster_bits - 3)) as usize;
+        let entry = *self.l1.get(index).ok_or(ErrorKind::InvalidInput)?;
+        if entry & OFFSET != 0 && entry & COPIED != 0 {
+            return Ok(entry & OFFSET);
+        }
+        let content = match entry & OFFSET {
+            0 => vec![0; self.cluster() as usize / 8],
+            shared => self.second(shared)?.to_vec(),
+        };
+        let place = self.take()?;
+        let bytes: Vec<u8> = content.iter().flat_map(|e| e.to_be_bytes()).collect();
+        self.file.write_all_at(&bytes, place)?;
+        let new = place | COPIED;
+        self.file.write_all_at(&new.to_be_bytes(), self.l1_at + 8 * index as u64)?;
+        self.l1[index] = new;
+        Ok(place)
+    }
+
+    fn take(&mut self) -> IoResult<u64> {
+        let counts = self.counts.as_mut().ok_or(ErrorKind::ReadOnlyFilesystem)?;
+        let place = counts.take(&self.file)?;
+        self.length = self.length.max(place + self.cluster());
+        Ok(place)
+    }
+
+    /// What was written so far reaches the host's disk.
+    pub fn flush(&self) -> IoResult<()> {
+        self.file.sync_data()
+    }
+
+    /// Place and length of a compressed cluster: the place in the lower bits of its entry, above them the number of further sectors that it
+    /// reaches into.
+    fn packed(&self, entry: u64) -> (u64, u64) {
+        let bits = 62 - (self.cluster_bits - 8);
+        let at = entry & ((1 << bits) - 1);
+        (at, ((entry >> bits) + 1) * 512 - (at & 511))
     }
 
     fn place(&mut self, at: u64) -> IoResult<Place> {
@@ -209,12 +308,10 @@ impl Qcow2 {
         if there == 0 { Ok(()) } else { disk.read(at, &mut to[..there]) }
     }
 
-    /// A compressed cluster: its place in the lower bits, above them the number of further sectors that it reaches into.
+    /// A compressed cluster.
     fn unpack(&mut self, entry: u64) -> IoResult<&[u8]> {
         if self.unpacked.as_ref().is_none_or(|(e, _)| *e != entry) {
-            let bits = 62 - (self.cluster_bits - 8);
-            let at = entry & ((1 << bits) - 1);
-            let len = ((entry >> bits) + 1) * 512 - (at & 511);
+            let (at, len) = self.packed(entry);
             if at >= self.length {
                 return Err(damaged("a compressed cluster is beyond its end"));
             }

@@ -33,7 +33,8 @@ impl Drop for Temporary {
 
 const CLUSTER: usize = 512;
 
-/// A version-3 image of 16 clusters of 512 bytes: cluster 1 plain, 2 compressed, 3 zeros, the others not there (but for `backing`).
+/// A version-3 image of 16 clusters of 512 bytes: cluster 1 plain, 2 compressed, 3 zeros, the others not there (but for `backing`). Its
+/// reference counts are at 5 and 6.
 fn image(backing: Option<(&str, &str)>) -> Vec<u8> {
     let mut b = vec![0; CLUSTER * 8];
     let mut put = |at: usize, v: &[u8]| b[at..at + v.len()].copy_from_slice(v);
@@ -43,6 +44,10 @@ fn image(backing: Option<(&str, &str)>) -> Vec<u8> {
     put(24, &(16 * CLUSTER as u64).to_be_bytes());
     put(36, &1u32.to_be_bytes());
     put(40, &(CLUSTER as u64).to_be_bytes());
+    put(48, &(5 * CLUSTER as u64).to_be_bytes());
+    put(56, &1u32.to_be_bytes());
+    put(5 * CLUSTER, &(6 * CLUSTER as u64).to_be_bytes());
+    put(6 * CLUSTER, &[0, 1].repeat(7));
     put(96, &4u32.to_be_bytes());
     put(100, &104u32.to_be_bytes());
     if let Some((name, format)) = backing {
@@ -126,6 +131,95 @@ fn qcow2_clusters_of_each_kind() {
     }
 }
 
+/// The counts of a qcow2's clusters, by its first block.
+fn counts(bytes: &[u8]) -> Vec<u8> {
+    bytes[6 * CLUSTER..7 * CLUSTER].chunks(2).map(|c| c[1]).collect()
+}
+
+#[test]
+fn a_qcow2_is_written() {
+    let base = Temporary::with(&[0xcc; 5 * CLUSTER]);
+    let name = base.0.file_name().expect("a name").to_str().expect("text").to_owned();
+    let file = Temporary::with(&image(Some((&name, "raw"))));
+    let mut expected: Vec<u8> = [0xcc, 0xaa, 0xbb, 0, 0xcc].into_iter().flat_map(|b| [b; CLUSTER]).collect();
+    expected.resize(16 * CLUSTER, 0);
+    let mut d = Disk::open(&file.0, Options::default()).expect("opens");
+    // Part of a plain cluster; of a compressed one and of zeros; of one behind; of several that are nowhere; the last bytes.
+    for (at, len, v) in
+        [(600, 9, 1), (1400, 200, 2), (2100, 4, 3), (3000, 2000, 4), (16 * CLUSTER - 3, 3, 5), (3010, 5, 6)]
+    {
+        d.write(at as u64, &vec![v; len]).expect("inside");
+        expected[at..at + len].fill(v);
+    }
+    d.flush().expect("flushed");
+    drop(d);
+    for _ in 0..2 {
+        let mut d = Disk::open(&file.0, Options::default()).expect("opens again");
+        let mut b = vec![1; 16 * CLUSTER];
+        d.read(0, &mut b).expect("inside");
+        assert_eq!(b, expected);
+    }
+    assert_eq!(std::fs::read(&base.0).expect("there"), [0xcc; 5 * CLUSTER], "what is behind stays");
+    // New: 2, 3, 4, 5 to 9 (5 has bytes from 3000 on), 15; the compressed one is nobody's now.
+    let bytes = std::fs::read(&file.0).expect("there");
+    let new = (bytes.len() - 8 * CLUSTER) / CLUSTER;
+    assert_eq!(counts(&bytes)[..8 + new + 1], [&[1, 1, 1, 1, 0, 1, 1, 0][..], &vec![1; new], &[0]].concat());
+    assert_eq!(new, 9);
+}
+
+/// Many writes by chance into images of qemu-img's, which then finds nothing wrong with them.
+#[test]
+fn qemu_img_finds_what_was_written_right() {
+    if Command::new("qemu-img").arg("--version").output().is_err() {
+        eprintln!("skipped: qemu-img is not installed");
+        return;
+    }
+    let run = |args: &[&str]| {
+        let out = Command::new("qemu-img").args(args).output().expect("starts");
+        assert!(out.status.success(), "qemu-img {args:?}: {}", String::from_utf8_lossy(&out.stdout));
+    };
+    let path = |t: &Temporary| t.0.to_str().expect("text").to_owned();
+    let first: Vec<u8> =
+        (0..4_000_000u64).map(|n| if n / 90_000 % 2 == 0 { ((n * n) >> 11) as u8 } else { 0 }).collect();
+    let raw = Temporary::with(&first);
+    for options in [
+        &["-o", "compat=0.10"][..],
+        &["-o", "compat=1.1"],
+        &["-c"],
+        &["-c", "-o", "cluster_size=4096"],
+        &["-o", "cluster_size=1024"],
+    ] {
+        let image = Temporary::name(".qcow2");
+        run(&[&["convert", "-O", "qcow2"], options, &[&path(&raw), &path(&image)]].concat());
+        let front = Temporary::name("-front.qcow2");
+        run(&["create", "-q", "-f", "qcow2", "-b", &path(&image), "-F", "qcow2", &path(&front)]);
+        // The one in front first, for it shows the other.
+        for file in [&front, &image] {
+            let mut content = first.clone();
+            let mut d = Disk::open(&file.0, Options::default()).expect("opens");
+            let mut seed = 88_172_645_463_325_252u64;
+            let mut chance = |below: u64| {
+                seed ^= seed << 13;
+                seed ^= seed >> 7;
+                seed ^= seed << 17;
+                seed % below
+            };
+            for n in 0..200 {
+                let at = chance(content.len() as u64 - 1) as usize;
+                let len = (1 + chance(if n % 8 == 0 { 200_000 } else { 3000 }) as usize).min(content.len() - at);
+                d.write(at as u64, &vec![n; len]).expect("inside");
+                content[at..at + len].fill(n);
+            }
+            d.flush().expect("flushed");
+            drop(d);
+            run(&["check", "-q", &path(file)]);
+            let back = Temporary::name(".raw");
+            run(&["convert", "-O", "raw", &path(file), &path(&back)]);
+            assert!(std::fs::read(&back.0).expect("there")[..content.len()] == content, "{options:?}");
+        }
+    }
+}
+
 #[test]
 fn what_cannot_be_a_disk_says_why() {
     assert_eq!(complaint(b"", Options::default()), "is empty");
@@ -134,7 +228,13 @@ fn what_cannot_be_a_disk_says_why() {
     assert!(complaint(&image(None)[..90], qcow2).contains("truncated"));
     assert!(complaint(&image(None)[..CLUSTER], qcow2).contains("truncated"));
     assert!(complaint(&image(Some(("nowhere", "raw"))), qcow2).contains("nowhere: No such file"));
-    assert!(complaint(&image(None), Options::default()).contains("snapshot=on"));
+    for (at, byte, word) in
+        [(54, 0, "truncated"), (63, 1, "snapshots"), (79, 1, "repair"), (99, 5, "16 bits"), (29, 0x40, "first-level")]
+    {
+        let mut b = image(None);
+        b[at] = byte;
+        assert!(complaint(&b, Options::default()).contains(word), "{word}: {}", complaint(&b, Options::default()));
+    }
     for (at, byte, word) in [
         (7, 9, "version"),
         (35, 1, "encrypted"),
@@ -235,6 +335,11 @@ proptest! {
         }
         b.truncate(b.len() - cut / 4);
         let file = Temporary::with(&b);
+        if let Ok(mut d) = Disk::open(&file.0, Options { format: Some(Format::Qcow2), ..Options::default() }) {
+            for at in 0..d.size().min(20 * CLUSTER as u64) / 100 {
+                let _ = d.write(100 * at, &[at as u8; 50]);
+            }
+        }
         if let Ok(mut d) = Disk::open(&file.0, Options { format: Some(Format::Qcow2), ..read_only() }) {
             let mut to = vec![0; d.size().min(1 << 16) as usize];
             let _ = d.read(0, &mut to);
