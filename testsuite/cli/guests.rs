@@ -18,6 +18,7 @@ struct Guest {
     prints: &'static [&'static str],
     /// The exit status; `None`: the guest does not turn the machine off, the time is up.
     status: Option<i32>,
+    /// At most, on a busy machine; a quiet one needs a tenth.
     seconds: u32,
     engines: &'static [&'static str],
 }
@@ -66,7 +67,7 @@ const GUESTS: &[Guest] = &[
         types: &[],
         prints: SCRIPT,
         status: Some(0),
-        seconds: 600,
+        seconds: 1800,
         engines: BOTH,
     },
     Guest {
@@ -76,7 +77,7 @@ const GUESTS: &[Guest] = &[
         types: &[],
         prints: SCRIPT,
         status: Some(0),
-        seconds: 600,
+        seconds: 1800,
         engines: BOTH,
     },
     Guest {
@@ -95,7 +96,7 @@ const GUESTS: &[Guest] = &[
         types: SHELL,
         prints: &["reboot: Power down"],
         status: Some(0),
-        seconds: 600,
+        seconds: 1800,
         engines: BOTH,
     },
     Guest {
@@ -105,7 +106,7 @@ const GUESTS: &[Guest] = &[
         types: &[],
         prints: SCRIPT,
         status: Some(0),
-        seconds: 900,
+        seconds: 1800,
         engines: BT,
     },
     Guest {
@@ -115,7 +116,7 @@ const GUESTS: &[Guest] = &[
         types: &[],
         prints: &["GNU GRUB", "Booting `Linux'", "init reached", "forked 50 times", "reboot: Power down"],
         status: Some(0),
-        seconds: 600,
+        seconds: 1800,
         engines: BT,
     },
     Guest {
@@ -125,7 +126,7 @@ const GUESTS: &[Guest] = &[
         types: &[],
         prints: &["Pass:  1        Errors: 0 "],
         status: None,
-        seconds: 900,
+        seconds: 1800,
         engines: BT,
     },
     Guest {
@@ -135,7 +136,7 @@ const GUESTS: &[Guest] = &[
         types: &[],
         prints: &["iPXE initialising devices...ok", "Open Source Network Boot Firmware", "No more network devices"],
         status: None,
-        seconds: 120,
+        seconds: 600,
         engines: BT,
     },
     Guest {
@@ -154,7 +155,7 @@ const GUESTS: &[Guest] = &[
         types: XV6,
         prints: &["grep a\na\n"],
         status: None,
-        seconds: 120,
+        seconds: 600,
         engines: BOTH,
     },
 ];
@@ -197,7 +198,7 @@ fn guests_of_others_boot() {
             match run(guest, text, engine) {
                 Ok(seconds) => println!("{:32} {engine:8} ok in {seconds:.0} s", guest.name),
                 Err(why) => {
-                    println!("{:32} {engine:8} FAILED", guest.name);
+                    println!("{:32} {engine:8} FAILED: {why}", guest.name);
                     failed.push(format!("{} on {engine}: {why}", guest.name));
                 }
             }
