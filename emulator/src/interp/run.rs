@@ -76,7 +76,13 @@ impl Core {
         let mut left = 1;
         let context = Context::of(cpu);
         let mut x = exec(cpu, &mut self.mmu, &mut self.env, board, self.intercepts);
-        let done = one(&mut x, &i.0, context, &mut left).or_else(|stop| stopped(&mut x, stop, &mut left));
+        // IRET reads its frame before it changes anything.
+        if i.0.marks.is_empty() || i.0.insn.iced.mnemonic() == Mnemonic::Iretq {
+            x.lane = Lane::of(x.cpu, x.mem);
+        }
+        let done = one(&mut x, &i.0, context, &mut left);
+        x.lane = Lane::default();
+        let done = done.or_else(|stop| stopped(&mut x, stop, &mut left));
         x.env.native.leave(&mut x.cpu.xsave);
         self.instructions += 1 - left;
         done.err().unwrap_or(Exit::Budget)

@@ -61,7 +61,9 @@ pub struct Block {
     pub flags_dead: bool,
     /// Guest instructions.
     pub insns: u16,
-    /// The number of its page in the map of code pages.
+    /// Which of the map of code pages is its page's, and the number there.
+    pub cell: u16,
+    /// See [`Block::cell`].
     pub number: u32,
     /// Its exits.
     first_exit: u32,
@@ -133,7 +135,9 @@ pub struct Cache {
     links: Map<u32, Link>,
     origins: Map<u32, u32>,
     hints: Map<Key, Hints>,
-    cells: Map<(u64, u64, bool), u32>,
+    numbers: Map<(u64, u64, bool), u32>,
+    /// By linear page, as code of CPL 3 or not: which of the map of code pages. Given out in turn, so that few pages share one.
+    cells: Map<(u64, bool), u16>,
     /// In order of code offset.
     ways_in: Vec<WayIn>,
     /// One more than the number of the way in whose jump was taken away.
@@ -172,6 +176,7 @@ impl Cache {
             links: Map::default(),
             origins: Map::default(),
             hints: Map::default(),
+            numbers: Map::default(),
             cells: Map::default(),
             ways_in: Vec::new(),
             poisoned: AtomicU32::new(0),
@@ -232,6 +237,7 @@ impl Cache {
         self.recipes.clear();
         self.links.clear();
         self.origins.clear();
+        self.numbers.clear();
         self.cells.clear();
         self.ways_in.clear();
         self.poisoned = AtomicU32::new(0);
@@ -295,9 +301,11 @@ impl Cache {
         let b = self.blocks.len() as u32;
         let first_exit = self.exits.len() as u32;
         let number = self.number(block.start, gpa, block.mode.user());
+        let cell = self.cell(block.start, block.mode.user());
         self.exits.extend(unit.exits.iter().map(|e| {
             let mut e = *e;
             e.stub += offset;
+            e.block = b;
             e.site = e.site.map(|s| s + offset);
             if let Kind::Miss { retry: at, .. } | Kind::Port { resume: at, .. } = &mut e.kind {
                 *at += offset;
@@ -321,6 +329,7 @@ impl Cache {
             entries: Entries { host: e.host + offset, slot: e.slot + offset, word, ..e },
             flags_dead: block.flags_dead,
             insns: unit.insns,
+            cell,
             number,
             first_exit,
             exits: unit.exits.len() as u32,
@@ -347,8 +356,18 @@ impl Cache {
 
     /// The number that stands for code of a linear page at a physical page.
     fn number(&mut self, rip: u64, gpa: u64, user: bool) -> u32 {
-        let next = self.cells.len() as u32 + 1;
-        *self.cells.entry((rip / PAGE_SIZE, gpa / PAGE_SIZE, user)).or_insert(next)
+        let next = self.numbers.len() as u32 + 1;
+        *self.numbers.entry((rip / PAGE_SIZE, gpa / PAGE_SIZE, user)).or_insert(next)
+    }
+
+    fn cell(&mut self, rip: u64, user: bool) -> u16 {
+        let next = (self.cells.len() % area::CELLS) as u16;
+        *self.cells.entry((rip / PAGE_SIZE, user)).or_insert(next)
+    }
+
+    /// Which of the map of code pages is a linear page's, as code of CPL 0 and of CPL 3, if there is some.
+    pub fn cells(&self, laddr: u64) -> [Option<u16>; 2] {
+        [false, true].map(|user| self.cells.get(&(laddr / PAGE_SIZE, user)).copied())
     }
 
     /// The block and the point of a host address at which the host faulted.
@@ -364,8 +383,7 @@ impl Cache {
         let id = self.origins.get(&id).copied().unwrap_or(id);
         let exit = self.exits[id as usize];
         let Some(site) = exit.site else { return };
-        let Some(source) = self.blocks.partition_point(|x| x.at <= site).checked_sub(1) else { return };
-        let (source, target) = (&self.blocks[source], &self.blocks[b as usize]);
+        let (source, target) = (&self.blocks[exit.block as usize], &self.blocks[b as usize]);
         if source.mode != target.mode || source.mode.is_counted() || !source.live || !self.buffer.fits(MAX_BLOCK) {
             return;
         }
@@ -428,9 +446,9 @@ impl Cache {
     /// Code that asks the map of code pages and goes to block `b`; gives its offset. Without an origin it is for indirect branches, and
     /// looks whether somebody wants the code to be left.
     fn way_in(&mut self, b: u32, save: bool, origin: Option<u32>, word: Option<(u32, Replay)>) -> u32 {
-        let (rip, user, number, to) = {
+        let (rip, cell, number, to) = {
             let t = &self.blocks[b as usize];
-            (t.rip, t.mode.user(), t.number, word.map_or(t.entries.slot, |(at, _)| at))
+            (t.rip, t.cell, t.number, word.map_or(t.entries.slot, |(at, _)| at))
         };
         let told = word.map(|(_, replay)| Told::Here(replay));
         let offset = self.buffer.next() as u32;
@@ -442,7 +460,7 @@ impl Cache {
             e.rm(super::lower::asm::W::D, &[0x89], 0, At::slot(at::STATUS), &[]);
             e.load(Gpr::Rax, At::slot(at::TEMP));
         }
-        e.compare_u32(At::slot(cell_at(rip, user)), number);
+        e.compare_u32(At::slot(cell_at(cell.into())), number);
         e.bytes.extend_from_slice(&[0x0f, 0x85, 0, 0, 0, 0]);
         let miss = e.len() - 4;
         let mut leave = None;
@@ -481,6 +499,7 @@ impl Cache {
             site: None,
             stub,
             native: false,
+            block: b,
         });
         if let Some(origin) = origin {
             self.origins.insert(id, origin);
@@ -673,12 +692,7 @@ impl Cache {
 /// Stores to a code page that hit no code, before its blocks give way.
 const HARMLESS: u32 = 256;
 
-/// Which of the map of code pages is for a linear page, as code of CPL 0 or of CPL 3.
-pub fn cell(rip: u64, user: bool) -> usize {
-    ((rip / PAGE_SIZE) as usize ^ usize::from(user) << 10) % area::CELLS
-}
-
-/// Where that is.
-pub fn cell_at(rip: u64, user: bool) -> usize {
-    at::CELLS + 4 * cell(rip, user)
+/// Where one of the map of code pages is.
+pub fn cell_at(n: usize) -> usize {
+    at::CELLS + 4 * n
 }

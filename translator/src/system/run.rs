@@ -11,7 +11,7 @@ use crate::route::Policy;
 use crate::run::Translator;
 use crate::system::area::{Area, CELLS, at};
 use crate::system::block::Access as GuestAccess;
-use crate::system::cache::{Cache, cell, cell_at};
+use crate::system::cache::{Cache, cell_at};
 use crate::system::enter::{self, ABORTED, FAULT};
 use crate::system::lower::Kind;
 use crate::system::tlb::{Found, Tlb};
@@ -177,17 +177,17 @@ impl System {
         }
         for n in self.local_pages.drain(..) {
             self.code_pages[usize::from(n)] = u64::MAX;
-            self.area.set_u32(at::CELLS + 4 * usize::from(n), 0);
+            self.area.set_u32(cell_at(n.into()), 0);
         }
     }
 
     /// Forgets one small page.
     fn flush_page(&mut self, laddr: u64) {
         self.tlb.clear_page(&self.area, laddr);
-        for n in [cell(laddr, false), cell(laddr, true)] {
+        for n in self.cache.cells(laddr).into_iter().flatten().map(usize::from) {
             if self.code_pages[n] / PAGE_SIZE == laddr / PAGE_SIZE {
                 self.code_pages[n] = u64::MAX;
-                self.area.set_u32(at::CELLS + 4 * n, 0);
+                self.area.set_u32(cell_at(n), 0);
             }
         }
     }
@@ -294,15 +294,15 @@ impl System {
                 }?
             }
         };
-        let n = cell(rip, mode.user());
-        if self.code_pages[n] / PAGE_SIZE != rip / PAGE_SIZE || self.area.get_u32(cell_at(rip, mode.user())) == 0 {
+        let (n, number) = (usize::from(self.cache.block(b).cell), self.cache.block(b).number);
+        if self.code_pages[n] / PAGE_SIZE != rip / PAGE_SIZE || self.area.get_u32(cell_at(n)) == 0 {
             self.code_pages[n] = rip;
             let global = t.core.mmu.is_global(Mmu::context(&t.cpu, by), rip);
             if !global && self.local_pages.len() < MOST_LOCAL {
                 self.local_pages.push(n as u16);
             }
         }
-        self.area.set_u32(cell_at(rip, mode.user()), self.cache.block(b).number);
+        self.area.set_u32(cell_at(n), number);
         // What led here may just have been thrown away.
         match if self.cache.counts.flushes == flushes { via } else { Via::Start } {
             Via::Start => {}

@@ -97,6 +97,8 @@ pub struct Exit {
     pub stub: u32,
     /// Does the instruction at RIP look at x87 or vector state?
     pub native: bool,
+    /// Its block; of a way into a block, that one.
+    pub block: u32,
 }
 
 /// What the host may fault in.
@@ -312,6 +314,7 @@ impl Lower<'_> {
             site: None,
             stub: 0,
             native: false,
+            block: 0,
         });
         self.exits.len() - 1
     }
