@@ -112,6 +112,18 @@ const _: () = assert!(at::TARGETS + TABLES * TABLE_SIZE <= ENGINE_AREA_SIZE);
 const _: () = assert!(at::SYSCALL_SEGMENTS + 48 <= at::VECTORS && at::VECTORS + 256 <= at::SYSRET);
 const _: () = assert!(size_of::<bivisor_emulator::cpu::Segment>() == 24);
 
+/// Factor of the hash of branch targets, as IMUL has it, and how far the product is moved: functions begin at multiples of 16.
+pub const FACTOR: i32 = 0x9e37_79b1_u32 as i32;
+/// See [`FACTOR`].
+pub const MOVED: u8 = 20;
+/// What is left of it: the offset of an entry.
+pub const TARGET_MASK: i32 = ((TARGETS - 1) * 16) as i32;
+
+/// Offset of an address in a cache of branch targets.
+pub const fn target_at(rip: u64) -> usize {
+    (rip.wrapping_mul(FACTOR as u64) >> MOVED) as usize & TARGET_MASK as usize
+}
+
 /// Offset from GS base of an offset in the area.
 pub const fn gs(offset: usize) -> i32 {
     (ENGINE_AREA_OFFSET + offset) as i32

@@ -23,6 +23,8 @@ const SIZE: usize = 64 << 20;
 const MAX_BLOCK: usize = 64 << 10;
 /// Exits there can be between two flushes.
 const MAX_EXITS: usize = 4 << 20;
+/// Bytes of a jump.
+const JUMP: u32 = 5;
 /// How often a jump to another page is made anew because the mapping changed.
 const MOST_LINKS: u8 = 8;
 
@@ -485,7 +487,8 @@ impl Cache {
         e.push(0xe9);
         let site = e.len();
         e.push_u32(0);
-        e.set_rel32(site, self.leave);
+        // Nobody looks at vector registers to find out whether the page is still the same.
+        e.set_rel32(site, self.leave + 14);
         self.buffer.append(&e.bytes);
         let stub = offset + stub as u32;
         self.exits.push(Exit {
@@ -526,10 +529,23 @@ impl Cache {
             None => self.way_in(b, false, None, None),
         };
         self.blocks[b as usize].landing = Some(landing);
-        let entry = self.targets(mode)? + (rip as usize % area::TARGETS) * 16;
+        let entry = self.targets(mode)? + area::target_at(rip);
         area.set(entry, rip);
         area.set(entry + 8, self.host(landing));
         Some(self.host(landing))
+    }
+
+    /// Does the cache of branch targets lead to this exit? Then what it has there is to be replaced.
+    pub fn is_landing(&self, id: u32) -> bool {
+        self.exits[id as usize].site.is_none() && !self.origins.contains_key(&id)
+    }
+
+    /// Of an exit that a way into a block took, because the map of code pages did not know the page: the block, and the host address
+    /// of the way's last jump, if the block is live.
+    pub fn way_on(&self, id: u32) -> Option<(u32, u64)> {
+        let exit = self.exits.get(id as usize)?;
+        let on = exit.kind == Kind::To && exit.site.is_none() && self.blocks[exit.block as usize].live;
+        on.then(|| (exit.block, self.host(exit.stub - JUMP)))
     }
 
     /// Makes the thread that is in the code at `pc` leave soon: the jumps of what it executes lead to their stubs from now on. Called in the

@@ -245,6 +245,36 @@ impl System {
         (self.line, self.nmi) = (board.bus.interrupt_pending(), board.bus.nmi_pending());
     }
 
+    /// From now on the map of code pages knows the page of block `b`, which was just translated to its physical page.
+    fn know_page(&mut self, t: &Translator, b: u32) {
+        let block = self.cache.block(b);
+        let (rip, n, number) = (block.rip, usize::from(block.cell), block.number);
+        if self.code_pages[n] / PAGE_SIZE != rip / PAGE_SIZE || self.area.get_u32(cell_at(n)) == 0 {
+            self.code_pages[n] = rip;
+            let global = t.core.mmu.is_global(Mmu::context(&t.cpu, by(&t.cpu)), rip);
+            if !global && self.local_pages.len() < MOST_LOCAL {
+                self.local_pages.push(n as u16);
+            }
+        }
+        self.area.set_u32(cell_at(n), number);
+    }
+
+    /// Where to go on after an exit that only asks whether a block's page is still mapped to the physical page the block is from, if it is.
+    fn known_way(&mut self, t: &mut Translator, board: Board<'_>, block: &ThreadBlock, id: u32) -> Option<u64> {
+        let (b, host) = self.cache.way_on(id)?;
+        let (rip, gpa) = (self.cache.block(b).rip, self.cache.block(b).gpa);
+        if block.scratch[slot::LOOK].get() != 0 {
+            return None;
+        }
+        let by = by(&t.cpu);
+        let found = t.core.mmu.translate(&t.cpu, board.mem, rip, Access::Execute, by).ok()?;
+        (found == gpa).then(|| {
+            t.stats.to_block += 1;
+            self.know_page(t, b);
+            host
+        })
+    }
+
     /// The block at RIP, translated if it must be.
     fn find(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, mode: Mode, mut via: Via) -> Option<u32> {
         let rip = t.cpu.rip;
@@ -294,15 +324,7 @@ impl System {
                 }?
             }
         };
-        let (n, number) = (usize::from(self.cache.block(b).cell), self.cache.block(b).number);
-        if self.code_pages[n] / PAGE_SIZE != rip / PAGE_SIZE || self.area.get_u32(cell_at(n)) == 0 {
-            self.code_pages[n] = rip;
-            let global = t.core.mmu.is_global(Mmu::context(&t.cpu, by), rip);
-            if !global && self.local_pages.len() < MOST_LOCAL {
-                self.local_pages.push(n as u16);
-            }
-        }
-        self.area.set_u32(cell_at(n), number);
+        self.know_page(t, b);
         // What led here may just have been thrown away.
         match if self.cache.counts.flushes == flushes { via } else { Via::Start } {
             Via::Start => {}
@@ -524,6 +546,10 @@ impl System {
                 }
                 continue;
             }
+            if let Some(at) = self.known_way(t, board, block, id) {
+                (host, resumed) = (at, Some(id));
+                continue;
+            }
             resumed = Some(id);
             let (next, done) = self.left(t, board, ram, id);
             match next {
@@ -570,7 +596,7 @@ impl System {
         let next = match exit.kind {
             Kind::To => {
                 t.stats.to_block += 1;
-                Next::Go(Via::Link(id))
+                Next::Go(if self.cache.is_landing(id) { Via::Indirect } else { Via::Link(id) })
             }
             Kind::Port { port, width, write, .. } => {
                 if self.area.get(at::CALLED) == 0 {

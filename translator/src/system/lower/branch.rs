@@ -5,14 +5,11 @@ use super::memory::Host;
 use super::scratch::bit;
 use super::stack::PUSHED;
 use super::{Cold, Kind, Lower};
-use crate::system::area::{TARGETS, at};
+use crate::system::area::{FACTOR, MOVED, TARGET_MASK, at};
 use crate::system::block::{Item, Way};
 use bivisor_emulator::isa::Gpr;
 use dynasmrt::DynasmApi;
 use iced_x86::ConditionCode;
-
-/// Mask of the offset of an entry in the cache of branch targets.
-const MASK: i32 = ((TARGETS - 1) * 16) as i32;
 
 /// The low four bits of the opcode (SDM 1 appendix B).
 fn condition(cc: ConditionCode) -> u8 {
@@ -107,13 +104,19 @@ impl Lower<'_> {
         Some(false)
     }
 
+    /// Makes the offset of `target` in a cache of branch targets.
+    pub(super) fn hash(&mut self, to: Gpr, target: Gpr) {
+        // imul to, target, FACTOR
+        self.e.rr(W::Q, &[0x69], to as u8, target, &FACTOR.to_le_bytes());
+        self.e.shr(W::Q, to, MOVED);
+        self.e.and(W::D, to, TARGET_MASK);
+    }
+
     /// Finds the code at `target`; its address goes to a slot. Nothing has happened yet if it is not found.
     fn look_up(&mut self, item: &Item, target: Gpr) -> Option<()> {
         let s = self.scratch(item, false)?;
         self.give_up_flags(item);
-        self.e.copy(s, target);
-        self.e.shl(W::D, s, 4);
-        self.e.and(W::D, s, MASK);
+        self.hash(s, target);
         self.e.compare(target, At::table(self.around.targets, s));
         self.leave_if(&[0x0f, 0x85], item, Kind::Indirect, self.block.rip(item), self.n);
         self.e.load(s, At::table(self.around.targets + 8, s));

@@ -4,7 +4,7 @@
 use super::asm::{Assembler, At, W};
 use super::scratch::bit;
 use super::{Flags, Kind, Lower};
-use crate::system::area::{TARGETS, at};
+use crate::system::area::at;
 use crate::system::block::Item;
 use bivisor_emulator::cpu::{CpuState, Rflags, Segment};
 use bivisor_emulator::interp::sensitive::fast;
@@ -108,7 +108,6 @@ impl Lower<'_> {
 
     /// SYSRET to 64-bit code, at CPL 0.
     pub(super) fn sysret(&mut self, item: &Item) -> Option<bool> {
-        const MASK: i32 = ((TARGETS - 1) * 16) as i32;
         let named = bit(Gpr::Rcx) | bit(Gpr::R11);
         if self.spilled & named != 0 {
             return None;
@@ -129,9 +128,7 @@ impl Lower<'_> {
             self.e.rr(W::Q, &TEST, Gpr::R11 as u8, t, &[]);
             self.leave_if(&JNE, item, Kind::Step, rip, self.n);
         }
-        self.e.copy(t, Gpr::Rcx);
-        self.e.shl(W::D, t, 4);
-        self.e.and(W::D, t, MASK);
+        self.hash(t, Gpr::Rcx);
         self.e.rr(W::Q, &[0x01], s as u8, t, &[]);
         self.e.compare(Gpr::Rcx, At::table(0, t));
         self.leave_if(&JNE, item, Kind::Step, rip, self.n);
