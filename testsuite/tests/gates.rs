@@ -1,0 +1,199 @@
+//! SYSCALL, SYSRET, IN and OUT where the translator does them without leaving its cache (SDM 2B SYSCALL, SYSRET): a guest of two levels that
+//! notes flags, selectors and vector registers leaves the same in memory under the interpreter, which goes its own way each time.
+
+use bivisor_emulator::bus::Bus;
+use bivisor_emulator::cpu::cpuid::CpuModel;
+use bivisor_emulator::cpu::{CpuState, Rflags};
+use bivisor_emulator::interp::Interpreter;
+use bivisor_emulator::isa::{Gpr, Width};
+use bivisor_emulator::mem::{GuestMemory, Ram};
+use bivisor_emulator::vcpu::{Board, Vcpu};
+use bivisor_translator::Translator;
+use iced_x86::code_asm::*;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Kernel and user in pages of their own, what is noted, page tables.
+const KERNEL: u64 = 0x10_0000;
+const USER: u64 = 0x11_0000;
+const NOTES: u64 = 0x12_0000;
+const TABLES: u64 = 0x3_0000;
+const STACK: u64 = 0x9_0000;
+const ROUNDS: i32 = 600;
+const NOTE: u64 = 64;
+
+/// A counter, and the end.
+#[derive(Default)]
+struct Device {
+    count: AtomicU64,
+    end: AtomicU64,
+}
+
+impl Bus for Device {
+    fn read_port(&self, port: u16, data: &mut [u8]) {
+        let v = self.count.fetch_add(7, Ordering::Relaxed).wrapping_mul(u64::from(port) | 1);
+        data.copy_from_slice(&v.to_le_bytes()[..data.len()]);
+    }
+    fn write_port(&self, port: u16, data: &[u8]) {
+        if port == 0xf4 {
+            self.end.store(1, Ordering::Relaxed);
+        }
+        self.count.fetch_add(u64::from(data[0]) + data.len() as u64, Ordering::Relaxed);
+    }
+    fn read_mmio(&self, _: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn write_mmio(&self, _: u64, _: &[u8]) {}
+    fn take_interrupt(&self) -> Option<u8> {
+        None
+    }
+}
+
+fn msr(a: &mut CodeAssembler, number: u32, value: u64) -> Result<(), IcedError> {
+    a.mov(ecx, number)?;
+    a.mov(eax, value as u32)?;
+    a.mov(edx, (value >> 32) as u32)?;
+    a.wrmsr()
+}
+
+/// RBX counts rounds down, R12 is where the next note goes.
+fn user() -> Result<Vec<u8>, IcedError> {
+    let mut a = CodeAssembler::new(64)?;
+    let mut again = a.create_label();
+    a.mov(ebx, ROUNDS)?;
+    a.mov(r12, NOTES)?;
+    a.set_label(&mut again)?;
+    // Any status flags; AC in four of eight rounds.
+    a.mov(eax, ebx)?;
+    a.imul_3(eax, eax, 0x6d2b)?;
+    a.and(eax, 0x8d5)?;
+    a.mov(ecx, ebx)?;
+    a.and(ecx, 4)?;
+    a.shl(ecx, 16)?;
+    a.or(eax, ecx)?;
+    a.or(eax, 0x202)?;
+    a.movq(xmm1, rbx)?;
+    a.paddq(xmm0, xmm1)?;
+    a.push(rax)?;
+    a.popfq()?;
+    a.syscall()?;
+    a.pushfq()?;
+    a.pop(qword_ptr(r12 + 32))?;
+    a.mov(qword_ptr(r12 + 40), r11)?;
+    a.movq(qword_ptr(r12 + 48), xmm0)?;
+    a.add(r12, NOTE as i32)?;
+    a.dec(ebx)?;
+    a.jne(again)?;
+    a.mov(esi, 1)?;
+    a.syscall()?;
+    a.assemble(USER)
+}
+
+/// Goes to the user, and is called by it until RSI is not 0.
+fn kernel() -> Result<Vec<u8>, IcedError> {
+    let mut a = CodeAssembler::new(64)?;
+    let (mut entry, mut plain, mut end, mut quiet) =
+        (a.create_label(), a.create_label(), a.create_label(), a.create_label());
+    msr(&mut a, 0xc000_0080, 0xd01)?;
+    msr(&mut a, 0xc000_0081, 0x0018_0008_0000_0000)?;
+    msr(&mut a, 0xc000_0084, 0x4_0601)?;
+    a.lea(rax, ptr(entry))?;
+    a.xor(edx, edx)?;
+    a.mov(ecx, 0xc000_0082u32)?;
+    a.wrmsr()?;
+    a.xor(esi, esi)?;
+    a.mov(ecx, USER as i32)?;
+    a.mov(r11d, 0x202)?;
+    a.sysretq()?;
+    a.set_label(&mut entry)?;
+    a.pushfq()?;
+    a.pop(qword_ptr(r12))?;
+    a.mov(qword_ptr(r12 + 8), r11)?;
+    a.mov(qword_ptr(r12 + 16), rcx)?;
+    a.mov(r8d, cs)?;
+    a.mov(r9d, ss)?;
+    a.shl(r9, 16)?;
+    a.or(r8, r9)?;
+    a.mov(qword_ptr(r12 + 24), r8)?;
+    a.test(esi, esi)?;
+    a.jne(end)?;
+    // In every second round ports in all widths; RAX keeps what is above.
+    a.test(ebx, 1)?;
+    a.jne(quiet)?;
+    a.mov(rax, -1i64)?;
+    a.in_(al, 0x80)?;
+    a.mov(edx, 0x1234)?;
+    a.in_(ax, dx)?;
+    a.add(qword_ptr(r12 + 24), rax)?;
+    a.in_(eax, dx)?;
+    a.out(0x80, al)?;
+    a.out(dx, ax)?;
+    a.out(dx, eax)?;
+    a.mov(qword_ptr(r12 + 56), rax)?;
+    a.set_label(&mut quiet)?;
+    // In every 64th something that modes depend on, and the vector registers.
+    a.test(ebx, 63)?;
+    a.jne(plain)?;
+    a.mov(rax, cr4)?;
+    a.mov(cr4, rax)?;
+    a.paddq(xmm0, xmm1)?;
+    a.set_label(&mut plain)?;
+    // Other flags for the user.
+    a.mov(eax, ebx)?;
+    a.imul_3(eax, eax, 0x51)?;
+    a.and(eax, 0xd5)?;
+    a.xor(r11, rax)?;
+    a.sysretq()?;
+    a.set_label(&mut end)?;
+    a.out(0xf4, al)?;
+    a.cli()?;
+    a.hlt()?;
+    a.assemble(KERNEL)
+}
+
+/// Runs it; gives the notes and the registers at the end.
+fn run(vcpu: &mut dyn Vcpu) -> (Vec<u8>, [u64; 16]) {
+    let mem = GuestMemory::Ram(Ram::shared(4 << 20).expect("4 MiB"));
+    let put = |at: u64, v: u64| mem.store(at, Width::Q, v).expect("in RAM");
+    mem.write(KERNEL, &kernel().expect("it can be assembled")).expect("in RAM");
+    mem.write(USER, &user().expect("it can be assembled")).expect("in RAM");
+    put(TABLES, TABLES + 0x1007);
+    put(TABLES + 0x1000, TABLES + 0x2007);
+    put(TABLES + 0x2000, 0xe7);
+    put(TABLES + 0x2008, 0x20_00e7);
+    let mut s = CpuState::long64(0);
+    (s.cr3, s.rip, s.rflags) = (TABLES, KERNEL, Rflags::FIXED);
+    s.gpr[Gpr::Rsp as usize] = STACK;
+    *vcpu.state() = s;
+    let device = Device::default();
+    let board = Board { mem: &mem, bus: &device };
+    for _ in 0..1000 {
+        vcpu.run(board, u64::MAX);
+        if device.end.load(Ordering::Relaxed) != 0 {
+            let mut notes = vec![0; (ROUNDS as u64 * NOTE + NOTE) as usize];
+            mem.read(NOTES, &mut notes).expect("in RAM");
+            return (notes, vcpu.state().gpr);
+        }
+    }
+    panic!("it does not come to its end: RIP {:#x}", vcpu.state().rip);
+}
+
+#[test]
+fn calls_of_the_kernel_and_of_devices_are_the_interpreters() {
+    let model = Arc::new(CpuModel::host());
+    let (wanted, registers) = run(&mut Interpreter::new(model.clone()));
+    let mut translator = Translator::new(model).expect("executable memory");
+    let (seen, also) = run(&mut translator);
+    let word = |notes: &[u8], n: usize| u64::from_le_bytes(notes[8 * n..8 * n + 8].try_into().expect("8 bytes"));
+    for n in 0..wanted.len() / 8 {
+        assert_eq!(word(&seen, n), word(&wanted, n), "round {}, word {} of the note", n / 8, n % 8);
+    }
+    assert_eq!(also, registers);
+    // SYSCALL cleared what FMASK says and kept the rest; R11 has all of them.
+    let (flags, noted) = (word(&wanted, 0), word(&wanted, 1));
+    assert_eq!(flags, noted & !0x4_0601 | 2);
+    // Six ports in half of the rounds; of SYSCALL and SYSRET by far most are not among the calls.
+    let steps = translator.stats().steps;
+    println!("{steps} calls");
+    assert!(steps < 3 * ROUNDS as u64 + 800, "{steps} calls");
+}
