@@ -173,7 +173,7 @@ pub fn page() -> String {
     let share = format!("{:.1}", 100.0 * met as f64 / all.max(1) as f64);
     let mut without = String::new();
     for l in SUMMARY.lines().filter_map(|l| l.strip_prefix("without ")) {
-        let (why, codes) = l.split_once(": ").unwrap_or((l, ""));
+        let (why, codes) = l.rsplit_once(": ").unwrap_or((l, ""));
         let _ = writeln!(without, "| {why} | {} | {codes} |", codes.split(' ').count());
     }
     let has_kvm = campaigns().iter().any(|c| c.1.split(',').any(|e| e == Which::Kvm.name()));
