@@ -15,6 +15,7 @@ use bivisor_emulator::interp::sensitive::selector::linux_descriptor;
 use bivisor_emulator::isa::Width;
 use bivisor_emulator::mem::{FlatSpace, GuestMemory, Prot, Ram, Vma};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// First address.
 pub const BASE: u64 = 0x1000_0000;
@@ -34,6 +35,8 @@ pub const BREAK: u64 = STUB + 8;
 pub const CODE_HOLE: u64 = BASE + 0x6000;
 /// One page of code before a page of data.
 pub const CODE_NX: u64 = BASE + 0x9000;
+/// One page of code that can store into itself, for 16- and 32-bit code only; not one of [`PAGES`].
+pub const OWN: u64 = BASE + 0xc000;
 /// Data.
 pub const DATA: u64 = BASE + 0x1_0000;
 /// A read-only page.
@@ -116,6 +119,13 @@ pub fn flat_view() -> Result<View, String> {
     ALIAS.get_or_init(map).clone().map(|a| View(a as *mut u8))
 }
 
+static HAS_OWN: AtomicBool = AtomicBool::new(false);
+
+/// Does the process have the page [`OWN`]? Known when the arena is mapped.
+pub fn has_own() -> bool {
+    HAS_OWN.load(Ordering::Relaxed)
+}
+
 fn map() -> Result<usize, String> {
     let failed = |what: &str| Err(format!("no memory for the cases: {what}: {}", std::io::Error::last_os_error()));
     // SAFETY: fresh mappings; MAP_FIXED_NOREPLACE takes nothing away from anybody. They stay for the life of the process.
@@ -137,6 +147,10 @@ fn map() -> Result<usize, String> {
                 return failed("mmap at a fixed address");
             }
         }
+        // Where the host refuses pages that are writable and executable, code does not store into itself: see `has_own`.
+        let (all, flags) = (rw | libc::PROT_EXEC, libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE | libc::MAP_POPULATE);
+        let own = libc::mmap(OWN as *mut _, 0x1000, all, flags, fd, (OWN - BASE) as i64);
+        HAS_OWN.store(own as u64 == OWN, Ordering::Relaxed);
         libc::close(fd);
         Ok(alias as usize)
     }

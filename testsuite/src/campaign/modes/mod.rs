@@ -8,12 +8,14 @@
 //! | [`aim`] | memory operands, branch targets, selectors |
 //! | [`oracle`] | the host CPU (unsafe) |
 //! | [`engine`] | the engines |
+//! | [`record`] | cases as text, with what the host CPU made of them |
 //! | [`matrix`] | the results on record |
 
 pub mod aim;
 pub mod engine;
 pub mod matrix;
 pub mod oracle;
+pub mod record;
 pub mod segments;
 pub mod source;
 
@@ -81,6 +83,42 @@ impl Modes {
     /// Only these instructions.
     pub fn only(&mut self, codes: &[Code]) {
         self.source.only(codes);
+    }
+
+    /// Is the host CPU the judge?
+    pub fn has_host(&self) -> bool {
+        self.oracle.is_some()
+    }
+
+    /// What comes out of one case on all memory set up anew: on the host CPU, if it is the judge, and on the engines, each with its name.
+    ///
+    /// # Errors
+    /// An engine left in a way that no instruction of a case can cause.
+    pub fn outcomes(&mut self, case: &Case, pristine: &[u8]) -> Result<Vec<(&'static str, Outcome)>, String> {
+        let cs = segments::segment(case.selectors[1]).map_or(0, |s| s.base);
+        let at = case.rip.wrapping_add(cs) & 0xffff_ffff;
+        let mut out = Vec::new();
+        let fill = |view: View| {
+            view.write(BASE, pristine);
+            case.fill(view, pristine);
+            view.write(at, &case.code);
+        };
+        if let Some((oracle, view)) = &mut self.oracle {
+            let mut o = Outcome::default();
+            fill(*view);
+            oracle.run(case, &mut o);
+            take_memory(case, *view, &mut o);
+            out.push(("host", o));
+        }
+        for engine in &mut self.engines {
+            let mut o = Outcome::default();
+            fill(engine.view);
+            (0..arena::SIZE).step_by(0x1000).for_each(|page| engine.code_changed(BASE + page));
+            engine.run(case, &mut o)?;
+            take_memory(case, engine.view, &mut o);
+            out.push((engine.which.name(), o));
+        }
+        Ok(out)
     }
 
     /// Batch number `n` of a kind.
