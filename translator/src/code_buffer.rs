@@ -149,10 +149,11 @@ impl CodeBuffer {
         // SAFETY: in range of the writable view; nobody executes beyond `used`.
         unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.rw.add(CODE_AT + at), code.len()) };
         self.used = at + code.len();
-        if self.used / HUGE > self.huge {
-            // It need not succeed: there may be none, or a kernel before 6.1.
+        let start = self.huge * HUGE;
+        if self.used > start + HUGE / 4 && start + HUGE <= self.size {
+            // What is still free of it comes along. It need not succeed: there may be none, or a kernel before 6.1.
             // SAFETY: our own mapping; the content does not change.
-            unsafe { libc::madvise(self.rx.add(self.huge * HUGE).cast(), HUGE, libc::MADV_COLLAPSE) };
+            unsafe { libc::madvise(self.rx.add(start).cast(), HUGE, libc::MADV_COLLAPSE) };
             self.huge += 1;
         }
         at
