@@ -208,11 +208,12 @@ impl Cache {
     /// remembered itself.
     pub fn keep(&self, key: &[u8]) -> Option<Vec<u8>> {
         let archive = self.archive.get()?;
-        let store = self.lock();
+        let mut store = self.lock();
         let adopted = store.stats.adopted;
         if store.worth_keeping() < adopted + (adopted / 8).max(32) {
             return None;
         }
+        store.adopt_rest(&self.exits, archive);
         let new = store.records(&self.exits);
         drop(store);
         // Pages that were not met this time are kept as they are, as long as there is room.
@@ -320,8 +321,13 @@ impl Cache {
                 let found = persist::adopt::ask(archive, source, page);
                 store = self.lock();
                 if source.epoch() == epoch {
-                    store.adopt(&self.exits, page, &found);
+                    store.note_page(page, found);
                 }
+                continue;
+            }
+            if let Some(archive) = self.archive.get()
+                && store.adopt(&self.exits, archive, rip, home)
+            {
                 continue;
             }
             drop(store);

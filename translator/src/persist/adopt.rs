@@ -12,14 +12,18 @@ use crate::store::{Block, Store};
 use crate::system::hash::Map;
 use bivisor_emulator::mem::PAGE_SIZE;
 use std::collections::HashSet;
+use std::ops::Range;
 
 /// What is known of a page of code.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Page {
     /// The sum of its content, if what is made from it is worth keeping.
     sum: Option<Sum>,
     /// The archive was asked for it.
     asked: bool,
+    /// Where its record is, and the blocks there that have not been adopted.
+    record: Range<usize>,
+    waiting: Vec<(u16, Home, u32)>,
 }
 
 /// Pages by address.
@@ -31,11 +35,12 @@ fn page_of(address: u64) -> u64 {
 
 /// What an archive says of a page.
 #[derive(Default)]
-pub struct Found<'a> {
+pub struct Found {
     page: Option<Sum>,
     /// Of the page after it, if it was looked at.
     next: Option<Sum>,
-    record: Option<&'a [u8]>,
+    record: Range<usize>,
+    blocks: Vec<(u16, Home, u32)>,
 }
 
 /// The sum of a page that cannot be written and is watched from now on.
@@ -46,12 +51,12 @@ fn sum_of(source: &mut dyn CodeSource, page: u64) -> Option<Sum> {
 }
 
 /// Asks for the page at `page`. No lock is held.
-pub fn ask<'a>(archive: &'a Archive, source: &mut dyn CodeSource, page: u64) -> Found<'a> {
+pub fn ask(archive: &Archive, source: &mut dyn CodeSource, page: u64) -> Found {
     let Some(now) = sum_of(source, page) else { return Found::default() };
-    let record = archive.find(now);
-    let then = record.and_then(Record::read).and_then(|r| r.next);
-    let next = then.and_then(|_| sum_of(source, page.wrapping_add(PAGE_SIZE)));
-    Found { page: Some(now), next, record }
+    let record = archive.place(now).unwrap_or_default();
+    let bytes = archive.record(record.clone());
+    let next = Record::read(bytes).and_then(|r| r.next).and_then(|_| sum_of(source, page.wrapping_add(PAGE_SIZE)));
+    Found { page: Some(now), next, record, blocks: Record::blocks(bytes) }
 }
 
 impl Store {
@@ -66,35 +71,63 @@ impl Store {
         self.pages.as_ref().is_none_or(|pages| pages.get(&page_of(rip)).is_some_and(|p| p.asked))
     }
 
-    /// Takes in what was found for the page at `page`, which has not changed since.
-    pub fn adopt(&mut self, exits: &Exits, page: u64, found: &Found<'_>) {
+    /// Notes what was found for the page at `page`, which has not changed since.
+    pub fn note_page(&mut self, page: u64, found: Found) {
         let Some(pages) = &mut self.pages else { return };
-        pages.insert(page, Page { sum: found.page, asked: true });
+        pages.insert(page, Page { sum: found.page, asked: true, record: found.record, waiting: found.blocks });
         if let Some(next) = found.next {
             pages.entry(page.wrapping_add(PAGE_SIZE)).or_default().sum = Some(next);
         }
-        let Some(mut record) = found.record.and_then(Record::read) else { return };
-        let first = self.exits_used;
-        let move_by = page.wrapping_sub(record.base);
+    }
+
+    /// Adopts the block at `rip` if there is one. Blocks come in the order in which they are met, as if translated now: code that is
+    /// executed together lies together.
+    pub fn adopt(&mut self, exits: &Exits, archive: &Archive, rip: u64, home: Home) -> bool {
+        if self.is_full() {
+            return false;
+        }
+        let page = page_of(rip);
+        let Some(known) = self.pages.as_mut().and_then(|pages| pages.get_mut(&page)) else { return false };
+        let start = (rip - page) as u16;
+        let Some(i) = known.waiting.iter().position(|b| (b.0, b.1) == (start, home)) else { return false };
+        let (_, _, at) = known.waiting.swap_remove(i);
+        let bytes = archive.record(known.record.clone());
+        self.adopt_at(exits, page, bytes, at);
+        true
+    }
+
+    /// Adopts what is left of the pages that were met.
+    pub fn adopt_rest(&mut self, exits: &Exits, archive: &Archive) {
+        let mut pages = std::mem::take(&mut self.pages);
+        let rest: Vec<_> = pages
+            .iter_mut()
+            .flatten()
+            .flat_map(|(&page, known)| {
+                let record = known.record.clone();
+                std::mem::take(&mut known.waiting).into_iter().map(move |(_, _, at)| (page, record.clone(), at))
+            })
+            .collect();
+        self.pages = pages;
+        for (page, record, at) in rest {
+            if self.is_full() {
+                break;
+            }
+            self.adopt_at(exits, page, archive.record(record), at);
+        }
+    }
+
+    fn adopt_at(&mut self, exits: &Exits, page: u64, bytes: &[u8], at: u32) {
+        let Some(record) = Record::read(bytes) else { return };
         let mut kept = std::mem::take(&mut self.kept);
-        while let Some(code) = record.block(&mut kept)
-            && !self.is_full()
-        {
+        if let Some(code) = Record::block_at(bytes, at, &mut kept) {
             let crosses = u64::from(kept.start) + u64::from(kept.len) > PAGE_SIZE;
-            if !crosses || found.next.is_some() && found.next == record.next {
-                self.adopt_block(exits, &kept, code, page.wrapping_add(u64::from(kept.start)), move_by);
+            let next = self.pages.as_ref().and_then(|pages| pages.get(&page.wrapping_add(PAGE_SIZE))?.sum);
+            if !crosses || next.is_some() && next == record.next {
+                let start = page.wrapping_add(u64::from(kept.start));
+                self.adopt_block(exits, &kept, code, start, page.wrapping_sub(record.base));
             }
         }
         self.kept = kept;
-        // Those that came later than who jumps to them.
-        for id in first..self.exits_used {
-            if let Leave::To(target) = exits.leave(id)
-                && exits.linked(id).is_none()
-                && let Some((to, _)) = self.get(target, exits.home(id))
-            {
-                self.link(exits, id, to);
-            }
-        }
     }
 
     fn adopt_block(&mut self, exits: &Exits, kept: &Kept, code: &[u8], start: u64, move_by: u64) {

@@ -3,6 +3,7 @@
 
 use crate::persist::hash::{Sum, sum};
 use std::collections::HashMap;
+use std::ops::Range;
 
 const MAGIC: &[u8; 8] = b"bivisor\x01";
 /// Sum of the page, start and length of the record, its sum.
@@ -57,10 +58,15 @@ impl Archive {
         self.bytes.len() / 256
     }
 
-    /// The record of a page with this content. A record that is not whole is none.
-    pub fn find(&self, page: Sum) -> Option<&[u8]> {
+    /// Where the record of a page with this content is. A record that is not whole is none.
+    pub fn place(&self, page: Sum) -> Option<Range<usize>> {
         let &(start, end, kept) = self.table.get(&page)?;
-        self.bytes.get(start..end).filter(|record| sum(record) == kept)
+        (sum(self.bytes.get(start..end)?) == kept).then_some(start..end)
+    }
+
+    /// The record at such a place.
+    pub fn record(&self, place: Range<usize>) -> &[u8] {
+        self.bytes.get(place).unwrap_or_default()
     }
 
     /// All records, whole or not.
@@ -99,6 +105,10 @@ impl Archive {
 mod tests {
     use super::*;
 
+    fn find(a: &Archive, page: Sum) -> Option<&[u8]> {
+        a.place(page).map(|place| a.record(place))
+    }
+
     fn sample() -> Vec<u8> {
         Archive::write(b"a key", [([1, 2], &b"first"[..]), ([3, 4], &b"the second"[..])].into_iter())
     }
@@ -106,9 +116,9 @@ mod tests {
     #[test]
     fn what_is_written_is_read() {
         let a = Archive::read(sample(), b"a key").expect("whole");
-        assert_eq!(a.find([1, 2]), Some(&b"first"[..]));
-        assert_eq!(a.find([3, 4]), Some(&b"the second"[..]));
-        assert_eq!(a.find([1, 4]), None);
+        assert_eq!(find(&a, [1, 2]), Some(&b"first"[..]));
+        assert_eq!(find(&a, [3, 4]), Some(&b"the second"[..]));
+        assert_eq!(find(&a, [1, 4]), None);
         assert_eq!(a.all().count(), 2);
         assert!(Archive::read(sample(), b"b key").is_none());
         assert!(Archive::read(Vec::new(), b"a key").is_none());
@@ -119,13 +129,13 @@ mod tests {
         let good = sample();
         for len in 0..good.len() {
             let a = Archive::read(good[..len].to_vec(), b"a key");
-            assert!(a.is_none_or(|a| a.find([3, 4]).is_none()), "{len} bytes of {}", good.len());
+            assert!(a.is_none_or(|a| find(&a, [3, 4]).is_none()), "{len} bytes of {}", good.len());
         }
         for bit in 0..good.len() * 8 {
             let mut bad = good.clone();
             bad[bit / 8] ^= 1 << (bit % 8);
             let Some(a) = Archive::read(bad, b"a key") else { continue };
-            let both = [a.find([1, 2]), a.find([3, 4])];
+            let both = [find(&a, [1, 2]), find(&a, [3, 4])];
             assert!(both.contains(&None), "bit {bit}");
             assert!(both.iter().flatten().all(|r| [&b"first"[..], b"the second"].contains(r)));
         }

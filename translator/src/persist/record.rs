@@ -78,6 +78,11 @@ impl<'a> Reader<'a> {
     }
 }
 
+/// Bytes of a mark, an exit, a relocation.
+const MARK: usize = 7;
+const EXIT: usize = 15;
+const RELOCATION: usize = 4;
+
 /// A tag, a register and a number.
 fn what_out(what: What) -> (u8, u8, u16) {
     match what {
@@ -207,6 +212,29 @@ impl<'a> Record<'a> {
         let base = r.u64()?;
         let next = if r.u8()? != 0 { Some([r.u64()?, r.u64()?]) } else { None };
         Some(Record { base, next, rest: r })
+    }
+
+    /// Where the blocks of a record begin: address in the page, where R11 is, offset in `bytes`.
+    pub fn blocks(bytes: &'a [u8]) -> Vec<(u16, Home, u32)> {
+        let mut all = Vec::new();
+        let Some(mut record) = Record::read(bytes) else { return all };
+        let r = &mut record.rest;
+        let mut next = || {
+            let at = (bytes.len() - r.0.len()) as u32;
+            let (start, _len, home, _landing, _host) = (r.u16()?, r.u16()?, r.u8()?, r.u8()?, r.u64()?);
+            let [marks, exits, relocations, code] = [r.u16()?, r.u16()?, r.u16()?, r.u16()?].map(usize::from);
+            r.bytes(marks * MARK + exits * EXIT + relocations * RELOCATION + code)?;
+            Some((start, home_in(home), at))
+        };
+        while let Some(block) = next() {
+            all.push(block);
+        }
+        all
+    }
+
+    /// Reads the block at an offset that [`Record::blocks`] gave, as [`Record::block`] does.
+    pub fn block_at(bytes: &'a [u8], at: u32, b: &mut Kept) -> Option<&'a [u8]> {
+        Record { base: 0, next: None, rest: Reader(bytes.get(at as usize..)?) }.block(b)
     }
 
     /// Reads the next block, all offsets of which lie inside its code; gives the code.
