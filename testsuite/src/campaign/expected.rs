@@ -117,7 +117,14 @@ impl Row {
 
 /// Is it a VEX or EVEX instruction but for bits that must have one value?
 fn has_reserved_bits(code: &[u8], bits: u32) -> bool {
-    let lenient = Decoder::new(bits, code, DecoderOptions::NO_INVALID_CHECK).decode();
+    let mut code = code.to_vec();
+    // Outside 64-bit mode V' means nothing, but with EVEX.b the decoder wants it.
+    if let (32 | 16, Some(evex)) = (bits, code.iter().position(|b| *b == 0x62))
+        && let Some(last) = code.get_mut(evex + 3)
+    {
+        *last |= 8;
+    }
+    let lenient = Decoder::new(bits, &code, DecoderOptions::NO_INVALID_CHECK).decode();
     matches!(lenient.op_code().encoding(), EncodingKind::VEX | EncodingKind::EVEX)
 }
 
