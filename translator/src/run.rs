@@ -396,7 +396,8 @@ impl Translator {
             14 if board.mem.flat().is_none() => return Exit::Unsupported,
             14 => Fault::Pf { addr: address, code: error },
             16 => Fault::Mf,
-            17 => Fault::Ac,
+            // It may be ours: changed code is read where it lies. The interpreter knows whether the guest's access is misaligned.
+            17 => return self.step(board),
             19 => Fault::Xm,
             _ => return Exit::Unsupported,
         };

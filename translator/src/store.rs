@@ -22,7 +22,7 @@ use std::collections::HashMap;
 pub const MAX_BLOCK: usize = 16 << 10;
 
 /// End of a list.
-const NONE: u32 = u32::MAX;
+pub(crate) const NONE: u32 = u32::MAX;
 
 pub(crate) struct Block {
     pub(crate) start: u64,
@@ -39,7 +39,7 @@ pub(crate) struct Block {
     /// The next block whose landing has the same table entry.
     next_landing: u32,
     /// The first exit linked to it; the table of exits holds the rest of the list.
-    incoming: u32,
+    pub(crate) incoming: u32,
     /// The next block made from its first and its last page.
     next_in_page: [u32; 2],
     /// Guest bytes it was made from.
