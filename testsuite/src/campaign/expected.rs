@@ -116,7 +116,7 @@ impl Row {
 }
 
 /// Is it a VEX or EVEX instruction but for bits that must have one value?
-fn has_reserved_bits(code: &[u8], bits: u32) -> bool {
+pub fn has_reserved_bits(code: &[u8], bits: u32) -> bool {
     let mut code = code.to_vec();
     // Outside 64-bit mode V' means nothing, but with EVEX.b the decoder wants it.
     if let (32 | 16, Some(evex)) = (bits, code.iter().position(|b| *b == 0x62))

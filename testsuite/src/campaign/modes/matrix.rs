@@ -140,7 +140,7 @@ pub fn section() -> String {
     }
     out += "\n| code | why there is no case | instructions |\n| --- | --- | --- |\n";
     for l in SUMMARY.lines().filter_map(|l| l.strip_prefix("without ")) {
-        let (why, codes) = l.split_once(": ").unwrap_or((l, ""));
+        let (why, codes) = l.rsplit_once(": ").unwrap_or((l, ""));
         let (bits, why) = why.split_once(' ').unwrap_or((why, ""));
         let _ = writeln!(out, "| {bits}-bit | {why} | {codes} |");
     }
