@@ -160,6 +160,7 @@ fn holds(when: &str, about: Option<(&Case, &Outcome, &Outcome)>) -> Option<bool>
             | "software kvm"
             | "software kvm, rsp not canonical"
             | "software kvm, another exception"
+            | "software kvm, instead of #UD"
             | "in a block"
             | "reserved bits, amd"
             | "rsp by evex.x, amd"
@@ -225,6 +226,9 @@ fn holds(when: &str, about: Option<(&Case, &Outcome, &Outcome)>) -> Option<bool>
         }
         ("software kvm, another exception", Some((_, is, should))) => {
             software_kvm() && matches!((is.end, should.end), (End::Fault(_), End::Fault(Fault::Gp(_) | Fault::Ss(_))))
+        }
+        ("software kvm, instead of #UD", Some((_, is, should))) => {
+            software_kvm() && matches!((is.end, should.end), (End::Fault(_), End::Fault(Fault::Ud)))
         }
         ("in a hypervisor", _) => std::arch::x86_64::__cpuid(1).ecx >> 31 != 0,
         _ => return None,
