@@ -4,7 +4,7 @@ use crate::block::Scratch;
 use crate::cache::{Cache, DEFAULT_SIZE, Entry, Member, Via};
 use crate::emit::{NO_TRAP, slot};
 use crate::enter::{ABORTED, CAPTURED, MISS};
-use crate::lower::Leave;
+use crate::lower::{Leave, compare};
 use crate::marks::{Home, Registers};
 use crate::route::Policy;
 use crate::stats::Stats;
@@ -17,8 +17,8 @@ use bivisor_emulator::host::signal;
 use bivisor_emulator::host::thread::ThreadBlock;
 use bivisor_emulator::interp::deliver::Event;
 use bivisor_emulator::interp::{Core, Env};
-use bivisor_emulator::isa::{Gpr, Seg};
-use bivisor_emulator::mem::GuestMemory;
+use bivisor_emulator::isa::{Gpr, MAX_INSN_LEN, Seg, decode};
+use bivisor_emulator::mem::{GuestMemory, PAGE_SIZE};
 use bivisor_emulator::vcpu::{Board, DIRECT_CALLS, Exit, Intercepts, Kicker, Vcpu};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -396,8 +396,9 @@ impl Translator {
             14 if board.mem.flat().is_none() => return Exit::Unsupported,
             14 => Fault::Pf { addr: address, code: error },
             16 => Fault::Mf,
-            // It may be ours: changed code is read where it lies. The interpreter knows whether the guest's access is misaligned.
-            17 => return self.step(board),
+            // Not the guest's but ours: changed code is read where it lies.
+            17 if self.may_load_its_immediate(board) => return self.step(board),
+            17 => Fault::Ac,
             19 => Fault::Xm,
             _ => return Exit::Unsupported,
         };
@@ -409,6 +410,15 @@ impl Translator {
             Ok(()) => Exit::Budget,
             Err(exit) => exit,
         }
+    }
+
+    /// Is the instruction at RIP one whose immediate operand changed code reads from memory? It has no operand there of its own.
+    fn may_load_its_immediate(&self, board: Board<'_>) -> bool {
+        let mut bytes = [0; MAX_INSN_LEN];
+        let there = (PAGE_SIZE - self.cpu.rip % PAGE_SIZE).min(MAX_INSN_LEN as u64) as usize;
+        let read =
+            board.mem.read(self.cpu.rip, &mut bytes).or_else(|| board.mem.read(self.cpu.rip, &mut bytes[..there]));
+        read.is_some() && decode(&bytes, 64).is_ok_and(|i| compare::may_load_immediate(&i.iced))
     }
 
     /// FIP, where the host keeps it, names the last x87 instruction in the cache: the guest's is meant (SDM 1 8.1.8).

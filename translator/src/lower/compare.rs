@@ -13,7 +13,7 @@ use crate::lower::{Leave, Lowering};
 use crate::marks::{Home, What};
 use bivisor_emulator::isa::Gpr;
 use dynasmrt::{DynasmApi, dynasm};
-use iced_x86::{Code, OpKind};
+use iced_x86::{Code, Instruction, OpKind};
 use std::ops::Range;
 
 /// The way out for a block that is no longer what it was made from; gives its host address. RCX is in its slot, and so is R11.
@@ -136,6 +136,11 @@ fn way(code: Code) -> Option<Way> {
         C::Cmp_EAX_imm32 | C::Cmp_rm32_imm32 => Way::Operate(0x3b),
         _ => return None,
     })
+}
+
+/// Is it one for which [`load_immediate`] may say yes?
+pub(crate) fn may_load_immediate(iced: &Instruction) -> bool {
+    way(iced.code()).is_some() && iced.op0_kind() == OpKind::Register
 }
 
 /// An instruction whose immediate operand is not what it will be: loads it. False if it is to be copied like any other.

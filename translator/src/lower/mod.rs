@@ -6,7 +6,7 @@
 
 mod branch;
 mod bytes;
-mod compare;
+pub(crate) mod compare;
 mod copy;
 pub mod memory;
 mod relocate;
