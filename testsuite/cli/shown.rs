@@ -420,7 +420,7 @@ fn explanations() {
             &["identical", "rewritten", "rewritten", "call-out"][..],
         ),
         (&["explain", "480303 75fb c3", "--json"], "process", &["identical", "rewritten", "rewritten"]),
-        (&["explain", "89c8 0f05", "--json"], "kernel", &["identical", "call-out"]),
+        (&["explain", "89c8 0f05", "--json"], "kernel", &["identical", "rewritten"]),
         (&["explain", "89c8 0f05", "--for", "process", "--json"], "process", &["identical", "leaves"]),
     ];
     for (args, target, made) in cases {
