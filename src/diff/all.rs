@@ -112,7 +112,7 @@ pub fn report(tally: &Tally) {
 
 /// How many instructions were met, and which were not.
 fn coverage(tally: &Tally) {
-    let modes = [32, 16].map(|bits| (bits, modes::Coverage::of(tally, bits)));
+    let modes = [32, 16].map(|bits| (bits, modes::coverage(tally, bits)));
     let only = modes.iter().any(|m| m.1.is_some());
     for (bits, found) in modes {
         let Some(c) = found else { continue };

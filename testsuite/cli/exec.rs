@@ -1,27 +1,11 @@
 //! `bivisor exec` and `bivisor decode` from outside: the contract of requests and responses, bad input, throughput's correctness.
 
+mod fed;
+
+use fed::bivisor;
 use serde_json::{Value, json};
 use std::io::Write;
-use std::process::{Command, Output, Stdio};
-
-fn bivisor(args: &[&str], input: &str) -> Output {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_bivisor"))
-        .args(args)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("bivisor starts");
-    let mut stdin = child.stdin.take().expect("piped");
-    let input = input.to_owned();
-    let writer = std::thread::spawn(move || {
-        // The child may stop reading at a malformed line.
-        let _ = stdin.write_all(input.as_bytes());
-    });
-    let output = child.wait_with_output().expect("bivisor ends");
-    writer.join().expect("writer");
-    output
-}
+use std::process::{Command, Stdio};
 
 fn exec_on(args: &[&str], requests: &[Value]) -> Vec<Value> {
     let input: String = requests.iter().map(|r| format!("{r}\n")).collect();

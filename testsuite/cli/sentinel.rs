@@ -3,6 +3,7 @@
 
 #[path = "../tests/common/mod.rs"]
 mod common;
+mod fed;
 
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::isa::Gpr;
@@ -13,8 +14,8 @@ use bivisor_testsuite::lockstep::sentinel::{Entries, Sentinel};
 use bivisor_translator::Translator;
 use common::planted::{Bug, Planted};
 use common::small::{World, program};
+use fed::bivisor;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 
 /// The bug is in stretches: only there is known which instructions were done.
@@ -22,20 +23,6 @@ impl Entries for Planted<Translator> {
     fn run_entries(&mut self, board: Board<'_>, entries: u64) -> Exit {
         self.engine.run_entries(board, entries)
     }
-}
-
-fn bivisor(args: &[&str], input: &str) -> Output {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_bivisor"))
-        .args(args)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("bivisor runs");
-    let mut stdin = child.stdin.take().expect("a pipe");
-    std::io::Write::write_all(&mut stdin, input.as_bytes()).expect("it reads");
-    drop(stdin);
-    child.wait_with_output().expect("it ends")
 }
 
 #[test]

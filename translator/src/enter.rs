@@ -1,6 +1,6 @@
 //! The way into the code cache and out of it: all of the guest's registers, its vector state, its FS base.
 //!
-//! Vector and x87 state goes through XRSTOR and XSAVE(OPT) with the image of `CpuState`: components in their initial configuration
+//! Vector and x87 state goes through XRSTOR and XSAVE with the image of `CpuState`: components in their initial configuration
 //! stay so (SDM 1 13.8, XINUSE). Loading upper halves that the guest does not use would make its SSE code slower. The common case, x87
 //! and the upper halves of YMM0-15 and ZMM0-15 not in use, is done with plain loads and stores.
 //!
@@ -9,6 +9,7 @@
 #![allow(unsafe_code)]
 
 use crate::emit::{gs, slot};
+use crate::registers::{load_registers, store_others};
 use bivisor_emulator::cpu::CpuState;
 use bivisor_emulator::cpu::xsave::{Layout, component};
 use bivisor_emulator::host::thread::ThreadBlock;
@@ -109,22 +110,7 @@ global_asm!(
     "mov rax, [rbx + {fs_base}]",
     "wrfsbase rax",
     "popfq",
-    "mov rax, [rbx + {rax}]",
-    "mov rcx, [rbx + {rax} + 8]",
-    "mov rdx, [rbx + {rax} + 16]",
-    "mov rsp, [rbx + {rax} + 32]",
-    "mov rbp, [rbx + {rax} + 40]",
-    "mov rsi, [rbx + {rax} + 48]",
-    "mov rdi, [rbx + {rax} + 56]",
-    "mov r8, [rbx + {rax} + 64]",
-    "mov r9, [rbx + {rax} + 72]",
-    "mov r10, [rbx + {rax} + 80]",
-    "mov r11, [rbx + {rax} + 88]",
-    "mov r12, [rbx + {rax} + 96]",
-    "mov r13, [rbx + {rax} + 104]",
-    "mov r14, [rbx + {rax} + 112]",
-    "mov r15, [rbx + {rax} + 120]",
-    "mov rbx, [rbx + {rax} + 24]",
+    load_registers!(),
     "jmp qword ptr gs:[{entry}]",
     "bivisor_bt_enter_to:",
     // From the cache: all registers are the guest's, the exit number is in its slot.
@@ -133,22 +119,7 @@ global_asm!(
     "mov gs:[{rbx}], rbx",
     "mov rbx, gs:[{cpu}]",
     "mov [rbx + {rax}], rax",
-    "mov [rbx + {rax} + 8], rcx",
-    "mov [rbx + {rax} + 16], rdx",
-    "mov rax, gs:[{rbx}]",
-    "mov [rbx + {rax} + 24], rax",
-    "mov [rbx + {rax} + 32], rsp",
-    "mov [rbx + {rax} + 40], rbp",
-    "mov [rbx + {rax} + 48], rsi",
-    "mov [rbx + {rax} + 56], rdi",
-    "mov [rbx + {rax} + 64], r8",
-    "mov [rbx + {rax} + 72], r9",
-    "mov [rbx + {rax} + 80], r10",
-    "mov [rbx + {rax} + 88], r11",
-    "mov [rbx + {rax} + 96], r12",
-    "mov [rbx + {rax} + 104], r13",
-    "mov [rbx + {rax} + 112], r14",
-    "mov [rbx + {rax} + 120], r15",
+    store_others!(),
     "mov rsp, gs:[{host_rsp}]",
     "pushfq",
     "pop rcx",

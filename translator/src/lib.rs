@@ -38,6 +38,7 @@ pub mod links;
 pub mod lower;
 pub mod marks;
 pub mod persist;
+mod registers;
 pub mod route;
 mod run;
 pub mod stats;

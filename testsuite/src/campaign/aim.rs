@@ -245,16 +245,23 @@ fn is_safe(ea: u64, size: u64, before: u64) -> bool {
     inside || high || edge || !canonical(ea) && !canonical(from) && !canonical(ea.wrapping_add(size))
 }
 
-/// An address worth using.
-fn target(r: &mut Random, size: u64) -> u64 {
-    match r.below(96) {
+/// The `n`th of seven places where pages of different rights meet, or in one without all rights.
+pub(super) fn at_pages(r: &mut Random, size: u64, n: u64) -> u64 {
+    match n {
         0 => DATA + 0x1000 * (1 + r.below(3)) - r.below(size + 4),
         1 => ROM - r.below(size + 1),
         2 => ROM + 0x100 + r.below(0x800),
         3 => HOLE - r.below(size + 1),
         4 => DATA2 - r.below(size + 1),
         5 => HOLE + 0x400 + r.below(0x800),
-        6 => DATA2 + 0x2000 - r.below(size + 1),
+        _ => DATA2 + 0x2000 - r.below(size + 1),
+    }
+}
+
+/// An address worth using.
+fn target(r: &mut Random, size: u64) -> u64 {
+    match r.below(96) {
+        n @ 0..=6 => at_pages(r, size, n),
         7 => (0x8000_0000_0000 - 8 + r.below(16)) ^ if r.once_in(2) { 0 } else { u64::MAX },
         8 => 0xffff_9000_0000_0000 + r.below(1 << 40),
         9 => 0x8001_0000_0000 + r.below(1 << 46),

@@ -3,8 +3,9 @@
 use super::coordinator::State;
 use super::engine::Which;
 use super::expected::Expected;
-use super::tally::Tally;
+use super::tally::{Count, Tally};
 use super::worker::codes;
+use iced_x86::Code;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
@@ -54,7 +55,7 @@ pub fn summary(states: &[State], revision: &str) -> String {
 
 /// How many instructions a campaign met.
 pub struct Coverage {
-    /// That decode in 64-bit mode and that the offered CPU has.
+    /// That decode in the mode and that the offered CPU has.
     pub all: usize,
     /// Met by a case on every engine.
     pub met: usize,
@@ -69,19 +70,27 @@ pub struct Coverage {
 impl Coverage {
     /// Of results.
     pub fn of(t: &Tally) -> Coverage {
-        let (wanted, left_out) = codes();
-        let mut c = Coverage { all: 0, met: 0, thousand: 0, least: u64::MAX, without: BTreeMap::new() };
-        c.all = wanted.len() + left_out.len();
+        // Only engines that ran instructions of this kind: a comparison of its own is none.
+        let engines: Vec<_> = t.counts.iter().filter(|(e, _)| Which::named(e).is_some()).map(|(_, n)| n).collect();
+        Coverage::count(&engines, codes())
+    }
+
+    /// Of what engines counted, of the codes that are wanted; and those that are left out, with the reason.
+    pub fn count(
+        engines: &[&BTreeMap<String, Count>],
+        (wanted, left_out): (Vec<Code>, Vec<(Code, &'static str)>),
+    ) -> Coverage {
+        let all = wanted.len() + left_out.len();
+        let mut c = Coverage { all, met: 0, thousand: 0, least: u64::MAX, without: BTreeMap::new() };
         for code in wanted {
             let name = format!("{code:?}");
-            // Only engines that ran instructions of this kind: a comparison of its own is none.
-            let engines = t.counts.iter().filter(|(e, _)| Which::named(e).is_some());
-            let n = engines.map(|(_, by_code)| by_code.get(&name).map_or(0, |n| n.cases)).min().unwrap_or(0);
-            match n {
+            match engines.iter().map(|by_code| by_code.get(&name).map_or(0, |n| n.cases)).min().unwrap_or(0) {
                 0 => c.without.entry("not met".into()).or_default().push(name),
-                _ => (c.met, c.least) = (c.met + 1, c.least.min(n)),
+                n => {
+                    (c.met, c.least) = (c.met + 1, c.least.min(n));
+                    c.thousand += usize::from(n >= 1000);
+                }
             }
-            c.thousand += usize::from(n >= 1000);
         }
         for (code, why) in left_out {
             c.without.entry(why.into()).or_default().push(format!("{code:?}"));

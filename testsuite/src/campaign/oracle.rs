@@ -11,35 +11,107 @@ use crate::host::{GPRS, fault};
 use bivisor_emulator::cpu::XsaveArea;
 use bivisor_emulator::cpu::xsave::Layout;
 use bivisor_emulator::host::signal;
-use bivisor_emulator::host::thread::{SCRATCH_OFFSET, ThreadBlock};
+use bivisor_emulator::host::thread::{SCRATCH_OFFSET, SignalHook, ThreadBlock};
 use std::arch::global_asm;
 use std::mem::offset_of;
 
-/// Slots of the thread block that no engine uses.
-const FRAME: usize = 60;
-const RBX: usize = 61;
+/// Slots of the thread block that no engine uses: the frame of the case that runs, one for the way in, and whether one runs.
+pub(super) const FRAME: usize = 60;
+pub(super) const WAY_IN: usize = 61;
 const RUNNING: usize = 62;
 
-const fn gs(slot: usize) -> i32 {
+pub(super) const fn gs(slot: usize) -> i32 {
     SCRATCH_OFFSET + 8 * slot as i32
 }
 
 /// What the assembly works on.
 #[repr(C, align(64))]
-struct Frame {
-    xsave: XsaveArea,
-    gpr: [u64; 16],
-    rflags: u64,
-    fs_base: u64,
-    rsp: u64,
-    entry: u64,
-    components: u64,
-    trap: u64,
-    error: u64,
-    cr2: u64,
-    rip: u64,
+pub(super) struct Frame {
+    pub xsave: XsaveArea,
+    pub gpr: [u64; 16],
+    pub rflags: u64,
+    pub fs_base: u64,
+    /// The host's.
+    pub rsp: u64,
+    /// Where the case begins: an address, or a far pointer with a selector in bits 47:32.
+    pub entry: u64,
+    pub components: u64,
+    /// The exception that ended the case; [`NO_TRAP`].
+    pub trap: u64,
+    pub error: u64,
+    pub cr2: u64,
+    pub rip: u64,
     /// ES, CS, SS, DS, FS.
-    selectors: [u16; 5],
+    pub selectors: [u16; 5],
+}
+
+impl Frame {
+    pub fn new(selectors: [u16; 5]) -> Box<Frame> {
+        Box::new(Frame {
+            xsave: XsaveArea::default(),
+            gpr: [0; 16],
+            rflags: 2,
+            fs_base: 0,
+            rsp: 0,
+            entry: 0,
+            components: Layout::host().components,
+            trap: NO_TRAP,
+            error: 0,
+            cr2: 0,
+            rip: 0,
+            selectors,
+        })
+    }
+
+    /// Enters the case with a hook of the signal handler.
+    ///
+    /// # Safety
+    /// `enter` keeps the calling convention with this frame, and `hook` brings it back from an exception.
+    pub unsafe fn enter(&mut self, enter: unsafe extern "sysv64" fn(*mut Frame), hook: SignalHook) {
+        let block = signal::attach();
+        let others = block.engine_hook.replace(Some(hook));
+        block.scratch[RUNNING].set(1);
+        // SAFETY: as the caller says.
+        unsafe { enter(self) };
+        block.scratch[RUNNING].set(0);
+        block.engine_hook.set(others);
+    }
+
+    /// Notes the registers of an exception's signal frame and lets the handler return to `left`, with RBX and RSP set. False: no exception
+    /// of a case.
+    ///
+    /// # Safety
+    /// Called by the handler with what the kernel gave it, while a case of a frame runs.
+    pub unsafe fn note(
+        block: &ThreadBlock,
+        info: *mut libc::siginfo_t,
+        uc: *mut libc::ucontext_t,
+        left: *const u8,
+    ) -> bool {
+        // SAFETY: the kernel's structures are valid while the handler runs; the slot names the frame of the case that runs.
+        unsafe {
+            if block.scratch[RUNNING].get() == 0 || (*info).si_code <= 0 {
+                return false;
+            }
+            let frame = &mut *(block.scratch[FRAME].get() as *mut Frame);
+            let regs = &mut (*uc).uc_mcontext.gregs;
+            frame.gpr = GPRS.map(|i| regs[i as usize] as u64);
+            frame.rflags = regs[libc::REG_EFL as usize] as u64;
+            frame.trap = regs[libc::REG_TRAPNO as usize] as u64;
+            frame.error = regs[libc::REG_ERR as usize] as u64;
+            frame.cr2 = regs[libc::REG_CR2 as usize] as u64;
+            frame.rip = regs[libc::REG_RIP as usize] as u64;
+            // CS, GS, FS, SS (asm/sigcontext.h).
+            let selectors = regs[libc::REG_CSGSFS as usize] as u64;
+            (frame.selectors[1], frame.selectors[2]) = (selectors as u16, (selectors >> 48) as u16);
+            vectors(&mut frame.xsave, (*uc).uc_mcontext.fpregs.cast());
+            regs[libc::REG_RIP as usize] = left as i64;
+            regs[libc::REG_RSP as usize] = frame.rsp as i64;
+            regs[libc::REG_RBX as usize] = std::ptr::from_mut(frame) as i64;
+            regs[libc::REG_EFL as usize] = 2;
+        }
+        true
+    }
 }
 
 /// The host CPU.
@@ -159,7 +231,7 @@ global_asm!(
     "pop r15; pop r14; pop r13; pop r12; pop rbp; pop rbx",
     "ret",
     frame = const gs(FRAME),
-    rbx = const gs(RBX),
+    rbx = const gs(WAY_IN),
     rsp = const offset_of!(Frame, rsp),
     gpr = const offset_of!(Frame, gpr),
     rflags = const offset_of!(Frame, rflags),
@@ -181,21 +253,7 @@ impl Oracle {
         if !std::is_x86_feature_detected!("xsave") {
             return None;
         }
-        let frame = Box::new(Frame {
-            xsave: XsaveArea::default(),
-            gpr: [0; 16],
-            rflags: 2,
-            fs_base: 0,
-            rsp: 0,
-            entry: 0,
-            components: Layout::host().components,
-            trap: NO_TRAP,
-            error: 0,
-            cr2: 0,
-            rip: 0,
-            selectors: NORMAL,
-        });
-        Some(Oracle { frame, view })
+        Some(Oracle { frame: Frame::new(NORMAL), view })
     }
 
     /// Runs a case whose memory is set up.
@@ -206,14 +264,8 @@ impl Oracle {
         let f = &mut *self.frame;
         f.xsave.bytes.copy_from_slice(&case.xsave.bytes);
         (f.gpr, f.rflags, f.fs_base, f.entry, f.trap) = (case.gpr, case.rflags, case.fs_base, case.rip, NO_TRAP);
-        let block = signal::attach();
-        let others = block.engine_hook.replace(Some(hook));
-        block.scratch[RUNNING].set(1);
-        // SAFETY: the routine keeps the calling convention; the instruction is a case's: it touches registers and the arena only, or
-        // faults, and goes on to a tail that comes back.
-        unsafe { bivisor_oracle_enter(f) };
-        block.scratch[RUNNING].set(0);
-        block.engine_hook.set(others);
+        // SAFETY: the instruction is a case's: it touches registers and the arena only, or faults, and goes on to a tail that comes back.
+        unsafe { f.enter(bivisor_oracle_enter, hook) };
         out.gpr = f.gpr;
         out.rflags = f.rflags;
         out.fs_base = f.fs_base;
@@ -235,36 +287,15 @@ impl Oracle {
 /// # Safety
 /// Called by the handler with what the kernel gave it.
 unsafe fn hook(block: &ThreadBlock, _sig: i32, info: *mut libc::siginfo_t, uc: *mut libc::ucontext_t) -> bool {
-    // SAFETY: the kernel's structures are valid while the handler runs; the slot names the frame of the case that runs.
-    unsafe {
-        if block.scratch[RUNNING].get() == 0 || (*info).si_code <= 0 {
-            return false;
-        }
-        let frame = &mut *(block.scratch[FRAME].get() as *mut Frame);
-        let regs = &mut (*uc).uc_mcontext.gregs;
-        frame.gpr = GPRS.map(|i| regs[i as usize] as u64);
-        frame.rflags = regs[libc::REG_EFL as usize] as u64;
-        frame.trap = regs[libc::REG_TRAPNO as usize] as u64;
-        frame.error = regs[libc::REG_ERR as usize] as u64;
-        frame.cr2 = regs[libc::REG_CR2 as usize] as u64;
-        frame.rip = regs[libc::REG_RIP as usize] as u64;
-        // CS, GS, FS, SS (asm/sigcontext.h).
-        let selectors = regs[libc::REG_CSGSFS as usize] as u64;
-        (frame.selectors[1], frame.selectors[2]) = (selectors as u16, (selectors >> 48) as u16);
-        vectors(&mut frame.xsave, (*uc).uc_mcontext.fpregs.cast());
-        regs[libc::REG_RIP as usize] = (&raw const bivisor_oracle_left) as i64;
-        regs[libc::REG_RSP as usize] = frame.rsp as i64;
-        regs[libc::REG_RBX as usize] = std::ptr::from_mut(frame) as i64;
-        regs[libc::REG_EFL as usize] = 2;
-    }
-    true
+    // SAFETY: as the caller says.
+    unsafe { Frame::note(block, info, uc, &raw const bivisor_oracle_left) }
 }
 
 /// x87 and vector registers of a signal frame.
 ///
 /// # Safety
 /// The kernel's pointer.
-pub(super) unsafe fn vectors(to: &mut XsaveArea, from: *const u8) {
+unsafe fn vectors(to: &mut XsaveArea, from: *const u8) {
     const SW_RESERVED: usize = 464;
     const MAGIC: u32 = 0x4650_5853;
     if from.is_null() {

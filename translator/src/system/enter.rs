@@ -8,6 +8,7 @@
 //! Code of a mode without vector instructions ([`at::ASLEEP`]) is entered and left without any of that: kernels hardly ever use them.
 #![allow(unsafe_code)]
 
+use crate::registers::{load_registers, store_others};
 use crate::system::area::{Area, at, gs};
 use bivisor_emulator::cpu::CpuState;
 use bivisor_emulator::cpu::xsave::Layout;
@@ -24,6 +25,24 @@ pub const ABORTED: u32 = 0xffff_ff02;
 
 const AVX: u64 = 1;
 const RAX: usize = offset_of!(CpuState, gpr) + 8 * Gpr::Rax as usize;
+
+/// Loads what a call of Rust may change, as it was noted before the call.
+macro_rules! load_callers {
+    () => {
+        concat!(
+            "mov rax, gs:[{caller}]\n",
+            "mov rcx, gs:[{caller} + 8]\n",
+            "mov rdx, gs:[{caller} + 16]\n",
+            "mov rsp, gs:[{caller} + 32]\n",
+            "mov rsi, gs:[{caller} + 48]\n",
+            "mov rdi, gs:[{caller} + 56]\n",
+            "mov r8, gs:[{caller} + 64]\n",
+            "mov r9, gs:[{caller} + 72]\n",
+            "mov r10, gs:[{caller} + 80]\n",
+            "mov r11, gs:[{caller} + 88]\n",
+        )
+    };
+}
 
 global_asm!(
     ".globl bivisor_system_enter, bivisor_system_from, bivisor_system_to, bivisor_system_abort, bivisor_system_leave, bivisor_system_leave_light, bivisor_system_sync, bivisor_system_settle, bivisor_system_port, bivisor_system_called, bivisor_system_returned, bivisor_system_give_up",
@@ -59,22 +78,7 @@ global_asm!(
     "mov rax, gs:[{status}]",
     "add al, 0x7f",
     "sahf",
-    "mov rax, [rbx + {rax}]",
-    "mov rcx, [rbx + {rax} + 8]",
-    "mov rdx, [rbx + {rax} + 16]",
-    "mov rsp, [rbx + {rax} + 32]",
-    "mov rbp, [rbx + {rax} + 40]",
-    "mov rsi, [rbx + {rax} + 48]",
-    "mov rdi, [rbx + {rax} + 56]",
-    "mov r8, [rbx + {rax} + 64]",
-    "mov r9, [rbx + {rax} + 72]",
-    "mov r10, [rbx + {rax} + 80]",
-    "mov r11, [rbx + {rax} + 88]",
-    "mov r12, [rbx + {rax} + 96]",
-    "mov r13, [rbx + {rax} + 104]",
-    "mov r14, [rbx + {rax} + 112]",
-    "mov r15, [rbx + {rax} + 120]",
-    "mov rbx, [rbx + {rax} + 24]",
+    load_registers!(),
     "jmp qword ptr gs:[{entry}]",
     // Without the vector registers: MXCSR is Rust's.
     "20:",
@@ -109,22 +113,7 @@ global_asm!(
     "seto al",
     "movzx eax, ax",
     "mov gs:[{exit_status}], rax",
-    "mov [rbx + {rax} + 8], rcx",
-    "mov [rbx + {rax} + 16], rdx",
-    "mov rax, gs:[{rbx}]",
-    "mov [rbx + {rax} + 24], rax",
-    "mov [rbx + {rax} + 32], rsp",
-    "mov [rbx + {rax} + 40], rbp",
-    "mov [rbx + {rax} + 48], rsi",
-    "mov [rbx + {rax} + 56], rdi",
-    "mov [rbx + {rax} + 64], r8",
-    "mov [rbx + {rax} + 72], r9",
-    "mov [rbx + {rax} + 80], r10",
-    "mov [rbx + {rax} + 88], r11",
-    "mov [rbx + {rax} + 96], r12",
-    "mov [rbx + {rax} + 104], r13",
-    "mov [rbx + {rax} + 112], r14",
-    "mov [rbx + {rax} + 120], r15",
+    store_others!(),
     "mov rsp, gs:[{host_rsp}]",
     "cmp dword ptr gs:[{asleep}], 0",
     "jne 8f",
@@ -185,30 +174,12 @@ global_asm!(
     "cmp dword ptr gs:[{look}], 0",
     "jne bivisor_system_give_up",
     "mov gs:[{entry}], rax",
-    "mov rax, gs:[{caller}]",
-    "mov rcx, gs:[{caller} + 8]",
-    "mov rdx, gs:[{caller} + 16]",
-    "mov rsp, gs:[{caller} + 32]",
-    "mov rsi, gs:[{caller} + 48]",
-    "mov rdi, gs:[{caller} + 56]",
-    "mov r8, gs:[{caller} + 64]",
-    "mov r9, gs:[{caller} + 72]",
-    "mov r10, gs:[{caller} + 80]",
-    "mov r11, gs:[{caller} + 88]",
+    load_callers!(),
     "jmp qword ptr gs:[{entry}]",
     "bivisor_system_returned:",
     "bivisor_system_give_up:",
     "mov dword ptr gs:[{called}], 1",
-    "mov rax, gs:[{caller}]",
-    "mov rcx, gs:[{caller} + 8]",
-    "mov rdx, gs:[{caller} + 16]",
-    "mov rsp, gs:[{caller} + 32]",
-    "mov rsi, gs:[{caller} + 48]",
-    "mov rdi, gs:[{caller} + 56]",
-    "mov r8, gs:[{caller} + 64]",
-    "mov r9, gs:[{caller} + 72]",
-    "mov r10, gs:[{caller} + 80]",
-    "mov r11, gs:[{caller} + 88]",
+    load_callers!(),
     "jmp bivisor_system_leave",
     // The XMM registers are Rust's: back to the guest's values for XSAVE. fn(rdi = image)
     ".p2align 4",

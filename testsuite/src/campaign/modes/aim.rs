@@ -4,8 +4,8 @@
 //! Unlike in 64-bit mode nothing must be kept away from: all that compatibility mode reaches is the arena.
 
 use super::segments::{self, ANY, segment};
-use crate::campaign::aim::{content, indexes};
-use crate::campaign::arena::{BASE, CODE, DATA, DATA2, HOLE, ROM};
+use crate::campaign::aim::{at_pages, content, indexes};
+use crate::campaign::arena::{BASE, CODE, DATA, HOLE};
 use crate::campaign::case::Case;
 use crate::random::Random;
 use bivisor_emulator::cpu::xsave::Layout;
@@ -286,13 +286,7 @@ fn far(i: &Insn) -> Option<Far> {
 pub fn target(r: &mut Random, size: u64, s: &Segment) -> u64 {
     let end = s.base.wrapping_add(u64::from(s.limit)).wrapping_add(1);
     match r.below(64) {
-        0 => DATA + 0x1000 * (1 + r.below(3)) - r.below(size + 4),
-        1 => ROM - r.below(size + 1),
-        2 => ROM + 0x100 + r.below(0x800),
-        3 => HOLE - r.below(size + 1),
-        4 => DATA2 - r.below(size + 1),
-        5 => HOLE + 0x400 + r.below(0x800),
-        6 => DATA2 + 0x2000 - r.below(size + 1),
+        n @ 0..=6 => at_pages(r, size, n),
         // The segment's edges.
         7..=12 => end.wrapping_sub(r.below(size + 4)) & 0xffff_ffff,
         13 => s.base.wrapping_add(r.below(size + 2)).wrapping_sub(2) & 0xffff_ffff,

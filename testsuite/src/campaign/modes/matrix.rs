@@ -2,6 +2,7 @@
 
 use super::source::codes;
 use crate::campaign::coordinator::State;
+use crate::campaign::matrix::Coverage;
 use crate::campaign::tally::Tally;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -14,49 +15,11 @@ pub fn is_mode(engine: &str) -> bool {
     engine.ends_with(":32") || engine.ends_with(":16")
 }
 
-/// How many instructions of 16- or 32-bit code a campaign met.
-pub struct Coverage {
-    /// That decode there and that the offered CPU has.
-    pub all: usize,
-    /// Met by a case on every engine.
-    pub met: usize,
-    /// With a thousand cases or more on every engine.
-    pub thousand: usize,
-    /// The fewest cases of one that was met.
-    pub least: u64,
-    /// Those without a case, by the reason.
-    pub without: BTreeMap<String, Vec<String>>,
-}
-
-impl Coverage {
-    /// Of results; `None` if none are of such code.
-    pub fn of(t: &Tally, bits: u32) -> Option<Coverage> {
-        let tail = format!(":{bits}");
-        let engines: Vec<_> = t.counts.iter().filter(|(e, _)| e.ends_with(&tail)).map(|(_, by_code)| by_code).collect();
-        if engines.is_empty() {
-            return None;
-        }
-        let (wanted, left_out) = codes(bits);
-        let all = wanted.len() + left_out.len();
-        let mut c = Coverage { all, met: 0, thousand: 0, least: u64::MAX, without: BTreeMap::new() };
-        for code in wanted {
-            let name = format!("{code:?}");
-            match engines.iter().map(|by_code| by_code.get(&name).map_or(0, |n| n.cases)).min().unwrap_or(0) {
-                0 => c.without.entry("not met".into()).or_default().push(name),
-                n => {
-                    (c.met, c.least) = (c.met + 1, c.least.min(n));
-                    c.thousand += usize::from(n >= 1000);
-                }
-            }
-        }
-        for (code, why) in left_out {
-            c.without.entry(why.into()).or_default().push(format!("{code:?}"));
-        }
-        if c.met == 0 {
-            c.least = 0;
-        }
-        Some(c)
-    }
+/// How many instructions of 16- or 32-bit code a campaign met; `None` if its results have none.
+pub fn coverage(t: &Tally, bits: u32) -> Option<Coverage> {
+    let tail = format!(":{bits}");
+    let engines: Vec<_> = t.counts.iter().filter(|(e, _)| e.ends_with(&tail)).map(|(_, by_code)| by_code).collect();
+    (!engines.is_empty()).then(|| Coverage::count(&engines, codes(bits)))
 }
 
 /// Results of campaigns as the lines of the summary: `campaign`, `code` (bits, instructions met, with a thousand cases, fewest, all),
@@ -70,7 +33,7 @@ pub fn summary(states: &[State], revision: &str) -> String {
         t.add(&s.tally);
     }
     for bits in [32, 16] {
-        let Some(c) = Coverage::of(&t, bits) else { continue };
+        let Some(c) = coverage(&t, bits) else { continue };
         let _ = writeln!(out, "code {bits} {} {} {} {}", c.met, c.thousand, c.least, c.all);
         for (why, codes) in c.without {
             let _ = writeln!(out, "without {bits} {why}: {}", codes.join(" "));

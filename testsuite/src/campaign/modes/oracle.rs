@@ -7,42 +7,12 @@
 
 use super::segments::{FLAT_CODE, LDT};
 use crate::campaign::case::Case;
-use crate::campaign::oracle::vectors;
+use crate::campaign::oracle::{FRAME, Frame, WAY_IN, gs};
 use crate::campaign::outcome::{End, Outcome};
-use crate::host::{GPRS, fault};
-use bivisor_emulator::cpu::XsaveArea;
-use bivisor_emulator::cpu::xsave::Layout;
-use bivisor_emulator::host::signal;
-use bivisor_emulator::host::thread::{SCRATCH_OFFSET, ThreadBlock};
+use crate::host::fault;
+use bivisor_emulator::host::thread::ThreadBlock;
 use std::arch::global_asm;
 use std::mem::offset_of;
-
-/// Slots of the thread block that no engine uses.
-const FRAME: usize = 60;
-const FAR: usize = 61;
-const RUNNING: usize = 62;
-
-const fn gs(slot: usize) -> i32 {
-    SCRATCH_OFFSET + 8 * slot as i32
-}
-
-/// What the assembly works on.
-#[repr(C, align(64))]
-struct Frame {
-    xsave: XsaveArea,
-    gpr: [u64; 16],
-    rflags: u64,
-    fs_base: u64,
-    rsp: u64,
-    far: u64,
-    components: u64,
-    trap: u64,
-    error: u64,
-    cr2: u64,
-    rip: u64,
-    /// ES, CS, SS, DS, FS.
-    selectors: [u16; 5],
-}
 
 /// The host CPU in compatibility mode.
 pub struct Oracle {
@@ -66,8 +36,8 @@ global_asm!(
     "mov fs, [rbx + {selectors} + 8]",
     "mov rax, [rbx + {fs_base}]",
     "wrfsbase rax",
-    "mov rax, [rbx + {far}]",
-    "mov gs:[{far_slot}], rax",
+    "mov rax, [rbx + {entry}]",
+    "mov gs:[{way_in}], rax",
     "mov rax, [rbx + {gpr}]",
     "mov rcx, [rbx + {gpr} + 8]",
     "mov rdx, [rbx + {gpr} + 16]",
@@ -89,7 +59,7 @@ global_asm!(
     "mov rbx, [rbx + {gpr} + 24]",
     // JMP FAR m16:32 at GS.
     ".byte 0x65, 0xff, 0x2c, 0x25",
-    ".long {far_slot}",
+    ".long {way_in}",
     // The signal handler comes back here, with RBX and RSP set.
     ".p2align 4",
     "bivisor_compat_left:",
@@ -115,12 +85,12 @@ global_asm!(
     "pop r15; pop r14; pop r13; pop r12; pop rbp; pop rbx",
     "ret",
     frame = const gs(FRAME),
-    far_slot = const gs(FAR),
+    way_in = const gs(WAY_IN),
     rsp = const offset_of!(Frame, rsp),
     gpr = const offset_of!(Frame, gpr),
     rflags = const offset_of!(Frame, rflags),
     fs_base = const offset_of!(Frame, fs_base),
-    far = const offset_of!(Frame, far),
+    entry = const offset_of!(Frame, entry),
     components = const offset_of!(Frame, components),
     selectors = const offset_of!(Frame, selectors),
 );
@@ -175,21 +145,7 @@ impl Oracle {
                 return Err("the host's kernel gives no local descriptor table: modify_ldt(2) failed".into());
             }
         }
-        let frame = Box::new(Frame {
-            xsave: XsaveArea::default(),
-            gpr: [0; 16],
-            rflags: 2,
-            fs_base: 0,
-            rsp: 0,
-            far: 0,
-            components: Layout::host().components,
-            trap: 0,
-            error: 0,
-            cr2: 0,
-            rip: 0,
-            selectors: [0; 5],
-        });
-        Ok(Oracle { frame })
+        Ok(Oracle { frame: Frame::new([0; 5]) })
     }
 
     /// Runs a case whose memory is set up.
@@ -197,15 +153,10 @@ impl Oracle {
         let f = &mut *self.frame;
         f.xsave.bytes.copy_from_slice(&case.xsave.bytes);
         (f.gpr, f.rflags, f.fs_base, f.selectors) = (case.gpr, case.rflags, case.fs_base, case.selectors);
-        f.far = case.rip & 0xffff_ffff | u64::from(case.selectors[1]) << 32;
-        let block = signal::attach();
-        let others = block.engine_hook.replace(Some(hook));
-        block.scratch[RUNNING].set(1);
-        // SAFETY: the routine keeps the calling convention. The case runs in compatibility mode, which reaches nothing of the process
-        // but the arena, and has no instruction that calls the kernel; it ends with an exception, whose handler comes back.
-        unsafe { bivisor_compat_enter(f) };
-        block.scratch[RUNNING].set(0);
-        block.engine_hook.set(others);
+        f.entry = case.rip & 0xffff_ffff | u64::from(case.selectors[1]) << 32;
+        // SAFETY: the case runs in compatibility mode, which reaches nothing of the process but the arena, and has no instruction that calls
+        // the kernel; it ends with an exception, whose handler comes back.
+        unsafe { f.enter(bivisor_compat_enter, hook) };
         out.gpr = f.gpr.map(|v| v & 0xffff_ffff);
         out.rflags = (f.rflags & !0x1_0000) | case.rflags & 0x1_0000;
         out.fs_base = f.fs_base;
@@ -223,28 +174,13 @@ impl Oracle {
 unsafe fn hook(block: &ThreadBlock, _sig: i32, info: *mut libc::siginfo_t, uc: *mut libc::ucontext_t) -> bool {
     /// Linux's selectors of 64-bit code.
     const CS_SS: u64 = 0x002b_0000_0000_0033;
-    // SAFETY: the kernel's structures are valid while the handler runs; the slot names the frame of the case that runs.
+    // SAFETY: as the caller says; the kernel's structures are valid while the handler runs.
     unsafe {
-        if block.scratch[RUNNING].get() == 0 || (*info).si_code <= 0 {
-            return false;
+        let noted = Frame::note(block, info, uc, &raw const bivisor_compat_left);
+        if noted {
+            let selectors = &mut (*uc).uc_mcontext.gregs[libc::REG_CSGSFS as usize];
+            *selectors = (*selectors as u64 & 0x0000_ffff_ffff_0000 | CS_SS) as i64;
         }
-        let frame = &mut *(block.scratch[FRAME].get() as *mut Frame);
-        let regs = &mut (*uc).uc_mcontext.gregs;
-        frame.gpr = GPRS.map(|i| regs[i as usize] as u64);
-        frame.rflags = regs[libc::REG_EFL as usize] as u64;
-        frame.trap = regs[libc::REG_TRAPNO as usize] as u64;
-        frame.error = regs[libc::REG_ERR as usize] as u64;
-        frame.cr2 = regs[libc::REG_CR2 as usize] as u64;
-        frame.rip = regs[libc::REG_RIP as usize] as u64;
-        // CS, GS, FS, SS (asm/sigcontext.h).
-        let selectors = regs[libc::REG_CSGSFS as usize] as u64;
-        (frame.selectors[1], frame.selectors[2]) = (selectors as u16, (selectors >> 48) as u16);
-        vectors(&mut frame.xsave, (*uc).uc_mcontext.fpregs.cast());
-        regs[libc::REG_RIP as usize] = (&raw const bivisor_compat_left) as i64;
-        regs[libc::REG_RSP as usize] = frame.rsp as i64;
-        regs[libc::REG_RBX as usize] = std::ptr::from_mut(frame) as i64;
-        regs[libc::REG_EFL as usize] = 2;
-        regs[libc::REG_CSGSFS as usize] = (selectors & 0x0000_ffff_ffff_0000 | CS_SS) as i64;
+        noted
     }
-    true
 }
