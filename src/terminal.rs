@@ -152,3 +152,44 @@ fn pump(to: &Attached, mut input: Input, with_menu: bool) {
         send(&machine, input, &typed);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    use std::fs::File;
+    use std::process::{Command, Stdio};
+
+    /// Says to this test, started again on a terminal of its own, that it is the one to panic.
+    const PANICS: &str = "BIVISOR_TEST_PANICS";
+
+    /// A panic of ours is told on a terminal that is as before: its message is not torn by raw mode, and the shell has its terminal back.
+    /// In another thread, and with the program ended at once, nothing but the hook can do that.
+    #[test]
+    fn a_panic_is_told_on_a_terminal_as_before() {
+        if std::env::var_os(PANICS).is_some() {
+            let terminal = Terminal::take(Input::Serial);
+            let raw = tcgetattr(std::io::stdin()).expect("a terminal");
+            assert_ne!(raw.local_modes, terminal.before.as_ref().expect("a terminal").local_modes, "it is raw");
+            let _ = std::thread::spawn(|| panic!("as a test wants it")).join();
+            std::process::exit(77);
+        }
+        let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("a pseudoterminal");
+        grantpt(&ours).and_then(|()| unlockpt(&ours)).expect("unlocked");
+        let name = ptsname(&ours, Vec::new()).expect("a name").into_string().expect("plain");
+        let theirs = File::options().read(true).write(true).open(name).expect("opens");
+        let before = tcgetattr(&theirs).expect("a terminal");
+        let mut child = Command::new(std::env::current_exe().expect("this program"));
+        child.args(["--exact", "--nocapture", "terminal::tests::a_panic_is_told_on_a_terminal_as_before"]);
+        child.env(PANICS, "1").stdin(theirs.try_clone().expect("cloned")).stdout(Stdio::null()).stderr(Stdio::piped());
+        let output = child.output().expect("it runs");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(77), "{said}");
+        assert!(said.contains("as a test wants it"), "{said}");
+        let after = tcgetattr(&theirs).expect("a terminal");
+        assert_eq!(
+            (after.local_modes, after.input_modes, after.output_modes),
+            (before.local_modes, before.input_modes, before.output_modes)
+        );
+    }
+}

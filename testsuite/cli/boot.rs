@@ -185,6 +185,37 @@ fn a_bios_starts_at_the_reset_vector() {
     }
 }
 
+/// What is stored to ROM is lost, as on any PC: by MOV, by a locked increment, by PUSH and by STOS.
+#[test]
+fn stores_to_rom_are_lost() {
+    let mut rom = vec![0xf4; 0x1_0000];
+    rom[0x100..0x104].copy_from_slice(b"ROM!");
+    // CS begins at FFFF0000 until it is loaded. mov byte cs:[100], 55; lock inc word cs:[101]; jmp ff80
+    rom[0xfff0..0xfffe].copy_from_slice(&[0x2e, 0xc6, 6, 0, 1, 0x55, 0xf0, 0x2e, 0xff, 6, 1, 1, 0xeb, 0x82]);
+    let rest = [
+        // mov edx, FFFF0000 by which unreal mode reaches the image through DS: lgdt cs:[ff60]; mov eax, cr0; or al, 1; mov cr0, eax
+        &[0x2e, 0x66, 0x0f, 0x01, 0x16, 0x60, 0xff, 0x0f, 0x20, 0xc0, 0x0c, 1, 0x0f, 0x22, 0xc0][..],
+        // mov ax, 8; mov ds, ax; mov es, ax; mov ss, ax; mov eax, cr0; and al, FE; mov cr0, eax
+        &[0xb8, 8, 0, 0x8e, 0xd8, 0x8e, 0xc0, 0x8e, 0xd0, 0x0f, 0x20, 0xc0, 0x24, 0xfe, 0x0f, 0x22, 0xc0],
+        // mov edi, FFFF0100; cld; addr32 stosd; mov esi, FFFF0100; mov ecx, 4
+        &[0x66, 0xbf, 0, 1, 0xff, 0xff, 0xfc, 0x67, 0x66, 0xab, 0x66, 0xbe, 0, 1, 0xff, 0xff, 0x66, 0xb9, 4, 0, 0, 0],
+        // addr32 lodsb; out e9, al; addr32 loop; mov al, 7; out f4, al
+        &[0x67, 0xac, 0xe6, 0xe9, 0x67, 0xe2, 0xf9, 0xb0, 7, 0xe6, 0xf4],
+    ]
+    .concat();
+    rom[0xff80..0xff80 + rest.len()].copy_from_slice(&rest);
+    // Null, and data of 4 GiB from 0; limit and base of the table.
+    rom[0xff48..0xff50].copy_from_slice(&0x00cf_9300_0000_ffffu64.to_le_bytes());
+    rom[0xff60..0xff66].copy_from_slice(&[15, 0, 0x40, 0xff, 0xff, 0xff]);
+    let bios = file("bios-rom", &rom);
+    for engine in ENGINES {
+        let args = ["--backend", engine, "--bios", &bios, "--debugcon", "0xe9=stdio", "--serial", "none"];
+        let output = boot(&[&args[..], &["--debug-exit", "0xf4"]].concat());
+        let said = (text(&output.stdout), output.status.code());
+        assert_eq!(said, ("ROM!".into(), Some(15)), "{engine}: {}", text(&output.stderr));
+    }
+}
+
 /// Status and words of the one line that is printed.
 fn fails(args: &[&str], status: i32, words: &[&str]) {
     for engine in ENGINES {
@@ -207,6 +238,9 @@ fn bad_input_is_said_in_a_line() {
     fails(&["--kernel", &text], 1, &["text", "not a kernel image"]);
     let cut = file("cut", &whole[..0x180]);
     fails(&["--kernel", &cut], 1, &["cut"]);
+    // An ELF file of which a segment is not there.
+    let whole_64 = std::fs::read(env!("CARGO_BIN_EXE_bivisor")).expect("there");
+    fails(&["--kernel", &file("cut-elf", &whole_64[..0x2000])], 1, &["cut-elf"]);
     fails(&["--kernel", "/nowhere/vmlinuz"], 1, &["/nowhere/vmlinuz", "No such file"]);
     fails(&["--kernel", &kernel, "--initrd", "/"], 1, &["--initrd", "directory"]);
     let large = file("large", &vec![0; 17 << 20]);

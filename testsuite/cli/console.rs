@@ -138,6 +138,25 @@ fn a_signal_ends_raw_mode_too() {
     }
 }
 
+/// A guest that does nothing but loop with interrupts off (mov dx, 3f8; mov al, >; out dx, al; cli; jmp $) cannot keep the user in.
+#[test]
+fn a_guest_that_loops_for_ever_can_be_left() {
+    let flat = program("loop", &[0xba, 0xf8, 3, 0xb0, b'>', 0xee, 0xfa, 0xeb, 0xfe]);
+    for engine in ["interp", "bt"] {
+        for by_key in [true, false] {
+            let (mut child, mut keys, mut seen, _theirs) = on_terminal(&["--backend", engine, "--flat", &flat]);
+            seen.wait(">");
+            if by_key {
+                keys.write_all(b"\x01x").expect("typed");
+                assert_eq!(child.wait().expect("ended").code(), Some(0), "{engine}");
+            } else {
+                kill_process(Pid::from_child(&child), Signal::TERM).expect("sent");
+                assert_eq!(child.wait().expect("ended").signal(), Some(Signal::TERM.as_raw()), "{engine}");
+            }
+        }
+    }
+}
+
 /// mov ax, b800; mov es, ax; mov es:[0], 'H' on blue; cli; jmp $
 #[test]
 fn the_text_screen_is_drawn() {

@@ -7,7 +7,18 @@ use std::time::Duration;
 
 #[test]
 fn no_target_finds_anything_in_a_slice() {
-    for (name, inputs) in TARGETS.into_iter().zip([20_000, 3000, 300, 200]) {
+    slices(TARGETS.into_iter().zip([20_000, 3000, 300, 200, 4000, 1000]));
+}
+
+/// Devices programmed at random, each for some inputs of up to 300 accesses.
+#[test]
+fn no_device_can_be_programmed_to_death() {
+    slices(fuzz::devices().map(|name| (name, 150)));
+}
+
+/// So many inputs of each target.
+fn slices(targets: impl Iterator<Item = (&'static str, u64)>) {
+    for (name, inputs) in targets {
         let mut target = match fuzz::target(name, Path::new(env!("CARGO_BIN_EXE_bivisor"))) {
             Ok(target) => target,
             Err(why) => panic!("{name}: {why}"),

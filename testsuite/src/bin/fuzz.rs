@@ -1,4 +1,5 @@
-//! Fuzzes one target for a time: `fuzz decoder|elf|exec|blocks SECONDS [SEED [FIRST]]`, from input FIRST on. Status 1 if it found something, 2 on wrong use.
+//! Fuzzes one target for a time: `fuzz TARGET SECONDS [SEED [FIRST]]`, from input FIRST on; an unknown target lists them. Status 1 if it found
+//! something, 2 on wrong use.
 
 use bivisor_testsuite::fuzz;
 use std::process::ExitCode;
@@ -9,7 +10,7 @@ fn main() -> ExitCode {
     let number = |n: usize, default: u64| args.get(n).map_or(Ok(default), |a| a.parse());
     let (Some(name), Ok(seconds), Ok(seed), Ok(first)) = (args.first(), number(1, 1800), number(2, 0), number(3, 0))
     else {
-        eprintln!("fuzz {} SECONDS [SEED [FIRST]]", fuzz::TARGETS.join("|"));
+        eprintln!("fuzz TARGET SECONDS [SEED [FIRST]]; targets: {}, and devices", fuzz::TARGETS.join(", "));
         return ExitCode::from(2);
     };
     // Beside this program lies the one that some targets run.

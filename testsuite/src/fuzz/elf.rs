@@ -105,7 +105,7 @@ impl Target for Loader {
 }
 
 /// An ELF file whose program exits with status 3: one segment of code, one of data.
-fn tiny() -> Vec<u8> {
+pub fn tiny() -> Vec<u8> {
     let mut out = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     let mut put = |v: u64, n: usize| out.extend_from_slice(&v.to_le_bytes()[..n]);
     let base = 0x40_0000;

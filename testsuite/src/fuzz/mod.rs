@@ -1,12 +1,15 @@
-//! Fuzzing: mutated seeds into the decoder, the ELF loader, `exec` and the translator, for as long as one likes.
+//! Fuzzing: mutated seeds into the decoder, the loaders, `exec`, disk images and the translator, and devices programmed at random, for as
+//! long as one likes.
 //!
 //! `cargo run --release -p bivisor-testsuite --bin fuzz -- TARGET SECONDS [SEED]`; a finding is printed with its input, and the status is 1.
 //! The mutations know no coverage; what makes up for it is that seeds are drawn by the campaign's encoder, which knows every opcode.
 
 mod blocks;
+mod board;
 mod decoder;
 mod elf;
 mod exec;
+mod image;
 
 use crate::random::Random;
 use std::ops::Range;
@@ -22,20 +25,33 @@ pub trait Target {
     fn one(&mut self, r: &mut Random) -> Result<(), String>;
 }
 
-/// The targets by name.
-pub const TARGETS: [&str; 4] = ["decoder", "elf", "exec", "blocks"];
+/// The targets by name, but for the devices.
+pub const TARGETS: [&str; 6] = ["decoder", "elf", "exec", "blocks", "kernel", "qcow2"];
+
+/// The targets that are devices of the PC.
+pub fn devices() -> impl Iterator<Item = &'static str> {
+    board::DEVICES.iter().map(|d| d.name)
+}
 
 /// A target; `program` is bivisor as built, for those that run it.
 ///
 /// # Errors
 /// There is none of that name, or it cannot be had here.
 pub fn target(name: &str, program: &Path) -> Result<Box<dyn Target>, String> {
+    if let Some(devices) = board::Devices::new(name) {
+        return Ok(Box::new(devices?));
+    }
     Ok(match name {
         "decoder" => Box::new(decoder::Decode::default()),
         "elf" => Box::new(elf::Loader::new(program)?),
         "exec" => Box::new(exec::Requests::new(program)?),
         "blocks" => Box::new(blocks::Blocks::new()?),
-        _ => return Err(format!("no target {name}: there are {}", TARGETS.join(", "))),
+        "kernel" => Box::new(image::Kernels::new()?),
+        "qcow2" => Box::new(image::Images::new()),
+        _ => {
+            let all: Vec<_> = TARGETS.into_iter().chain(devices()).collect();
+            return Err(format!("no target {name}: there are {}", all.join(", ")));
+        }
     })
 }
 
