@@ -14,7 +14,7 @@ pub enum Source {
         large: &'static [&'static str],
         small: &'static [&'static str],
     },
-    /// A command of the machine. `{c}` is a C file made for it.
+    /// A command of the machine. `{c}` is a C file made for it, `{A|B}` A, or B for a slow engine.
     Installed(&'static [&'static str]),
 }
 use Source::{C, Installed};
@@ -48,14 +48,26 @@ const fn installed(name: &'static str, target: Option<f64>, command: &'static [&
     Program { name, source: Installed(command), target, system: false }
 }
 
-const LUA: &str = "local function fib(n) if n<2 then return n end return fib(n-1)+fib(n-2) end \
-local t={} for i=1,300000 do t[i%1000+1]=(t[i%1000+1] or 0)+i end \
-local s={} for i=1,100000 do s[#s+1]=string.format('%d:%s',i,tostring(i*3)) end \
-print(fib(30),#table.concat(s),t[7])";
+/// Recursion, a table, strings.
+macro_rules! lua {
+    ($fib:literal, $sums:literal, $strings:literal) => {
+        concat!(
+            "local function fib(n) if n<2 then return n end return fib(n-1)+fib(n-2) end local t={} for i=1,",
+            $sums,
+            " do t[i%1000+1]=(t[i%1000+1] or 0)+i end local s={} for i=1,",
+            $strings,
+            " do s[#s+1]=string.format('%d:%s',i,tostring(i*3)) end print(fib(",
+            $fib,
+            "),#table.concat(s),t[7])"
+        )
+    };
+}
+const LUA: &str = lua!("{33|30}", "{1000000|300000}", "{300000|100000}");
+const LUAJIT: &str = lua!("{36|30}", "{3000000|300000}", "{1000000|100000}");
 const NODE: &str = "const a=[];for(let i=0;i<200000;i++)a.push({k:'x'+i%997,v:i});\
 const m=new Map();for(const e of a)m.set(e.k,(m.get(e.k)||0)+e.v);console.log(m.size,JSON.stringify([...m]).length)";
-const PYTHON: &str = "d={}\nfor i in range(1200000): d[i%1000]=d.get(i%1000,0)+i*i\nprint(sum(d.values()))";
-const SQL: &str = "with recursive n(i) as (select 1 union all select i+1 from n where i<300000) \
+const PYTHON: &str = "d={}\nfor i in range({5000000|300000}): d[i%1000]=d.get(i%1000,0)+i*i\nprint(sum(d.values()))";
+const SQL: &str = "with recursive n(i) as (select 1 union all select i+1 from n where i<{3000000|100000}) \
 select sum(i*i%7), count(distinct i%1000) from n;";
 
 /// All of them. A target is the slowdown that is asked for.
@@ -79,7 +91,7 @@ pub const ALL: &[Program] = &[
     // Much code that runs once, and code made at run time.
     installed("cc1",            Some(2.00), &["{cc1}", "-O2", "-quiet", "{c}", "-o", "/dev/null"]),
     installed("node",           Some(2.00), &["node", "-e", NODE]),
-    installed("luajit",         Some(1.20), &["luajit", "-e", LUA]),
+    installed("luajit",         Some(1.20), &["luajit", "-e", LUAJIT]),
     installed("luajit-interp",  None,       &["luajit", "-joff", "-e", LUA]),
     Program { name: "smc-10",   target: Some(5.0), source: C { file: "smc", flags: &[], large: &["10", "200000"], small: &["10", "10000"] }, system: false },
     Program { name: "smc-1000", target: Some(5.0), source: C { file: "smc", flags: &[], large: &["1000", "200000"], small: &["1000", "1000"] }, system: false },
@@ -110,13 +122,26 @@ pub fn command(program: &Program, slow: bool, build: &Path) -> Result<Vec<String
                     "{c}" => text(&large_source(build)?)?,
                     "{text}" => text(&large_text(build)?)?,
                     "{cc1}" => cc1()?,
-                    _ => word.to_string(),
+                    _ => sized(word, slow),
                 });
             }
             command[0] = text(&which(&command[0]).with_context(|| format!("{} is not installed", command[0]))?)?;
             Ok(command)
         }
     }
+}
+
+/// `{A|B}` chosen.
+fn sized(word: &str, slow: bool) -> String {
+    let mut out = String::new();
+    for piece in word.split_inclusive('}') {
+        let numbers = piece.rsplit_once('{').and_then(|(text, n)| Some((text, n.strip_suffix('}')?.split_once('|')?)));
+        match numbers {
+            Some((text, (fast, small))) => out.extend([text, if slow { small } else { fast }]),
+            None => out.push_str(piece),
+        }
+    }
+    out
 }
 
 fn text(path: &Path) -> Result<String> {
@@ -191,4 +216,16 @@ fn which(program: &str) -> Option<PathBuf> {
         return Path::new(program).is_file().then(|| program.into());
     }
     std::env::split_paths(&std::env::var_os("PATH")?).map(|d| d.join(program)).find(|f| f.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_size_is_chosen_and_other_braces_stay() {
+        assert_eq!(sized("d={} for i in {5|3}: d{}", false), "d={} for i in 5: d{}");
+        assert_eq!(sized("d={} for i in {5|3}: d{}", true), "d={} for i in 3: d{}");
+        assert_eq!(sized(LUA, true), lua!("30", "300000", "100000"));
+    }
 }
