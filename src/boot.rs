@@ -3,7 +3,7 @@
 use crate::display::Display;
 use crate::drive::{Drive, Drives};
 use crate::ending::Ending;
-use crate::engine::{self, Backend};
+use crate::engine::{self, Backend, Purpose};
 use crate::exec::response;
 use crate::machine_stats;
 use crate::net;
@@ -252,6 +252,20 @@ enum Start {
     Flat(Vec<u8>, u64),
 }
 
+impl Start {
+    /// What an engine is wanted for.
+    fn purpose(&self) -> Purpose {
+        match self {
+            Start::Flat(..) => Purpose::SmallMachine,
+            Start::Kernel(image) => match boot::kind(image) {
+                Some(boot::Kind::Multiboot | boot::Kind::Multiboot2) => Purpose::SmallMachine,
+                _ => Purpose::Machine,
+            },
+            Start::Bios(_) => Purpose::Machine,
+        }
+    }
+}
+
 /// Everything that was read from files, for one start after another.
 struct Inputs {
     start: Start,
@@ -269,13 +283,14 @@ pub fn run(args: &BootArgs) -> Result<i32> {
         bail!("--smp {}: a machine has one processor", args.smp);
     }
     let model = Arc::new(CpuModel::from_name(&args.cpu).map_err(anyhow::Error::msg)?);
-    let (backend, why) = engine::choose(args.backend, engine::Purpose::Machine).map_err(anyhow::Error::msg)?;
-    if args.verbose {
+    let start = start(args)?;
+    let (backend, why) = engine::choose(args.backend, start.purpose()).map_err(anyhow::Error::msg)?;
+    if args.verbose || backend == Backend::Kvm && !bivisor_kvm_backend::host().usable_for_machine {
         eprintln!("bivisor: {why}");
     }
     let initrd = args.initrd.as_ref().map(|path| read(path, "--initrd")).transpose()?;
     let drives = Drives::open(&args.drive, args.cdrom.as_deref())?;
-    let inputs = Inputs { start: start(args)?, initrd, option_roms: option_roms(args)?, model, backend, drives };
+    let inputs = Inputs { start, initrd, option_roms: option_roms(args)?, model, backend, drives };
     let limit = args.timeout.map(Duration::try_from_secs_f64).transpose().context("--timeout")?;
     let shown = args.display() == Screen::Text;
     if shown && args.serial() == "stdio" {

@@ -49,6 +49,8 @@ pub enum Purpose {
     Code,
     /// A whole machine.
     Machine,
+    /// A machine for a small program of its own: a boot sector, a multiboot kernel. A software KVM runs it, if slowly.
+    SmallMachine,
 }
 
 /// The best engine of software.
@@ -83,7 +85,7 @@ fn usable(kvm: &HostKvm, purpose: Purpose) -> bool {
         Purpose::Process => kvm.usable_for_process,
         Purpose::Machine => kvm.usable_for_machine,
         // Raw code may do with less than a machine needs: a case that cannot run says so.
-        Purpose::Code => !matches!(kvm.kind, Kind::Absent | Kind::Forbidden | Kind::Broken),
+        Purpose::Code | Purpose::SmallMachine => !matches!(kvm.kind, Kind::Absent | Kind::Forbidden | Kind::Broken),
     }
 }
 
@@ -128,7 +130,10 @@ pub fn for_code(backend: Backend, model: Arc<CpuModel>) -> Result<Box<dyn Vcpu +
 /// A sentence: the engine is not to be had here.
 pub fn for_machine(backend: Backend, model: Arc<CpuModel>, repeatable: bool) -> Result<Box<dyn Vcpu + Send>, String> {
     if !repeatable {
-        return for_code(backend, model);
+        return match backend {
+            Backend::Kvm => Ok(Box::new(KvmVm::new(model)?.vcpu().interpreting())),
+            _ => for_code(backend, model),
+        };
     }
     let source = TimeSource::deterministic(0);
     Ok(match backend {

@@ -26,6 +26,8 @@ use kvm_ioctls::VcpuFd;
 use std::io;
 use std::time::Duration;
 
+/// Instructions of the interpreter before it is asked again whether KVM can go on.
+const STRETCH: u64 = 1000;
 /// DR6: single step.
 const DR6_BS: u64 = 1 << 14;
 
@@ -260,7 +262,9 @@ impl KvmVcpu {
         if self.cpu.activity == Activity::Shutdown {
             return Exit::Shutdown;
         }
-        if let Some(reason) = refusal(&self.cpu) {
+        if !self.interprets
+            && let Some(reason) = refusal(&self.cpu)
+        {
             return self.unsupported(reason);
         }
         if let Err(reason) = self.machine(ram) {
@@ -399,8 +403,10 @@ impl KvmVcpu {
             if self.cpu.activity == Activity::Halted {
                 return Ok(Exit::Halt);
             }
-            if let Some(reason) = refusal(&self.cpu) {
-                return Ok(self.unsupported(reason));
+            match self.assist_refused(board, STRETCH)? {
+                None => {}
+                Some(Exit::Budget) => continue,
+                Some(exit) => return Ok(exit),
             }
             match self.go(board, kickable, window)? {
                 Left::Served | Left::Window | Left::Interrupted | Left::Debug(_) => {}
@@ -418,6 +424,21 @@ impl KvmVcpu {
         }
     }
 
+    /// `Some` if this host's KVM cannot run the guest as it is: what came of the interpreter, for at most so many instructions, or that
+    /// it cannot be run.
+    fn assist_refused(&mut self, board: Board<'_>, most: u64) -> io::Result<Option<Exit>> {
+        let Some(reason) = refusal(&self.cpu) else { return Ok(None) };
+        if !self.interprets {
+            return Ok(Some(self.unsupported(reason)));
+        }
+        if let Some(vector) = self.hw()?.0.injecting.take() {
+            self.deliver_in_ram(board, vector)?;
+        }
+        self.complete_in_ram()?;
+        self.core.mmu.flush();
+        Ok(Some(self.core.run(&mut self.cpu, board, most, Some(&self.kicker))))
+    }
+
     fn interruptible(&self) -> bool {
         self.cpu.rflags.contains(Rflags::IF) && !self.cpu.interrupt_shadow
     }
@@ -430,6 +451,11 @@ impl KvmVcpu {
             self.hw()?.0.injecting = Some(vector);
             return Ok(());
         }
+        self.deliver_in_ram(board, vector)
+    }
+
+    /// An interrupt by the interpreter.
+    fn deliver_in_ram(&mut self, board: Board<'_>, vector: u8) -> io::Result<()> {
         self.complete_in_ram()?;
         let mut cpu = std::mem::take(&mut self.cpu);
         let done = self.core.deliver(&mut cpu, board, Event::External(vector));
@@ -484,8 +510,10 @@ impl KvmVcpu {
             if self.cpu.activity == Activity::Halted {
                 return Ok(Exit::Halt);
             }
-            if let Some(reason) = refusal(&self.cpu) {
-                return Ok(self.unsupported(reason));
+            match self.assist_refused(board, 1)? {
+                None => {}
+                Some(Exit::Budget) => continue,
+                Some(exit) => return Ok(exit),
             }
             let exit = match self.insn_in_ram(board) {
                 Some(i) if !disturbed(&self.cpu, &i) => self.step_hardware(board, kickable)?,

@@ -68,6 +68,7 @@ impl KvmVm {
             kicker: Kicker::default(),
             hardware: Hardware::None,
             reason: None,
+            interprets: false,
             assists: 0,
         }
     }
@@ -123,10 +124,19 @@ pub struct KvmVcpu {
     pub(crate) kicker: Kicker,
     pub(crate) hardware: Hardware,
     pub(crate) reason: Option<String>,
+    /// See [`KvmVcpu::interpreting`].
+    pub(crate) interprets: bool,
     assists: u64,
 }
 
 impl KvmVcpu {
+    /// A machine's processor for which the interpreter runs what a software KVM has not: 32-bit and PAE paging, virtual-8086 and
+    /// compatibility mode, 57-bit addresses, process-context identifiers. Otherwise these are [`Exit::Unsupported`].
+    pub fn interpreting(mut self) -> KvmVcpu {
+        self.interprets = true;
+        self
+    }
+
     /// Why the last [`Exit::Unsupported`].
     pub fn reason(&self) -> Option<&str> {
         self.reason.as_deref()

@@ -7,6 +7,16 @@ use std::sync::OnceLock;
 
 const ENGINES: [&str; 2] = ["interp", "bt"];
 
+/// The engines for small guests: KVM too, be it a software one, where there is any.
+fn engines() -> impl Iterator<Item = &'static str> {
+    let probe = bivisor_kvm_backend::host();
+    let there = probe.usable_for_process || probe.usable_for_machine;
+    if !there {
+        println!("SKIPPED on kvm: {}", probe.reason);
+    }
+    ENGINES.into_iter().chain(there.then_some("kvm"))
+}
+
 fn directory() -> PathBuf {
     static MADE: OnceLock<PathBuf> = OnceLock::new();
     let make = || {
@@ -52,8 +62,11 @@ const MACHINE: &str = "multiboot in protected mode: two words\nfive ticks of the
 fn a_kernel_goes_through_the_modes_and_turns_the_machine_off() {
     let first = assemble("machine.S", &["-Wl,-Ttext=0x100000"]);
     let second = assemble("machine.S", &["-Wl,-Ttext=0x100000", "-Wa,--defsym,MULTIBOOT2=1", "-s"]);
-    for engine in ENGINES {
+    for engine in engines() {
         for (kernel, time) in [(&first, &[][..]), (&first, &["--deterministic"]), (&second, &[])] {
+            if engine == "kvm" && !time.is_empty() {
+                continue;
+            }
             let args = ["--backend", engine, "--kernel", kernel, "--append", "two words", "--debug-exit", "0xf4"];
             let output = boot(&[&args[..], time].concat());
             assert_eq!(text(&output.stdout), MACHINE, "{engine} {time:?}: {}", text(&output.stderr));
@@ -82,7 +95,7 @@ fn counted_time_repeats() {
 #[test]
 fn a_real_mode_program_ends_with_its_status() {
     let program = assemble("sector.S", &["-m32", "-Wl,-Ttext=0x7c00", "-Wl,--oformat=binary"]);
-    for engine in ENGINES {
+    for engine in engines() {
         let flat = format!("{program}@0x7c00");
         let output = boot(&["--backend", engine, "--flat", &flat, "--debug-exit", "0xf4"]);
         assert_eq!(text(&output.stdout), "real mode\nthree ticks\n", "{engine}: {}", text(&output.stderr));
@@ -99,7 +112,7 @@ fn the_text_screen_is_shown_and_the_keyboard_is_read() {
         &[0xe4, 0x64, 0xa8, 1, 0x74, 0xfa, 0xe4, 0x60, 0x26, 0xa2, 2, 0, 0xe6, 0xf4],
     ];
     let flat = format!("{}@0x7c00", file("screen", &program.concat()));
-    for engine in ENGINES {
+    for engine in engines() {
         let mut command = Command::new(env!("CARGO_BIN_EXE_bivisor"));
         command.args(["boot", "--backend", engine, "--flat", &flat, "--display", "text", "--debug-exit", "0xf4"]);
         command.args(["--timeout", "60"]).stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -118,7 +131,7 @@ fn disks_and_cds_on_ide() {
     let mut cd = vec![0; 3 * 2048];
     cd[2048..2058].copy_from_slice(b"on the CD\n");
     let cd = file("ide.iso", &cd);
-    for engine in ENGINES {
+    for engine in engines() {
         let mut disk = vec![0; 8 * 512];
         disk[512..524].copy_from_slice(b"on the disk\n");
         let image = file(&format!("ide-{engine}.img"), &disk);
@@ -214,6 +227,25 @@ fn stores_to_rom_are_lost() {
         let said = (text(&output.stdout), output.status.code());
         assert_eq!(said, ("ROM!".into(), Some(15)), "{engine}: {}", text(&output.stderr));
     }
+}
+
+/// Where KVM is software an operating system would take hours: it is not tried, and the line says what to do.
+#[test]
+fn a_software_kvm_is_no_place_for_linux() {
+    let probe = bivisor_kvm_backend::host();
+    if probe.usable_for_machine || !probe.usable_for_process {
+        println!("SKIPPED: {}", probe.reason);
+        return;
+    }
+    let mut image = vec![0; 1024];
+    image[0x1fe..0x206].copy_from_slice(b"\x55\xaaxxHdrS");
+    image[0x206] = 0x0f;
+    image[0x207] = 0x02;
+    let kernel = file("bzImage", &image);
+    let output = boot(&["--backend", "kvm", "--kernel", &kernel]);
+    let said = text(&output.stderr);
+    assert_eq!((output.status.code(), said.lines().count()), (Some(1), 1), "{said}");
+    assert!(said.contains("KVM here is a software module") && said.contains("--backend bt"), "{said}");
 }
 
 /// Status and words of the one line that is printed.
