@@ -5,7 +5,7 @@
 //! user's, are no links, and cannot be written by group or others. A file is replaced as a whole by rename(2).
 
 use bivisor_emulator::cpu::cpuid::CpuModel;
-use bivisor_emulator::linux::LastWords;
+use bivisor_emulator::linux::{LastWords, Successor};
 use bivisor_translator::persist::{Archive, hash};
 use bivisor_translator::{Cache, Policy};
 use rustix::fs::{self, AtFlags, CWD, FileType, Mode, OFlags, Stat};
@@ -162,6 +162,17 @@ fn make_room(directory: &Path, more: u64) {
         let _ = std::fs::remove_file(path);
         total -= size;
     }
+}
+
+/// The way on to another program in the same host process, with a cache or without.
+pub fn successor(directory: Option<PathBuf>, cache: &Arc<Cache>, model: &Arc<CpuModel>) -> Successor {
+    let (cache, model) = (cache.clone(), model.clone());
+    Successor(Some(Arc::new(move |program: &Path| {
+        let cache = cache.current();
+        cache.start_over(None);
+        let place = directory.as_deref().and_then(|d| Place::new(Some(d), program, &model).ok());
+        place.map_or_else(LastWords::default, |place| remember(place, &cache, LastWords::default(), false))
+    })))
 }
 
 /// Uses what earlier runs have left, and sees to it that what is new is kept when the process ends.

@@ -8,7 +8,9 @@ use crate::stats::{self, Format};
 use anyhow::{Result, bail};
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::host::{fds, fork::exit_thread};
-use bivisor_emulator::linux::{self, ExitStatus, Image, LastWords, LoadError, Options, Why, host, run, start};
+use bivisor_emulator::linux::{
+    self, ExitStatus, Image, LastWords, LoadError, Options, Successor, Why, host, run, start,
+};
 use bivisor_translator::cache::DEFAULT_SIZE;
 use clap::Args;
 use clap::error::ErrorKind;
@@ -140,10 +142,12 @@ pub fn run(args: &RunArgs) -> Result<i32> {
     });
     let mut reexec = again(args, backend);
     let beside = args.lockstep.is_some() || args.sentinel.is_some();
+    let mut directory = None;
     if let (Some(cache), Ok(image), false) = (&cache, &started, args.no_cache || beside) {
         match Place::new(args.cache_dir.as_deref(), &image.exe, &model) {
             Ok(place) => {
                 // A program may change its environment.
+                directory = Some(place.directory().to_owned());
                 reexec.extend(["--cache-dir".into(), place.directory().into()]);
                 last_words = kept::remember(place, cache, last_words, args.verbose);
             }
@@ -151,7 +155,15 @@ pub fn run(args: &RunArgs) -> Result<i32> {
             Err(_) => {}
         }
     }
-    let options = Options { strace: args.strace, log, verbose: args.verbose, reexec, last_words };
+    // What is said of a program begins with it.
+    let said = args.strace || args.stats.is_some() || args.perf || args.verbose;
+    let successor = match (&cache, backend) {
+        _ if said || beside => Successor::default(),
+        (Some(cache), _) => kept::successor(directory, cache, &model),
+        (None, Backend::Interp) => Successor(Some(Arc::new(|_| LastWords::default()))),
+        _ => Successor::default(),
+    };
+    let options = Options { strace: args.strace, log, verbose: args.verbose, reexec, last_words, successor };
     let task = started.and_then(|image| start::start(image, environment(&args.env), options, &model, factory));
     let mut task = match task {
         Ok(task) => task,

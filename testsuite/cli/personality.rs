@@ -11,6 +11,7 @@ const PROGRAMS: &[&str] = &[
     "restart",
     "threads",
     "processes",
+    "execs",
     "stacks",
     "storm",
     "notify",

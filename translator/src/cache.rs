@@ -26,12 +26,15 @@ use bivisor_emulator::mem::{GuestMemory, PAGE_SIZE};
 use bivisor_emulator::vcpu::Kicker;
 use iced_x86::Mnemonic;
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 /// Bytes of code a cache holds unless told otherwise.
 pub const DEFAULT_SIZE: usize = 64 << 20;
+/// Bytes of code that may be there when another program begins.
+const MOST_STALE: usize = 4 << 20;
+
 /// One thread that runs code of a cache.
 #[derive(Default)]
 pub struct Member {
@@ -82,14 +85,12 @@ pub struct Cache {
     flush_lock: Mutex<()>,
     members: Mutex<Vec<Arc<Member>>>,
     /// The flat space that tells us of stale pages.
-    listening: AtomicUsize,
+    listening: AtomicU64,
     fork: ForkMark,
     /// Takes our place in a forked child if another thread was at work in here at the time of the fork.
     successor: OnceLock<Arc<Cache>>,
     model: Arc<CpuModel>,
     counting: AtomicBool,
-    /// What earlier runs have left.
-    archive: OnceLock<Archive>,
     /// What members did that have left.
     gone: Mutex<Stats>,
 }
@@ -116,12 +117,11 @@ impl Cache {
             flushing: AtomicBool::new(false),
             flush_lock: Mutex::new(()),
             members: Mutex::new(Vec::new()),
-            listening: AtomicUsize::new(0),
+            listening: AtomicU64::new(0),
             fork: ForkMark::new()?,
             successor: OnceLock::new(),
             model,
             counting: AtomicBool::new(false),
-            archive: OnceLock::new(),
             gone: Mutex::new(Stats::default()),
         }))
     }
@@ -200,21 +200,37 @@ impl Cache {
     /// From now on, translations of earlier runs are used, and [`Cache::keep`] gives what is worth keeping of this one. Call it before
     /// the cache is used.
     pub fn remember(&self, archive: Archive) {
-        self.lock().keep_pages(archive.blocks());
-        // Once is enough: a second archive would be that of another process.
-        let _ = self.archive.set(archive);
+        let mut store = self.lock();
+        store.keep_pages(archive.blocks());
+        store.archive = Some(Arc::new(archive));
+    }
+
+    /// Another program begins, of which `archive` knows, if there is one; nothing of the old one is left in memory. The caller is the
+    /// only thread, and outside.
+    pub fn start_over(&self, archive: Option<Archive>) {
+        let mut store = self.lock();
+        // What is stale takes room; filling it up and throwing it away is cheaper than throwing little away each time.
+        if store.buffer.used() > MOST_STALE {
+            self.forget(&mut store);
+        }
+        store.stats.adopted = 0;
+        store.archive = None;
+        drop(store);
+        if let Some(archive) = archive {
+            self.remember(archive);
+        }
     }
 
     /// What later runs may [remember](Cache::remember), as a file's content for `key`; `None` if that is not much more than this run
     /// remembered itself.
     pub fn keep(&self, key: &[u8]) -> Option<Vec<u8>> {
-        let archive = self.archive.get()?;
         let mut store = self.lock();
+        let archive = store.archive.clone()?;
         let adopted = store.stats.adopted;
         if store.worth_keeping() < adopted + (adopted / 8).max(32) {
             return None;
         }
-        store.adopt_rest(&self.exits, archive);
+        store.adopt_rest(&self.exits, &archive);
         let new = store.records(&self.exits);
         drop(store);
         // Pages that were not met this time are kept as they are, as long as there is room.
@@ -292,10 +308,8 @@ impl Cache {
     /// Makes `mem` tell this cache of stale pages.
     pub fn listen(self: &Arc<Cache>, mem: &GuestMemory) {
         let Some(flat) = mem.flat() else { return };
-        let address = std::ptr::from_ref(flat) as usize;
-        if self.listening.load(Ordering::Relaxed) != address
-            && self.listening.swap(address, Ordering::Relaxed) != address
-        {
+        let id = flat.id();
+        if self.listening.load(Ordering::Relaxed) != id && self.listening.swap(id, Ordering::Relaxed) != id {
             let weak = Arc::downgrade(self);
             flat.listen(Box::new(move |page| match weak.upgrade() {
                 Some(cache) => {
@@ -318,7 +332,8 @@ impl Cache {
                 store.stats.found += 1;
                 return Some(self.connect(&mut store, found, via));
             }
-            if let Some(archive) = self.archive.get()
+            let archive = store.archive.clone();
+            if let Some(archive) = &archive
                 && !store.was_asked(wanted)
             {
                 drop(store);
@@ -331,7 +346,7 @@ impl Cache {
                 }
                 continue;
             }
-            if let Some(archive) = self.archive.get()
+            if let Some(archive) = &archive
                 && store.adopt(&self.exits, archive, rip, home)
             {
                 continue;
@@ -504,7 +519,7 @@ impl Cache {
     /// In a forked child: the memory was shared with the parent, which goes on changing it. Content that is ours is copied, then every
     /// jump the parent may have patched since is set as we know it.
     fn after_fork(&self, store: &mut Store, members: &mut Vec<Arc<Member>>) {
-        store.buffer.after_fork().expect("memory for the code cache");
+        store.after_fork().expect("memory for the code cache");
         // Threads of the parent are not here.
         for m in members.iter() {
             m.active.store(false, Ordering::SeqCst);

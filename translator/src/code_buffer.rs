@@ -243,15 +243,15 @@ impl CodeBuffer {
         Ok(())
     }
 
-    /// After fork, in the child: memory of its own with the same content at the same addresses. Until then the views are shared with
-    /// the parent. The table behind the thread block must be mapped again.
+    /// After fork, in the child: memory of its own with the same code at the same addresses; until then the views are shared with the
+    /// parent. All branch targets are `target` then; the table behind the thread block must be mapped again.
     ///
     /// # Errors
     /// The host's.
-    pub fn after_fork(&mut self) -> Result<()> {
+    pub fn after_fork(&mut self, target: usize) -> Result<()> {
         let fd = memfd(CODE_AT + self.size)?;
         let code = |from, to| (CODE_AT + from, CODE_AT + to);
-        for (from, to) in [(0, TABLE_SIZE), code(0, self.used), code(self.cold, self.size)] {
+        for (from, to) in [code(0, self.used), code(self.cold, self.size)] {
             // SAFETY: reads our own mapping; the file is new.
             let written =
                 unsafe { libc::pwrite(fd.as_raw_fd(), self.rw.add(from).cast(), to - from, from as libc::off_t) };
@@ -269,6 +269,8 @@ impl CodeBuffer {
             map(self.rx, self.size, rx, libc::MAP_FIXED, &fd, CODE_AT)?;
         }
         self.set_generation(generation);
+        self.fresh = Some(fd);
+        self.fill_targets(target);
         Ok(())
     }
 

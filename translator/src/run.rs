@@ -17,9 +17,10 @@ use bivisor_emulator::host::signal;
 use bivisor_emulator::host::thread::ThreadBlock;
 use bivisor_emulator::interp::deliver::Event;
 use bivisor_emulator::interp::{Core, Env};
-use bivisor_emulator::isa::{Gpr, MAX_INSN_LEN, Seg, decode};
+use bivisor_emulator::isa::{Gpr, Insn, MAX_INSN_LEN, Seg, decode};
 use bivisor_emulator::mem::{GuestMemory, PAGE_SIZE};
 use bivisor_emulator::vcpu::{Board, DIRECT_CALLS, Exit, Intercepts, Kicker, Vcpu};
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -373,7 +374,27 @@ impl Translator {
     /// One instruction by the interpreter.
     fn step(&mut self, board: Board<'_>) -> Exit {
         self.stats.steps += 1;
+        if let Some(insn) = self.known(board) {
+            let prepared = self.core.prepare(&mut self.cpu, board, insn);
+            return self.core.execute(&mut self.cpu, board, &prepared);
+        }
         self.core.step(&mut self.cpu, board)
+    }
+
+    /// CPUID or XGETBV at RIP, which C libraries begin with: a short program of which all else is kept from earlier runs needs no
+    /// decoder, whose tables take longer to make than everything it does.
+    fn known(&self, board: Board<'_>) -> Option<Insn> {
+        let mut bytes = [0; 3];
+        let looked = self.translatable(false) && board.mem.flat().is_some();
+        looked.then(|| board.mem.read(self.cpu.rip, &mut bytes))??;
+        let (code, len) = match bytes {
+            [0x0f, 0xa2, _] => (Code::Cpuid, 2),
+            [0x0f, 0x01, 0xd0] => (Code::Xgetbv, 3),
+            _ => return None,
+        };
+        let mut iced = Instruction::with(code);
+        iced.set_len(len);
+        Some(Insn::new(iced))
     }
 
     /// The host raised an exception for the guest's instruction at RIP.
@@ -547,6 +568,12 @@ impl Vcpu for Translator {
     fn instructions(&self) -> Option<u64> {
         // Translated code does not count unless there is a budget.
         self.counted
+    }
+
+    fn around_fork(&mut self, fork: &mut dyn FnMut()) {
+        // The child meets new code; so that not every one makes the decoder's tables anew.
+        let _ = Decoder::new(64, &[0x90], DecoderOptions::NONE).decode();
+        fork();
     }
 
     fn survives_fork(&mut self) -> bool {

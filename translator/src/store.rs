@@ -10,6 +10,7 @@ use crate::lower::{
     stub_before,
 };
 use crate::marks::{self, Home, Mark, Registers};
+use crate::persist::Archive;
 use crate::persist::adopt::Pages;
 use crate::persist::record::Kept;
 use crate::stats::CacheStats;
@@ -17,6 +18,7 @@ use crate::system::hash::Map;
 use bivisor_emulator::isa::Gpr;
 use bivisor_emulator::mem::PAGE_SIZE;
 use std::collections::HashMap;
+use std::sync::Arc;
 
 /// More than one block can need.
 pub const MAX_BLOCK: usize = 16 << 10;
@@ -92,6 +94,8 @@ pub struct Store {
     /// The bytes of blocks that compare them, and which of them have been seen to change.
     compared: HashMap<u64, (Vec<u8>, Vec<bool>)>,
     pub(crate) kept: Kept,
+    /// What earlier runs have left.
+    pub(crate) archive: Option<Arc<Archive>>,
     /// Pages of code, if what is made from them can be kept: see [`crate::persist`].
     pub(crate) pages: Option<Pages>,
     /// The first block of a page.
@@ -124,6 +128,7 @@ impl Store {
             marks: Vec::with_capacity(1 << 16),
             relocations: Vec::new(),
             kept: Kept::default(),
+            archive: None,
             pages: None,
             index: Index::default(),
             compared: HashMap::new(),
@@ -436,14 +441,22 @@ impl Store {
         self.exits_used = 0;
     }
 
-    /// Sets all jumps and the table as this store knows them, in memory that somebody else may have changed.
+    /// In a forked child: memory of its own, see [`CodeBuffer::after_fork`].
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn after_fork(&mut self) -> std::io::Result<()> {
+        self.buffer.after_fork(self.miss as usize)
+    }
+
+    /// Sets all jumps, and the table, of which all is the way out, as this store knows them, in memory that somebody else may have
+    /// changed.
     pub fn restore(&mut self, exits: &Exits) {
         for id in 0..self.exits_used {
             if let Leave::To(_) = exits.leave(id) {
                 self.lead(exits.place(id), exits.linked(id));
             }
         }
-        self.buffer.fill_targets(self.miss as usize);
         for (&entry, &first) in &self.landings {
             let mut b = first;
             if b != 0 {

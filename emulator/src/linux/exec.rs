@@ -1,16 +1,17 @@
-//! execve(2), execveat(2): the program is checked as the kernel would, then the host executes bivisor anew with it.
+//! execve(2), execveat(2): the program is checked as the kernel would, then bivisor goes on with it ([`in_place`]), or the host executes
+//! bivisor anew with it.
 //!
-//! Descriptors, process id, ignored and pending signals, the blocked mask, limits and credentials thus pass through exec by the host's
-//! own rules. The guest's variables that would act on bivisor's own start travel under other names (`hidden`, [`guest_environment`]).
+//! In the latter case descriptors, process id, ignored and pending signals, the blocked mask, limits and credentials pass through exec by the
+//! host's own rules. The guest's variables that would act on bivisor's own start travel under other names (`hidden`, [`guest_environment`]).
 
 use crate::host::fds;
-use crate::linux::Task;
 use crate::linux::file::guest_string;
 use crate::linux::host::{err, host_call, interruptible};
 use crate::linux::load::Image;
 use crate::linux::proc::{self, Special};
 use crate::linux::signal::{self, RESTART};
 use crate::linux::syscall::{Args, Outcome};
+use crate::linux::{Task, in_place};
 use crate::mem::GuestMemory;
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
@@ -40,13 +41,13 @@ pub struct Arguments {
 /// execve(2).
 pub fn execve(task: &mut Task, [path, argv, envp, ..]: Args) -> Outcome {
     let result = named(task, libc::AT_FDCWD, path, 0).and_then(|path| exec(task, path, argv, envp));
-    result.unwrap_or_else(|e| e).into()
+    result.unwrap_or_else(Outcome::from)
 }
 
 /// execveat(2).
 pub fn execveat(task: &mut Task, [dir, path, argv, envp, flags, _]: Args) -> Outcome {
     let result = named(task, dir as i32, path, flags as i32).and_then(|path| exec(task, path, argv, envp));
-    result.unwrap_or_else(|e| e).into()
+    result.unwrap_or_else(Outcome::from)
 }
 
 /// The file that is to be executed, as a path that means the same after the host's exec.
@@ -94,7 +95,23 @@ fn by_descriptor(fd: i32) -> Result<PathBuf, i64> {
     if copy < 0 { Err(copy) } else { Ok(format!("/proc/self/fd/{copy}").into()) }
 }
 
-fn exec(task: &mut Task, path: PathBuf, argv: u64, envp: u64) -> Result<i64, i64> {
+fn exec(task: &mut Task, path: PathBuf, argv: u64, envp: u64) -> Result<Outcome, i64> {
+    // A file that is open for the next bivisor is not for this one.
+    if !path.starts_with("/proc/self/fd") && in_place::possible(task) {
+        if task.signals.inbox.any() {
+            return Err(RESTART);
+        }
+        let strings = Strings::read(task.process.mem(), argv, envp)?;
+        let open = || {
+            let image = Image::open(&path, strings.args.clone()).map_err(|e| err(e.errno()))?;
+            if in_place::fits(&strings, path.as_os_str().as_bytes()) {
+                Ok((image, strings))
+            } else {
+                Err(err(libc::E2BIG))
+            }
+        };
+        return in_place::go_on(task, open).map(|()| Outcome::Resume);
+    }
     if let Err(e) = Image::open(&path, vec![OsString::new()]) {
         return Err(err(e.errno()));
     }
@@ -115,7 +132,29 @@ fn exec(task: &mut Task, path: PathBuf, argv: u64, envp: u64) -> Result<i64, i64
         signal::set_mask(task, mask);
     }
     task.exec = Arguments::default();
-    Ok(result)
+    Ok(result.into())
+}
+
+/// What a program is started with.
+#[derive(Debug)]
+pub struct Strings {
+    /// argv, at least one.
+    pub args: Vec<OsString>,
+    /// envp.
+    pub env: Vec<OsString>,
+}
+
+impl Strings {
+    fn read(mem: &GuestMemory, argv: u64, envp: u64) -> Result<Strings, i64> {
+        let list = |list| -> Result<Vec<OsString>, i64> {
+            pointers(mem, list)?.into_iter().map(|at| string(mem, at).map(OsString::from_vec)).collect()
+        };
+        let (mut args, env) = (list(argv)?, list(envp)?);
+        if args.is_empty() {
+            args.push(OsString::new());
+        }
+        Ok(Strings { args, env })
+    }
 }
 
 /// `bivisor run [options] --argv0=X --exact -- PATH ARGS`.

@@ -254,6 +254,7 @@ impl Image {
         space.unmap(gap, STACK_GAP);
         let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE) as u64;
         host::host_call(libc::SYS_mmap as u64, [gap, STACK_GAP, libc::PROT_NONE as u64, flags, u64::MAX, 0]);
+        *space.gap.lock().expect("no panic under the lock") = gap..gap + STACK_GAP;
         let at = gap + STACK_GAP;
         // Few programs need more than some pages of it; clearing two megabytes at the first touch is most of a short program's time.
         host::host_call(libc::SYS_madvise as u64, [at, size, libc::MADV_NOHUGEPAGE as u64, 0, 0, 0]);

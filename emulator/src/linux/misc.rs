@@ -4,7 +4,8 @@ use crate::isa::Seg;
 use crate::linux::Task;
 use crate::linux::host::{self, err};
 use crate::linux::mm::TASK_SIZE;
-use crate::linux::syscall::{Args, Outcome, pass};
+use crate::linux::syscall::{Args, Outcome, number, pass};
+use std::sync::atomic::Ordering;
 
 /// exit_group(2): all tasks; the host process goes with them.
 pub fn exit_group(task: &mut Task, a: Args) -> Outcome {
@@ -66,6 +67,28 @@ const PR_REFUSED: &[(i32, i32)] = &[
 
 const PR_SET_VMA: i32 = 0x5356_4d41;
 
+/// What only asks, or stays as it is over an exec that does not change who the process is.
+const PR_KEPT: &[i32] = &[
+    libc::PR_SET_PDEATHSIG,
+    libc::PR_GET_PDEATHSIG,
+    libc::PR_GET_DUMPABLE,
+    libc::PR_GET_KEEPCAPS,
+    libc::PR_SET_NAME,
+    libc::PR_GET_NAME,
+    libc::PR_GET_SECCOMP,
+    libc::PR_CAPBSET_READ,
+    libc::PR_GET_SECUREBITS,
+    libc::PR_SET_TIMERSLACK,
+    libc::PR_GET_TIMERSLACK,
+    libc::PR_SET_CHILD_SUBREAPER,
+    libc::PR_GET_CHILD_SUBREAPER,
+    libc::PR_SET_NO_NEW_PRIVS,
+    libc::PR_GET_NO_NEW_PRIVS,
+    libc::PR_SET_THP_DISABLE,
+    libc::PR_GET_THP_DISABLE,
+    PR_SET_VMA,
+];
+
 /// prctl(2).
 pub fn prctl(task: &mut Task, a: Args) -> Outcome {
     let option = a[0] as i32;
@@ -75,7 +98,17 @@ pub fn prctl(task: &mut Task, a: Args) -> Outcome {
     if option == PR_SET_VMA && !task.process.space.flat().covers(a[2]..a[2].saturating_add(a[3])) {
         return err(libc::ENOMEM).into();
     }
+    if !PR_KEPT.contains(&option) {
+        task.process.host_exec.store(true, Ordering::Relaxed);
+    }
     pass(task, libc::SYS_prctl as u64, a).into()
+}
+
+/// Calls whose effect the kernel's exec undoes or changes, such as timers and credentials: the next exec is the host's.
+pub fn until_exec(task: &mut Task, a: Args) -> Outcome {
+    task.process.host_exec.store(true, Ordering::Relaxed);
+    let number = number(task);
+    pass(task, number, a).into()
 }
 
 const READ_IMPLIES_EXEC: u64 = 0x0040_0000;

@@ -77,7 +77,30 @@ impl AddressSpace {
                 space.insert(Vma { start, end, prot, shared: false, name: Arc::from(*name), offset: 0, backing: None });
             }
         }
-        AddressSpace { mem: GuestMemory::Flat(space), brk: Mutex::default() }
+        AddressSpace { mem: GuestMemory::Flat(space), brk: Mutex::default(), gap: Mutex::new(0..0) }
+    }
+
+    /// For another program in the same host process: unmaps everything, but for the vDSO.
+    pub fn successor(&self) -> AddressSpace {
+        let space = FlatSpace::new();
+        let all = self.flat().all();
+        // Forget first, as always.
+        self.flat().remove(0..TASK_SIZE);
+        let gap = std::mem::take(&mut *self.gap.lock().expect("no panic under the lock"));
+        let mut gone: Vec<Range<u64>> = vec![gap];
+        for vma in all {
+            if shared_with_host(&vma) {
+                space.insert(vma);
+            } else if gone.last().is_some_and(|last| last.end == vma.start) {
+                gone.last_mut().expect("there is one").end = vma.end;
+            } else {
+                gone.push(vma.start..vma.end);
+            }
+        }
+        for range in gone.into_iter().filter(|r| !r.is_empty()) {
+            host_call(libc::SYS_munmap as u64, [range.start, len_of(&range), 0, 0, 0, 0]);
+        }
+        AddressSpace { mem: GuestMemory::Flat(space), brk: Mutex::default(), gap: Mutex::new(0..0) }
     }
 
     /// The list of mappings.

@@ -26,6 +26,7 @@
 //! | [`thread`] | guest threads |
 //! | [`process_control`] | guest processes: fork, vfork |
 //! | [`exec`] | execve |
+//! | [`in_place`] | execve without a new host process |
 //! | [`fault`] | which signal an exception becomes |
 //! | [`frame`] | the frame of a signal handler |
 
@@ -37,6 +38,7 @@ pub mod fault;
 pub mod file;
 pub mod frame;
 pub mod host;
+pub mod in_place;
 pub mod load;
 pub mod misc;
 pub mod mm;
@@ -56,10 +58,13 @@ pub mod vsyscall;
 pub use load::{Image, LoadError, Why};
 
 use crate::bus::EmptyBus;
+use crate::cpu::cpuid::CpuModel;
 use crate::mem::GuestMemory;
 use crate::vcpu::{Board, Intercepts, Vcpu};
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 /// Makes an engine for a new guest thread; also called in the child after fork, where the parent's engines are no longer usable.
@@ -86,6 +91,21 @@ pub struct Options {
     pub reexec: Vec<OsString>,
     /// Asked when the process ends; what it gives goes to the log.
     pub last_words: LastWords,
+    /// See [`in_place`].
+    pub successor: Successor,
+}
+
+/// Told the file of a program that takes the place of the one that ran; gives its last words. Without it every exec is the host's.
+#[derive(Clone, Default)]
+pub struct Successor(pub Option<Arc<Told>>);
+
+/// See [`Successor`].
+pub type Told = dyn Fn(&Path) -> LastWords + Send + Sync;
+
+impl std::fmt::Debug for Successor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Successor({})", self.0.is_some())
+    }
 }
 
 /// What is to be said when a process ends, by exit_group(2), by a signal or with its first thread.
@@ -104,6 +124,8 @@ pub struct AddressSpace {
     pub mem: GuestMemory,
     /// The program break; also the lock that serializes changes of mappings.
     pub brk: Mutex<Brk>,
+    /// Below the stack, where nothing is the guest's and nothing else shall lie.
+    pub gap: Mutex<Range<u64>>,
 }
 
 /// The heap that brk(2) moves the end of.
@@ -135,6 +157,10 @@ pub struct Process {
     pub first: i32,
     /// What the guest does about signals.
     pub signals: signal::Dispositions,
+    /// The CPU that programs are told of.
+    pub cpu: Arc<CpuModel>,
+    /// Something was done that only the host's exec undoes.
+    pub host_exec: AtomicBool,
 }
 
 impl Process {

@@ -11,6 +11,7 @@ use std::ffi::OsStr;
 use std::fmt::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 /// What a path into /proc means for the guest.
 #[derive(Debug, PartialEq, Eq)]
@@ -231,10 +232,15 @@ const PR_SET_MM_MAP: u64 = 14;
 /// Makes the host's kernel show the guest's arguments, environment and auxiliary vector in /proc/PID/{cmdline,environ,auxv}.
 /// False if it does not let us (no CONFIG_CHECKPOINT_RESTORE).
 pub fn tell_kernel(p: &Placed) -> bool {
-    let Ok(stat) = std::fs::read_to_string("/proc/self/stat") else { return false };
-    // After the name, which is in parentheses, the fields count from 3.
-    let Some((_, rest)) = stat.rsplit_once(')') else { return false };
-    let fields: Vec<u64> = rest.split_whitespace().map(|f| f.parse().unwrap_or(0)).collect();
+    // Where bivisor's own parts are does not change, and is the same in a forked child.
+    static FIELDS: OnceLock<Option<Vec<u64>>> = OnceLock::new();
+    let fields = FIELDS.get_or_init(|| {
+        let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+        // After the name, which is in parentheses, the fields count from 3.
+        let (_, rest) = stat.rsplit_once(')')?;
+        Some(rest.split_whitespace().map(|f| f.parse().unwrap_or(0)).collect())
+    });
+    let Some(fields) = fields else { return false };
     let field = |n: usize| fields.get(n - 3).copied().unwrap_or(0);
     // struct prctl_mm_map; all that is bivisor's own stays.
     let map = [

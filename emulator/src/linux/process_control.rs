@@ -7,6 +7,7 @@ use crate::linux::host::{self, err};
 use crate::linux::signal::{self, RESTART};
 use crate::linux::{INTERCEPTS, Process, Task, exec, run};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// fork(2) and clone(2) without CLONE_VM: 0 in the child.
 pub fn fork(task: &mut Task, request: Request) -> i64 {
@@ -90,6 +91,10 @@ fn become_child(task: &mut Task, request: &Request) {
         task.signals.inbox.attach(ThreadBlock::current());
     }
     clear_handlers(task, request);
+    if request.has(libc::CLONE_VFORK) || request.exit_signal != libc::SIGCHLD as u64 {
+        // An exec wakes the parent, or makes the exit signal the usual one.
+        task.process.host_exec.store(true, Ordering::Relaxed);
+    }
     request.apply(task);
     if by_library(request) && request.has(libc::CLONE_CHILD_SETTID) {
         store_tid(task.process.mem(), request.child_tid, task.tid);
@@ -145,6 +150,8 @@ impl Process {
             shown_by_kernel: self.shown_by_kernel,
             first: self.first,
             signals: self.signals.clone(),
+            cpu: self.cpu.clone(),
+            host_exec: AtomicBool::new(true),
         }
     }
 }

@@ -97,6 +97,18 @@ impl Dispositions {
         }
     }
 
+    /// As after execve(2): what is ignored stays so, all else is default, without flags.
+    pub fn after_exec(&self) {
+        let mut actions = self.lock();
+        for (i, action) in actions.iter_mut().enumerate() {
+            let handler = if action.handler == IGNORE { IGNORE } else { DEFAULT };
+            let new = KernelAction { handler, ..KernelAction::default() };
+            if std::mem::replace(action, new) != new {
+                tell_host(i as i32 + 1, action);
+            }
+        }
+    }
+
     /// The host's dispositions and the thread's mask as execve(2) shall find them: what the guest ignores is ignored, what it blocks is
     /// blocked, also the signals we always route. [`Dispositions::restore_routes`] if it fails.
     pub fn prepare_exec(&self, mask: u64) {

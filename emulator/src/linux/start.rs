@@ -7,6 +7,7 @@ use crate::linux::{
 };
 use std::ffi::OsString;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 /// Makes the process for a checked program on the calling thread, which becomes its first task.
 ///
@@ -16,7 +17,7 @@ pub fn start(
     image: Image,
     env: Vec<OsString>,
     options: Options,
-    cpu: &CpuModel,
+    cpu: &Arc<CpuModel>,
     factory: VcpuFactory,
 ) -> Result<Task, LoadError> {
     // The loader writes to guest memory, which needs the handler of faults.
@@ -39,6 +40,8 @@ pub fn start(
         shown_by_kernel,
         first: host::gettid(),
         signals: signal::Dispositions::default(),
+        cpu: cpu.clone(),
+        host_exec: AtomicBool::new(false),
     };
     let mut task = Task::new(Arc::new(process)).map_err(|e| LoadError::new(&name, Why::NoEngine(e)))?;
     *task.vcpu.state() = state;

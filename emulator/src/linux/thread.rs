@@ -93,6 +93,8 @@ fn main(seed: Seed, report: Sender<i64>) {
     drop(report);
     run::run_task(&mut task);
     let clear = task.clear_child_tid;
+    // As long as a thread may still touch the guest's memory, it counts as one of the process.
+    let _process = task.process.clone();
     drop(task);
     // From here on the guest may take it that the thread is gone.
     if clear != 0 {
