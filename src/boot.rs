@@ -64,6 +64,10 @@ pub struct BootArgs {
     /// How --flat starts.
     #[arg(long, value_enum, default_value = "real", requires = "flat")]
     mode: FlatMode,
+    /// Let a bzImage unpack itself in the guest, to an address of chance (KASLR), as on a PC. Otherwise what gzip, xz or LZ4 packed is
+    /// unpacked here, where the kernel was linked for, which is faster.
+    #[arg(long, requires = "kernel")]
+    no_unpack: bool,
     /// The initial RAM disk, or the first multiboot module.
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
@@ -550,6 +554,7 @@ fn build(args: &BootArgs, inputs: &Inputs, wire: Option<Box<dyn Wire>>, pty: Opt
         kernel: bytes,
         initrd: inputs.initrd.as_deref().map(|bytes| (&*initrd_name, bytes)),
         command_line: &args.append,
+        unpack: !args.no_unpack,
     };
     machine.leave_firmware();
     let (mem, cpu) = machine.guest();

@@ -315,6 +315,52 @@ fn damaged_kernels_are_said_in_a_line() {
     fails(&["--kernel", &file("bz-old", &image)], 1, &["too old"]);
 }
 
+/// A bzImage that says `P` by its own entry, and `U` by that of the ELF file that it has packed inside.
+#[test]
+fn what_is_inside_a_kernel_is_unpacked() {
+    // mov al, N; out e9, al; mov al, 3; out f4, al
+    let says = |n: u8| [0xb0, n, 0xe6, 0xe9, 0xb0, 3, 0xe6, 0xf4];
+    let mut elf = vec![0; 0x78];
+    let mut put = |at: usize, v: u64, n: usize| elf[at..at + n].copy_from_slice(&v.to_le_bytes()[..n]);
+    let header = [(0, 0x0001_0102_464c_457f, 8), (0x10, 2, 2), (0x12, 62, 2), (0x14, 1, 4), (0x18, 0x100_0000, 8)];
+    let sizes = [(0x20, 64, 8), (0x34, 64, 2), (0x36, 56, 2), (0x38, 1, 2)];
+    let segment = [(0x40, 1, 4), (0x48, 0x78, 8), (0x58, 0x100_0000, 8), (0x60, 8, 8), (0x68, 0x2000, 8)];
+    header.into_iter().chain(sizes).chain(segment).for_each(|(at, v, n)| put(at, v, n));
+    elf.extend(says(b'U'));
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+    gzip.write_all(&elf).expect("memory");
+    let packed = gzip.finish().expect("memory");
+    let mut image = vec![0x90; 0x1000];
+    let mut put = |at: usize, v: u64, n: usize| image[at..at + n].copy_from_slice(&v.to_le_bytes()[..n]);
+    put(0x1f1, 1, 1);
+    put(0x1f4, 0, 4);
+    put(0x1fe, 0xaa55, 2);
+    put(0x200, 0x5372_6448_6aeb, 6);
+    for (at, v, n) in [(0x206, 0x20f, 2), (0x211, 1, 1), (0x22c, 0x7fff_ffff, 4), (0x236, 1, 2), (0x238, 0x7ff, 4)] {
+        put(at, v, n);
+    }
+    for (at, v, n) in
+        [(0x248, 0x400, 4), (0x24c, packed.len() as u64, 4), (0x258, 0x100_0000, 8), (0x260, 0x10_0000, 4)]
+    {
+        put(at, v, n);
+    }
+    image[0x600..0x608].copy_from_slice(&says(b'P'));
+    image[0x800..0x800 + packed.len()].copy_from_slice(&packed);
+    let whole = file("packed", &image);
+    image[0x800 + packed.len() / 2] ^= 0x10;
+    let damaged = file("packed-damaged", &image);
+    for engine in ENGINES {
+        for (kernel, option, expected) in
+            [(&whole, None, "U"), (&whole, Some("--no-unpack"), "P"), (&damaged, None, "P")]
+        {
+            let args = ["--backend", engine, "--kernel", kernel, "--debugcon", "0xe9=stdio", "--debug-exit", "0xf4"];
+            let output = boot(&[&args[..], &["--serial", "none"], option.as_slice()].concat());
+            let said = (text(&output.stdout), output.status.code());
+            assert_eq!(said, (expected.into(), Some(7)), "{engine} {option:?}: {}", text(&output.stderr));
+        }
+    }
+}
+
 #[test]
 fn a_triple_fault_says_where() {
     // lidt [zero]; ud2

@@ -54,6 +54,7 @@ impl Target for Kernels {
             kernel: &head,
             initrd: (!r.once_in(3)).then_some(("initrd", &initrd)),
             command_line: &line,
+            unpack: r.once_in(2),
         };
         let mut cpu = CpuState::reset();
         match quietly(|| boot::load(&self.mem, &mut cpu, &payload)) {

@@ -37,6 +37,14 @@ pub fn load(mem: &GuestMemory, image: &[u8]) -> Result<Loaded, String> {
     Ok(Loaded { entry: elf.entry, range })
 }
 
+/// The lowest and the first free physical address of an x86 ELF file of 64 bits or of 32, if it is one.
+pub fn extent(image: &[u8], long: bool) -> Option<(u64, u64)> {
+    let elf = Elf::parse(image).ok().filter(|elf| elf.is_64 == long)?;
+    let loaded = elf.program_headers.iter().filter(|p| p.p_type == PT_LOAD && p.p_memsz != 0);
+    let ends: Option<Vec<_>> = loaded.clone().map(|p| p.p_paddr.checked_add(p.p_memsz.max(p.p_filesz))).collect();
+    Some((loaded.map(|p| p.p_paddr).min()?, ends?.into_iter().max()?))
+}
+
 /// The PVH entry point: ELF note 18 of Xen.
 pub fn pvh_entry(image: &[u8]) -> Option<u32> {
     const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;

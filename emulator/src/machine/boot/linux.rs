@@ -2,7 +2,7 @@
 
 use crate::cpu::{Attr, CpuState, Cr0, Cr4, Efer, Segment};
 use crate::isa::{Gpr, Seg, Width};
-use crate::machine::boot::{Payload, elf, enter_flat32, memory_map, put, size};
+use crate::machine::boot::{Payload, elf, enter_flat32, memory_map, put, size, unpack};
 use crate::mem::{GuestMemory, PAGE_SIZE};
 
 /// Offsets in the setup header, which is also in the boot parameters.
@@ -23,6 +23,9 @@ mod field {
     pub const INITRD_MAX: usize = 0x22c;
     pub const XLOADFLAGS: usize = 0x236;
     pub const CMDLINE_SIZE: usize = 0x238;
+    pub const PAYLOAD_OFFSET: usize = 0x248;
+    pub const PAYLOAD_LENGTH: usize = 0x24c;
+    pub const PREF_ADDRESS: usize = 0x258;
     pub const INIT_SIZE: usize = 0x260;
 }
 
@@ -125,9 +128,14 @@ pub fn load_bzimage(mem: &GuestMemory, cpu: &mut CpuState, payload: &Payload<'_>
     }
     let header_end = field::MAGIC + usize::from(image[field::JUMP + 1]);
     let header = image.get(field::SETUP_SECTS..header_end).ok_or("the kernel image is cut off in its header")?;
-    put(mem, KERNEL, body, "the kernel")?;
+    // XLF_KERNEL_64: there is a 64-bit entry point.
+    let long = version >= 0x020c && u16_at(image, field::XLOADFLAGS) & 1 != 0;
     let init_size = if version >= 0x020a { u64::from(u32_at(image, field::INIT_SIZE)) } else { 0 };
-    let end = KERNEL + init_size.max(body.len() as u64);
+    let inside = if payload.unpack { put_inside(mem, image, body, long) } else { None };
+    if inside.is_none() {
+        put(mem, KERNEL, body, "the kernel")?;
+    }
+    let end = inside.as_ref().map_or(KERNEL + init_size.max(body.len() as u64), |inside| inside.range.1);
     if end > size(mem) {
         let (need, all) = (end.div_ceil(1 << 20), size(mem) >> 20);
         return Err(format!("the kernel needs {need} MiB and the machine has {all} MiB: use --memory"));
@@ -144,15 +152,40 @@ pub fn load_bzimage(mem: &GuestMemory, cpu: &mut CpuState, payload: &Payload<'_>
     params.set(field::RAMDISK_IMAGE, &initrd.to_le_bytes());
     params.set(field::RAMDISK_SIZE, &len.to_le_bytes());
     params.finish(mem, rsdp)?;
-    // XLF_KERNEL_64: there is a 64-bit entry point at 0x200.
-    if version >= 0x020c && u16_at(image, field::XLOADFLAGS) & 1 != 0 {
-        enter_long(mem, cpu, KERNEL + 0x200)?;
+    let entry = inside.map_or(KERNEL, |inside| inside.entry);
+    if long {
+        // In the kernel that unpacks itself it is behind the 32-bit one.
+        enter_long(mem, cpu, if entry == KERNEL { KERNEL + 0x200 } else { entry })?;
     } else {
-        enter_flat32(cpu, KERNEL as u32);
+        enter_flat32(cpu, entry as u32);
         put_gdt(mem, cpu)?;
     }
     cpu.write(Gpr::Rsi, Width::Q, PARAMS);
     Ok(())
+}
+
+/// Unpacks the kernel inside a bzImage to where it was linked for, and there its own code would put it too but for the choice of another
+/// address by chance (KASLR). `None`: it cannot be unpacked here, or is not as expected; the guest's own code then does it.
+fn put_inside(mem: &GuestMemory, image: &[u8], body: &[u8], long: bool) -> Option<elf::Loaded> {
+    if u16_at(image, field::VERSION) < 0x020a {
+        return None;
+    }
+    let (at, length) = (u32_at(image, field::PAYLOAD_OFFSET) as usize, u32_at(image, field::PAYLOAD_LENGTH) as usize);
+    let init_size = u64::from(u32_at(image, field::INIT_SIZE));
+    let first = u64::from(u32_at(image, field::PREF_ADDRESS));
+    let end = first + init_size;
+    if first < KERNEL || end > size(mem) {
+        return None;
+    }
+    let kernel = unpack::unpack(body.get(at..at.checked_add(length)?)?, init_size as usize)?;
+    let (start, needed) = elf::extent(&kernel, long)?;
+    if start < first || needed > end {
+        return None;
+    }
+    let mut loaded = elf::load(mem, &kernel).ok().filter(|loaded| (first..end).contains(&loaded.entry))?;
+    // It may use all of what it asks for before it looks at the memory map.
+    loaded.range.1 = end;
+    Some(loaded)
 }
 
 /// Loads an ELF vmlinux: by its PVH entry if it has one, else as after decompression, by the 64-bit protocol.

@@ -5,6 +5,7 @@ pub(crate) mod firmware;
 mod linux;
 mod multiboot;
 mod multiboot2;
+mod unpack;
 
 use crate::cpu::{Attr, CpuState, Cr0, Rflags, Segment, Table};
 use crate::isa::Seg;
@@ -21,6 +22,8 @@ pub struct Payload<'a> {
     pub initrd: Option<(&'a str, &'a [u8])>,
     /// The command line.
     pub command_line: &'a str,
+    /// The kernel inside a bzImage is unpacked here, if it can be, and not by its own code in the guest. It is then where it was linked for.
+    pub unpack: bool,
 }
 
 /// The kinds of kernel image, as found out from their first bytes.
