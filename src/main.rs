@@ -1,5 +1,8 @@
 //! The `bivisor` command line: parse the arguments, hand over to the subcommand, turn the outcome into an exit status.
 
+#[macro_use]
+mod output;
+
 mod assemble;
 mod beside;
 mod boot;
@@ -48,12 +51,6 @@ fn main() -> ExitCode {
         cli::Command::Explain(args) => explain::run(&args),
         cli::Command::Run(args) => run::run(&args),
     };
-    match outcome {
-        // The shell sees eight bits, as wait(2) does.
-        Ok(status) => ExitCode::from(status as u8),
-        Err(error) => {
-            eprintln!("bivisor: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    // The shell sees eight bits, as wait(2) does.
+    ExitCode::from(outcome.unwrap_or_else(|why| output::status(&why)) as u8)
 }

@@ -193,3 +193,51 @@ fn libc_signal(name: &str) -> i32 {
         _ => 11,
     }
 }
+
+/// `bivisor ... | head`: a reader that closes its end ends the program quietly, with a shell's status of death by SIGPIPE.
+#[test]
+fn a_closed_pipe_is_no_panic() {
+    let commands: [&[&str]; 15] = [
+        &["diff", "--all", "--cases", "4000", "--jobs", "1"],
+        &["diff", "--all", "--cases", "4000", "--jobs", "1", "--json"],
+        &["diff", "--matrix"],
+        &["diff", "--matrix", "--html"],
+        &["diff", "replay", "--json", concat!(env!("CARGO_MANIFEST_DIR"), "/testsuite/repros/rip-relative-b-bit.json")],
+        &["explain", "popf"],
+        &["explain", "--json", "popf"],
+        &["classify"],
+        &["classify", "--json"],
+        &["doctor"],
+        &["doctor", "--json"],
+        &["demo", "popf"],
+        &["exec", "--schema"],
+        &["exec", "--hex", "90f4"],
+        &["decode"],
+    ];
+    for args in commands {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let mut child = Command::new(env!("CARGO_BIN_EXE_bivisor"))
+            .args(args)
+            .stdin(std::process::Stdio::piped())
+            .stdout(writer)
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .expect("bivisor starts");
+        // For those that read; the others do not wait for it.
+        let _ = std::io::Write::write_all(&mut child.stdin.take().expect("a pipe"), b"90\n");
+        let output = child.wait_with_output().expect("it ends");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(141), "{args:?}: {stderr}");
+        assert_eq!(stderr, "", "{args:?}");
+    }
+}
+
+/// Messages that nobody can read are no panic either.
+#[test]
+fn a_closed_standard_error_is_no_panic() {
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let status = Command::new(env!("CARGO_BIN_EXE_bivisor")).args(["exec", "--cpu", "no such"]).stderr(writer).status();
+    assert_eq!(status.expect("bivisor starts").code(), Some(1));
+}
