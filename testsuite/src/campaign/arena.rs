@@ -35,7 +35,7 @@ pub const BREAK: u64 = STUB + 8;
 pub const CODE_HOLE: u64 = BASE + 0x6000;
 /// One page of code before a page of data.
 pub const CODE_NX: u64 = BASE + 0x9000;
-/// One page of code that can store into itself, for 16- and 32-bit code only; not one of [`PAGES`].
+/// One page of code that can store into itself, for those who want it ([`map_own`]); not one of [`PAGES`].
 pub const OWN: u64 = BASE + 0xc000;
 /// Data.
 pub const DATA: u64 = BASE + 0x1_0000;
@@ -124,6 +124,27 @@ static HAS_OWN: AtomicBool = AtomicBool::new(false);
 /// Does the process have the page [`OWN`]? Known when the arena is mapped.
 pub fn has_own() -> bool {
     HAS_OWN.load(Ordering::Relaxed)
+}
+
+/// Gives the memory of an engine the page [`OWN`], to be read, written and executed.
+pub fn map_own(mem: &GuestMemory) -> Option<()> {
+    if let Some(flat) = mem.flat() {
+        let prot = RW.union(Prot::EXEC);
+        let (start, end) = (OWN, OWN + 0x1000);
+        flat.insert(Vma { start, end, prot, shared: false, name: "".into(), offset: 0, backing: None });
+        return Some(());
+    }
+    // Present, writable, a user's, accessed and dirty, executable.
+    mem.store(TABLES + 0x3000 + (OWN >> 12 & 0x1ff) * 8, Width::Q, (OWN - BASE) | 0x67)
+}
+
+/// Gives the page [`OWN`] its rights in this process: an engine on flat memory may have taken some to see stores.
+pub fn renew_own(executable: bool) {
+    if has_own() {
+        let exec = if executable { libc::PROT_EXEC } else { 0 };
+        // SAFETY: the arena's page, which nobody in Rust refers to.
+        unsafe { libc::mprotect(OWN as *mut _, 0x1000, libc::PROT_READ | libc::PROT_WRITE | exec) };
+    }
 }
 
 fn map() -> Result<usize, String> {

@@ -46,6 +46,23 @@ pub struct Slot {
     free_gpr: [u64; 16],
 }
 
+impl Slot {
+    /// A block in its place.
+    pub fn block(at: u64, bytes: Vec<u8>) -> Slot {
+        Slot {
+            at,
+            bytes,
+            code: Code::INVALID,
+            kind: Kind::Block,
+            plan: None,
+            native: true,
+            states: STATES / 2,
+            undefined_flags: if Vendor::host() == Vendor::Amd { 0 } else { 0x8d5 },
+            free_gpr: [0; 16],
+        }
+    }
+}
+
 /// A batch.
 pub struct Batch {
     /// The instructions.
@@ -103,19 +120,24 @@ impl Source {
             batch.put(at, &bytes);
             let end = at + bytes.len() as u64;
             batch.put(end, &tail(end));
-            batch.slots.push(Slot {
-                at,
-                bytes,
-                code: Code::INVALID,
-                kind: Kind::Block,
-                plan: None,
-                native: true,
-                states: STATES / 2,
-                undefined_flags: if self.amd { 0 } else { 0x8d5 },
-                free_gpr: [0; 16],
-            });
+            batch.slots.push(Slot::block(at, bytes));
         }
         batch
+    }
+
+    /// Memory with tails only, for instructions and blocks one at a time: see [`Batch::take`].
+    pub fn ground(&self, seed: u64) -> Batch {
+        let mut batch = self.fresh(mixed(seed, 0));
+        batch.places.clone().into_iter().for_each(|head| batch.put(head, &tail(head)));
+        batch
+    }
+
+    /// The `index`-th instruction, or bytes that may be none, in a place behind a tail.
+    pub fn instruction(&mut self, r: &mut Random, index: u64, wild: bool) -> Option<Slot> {
+        let places: Vec<u64> = (0..SLOTS).map(|i| CODE + DISTANCE * i).collect();
+        let head = r.one_of(&places);
+        let next = self.codes[(index % self.codes.len() as u64) as usize];
+        self.slot(r, next, &places, |_| head + HEAD, wild)
     }
 
     /// Memory without instructions.
@@ -336,7 +358,7 @@ fn stop_behind(bytes: &mut [u8]) {
 }
 
 /// What follows an instruction: MOV DWORD [NOTE], its own address; JMP [EXIT].
-fn tail(at: u64) -> [u8; TAIL as usize] {
+pub(super) fn tail(at: u64) -> [u8; TAIL as usize] {
     let mut out = [0; TAIL as usize];
     out[..3].copy_from_slice(&[0xc7, 0x04, 0x25]);
     out[3..7].copy_from_slice(&(NOTE as u32).to_le_bytes());
@@ -350,6 +372,11 @@ impl Batch {
     fn put(&mut self, at: u64, bytes: &[u8]) {
         let from = (at - BASE) as usize;
         self.pristine[from..from + bytes.len()].copy_from_slice(bytes);
+    }
+
+    /// Has this slot alone from now on, and draws its states from `seed`.
+    pub fn take(&mut self, slot: Slot, seed: u64) {
+        (self.slots, self.random) = (vec![slot], Random::new(seed));
     }
 
     /// Puts the contents into an engine's memory.

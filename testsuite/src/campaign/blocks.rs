@@ -20,6 +20,17 @@ pub const POINTERS_BELOW_8: [Register; 2] = [Register::ESI, Register::EDI];
 /// Most bytes of a block.
 pub const ROOM: usize = 224;
 
+/// A part of a block.
+#[derive(Clone, Debug)]
+pub struct Part {
+    /// An instruction.
+    pub bytes: Vec<u8>,
+    /// The branch before it leads over so many parts; 0: there is none.
+    pub skip: usize,
+    /// The branch's condition, 0 to 15.
+    pub condition: u8,
+}
+
 /// What blocks are made from.
 pub struct Members {
     bits: u32,
@@ -67,18 +78,27 @@ impl Members {
                 parts.push(bytes);
             }
         }
-        // Branches over the next few, sometimes: to where a part begins, or its own branch.
-        let mut out = Vec::new();
         let skips: Vec<usize> = parts.iter().map(|_| if r.once_in(4) { 1 + r.below(3) as usize } else { 0 }).collect();
-        let size = |i: usize| parts[i].len() + if skips[i] > 0 { 2 } else { 0 };
+        let parts: Vec<Part> = parts
+            .into_iter()
+            .zip(skips)
+            .map(|(bytes, skip)| Part { bytes, skip, condition: if skip > 0 { r.below(16) as u8 } else { 0 } })
+            .collect();
+        self.join(&parts, r.once_in(2))
+    }
+
+    /// Parts in a row, in a loop of RBX rounds or not.
+    pub fn join(&self, parts: &[Part], in_loop: bool) -> Vec<u8> {
+        let mut out = Vec::new();
+        let size = |p: &Part| p.bytes.len() + if p.skip > 0 { 2 } else { 0 };
         for (i, part) in parts.iter().enumerate() {
-            if skips[i] > 0 {
-                let behind: usize = (i + 1..parts.len().min(i + skips[i])).map(size).sum();
-                out.extend([0x70 | r.below(16) as u8, (part.len() + behind) as u8]);
+            if part.skip > 0 {
+                let behind: usize = parts[i + 1..parts.len().min(i + part.skip)].iter().map(size).sum();
+                out.extend([0x70 | part.condition & 15, (part.bytes.len() + behind) as u8]);
             }
-            out.extend_from_slice(part);
+            out.extend_from_slice(&part.bytes);
         }
-        if r.once_in(2) {
+        if in_loop {
             // dec ebx (or BX); jnz to the start
             out.extend([0xff, 0xcb]);
             let size = if self.bits == 16 { 2 } else { 4 };
@@ -89,7 +109,8 @@ impl Members {
         out
     }
 
-    fn member(&mut self, r: &mut Random) -> Option<Vec<u8>> {
+    /// An instruction that can stand in a block, if the dice give one.
+    pub fn member(&mut self, r: &mut Random) -> Option<Vec<u8>> {
         let bytes = encode::attempt_in(r, r.clone().one_of(&self.codes), self.bits);
         let insn = decode(&bytes, self.bits).ok()?;
         let mut iced = insn.iced;

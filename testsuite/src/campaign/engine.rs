@@ -110,6 +110,23 @@ impl Engine {
         self.planted = Some(planted);
     }
 
+    /// Gives it a page of code that can store into itself.
+    pub fn map_own(&mut self) {
+        arena::map_own(&self.mem);
+    }
+
+    /// That page was changed from outside.
+    pub fn own_changed(&mut self) {
+        let page = arena::OWN..arena::OWN + 0x1000;
+        match self.mem.flat() {
+            Some(flat) => {
+                flat.protect(page, Prot::READ | Prot::WRITE | Prot::EXEC);
+                arena::renew_own(false);
+            }
+            None => self.code_changed(page),
+        }
+    }
+
     /// The code in memory was changed from outside.
     pub fn code_changed(&mut self, range: std::ops::Range<u64>) {
         match (self.mem.flat(), self.mem.ram()) {

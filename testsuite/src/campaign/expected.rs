@@ -165,7 +165,6 @@ fn holds(when: &str, about: Option<(&Case, &Outcome, &Outcome)>) -> Option<bool>
             | "reserved bits, amd"
             | "rsp by evex.x, amd"
             | "the modrm byte of fop"
-            | "far call, another exception"
             | "far call with rex.w",
             None,
         ) => true,
@@ -210,10 +209,6 @@ fn holds(when: &str, about: Option<(&Case, &Outcome, &Outcome)>) -> Option<bool>
             let (a, b) = (&is.xsave, &should.xsave);
             // The opcode's three bits and the middle of the ModRM byte are the same.
             (a.fop() ^ b.fop()) & 0x738 == 0 && (a.fip(), a.fdp()) == (b.fip(), b.fdp())
-        }
-        ("far call, another exception", Some((case, is, should))) => {
-            let far = matches!(case.insn, Code::Call_m1616 | Code::Call_m1632 | Code::Call_m1664);
-            far && matches!((is.end, should.end), (End::Fault(_), End::Fault(_)))
         }
         ("far call with rex.w", Some((case, ..))) => {
             let opcode = case.code.windows(2).any(|w| matches!(w, [0x48..=0x4f, 0xff]));

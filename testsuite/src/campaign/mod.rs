@@ -10,6 +10,7 @@
 //! | [`aim`] | memory operands and branch targets |
 //! | [`far`] | selectors and far pointers |
 //! | [`batch`] | instructions in their places, states for them |
+//! | [`beside`] | cases one by one, each on memory set up anew |
 //! | [`blocks`] | several instructions with branches and loops |
 //! | [`oracle`] | the host CPU (unsafe) |
 //! | [`engine`] | the engines |
@@ -26,6 +27,7 @@
 pub mod aim;
 pub mod arena;
 pub mod batch;
+pub mod beside;
 pub mod blocks;
 pub mod case;
 pub mod coordinator;

@@ -111,19 +111,10 @@ impl Pair {
         while code.is_empty() || is_own(&code) {
             code.clear();
             for _ in 0..2 + r.below(14) {
-                match r.below(8) {
-                    0..=3 if kernel => sensitive(r, &mut code),
-                    7 => code.extend(&encode::wild(r)[..1 + r.below(8) as usize]),
-                    _ => self.instruction(r, &mut code),
-                }
+                self.piece(r, kernel, &mut code);
             }
         }
-        let mut gpr = [0; 16];
-        for v in &mut gpr {
-            *v = if r.once_in(3) { r.edgy() } else { DATA + 0x800 + 8 * r.below(0x500) };
-        }
-        gpr[Gpr::Rcx as usize] = if r.once_in(2) { r.below(9) } else { gpr[1] };
-        gpr[Gpr::Rsp as usize] = DATA + 0x2000 + 8 * r.below(64);
+        let gpr = registers(r);
         let rflags = 2 | r.next() & 0xcd5 | if !kernel || r.once_in(2) { 0x200 } else { 0 };
         // One at a time is counted exactly; a large budget may be overshot, so a kernel runs to its HLT.
         let mut budgets = vec![1; r.below(8) as usize];
@@ -131,6 +122,15 @@ impl Pair {
         let interrupt = kernel && r.once_in(2);
         let interrupt = interrupt.then(|| (r.below(budgets.len() as u64) as usize, 32 + r.next() as u8 % 200));
         Sequence { kernel, code, gpr, rflags, seed: r.next(), budgets, interrupt }
+    }
+
+    /// Adds an instruction, or a few that belong together, or any bytes.
+    pub fn piece(&self, r: &mut Random, kernel: bool, code: &mut Vec<u8>) {
+        match r.below(8) {
+            0..=3 if kernel => sensitive(r, code),
+            7 => code.extend(&encode::wild(r)[..1 + r.below(8) as usize]),
+            _ => self.instruction(r, code),
+        }
     }
 
     fn instruction(&self, r: &mut Random, code: &mut Vec<u8>) {
@@ -291,6 +291,17 @@ impl Pair {
             }
         }
     }
+}
+
+/// Registers for a sequence: most of them point to data.
+pub fn registers(r: &mut Random) -> [u64; 16] {
+    let mut gpr = [0; 16];
+    for v in &mut gpr {
+        *v = if r.once_in(3) { r.edgy() } else { DATA + 0x800 + 8 * r.below(0x500) };
+    }
+    gpr[Gpr::Rcx as usize] = if r.once_in(2) { r.below(9) } else { gpr[1] };
+    gpr[Gpr::Rsp as usize] = DATA + 0x2000 + 8 * r.below(64);
+    gpr
 }
 
 /// The code of a sequence, disassembled.

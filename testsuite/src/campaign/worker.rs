@@ -8,6 +8,7 @@ use super::case::{Case, Kind};
 use super::engine::{Engine, Which};
 use super::expected::Expected;
 use super::modes::Modes;
+use super::modes::oracle::local_table;
 use super::oracle::Oracle;
 use super::outcome::{Compare, End, Outcome, Part, compare, take_memory};
 use super::pair::{self, Pair};
@@ -184,6 +185,8 @@ impl Worker {
             }
         }
         if let (Some(_), Ok(view)) = (&self.oracle, arena::flat_view()) {
+            // Emptying it cannot fail.
+            let _ = local_table(false);
             batch.load(view);
         }
         for slot in 0..batch.slots.len() {

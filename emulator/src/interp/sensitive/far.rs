@@ -3,11 +3,13 @@
 use crate::cpu::descriptor::{Descriptor, is_null, kind, rpl, selector_error};
 use crate::cpu::{Attr, CpuState, Fault, Segment};
 use crate::interp::access::{self, is_canonical};
+use crate::interp::alu::Vendor;
 use crate::interp::sensitive::selector::{self, Found, is_ia32e, is_protected, null_stack, segment_of};
 use crate::interp::sensitive::switch::{self, Cause};
 use crate::interp::sensitive::task;
 use crate::interp::{Exec, Step, Stop, Why, operand, stack};
 use crate::isa::{Gpr, Insn, Seg, Width};
+use crate::mem::Access;
 use iced_x86::{Code, MemorySize, OpKind};
 
 /// Width of the offset in a far pointer: the operand size.
@@ -60,12 +62,26 @@ pub fn push_all(x: &mut Exec<'_>, w: Width, values: &[u64]) -> Step {
     let top = stack::pointer(x.cpu);
     let slot = |n: usize| a.cut(top.wrapping_sub(w.bytes() * (n as u64 + 1)));
     for n in 0..values.len() {
-        access::check_write(x, Seg::Ss, slot(n), w.bytes())?;
+        access::check_integer(x, Seg::Ss, slot(n), w, Access::Write)?;
     }
     for (n, v) in values.iter().enumerate() {
         access::store(x, Seg::Ss, slot(n), w, w.cut(*v))?;
     }
     stack::adjust(x, -((w.bytes() * values.len() as u64) as i64));
+    Ok(())
+}
+
+/// The frame of a far CALL without a gate. AMD's processors store word by word: the first is in memory though the second faults, and the
+/// exceptions come in that order (seen on Zen 4; APM 3 CALL writes them as two stores). Intel's check that there is room for all (SDM 2A CALL).
+fn push_return(x: &mut Exec<'_>, w: Width, values: [u64; 2]) -> Step {
+    if Vendor::host() != Vendor::Amd {
+        return push_all(x, w, &values);
+    }
+    let (a, top) = (stack::address_width(x.cpu), stack::pointer(x.cpu));
+    for (n, v) in (1..).zip(values) {
+        access::store(x, Seg::Ss, a.cut(top.wrapping_sub(w.bytes() * n)), w, w.cut(v))?;
+    }
+    stack::adjust(x, -2 * w.bytes() as i64);
     Ok(())
 }
 
@@ -150,7 +166,7 @@ fn direct(x: &mut Exec<'_>, w: Width, cs: Segment, offset: u64, is_call: bool) -
     }
     if is_call {
         let from = u64::from(x.cpu.segment(Seg::Cs).selector);
-        push_all(x, w, &[from, x.next_rip])?;
+        push_return(x, w, [from, x.next_rip])?;
     }
     x.cpu.seg[Seg::Cs as usize] = cs;
     x.next_rip = offset;
@@ -162,7 +178,7 @@ fn push_and_go(x: &mut Exec<'_>, w: Width, cs: Segment, offset: u64) -> Step {
     let from = *x.cpu.segment(Seg::Cs);
     let next = x.next_rip;
     x.cpu.seg[Seg::Cs as usize] = cs;
-    if let Err(stop) = push_all(x, w, &[u64::from(from.selector), next]) {
+    if let Err(stop) = push_return(x, w, [u64::from(from.selector), next]) {
         x.cpu.seg[Seg::Cs as usize] = from;
         return Err(stop);
     }

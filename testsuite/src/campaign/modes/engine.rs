@@ -48,8 +48,7 @@ fn tables(mem: &GuestMemory) -> Option<()> {
     for page in [arena::GDT, arena::IDT, arena::TSS].into_iter().chain((0..4).map(|n| arena::OWN_TABLES + n * 0x1000)) {
         put(TABLES + 0x3000 + (page >> 12 & 0x1ff) * 8, 0)?;
     }
-    // Present, writable, a user's, accessed and dirty, executable.
-    put(TABLES + 0x3000 + (arena::OWN >> 12 & 0x1ff) * 8, (arena::OWN - arena::BASE) | 0x67)?;
+    arena::map_own(mem)?;
     for (n, e) in LDT.iter().enumerate() {
         // The page of an IDT, which these cases do not have.
         put(IDT_AT as u64 + 8 * n as u64, e.descriptor().low)?;

@@ -105,6 +105,7 @@ impl Modes {
         };
         if let Some((oracle, view)) = &mut self.oracle {
             let mut o = Outcome::default();
+            oracle::local_table(true)?;
             fill(*view);
             oracle.run(case, &mut o);
             take_memory(case, *view, &mut o);
@@ -131,6 +132,8 @@ impl Modes {
             arena::PAGES.iter().for_each(|p| (p.0..p.0 + p.1).step_by(0x1000).for_each(|page| e.code_changed(page)));
         }
         if let Some((_, view)) = &self.oracle {
+            // It was filled once.
+            let _ = oracle::local_table(true);
             view.write(BASE, &pristine);
         }
         let at = (seed, n);

@@ -13,6 +13,7 @@ use crate::host::fault;
 use bivisor_emulator::host::thread::ThreadBlock;
 use std::arch::global_asm;
 use std::mem::offset_of;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The host CPU in compatibility mode.
 pub struct Oracle {
@@ -112,6 +113,36 @@ struct UserDesc {
 /// modify_ldt(2): write an entry.
 const WRITE_LDT: i64 = 0x11;
 
+/// Fills the process's local descriptor table, or empties it: 64-bit code, which the engines run without one, would see it too.
+///
+/// # Errors
+/// A sentence: the kernel does not give one.
+pub fn local_table(filled: bool) -> Result<(), String> {
+    static FILLED: AtomicBool = AtomicBool::new(false);
+    if FILLED.swap(filled, Ordering::Relaxed) == filled {
+        return Ok(());
+    }
+    // Neither present nor anything else: the entry is cleared.
+    const EMPTY: UserDesc = UserDesc { entry_number: 0, base: 0, limit: 0, flags: 1 << 3 | 1 << 5 };
+    for (n, e) in LDT.iter().enumerate() {
+        let flags = u32::from(e.big)
+            | e.contents << 1
+            | u32::from(e.less) << 3
+            | u32::from(e.pages) << 4
+            | u32::from(!e.present) << 5;
+        let full = UserDesc { entry_number: 0, base: e.base as u32, limit: e.limit, flags };
+        let mut desc = UserDesc { entry_number: n as u32, ..if filled { full } else { EMPTY } };
+        // SAFETY: the kernel reads the structure, and checks what it puts into the table.
+        let r =
+            unsafe { libc::syscall(libc::SYS_modify_ldt, WRITE_LDT, &raw mut desc, std::mem::size_of::<UserDesc>()) };
+        // The number is an int: the upper half of the result means nothing.
+        if r as i32 != 0 {
+            return Err("the host's kernel gives no local descriptor table: modify_ldt(2) failed".into());
+        }
+    }
+    Ok(())
+}
+
 impl Oracle {
     /// The host CPU on the arena mapped by [`super::super::arena::flat`]; its process gets the local descriptor table.
     ///
@@ -129,22 +160,7 @@ impl Oracle {
         if valid == 0 {
             return Err("the host's kernel has no segment for 32-bit code (CONFIG_IA32_EMULATION)".into());
         }
-        for (n, e) in LDT.iter().enumerate() {
-            let flags = u32::from(e.big)
-                | e.contents << 1
-                | u32::from(e.less) << 3
-                | u32::from(e.pages) << 4
-                | u32::from(!e.present) << 5;
-            let mut desc = UserDesc { entry_number: n as u32, base: e.base as u32, limit: e.limit, flags };
-            // SAFETY: the kernel reads the structure, and checks what it puts into the table.
-            let r = unsafe {
-                libc::syscall(libc::SYS_modify_ldt, WRITE_LDT, &raw mut desc, std::mem::size_of::<UserDesc>())
-            };
-            // The number is an int: the upper half of the result means nothing.
-            if r as i32 != 0 {
-                return Err("the host's kernel gives no local descriptor table: modify_ldt(2) failed".into());
-            }
-        }
+        local_table(true)?;
         Ok(Oracle { frame: Frame::new([0; 5]) })
     }
 

@@ -42,6 +42,24 @@ pub struct Slot {
     free_gpr: [u64; 16],
 }
 
+impl Slot {
+    /// A block in its place.
+    pub fn block(kind: Kind, at: u64, bytes: Vec<u8>) -> Slot {
+        Slot {
+            at,
+            there: bytes.len(),
+            bytes,
+            code: Code::INVALID,
+            states: STATES * 2,
+            kind,
+            plan: None,
+            native: true,
+            undefined_flags: if Vendor::host() == Vendor::Amd { 0 } else { 0x8d5 },
+            free_gpr: [0; 16],
+        }
+    }
+}
+
 /// What cases are made from.
 pub struct Source {
     codes: [Vec<(Code, &'static OpCodeInfo)>; 2],
@@ -108,18 +126,7 @@ impl Source {
         if !kind.is_single() {
             let members = self.members[index(bits)].get_or_insert_with(|| Members::in_code(&self.model, bits));
             let bytes = members.draw(r);
-            return (bytes.len() <= ROOM).then(|| Slot {
-                at: CODE + 0x800 + r.below(0x100),
-                there: bytes.len(),
-                bytes,
-                code: Code::INVALID,
-                states: STATES * 2,
-                kind,
-                plan: None,
-                native: true,
-                undefined_flags: if self.amd { 0 } else { 0x8d5 },
-                free_gpr: [0; 16],
-            });
+            return (bytes.len() <= ROOM).then(|| Slot::block(kind, CODE + 0x800 + r.below(0x100), bytes));
         }
         let codes = &self.codes[index(bits)];
         let (code, op) = *codes.get(((n * SLOTS + i) % codes.len().max(1) as u64) as usize)?;
@@ -315,6 +322,17 @@ pub fn state(r: &mut Random, pool: &Pool, slot: &Slot, case: &mut Case) {
     }
     if let Some(plan) = &slot.plan {
         plan.aim(r, case, slot.at);
+    }
+    keep_from_hanging(case);
+}
+
+/// A far CALL to 64-bit code pushes by that code's rules: with ESP near zero at the end of the address space. Linux takes a fault there
+/// for the K8's erratum 100 (`is_errata100` in arch/x86/mm/fault.c) and repeats the instruction for ever.
+pub fn keep_from_hanging(case: &mut Case) {
+    let sp = &mut case.gpr[Gpr::Rsp as usize];
+    let calls = matches!(case.insn, Code::Call_ptr1616 | Code::Call_ptr1632 | Code::Call_m1616 | Code::Call_m1632);
+    if calls && *sp < 0x20 {
+        *sp += 0x20;
     }
 }
 
