@@ -246,14 +246,16 @@ pub fn totals() -> String {
         _ => format!("all but {missing}"),
     };
     let [plain, special] = translated();
-    let (cases, unexpected, expected, forms) = crate::campaign::matrix::totals();
+    let t = crate::campaign::matrix::Totals::on_record();
+    let (forms, by_engine) = (t.forms, t.by_engine());
+    let (unexpected, expected) = (t.unexpected, t.expected);
     let [copied, rewritten, leave, stepped] = std::array::from_fn(|i| plain[i] + special[i]);
     format!(
         "- [Instructions](docs/instructions.md): {} encodings, {carried_out} by a function of the interpreter or, where the host has them,
   on its own units. {sensitive} are sensitive, {unguarded} of them open to any user. Of {} in 64-bit code the translator copies {copied},
   rewrites {rewritten} and leaves {stepped} to the interpreter, {leave} to the system.
 - [System calls](docs/syscalls.md): {}, of which {passed} go to the host as they are, {handled} are handled and {refused} are refused.
-- [Fidelity](docs/fidelity.md): {cases} cases of {forms} instruction forms compared with the host CPU on interpreter and translator:
+- [Fidelity](docs/fidelity.md): {forms} instruction forms compared with the host CPU, {by_engine}:
   {unexpected} unexpected divergences, {expected} expected.
 ",
         all.len(),

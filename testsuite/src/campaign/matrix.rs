@@ -1,5 +1,6 @@
 //! The fidelity matrix: a committed summary of a campaign by mnemonic, and the page made of it.
 
+use super::case::Kind;
 use super::coordinator::State;
 use super::engine::Which;
 use super::expected::Expected;
@@ -133,12 +134,39 @@ fn campaigns() -> Vec<(&'static str, &'static str, u64, u64, &'static str)> {
     SUMMARY.lines().filter_map(one).collect()
 }
 
-/// Cases, unexpected divergences, expected ones, instructions (forms) of the engines together: for the README.
-pub fn totals() -> (u64, u64, u64, u64) {
-    let lines = lines();
-    let sum = |i: usize| lines.iter().map(|l| l.n[i]).sum::<u64>();
-    let forms = lines.iter().filter(|l| l.engine == "interp" && l.mnemonic != "invalid").map(|l| l.n[0]).sum();
-    (campaigns().iter().map(|c| c.2).sum(), sum(4), sum(3), forms)
+/// What the campaigns on record are together.
+pub struct Totals {
+    /// Encodings of instructions that ran; blocks and bytes that are no instruction are none.
+    pub forms: u64,
+    /// Of each engine, in [`Which`]'s order: its name and its cases.
+    pub cases: Vec<(&'static str, u64)>,
+    /// Expected divergences on all engines.
+    pub expected: u64,
+    /// Unexpected ones.
+    pub unexpected: u64,
+}
+
+impl Totals {
+    /// Of the committed summary.
+    pub fn on_record() -> Totals {
+        let lines = lines();
+        let sum = |i: usize| lines.iter().map(|l| l.n[i]).sum::<u64>();
+        let of = |e: &Which| lines.iter().filter(|l| l.engine == e.name()).map(|l| l.n[1]).sum::<u64>();
+        let is_form = |l: &&Line<'_>| l.mnemonic != "invalid" && Kind::named(l.mnemonic).is_none();
+        Totals {
+            forms: lines.iter().filter(|l| l.engine == Which::Interp.name()).filter(is_form).map(|l| l.n[0]).sum(),
+            cases: Which::ALL.iter().map(|e| (e.name(), of(e))).filter(|(_, n)| *n > 0).collect(),
+            expected: sum(3),
+            unexpected: sum(4),
+        }
+    }
+
+    /// `1 case on interp, 2 on bt`.
+    pub fn by_engine(&self) -> String {
+        let words = self.cases.iter().enumerate();
+        let words = words.map(|(i, (e, n))| format!("{n}{} on {e}", if i == 0 { " cases" } else { "" }));
+        words.collect::<Vec<_>>().join(", ")
+    }
 }
 
 /// By mnemonic, by engine.
@@ -170,7 +198,7 @@ fn parts(conditions: &[(&str, bool)]) -> String {
 
 /// `docs/fidelity.md`.
 pub fn page() -> String {
-    let (cases, unexpected, expected, forms) = totals();
+    let totals = Totals::on_record();
     let mut table = String::new();
     for (seed, engines, cases, seconds, revision) in campaigns() {
         let rate = cases / seconds.max(1);
@@ -186,15 +214,15 @@ pub fn page() -> String {
         let _ = writeln!(without, "| {why} | {} | {codes} |", codes.split(' ').count());
     }
     let has_kvm = campaigns().iter().any(|c| c.1.split(',').any(|e| e == Which::Kvm.name()));
-    let mut out = parts(&[("unexpected", unexpected > 0), ("kvm", has_kvm), ("no kvm", !has_kvm)]);
+    let mut out = parts(&[("unexpected", totals.unexpected > 0), ("kvm", has_kvm), ("no kvm", !has_kvm)]);
     for (key, text) in [
         ("{campaigns}\n", table),
         ("{without}\n", without),
-        ("{cases}", cases.to_string()),
+        ("{cases}", totals.by_engine()),
         ("{cpu}", value("cpu").into()),
-        ("{forms}", forms.to_string()),
-        ("{unexpected}", unexpected.to_string()),
-        ("{expected}", expected.to_string()),
+        ("{forms}", totals.forms.to_string()),
+        ("{unexpected}", totals.unexpected.to_string()),
+        ("{expected}", totals.expected.to_string()),
         ("{met}", met.to_string()),
         ("{all}", all.to_string()),
         ("{share}", share),
@@ -233,11 +261,15 @@ pub fn html() -> String {
         "<!doctype html>\n<meta charset=\"utf-8\">\n<title>Bivisor: fidelity</title>\n<style>body{font-family:sans-serif}\
          td,th{padding:2px 8px;text-align:right}td:first-child{text-align:left}.x{background:#fcc}</style>\n",
     );
-    let (cases, unexpected, expected, forms) = totals();
+    let t = Totals::on_record();
     let _ = writeln!(
         out,
-        "<h1>Fidelity</h1>\n<p>{cases} cases of {forms} instructions on {}: {expected} expected divergences, {unexpected} unexpected.</p>",
-        value("cpu")
+        "<h1>Fidelity</h1>\n<p>{} instruction forms beside {}: {}; {} expected divergences, {} unexpected.</p>",
+        t.forms,
+        value("cpu"),
+        t.by_engine(),
+        t.expected,
+        t.unexpected
     );
     out += "<table>\n<tr><th>instruction<th>forms";
     engines.iter().for_each(|e| {
