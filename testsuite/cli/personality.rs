@@ -19,6 +19,7 @@ const PROGRAMS: &[&str] = &[
     "self",
     "rewriting",
     "direct",
+    "pointers",
 ];
 
 /// Compiles a program; `None` without a compiler.

@@ -4,7 +4,7 @@ use crate::route::{Route, Routes};
 use bivisor_emulator::isa::MAX_INSN_LEN;
 use bivisor_emulator::isa::decode::options;
 use bivisor_emulator::mem::{GuestMemory, PAGE_SIZE, Prot, Vma};
-use iced_x86::{Decoder, DecoderError, Instruction, InstructionInfoFactory, OpAccess};
+use iced_x86::{Decoder, DecoderError, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register};
 
 /// Most instructions in a block.
 pub const MAX_INSNS: usize = 64;
@@ -38,6 +38,18 @@ pub struct GuestBlock {
     pub compared: bool,
     /// Which of its bytes have been seen to change, if it is compared.
     pub changed: Vec<bool>,
+    /// It ends with an indirect branch through memory that does not change.
+    pub constant: Option<Constant>,
+}
+
+/// Where an indirect branch finds its target, and the target. Nobody may write there, and it is told when that ends: so the linker's
+/// tables of functions (PLT and GOT) cost what direct branches do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Constant {
+    /// The operand's address.
+    pub at: u64,
+    /// What is there: a canonical address.
+    pub target: u64,
 }
 
 impl GuestBlock {
@@ -99,6 +111,10 @@ pub trait CodeSource {
     fn is_file(&self, _at: u64) -> bool {
         false
     }
+    /// The eight bytes at `at` if they cannot be written; their page is watched from now on as one of code is.
+    fn constant(&mut self, _at: u64) -> Option<u64> {
+        None
+    }
     /// A page once opened stays so until the epoch changes; then what tells this source from others.
     fn identity(&self) -> Option<usize> {
         None
@@ -123,6 +139,17 @@ impl CodeSource for &GuestMemory {
         let file = |v: &Vma| v.backing.is_some() || &*v.name == "[vdso]";
         let fixed = |v: Vma| file(&v) && !v.shared && !v.prot.contains(Prot::WRITE);
         self.flat().and_then(|f| f.find(at)).is_some_and(fixed)
+    }
+    fn constant(&mut self, at: u64) -> Option<u64> {
+        let fixed = |v: Vma| v.prot.contains(Prot::READ) && !v.prot.contains(Prot::WRITE) && !v.shared;
+        if !at.is_multiple_of(8) || !self.flat()?.find(at).is_some_and(fixed) {
+            return None;
+        }
+        self.watch_code(at);
+        // Now that a change would be told, it is looked at again.
+        let mut bytes = [0; 8];
+        GuestMemory::read(self, at, &mut bytes)?;
+        self.flat()?.find(at).is_some_and(fixed).then(|| u64::from_le_bytes(bytes))
     }
     fn identity(&self) -> Option<usize> {
         Some(std::ptr::from_ref::<GuestMemory>(self) as usize)
@@ -178,6 +205,16 @@ impl Scratch {
             // It may be the second page, and what comes before was decoded with writes in its middle.
             self.attempt(source, start, routes, most);
         }
+        if let Some(Item { iced, route: Route::JumpIndirect | Route::CallIndirect, .. }) = self.block.items.last()
+            && !self.block.compared
+            && iced.op0_kind() == OpKind::Memory
+            && iced.memory_base() == Register::RIP
+            && iced.segment_prefix() != Register::FS
+        {
+            let at = iced.ip_rel_memory_address();
+            let target = source.constant(at).filter(|&t| t >> 47 == 0);
+            self.block.constant = target.map(|target| Constant { at, target });
+        }
         !self.block.items.is_empty()
     }
 
@@ -186,6 +223,7 @@ impl Scratch {
         self.block.bytes.clear();
         self.block.items.clear();
         self.block.changed.clear();
+        self.block.constant = None;
         let mut at = 0;
         let mut branches = 0;
         'fetch: while self.more(source) {

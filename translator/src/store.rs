@@ -17,7 +17,7 @@ use crate::stats::CacheStats;
 use crate::system::hash::Map;
 use bivisor_emulator::isa::Gpr;
 use bivisor_emulator::mem::PAGE_SIZE;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 /// More than one block can need.
@@ -100,6 +100,8 @@ pub struct Store {
     pub(crate) pages: Option<Pages>,
     /// The first block of a page.
     by_page: Map<u64, u32>,
+    /// Blocks in which something of a page is a constant: see [`crate::block::Constant`]. What earlier runs knew of it is not asked.
+    constants: Map<u64, Vec<u32>>,
     /// For table entries the first block whose landing is tried; 0, which is the trampolines, for none.
     landings: Map<u16, u32>,
     /// Is there any landing?
@@ -133,6 +135,7 @@ impl Store {
             index: Index::default(),
             compared: HashMap::new(),
             by_page: Map::default(),
+            constants: Map::default(),
             landings: Map::default(),
             landed: false,
             exits_used: 0,
@@ -152,7 +155,9 @@ impl Store {
         fn bytes<T>(all: &[T]) -> usize {
             size_of_val(all)
         }
-        let maps = self.by_page.len() * size_of::<(u64, u32)>() + self.landings.len() * size_of::<(u16, u32)>();
+        let constants: usize = self.constants.values().map(|all| size_of::<(u64, Vec<u32>)>() + 4 * all.len()).sum();
+        let maps =
+            self.by_page.len() * size_of::<(u64, u32)>() + constants + self.landings.len() * size_of::<(u16, u32)>();
         let pages = self.pages.as_ref().map_or(0, |p| p.len() * size_of::<(u64, crate::persist::adopt::Page)>());
         let compared: usize = self.compared.values().map(|(then, changed)| then.len() + changed.len()).sum();
         let metadata = bytes(&self.blocks) + bytes(&self.marks) + bytes(&self.relocations) + self.index.memory();
@@ -198,7 +203,15 @@ impl Store {
         let unit = std::mem::take(&mut self.unit);
         let found = self.enter(exits, (block.start, home), &unit);
         self.unit = unit;
+        if let Some(c) = block.constant {
+            self.constants.entry(c.at & !(PAGE_SIZE - 1)).or_default().push(found.0);
+        }
         found
+    }
+
+    /// The blocks that know something of pages other than their own.
+    pub(crate) fn with_constants(&self) -> HashSet<u32> {
+        self.constants.values().flatten().copied().collect()
     }
 
     /// Adds a lowered block; gives its number and the code offset of its body.
@@ -392,7 +405,11 @@ impl Store {
         if let Some(pages) = &mut self.pages {
             pages.remove(&page);
         }
-        let Some(mut b) = self.by_page.remove(&page) else { return false };
+        let constants = self.constants.remove(&page);
+        for &b in constants.iter().flatten() {
+            self.kill(exits, b);
+        }
+        let Some(mut b) = self.by_page.remove(&page) else { return constants.is_some() };
         while b != NONE {
             let block = &self.blocks[b as usize];
             let side = usize::from(block.pages()[0] != page);
@@ -435,6 +452,7 @@ impl Store {
         self.marks.truncate(self.keep.1);
         self.index.clear();
         self.by_page.clear();
+        self.constants.clear();
         self.relocations.clear();
         self.pages.iter_mut().for_each(Pages::clear);
         self.compared.clear();

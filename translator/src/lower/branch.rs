@@ -33,8 +33,7 @@ pub struct Landing {
 }
 
 /// JMP rel. Never falls through.
-pub(crate) fn jump(l: &mut Lowering<'_>, item: &Item) -> bool {
-    let to = item.iced.near_branch_target();
+pub(crate) fn jump(l: &mut Lowering<'_>, item: &Item, to: u64) -> bool {
     l.mark(What::At(item.at));
     l.link(&[0xe9], to);
     false
@@ -107,8 +106,7 @@ fn push_constant(l: &mut Lowering<'_>, v: u64) {
 }
 
 /// CALL rel. The target comes after the push.
-pub(crate) fn call(l: &mut Lowering<'_>, item: &Item) -> bool {
-    let to = item.iced.near_branch_target();
+pub(crate) fn call(l: &mut Lowering<'_>, item: &Item, to: u64) -> bool {
     let back = l.block.next_rip(item);
     put_away(l, item);
     push_constant(l, back);

@@ -394,9 +394,13 @@ fn attempt_lower(
                 branch::counted(&mut l, item);
                 true
             }
-            Route::Jump => branch::jump(&mut l, item),
-            Route::Call => branch::call(&mut l, item),
-            Route::JumpIndirect | Route::CallIndirect => branch::indirect(&mut l, item),
+            Route::Jump => branch::jump(&mut l, item, item.iced.near_branch_target()),
+            Route::Call => branch::call(&mut l, item, item.iced.near_branch_target()),
+            Route::JumpIndirect | Route::CallIndirect => match (block.constant, item.route) {
+                (Some(c), Route::JumpIndirect) => branch::jump(&mut l, item, c.target),
+                (Some(c), _) => branch::call(&mut l, item, c.target),
+                (None, _) => branch::indirect(&mut l, item),
+            },
             Route::Return => branch::ret(&mut l, item),
             Route::Syscall => {
                 syscall::syscall(&mut l, item);

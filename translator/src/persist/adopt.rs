@@ -220,14 +220,17 @@ impl Store {
 
     /// How many blocks can be kept.
     pub fn worth_keeping(&self) -> u64 {
-        self.blocks.iter().filter(|b| self.sums(b).is_some()).count() as u64
+        let others = self.with_constants();
+        let kept = |(n, b): &(u32, &Block)| self.sums(b).is_some() && !others.contains(n);
+        (0..).zip(&self.blocks).filter(kept).count() as u64
     }
 
     /// All that can be kept, by the sums of its pages.
     pub fn records(&self, exits: &Exits) -> Vec<(Sum, Vec<u8>)> {
         let mut pages: Map<u64, Vec<usize>> = Map::default();
+        let others = self.with_constants();
         for n in 1..self.blocks.len() {
-            if self.sums(&self.blocks[n]).is_some() {
+            if self.sums(&self.blocks[n]).is_some() && !others.contains(&(n as u32)) {
                 pages.entry(self.blocks[n].pages()[0]).or_default().push(n);
             }
         }
