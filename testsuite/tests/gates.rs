@@ -12,6 +12,7 @@ use bivisor_translator::Translator;
 use iced_x86::code_asm::*;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// Kernel and user in pages of their own, what is noted, page tables.
 const KERNEL: u64 = 0x10_0000;
@@ -182,6 +183,9 @@ fn run(vcpu: &mut dyn Vcpu) -> (Vec<u8>, [u64; 16]) {
 fn calls_of_the_kernel_and_of_devices_are_the_interpreters() {
     let model = Arc::new(CpuModel::host());
     let (wanted, registers) = run(&mut Interpreter::new(model.clone()));
+    let mut mirrored = Translator::new(model.clone()).expect("executable memory");
+    mirrored.set_mirror_after(Some(Duration::ZERO));
+    assert!(run(&mut mirrored) == (wanted.clone(), registers), "through the host's page tables");
     let mut translator = Translator::new(model).expect("executable memory");
     let (seen, also) = run(&mut translator);
     let word = |notes: &[u8], n: usize| u64::from_le_bytes(notes[8 * n..8 * n + 8].try_into().expect("8 bytes"));

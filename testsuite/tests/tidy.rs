@@ -63,6 +63,7 @@ const UNSAFE: &[&str] = &[
     "translator/src/system/area.rs",
     "translator/src/system/enter.rs",
     "translator/src/system/handler.rs",
+    "translator/src/system/mirror.rs",
     "translator/tests/flat.rs",
     "translator/tests/threads.rs",
 ];

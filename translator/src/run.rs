@@ -23,6 +23,7 @@ use bivisor_emulator::vcpu::{Board, DIRECT_CALLS, Exit, Intercepts, Kicker, Vcpu
 use iced_x86::{Code, Decoder, DecoderOptions, Instruction};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 const LOOKASIDE: usize = 1024;
 /// No system call is made in the cache.
@@ -51,6 +52,8 @@ pub struct Translator {
     direct: Option<&'static [u8; DIRECT_CALLS]>,
     /// Instructions of runs with a budget on the memory of a machine.
     pub(crate) counted: Option<u64>,
+    /// See [`Translator::set_mirror_after`].
+    pub(crate) mirror_after: Option<Duration>,
 }
 
 impl Translator {
@@ -60,6 +63,15 @@ impl Translator {
     /// The host's, if it gives no executable memory.
     pub fn new(cpu_model: Arc<CpuModel>) -> std::io::Result<Translator> {
         Ok(Translator::with_cache(Cache::new(cpu_model, Policy::default(), DEFAULT_SIZE)?))
+    }
+
+    /// So long a guest's mappings stay as they are before the code of its programs uses the host's page tables.
+    pub const MIRROR_AFTER: Duration = Duration::from_millis(3);
+
+    /// The code of a machine's programs uses the host's page tables after mappings have stayed the same for so long; `None`: never. Before
+    /// the first run; at first it is [`Translator::MIRROR_AFTER`].
+    pub fn set_mirror_after(&mut self, quiet: Option<Duration>) {
+        self.mirror_after = quiet;
     }
 
     /// With a code cache that several virtual CPUs of one process share.
@@ -83,6 +95,7 @@ impl Translator {
             system: None,
             direct: None,
             counted: None,
+            mirror_after: Some(Translator::MIRROR_AFTER),
         }
     }
 

@@ -180,7 +180,7 @@ impl Machine {
         }
         let ram = match config.memory.checked_sub(RAM_END) {
             Some(above @ 1..) => Ram::with_hole(RAM_END, above),
-            _ => Ram::new(config.memory),
+            _ => Ram::shared(config.memory),
         };
         let ram = ram.map_err(|e| format!("no memory for the guest: {e}"))?;
         let clock = if config.counted_time { Clock::counted() } else { Clock::host() };

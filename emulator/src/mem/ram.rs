@@ -37,6 +37,7 @@ pub struct Ram {
     id: Id,
     watched: AtomicBool,
     watches: AtomicU64,
+    tracks: AtomicU64,
     /// What is mapped, if it can be mapped elsewhere too.
     file: Option<File>,
 }
@@ -58,7 +59,7 @@ impl Ram {
     /// The host's error if it cannot map so much.
     pub fn with_hole(low: u64, above: u64) -> std::io::Result<Ram> {
         let low = low.next_multiple_of(PAGE_SIZE).clamp(PAGE_SIZE, FOUR_GIB);
-        let mut ram = Ram::new(FOUR_GIB.checked_add(above).ok_or(std::io::ErrorKind::InvalidInput)?)?;
+        let mut ram = Ram::shared(FOUR_GIB.checked_add(above).ok_or(std::io::ErrorKind::InvalidInput)?)?;
         (ram.low, ram.high) = (low, FOUR_GIB);
         Ok(ram)
     }
@@ -94,6 +95,7 @@ impl Ram {
             id: Id::default(),
             watched: AtomicBool::new(false),
             watches: AtomicU64::new(0),
+            tracks: AtomicU64::new(0),
         }
     }
 
@@ -211,8 +213,14 @@ impl Ram {
         }
     }
 
+    /// Raised whenever stores to pages begin to need care because somebody notes which are written.
+    pub fn tracks(&self) -> u64 {
+        self.tracks.load(Ordering::Acquire)
+    }
+
     /// Starts (or starts anew) to note which pages are written.
     pub fn track_dirty(&self) {
+        self.tracks.fetch_add(1, Ordering::Release);
         self.watched.store(true, Ordering::Relaxed);
         for page in &self.pages {
             page.fetch_or(TRACK, Ordering::Relaxed);
@@ -227,6 +235,7 @@ impl Ram {
 
     /// The page numbers written since [`Ram::track_dirty`] or the last call, which are tracked anew.
     pub fn take_dirty(&self) -> Vec<u64> {
+        self.tracks.fetch_add(1, Ordering::Release);
         let mut dirty = Vec::new();
         for (number, page) in self.pages.iter().enumerate() {
             if page.load(Ordering::Relaxed) & DIRTY != 0 {

@@ -13,6 +13,7 @@ use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Vcpu};
 use bivisor_kvm_backend::KvmVm;
 use bivisor_translator::Translator;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// An engine of a campaign.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -78,7 +79,12 @@ impl Engine {
         let translator = || Translator::new(model.clone()).map_err(|e| format!("no executable memory: {e}"));
         let mut vcpu: Box<dyn Vcpu> = match which {
             Which::Interp | Which::InterpPaged => Box::<Interpreter>::default(),
-            Which::Bt | Which::BtPaged => Box::new(translator()?),
+            Which::Bt => Box::new(translator()?),
+            Which::BtPaged => {
+                let mut translator = translator()?;
+                translator.set_mirror_after(Some(Duration::ZERO));
+                Box::new(translator)
+            }
             Which::Kvm => {
                 let host = bivisor_kvm_backend::host();
                 if !host.usable_for_process {

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 /// Offsets in the area.
 pub mod at {
-    /// The inline TLBs: see [`super::super::tlb`].
-    pub const TLB: usize = 0;
+    /// Host minus guest address by bits 39 to 46 of that: see [`super::super::mirror`].
+    pub const DELTAS: usize = 0;
     /// The map of code pages: a 32-bit number each.
     pub const CELLS: usize = 0xc000;
     /// The slots.
@@ -75,6 +75,10 @@ pub mod at {
     pub const CALLER: usize = SLOTS + 0x158;
     /// What is called for a device.
     pub const CALL: usize = SLOTS + 0x1b8;
+    /// Linear address of the GDT.
+    pub const GDT: usize = SLOTS + 0x350;
+    /// The last selector that is wholly inside, or 0.
+    pub const GDT_LAST: usize = SLOTS + 0x358;
     /// Was the device called, where the code was left for one?
     pub const CALLED: usize = SLOTS + 0x348;
     /// Where SYSCALL goes: host address, or 0.
@@ -97,18 +101,19 @@ pub mod at {
     pub const VECTORS: usize = SLOTS + 0x200;
     /// Caches of branch targets, one for each mode.
     pub const TARGETS: usize = 0x10000;
+    /// The inline TLBs: see [`super::super::tlb`].
+    pub const TLB: usize = TARGETS + super::TABLES * super::TABLE_SIZE;
 }
 
 /// Entries of the map of code pages.
 pub const CELLS: usize = 2048;
 /// Caches of branch targets.
-pub const TABLES: usize = 7;
+pub const TABLES: usize = 12;
 /// Entries of each; 16 bytes: guest address, host address.
-pub const TARGETS: usize = 4096;
+pub const TARGETS: usize = 8192;
 /// Bytes of each.
 pub const TABLE_SIZE: usize = TARGETS * 16;
 const _: () = assert!(at::CELLS + 4 * CELLS <= at::SLOTS);
-const _: () = assert!(at::TARGETS + TABLES * TABLE_SIZE <= ENGINE_AREA_SIZE);
 const _: () = assert!(at::SYSCALL_SEGMENTS + 48 <= at::VECTORS && at::VECTORS + 256 <= at::SYSRET);
 const _: () = assert!(size_of::<bivisor_emulator::cpu::Segment>() == 24);
 

@@ -3,6 +3,7 @@
 
 use crate::route::{Route, Routes};
 use crate::system::Mode;
+pub use crate::system::access::{Access, Segment};
 use bivisor_emulator::cpu::msr::{Msrs, index};
 use bivisor_emulator::isa::decode::{correct, options};
 use bivisor_emulator::isa::insn::memory_len;
@@ -47,6 +48,8 @@ pub enum Way {
     Cli,
     /// STI at CPL 0.
     Sti,
+    /// STAC or CLAC at CPL 0 that changes RFLAGS.AC, and with it the mode.
+    ToggleAc,
     /// MOV from a control register at CPL 0.
     ReadControl,
     /// MOV from CR8 at CPL 0.
@@ -65,6 +68,8 @@ pub enum Way {
     ReadTimeAndId,
     /// SWAPGS at CPL 0.
     SwapGs,
+    /// VERW of memory at CPL 0.
+    VerifyWrite,
     /// RDTSC.
     ReadTime,
     /// STOS of so many bytes.
@@ -120,6 +125,7 @@ impl Way {
                 | Way::Step
                 | Way::Asleep
                 | Way::Counted
+                | Way::ToggleAc
         )
     }
 
@@ -152,68 +158,6 @@ impl Way {
                 | Way::RepStos(_)
                 | Way::RepMovs(_)
         )
-    }
-}
-
-/// What a memory operand is relative to besides registers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Segment {
-    /// Base 0.
-    Flat,
-    /// FS.
-    Fs,
-    /// GS.
-    Gs,
-}
-
-/// A memory access.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Access {
-    /// Base register.
-    pub base: Option<Gpr>,
-    /// Index register and scale.
-    pub index: Option<(Gpr, u8)>,
-    /// Displacement; the address if there are no registers.
-    pub disp: i64,
-    /// Segment.
-    pub segment: Segment,
-    /// Addresses have 32 bits.
-    pub narrow: bool,
-    /// Bytes.
-    pub len: u8,
-    /// A store, or a load and a store.
-    pub write: bool,
-}
-
-impl Access {
-    fn stack(disp: i64, write: bool) -> Access {
-        Access { base: Some(Gpr::Rsp), index: None, disp, segment: Segment::Flat, narrow: false, len: 8, write }
-    }
-
-    /// Is it a base register and a displacement, and nothing else?
-    pub fn based(&self) -> Option<Gpr> {
-        (self.index.is_none() && self.segment == Segment::Flat && !self.narrow).then_some(self.base).flatten()
-    }
-
-    /// Its address, if that is known.
-    pub fn constant(&self) -> Option<u64> {
-        let known = self.base.is_none() && self.index.is_none() && self.segment == Segment::Flat;
-        known.then_some(self.disp as u64)
-    }
-
-    /// The linear address of its first byte.
-    pub fn address(&self, gpr: impl Fn(Gpr) -> u64, fs: u64, gs: u64) -> u64 {
-        let base = self.base.map_or(0, &gpr);
-        let index = self.index.map_or(0, |(r, scale)| gpr(r).wrapping_mul(u64::from(scale)));
-        let mut at = base.wrapping_add(index).wrapping_add(self.disp as u64);
-        if self.narrow {
-            at &= 0xffff_ffff;
-        }
-        match self.segment {
-            Segment::Flat => at,
-            Segment::Fs => at.wrapping_add(fs),
-            Segment::Gs => at.wrapping_add(gs),
-        }
     }
 }
 
@@ -427,10 +371,15 @@ fn item(
     let mut way = by_value(iced, mode, routes, known).unwrap_or_else(|| way(iced, mode, routes));
     let mut access = None;
     match way {
-        Way::Memory | Way::PushMemory => {
+        Way::Memory | Way::PushMemory | Way::VerifyWrite => {
             let explicit = operand(iced, factory);
             match explicit {
                 Some(a) if way == Way::PushMemory && a.write => way = Way::Step,
+                // With narrow addresses the sum would be cut.
+                Some(a) if is_bit_string(iced) && a.narrow => way = Way::Step,
+                Some(a) if is_bit_string(iced) => {
+                    access = Some(Access { bit: Gpr::from_iced(iced.op1_register()), ..a });
+                }
                 Some(a) => access = Some(a),
                 None => way = Way::Step,
             }
@@ -448,7 +397,7 @@ fn item(
         }
         _ => {}
     }
-    if matches!(way, Way::Step | Way::Asleep | Way::Port | Way::Syscall | Way::Sysret) {
+    if matches!(way, Way::Step | Way::Asleep | Way::VerifyWrite | Way::Port | Way::Syscall | Way::Sysret) {
         flags_in = STATUS;
     }
     // Division, x87 and SIMD exceptions; all others have an access.
@@ -461,6 +410,7 @@ fn item(
         | Way::Cli
         | Way::ReadMsr(_)
         | Way::Identify(_)
+        | Way::ToggleAc
         | Way::Jump
         | Way::Conditional => false,
         _ => true,
@@ -548,7 +498,7 @@ fn operand_of(iced: &Instruction, len: u8, write: bool) -> Option<Access> {
     };
     if iced.is_ip_rel_memory_operand() {
         let disp = iced.ip_rel_memory_address() as i64;
-        let a = Access { base: None, index: None, disp, segment, narrow: false, len, write };
+        let a = Access { base: None, index: None, disp, segment, narrow: false, len, write, bit: None };
         return Some(a);
     }
     let (base, index) = (gpr(iced.memory_base())?, gpr(iced.memory_index())?);
@@ -560,7 +510,7 @@ fn operand_of(iced: &Instruction, len: u8, write: bool) -> Option<Access> {
     if narrow && base.is_none() && index.is_none() {
         disp &= 0xffff_ffff;
     }
-    Some(Access { base, index, disp, segment, narrow, len, write })
+    Some(Access { base, index, disp, segment, narrow, len, write, bit: None })
 }
 
 /// The one access of an instruction with a memory operand; `None` if there is none, or more.
@@ -599,6 +549,13 @@ fn operand(iced: &Instruction, factory: &mut InstructionInfoFactory) -> Option<A
     operand_of(iced, len as u8, write)
 }
 
+/// BT, BTS, BTR or BTC of memory whose bit offset in a register may lead beyond the operand?
+pub(super) fn is_bit_string(iced: &Instruction) -> bool {
+    matches!(iced.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc)
+        && iced.op0_kind() == OpKind::Memory
+        && iced.op1_kind() == OpKind::Register
+}
+
 fn is_x87(iced: &Instruction) -> bool {
     let x87 = |f: &CpuidFeature| matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387);
     iced.cpuid_features().iter().any(x87)
@@ -627,6 +584,18 @@ fn way(iced: &Instruction, mode: Mode, routes: &Routes) -> Way {
     match code {
         Code::Cli if kernel => return Way::Cli,
         Code::Sti if kernel => return Way::Sti,
+        Code::Verw_rm16 | Code::Verw_r32m16 | Code::Verw_r64m16
+            if kernel && !mode.is_counted() && iced.op0_kind() == OpKind::Memory =>
+        {
+            return Way::VerifyWrite;
+        }
+        Code::Stac | Code::Clac if kernel && !mode.is_counted() => {
+            return match mode.alignment() {
+                Some(ac) if ac == (code == Code::Stac) => Way::Nop,
+                Some(_) => Way::ToggleAc,
+                None => Way::Step,
+            };
+        }
         Code::Pushfq => return Way::PushFlags,
         Code::Popfq => return Way::PopFlags,
         Code::Push_r64 | Code::Pushq_imm8 | Code::Pushq_imm32 => return Way::Push,
@@ -731,12 +700,6 @@ fn copied_awake(iced: &Instruction, class: Class, mode: Mode) -> Way {
             };
         }
         Mnemonic::Lea => return Way::Plain,
-        // A bit offset in a register reaches beyond the operand.
-        Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
-            if memory && iced.op1_kind() == OpKind::Register =>
-        {
-            return Way::Step;
-        }
         // No access, but an operand.
         Mnemonic::Nop
         | Mnemonic::Prefetcht0

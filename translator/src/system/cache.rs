@@ -51,8 +51,9 @@ pub struct Block {
     pub gpa: u64,
     /// Mode.
     pub mode: Mode,
-    /// Guest-physical pages its bytes are in, and its length.
-    pages: [u64; 2],
+    /// Guest-physical pages its bytes are in.
+    pub pages: [u64; 2],
+    /// Bytes.
     len: u16,
     /// Code offsets.
     at: u32,
@@ -386,7 +387,8 @@ impl Cache {
         let exit = self.exits[id as usize];
         let Some(site) = exit.site else { return };
         let (source, target) = (&self.blocks[exit.block as usize], &self.blocks[b as usize]);
-        if source.mode != target.mode || source.mode.is_counted() || !source.live || !self.buffer.fits(MAX_BLOCK) {
+        let mode = if exit.toggles { source.mode.other_alignment() } else { source.mode };
+        if mode != target.mode || source.mode.is_counted() || !source.live || !self.buffer.fits(MAX_BLOCK) {
             return;
         }
         let one_page = source.pages[0] == target.pages[0]
@@ -502,6 +504,7 @@ impl Cache {
             site: None,
             stub,
             native: false,
+            toggles: false,
             block: b,
         });
         if let Some(origin) = origin {
@@ -611,8 +614,18 @@ impl Cache {
         }
     }
 
+    /// The base register of an access at this host address is not near to what is accessed.
+    pub fn distant(&mut self, pc: u64) {
+        self.hint(pc, |hints| &mut hints.apart);
+    }
+
     /// A division at this host address faulted.
     pub fn divided(&mut self, pc: u64) {
+        self.hint(pc, |hints| &mut hints.divides);
+    }
+
+    /// The block at this host address is to be made with another expectation.
+    fn hint(&mut self, pc: u64, which: fn(&mut Hints) -> &mut bool) {
         let at = pc.wrapping_sub(self.buffer.base()) as u32;
         let Some(b) = self.blocks.partition_point(|b| b.at <= at).checked_sub(1) else { return };
         let block = &self.blocks[b];
@@ -620,7 +633,7 @@ impl Cache {
             return;
         }
         let hints = self.hints.entry((block.rip, block.gpa, block.mode)).or_default();
-        if !std::mem::replace(&mut hints.divides, true) {
+        if !std::mem::replace(which(hints), true) {
             self.kill(b as u32);
         }
     }

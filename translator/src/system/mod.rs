@@ -2,10 +2,12 @@
 //!
 //! | module | holds |
 //! | --- | --- |
+//! | `access` | memory accesses |
 //! | [`block`] | guest code, decoded inside one page, with what lowering wants to know |
 //! | [`lower`] | guest block to host code |
 //! | [`area`] | slots, inline TLB, code map and branch targets, reached through GS (unsafe) |
 //! | [`tlb`] | the inline TLB |
+//! | [`mirror`] | user pages mapped on the host, which spare long-running code the TLB (unsafe) |
 //! | [`cache`] | blocks by address and mode, links, invalidation |
 //! | [`enter`] | the way in and out (unsafe) |
 //! | [`run`] | the dispatch loop; `calls`: instructions that the interpreter does; `gates`: SYSCALL, SYSRET, IN and OUT that stay in the cache |
@@ -22,6 +24,7 @@
 //! only the frame of an exception would show are told from what their instruction left in registers, in this block or in the one before
 //! ([`lower::Told`]); where that cannot be they are kept.
 
+mod access;
 pub mod area;
 pub mod block;
 pub mod cache;
@@ -29,6 +32,7 @@ pub mod enter;
 mod handler;
 pub(crate) mod hash;
 pub mod lower;
+pub mod mirror;
 pub mod run;
 pub mod tlb;
 
@@ -46,6 +50,8 @@ impl Mode {
     const COUNTED: u16 = 0x20;
     const SINGLE: u16 = 0x40;
     const NO_TIME: u16 = 0x80;
+    const SMAP: u16 = 0x100;
+    const MIRRORED: u16 = 0x200;
 
     /// Of the state as it is; `None` if the interpreter must go on. At most the instructions of level `most` (see [`Mode::vectors`]) are
     /// translated.
@@ -91,6 +97,26 @@ impl Mode {
     /// One instruction a block?
     pub fn is_single(self) -> bool {
         self.0 & Mode::SINGLE != 0
+    }
+
+    /// The same, for code of CPL 3 that accesses memory in the mirror.
+    pub fn mirrored(self) -> Mode {
+        Mode(self.0 | Mode::MIRRORED)
+    }
+
+    /// Does it access memory in the mirror?
+    pub fn is_mirrored(self) -> bool {
+        self.0 & Mode::MIRRORED != 0
+    }
+
+    /// RFLAGS.AC, where that is known.
+    pub fn alignment(self) -> Option<bool> {
+        (self.0 & Mode::SMAP != 0).then_some(self.0 & Mode::AC != 0)
+    }
+
+    /// The same with the other RFLAGS.AC.
+    pub fn other_alignment(self) -> Mode {
+        Mode(self.0 ^ Mode::AC)
     }
 
     /// 0: neither x87 nor SIMD; 1: x87 to SSE; 2: AVX too; 3: AVX-512 too.
@@ -147,8 +173,8 @@ impl Control {
             return None;
         }
         let mut mode = if cpl == 3 { Mode::USER } else { 0 };
-        if ac && cpl == 0 && self.smap {
-            mode |= Mode::AC;
+        if cpl == 0 && self.smap {
+            mode |= Mode::SMAP | if ac { Mode::AC } else { 0 };
         }
         if s.rflags.contains(Rflags::DF) {
             mode |= Mode::DOWN;

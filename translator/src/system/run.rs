@@ -5,6 +5,7 @@
 
 mod calls;
 mod gates;
+mod mirror;
 
 use crate::emit::slot;
 use crate::route::Policy;
@@ -26,6 +27,7 @@ use bivisor_emulator::mem::{Access, By, Flushed, Mmu, PAGE_SIZE, Ram};
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts};
 use calls::Call;
 use iced_x86::Code;
+use mirror::Mirroring;
 use std::collections::BTreeMap;
 
 /// State components above x87 and XMM.
@@ -40,6 +42,7 @@ pub struct System {
     area: Area,
     cache: Cache,
     tlb: Tlb,
+    mirroring: Mirroring,
     /// [`bivisor_emulator::mem::Mmu::generation`] of what is cached of mappings.
     mapping: u64,
     epoch: u64,
@@ -50,6 +53,8 @@ pub struct System {
     nmi: bool,
     /// [`Ram::watches`] that the TLB knows of.
     watches: u64,
+    /// [`Ram::tracks`] likewise.
+    tracks: u64,
     /// Where the instruction that the interpreter does next stores, if that is known.
     store: Option<(u64, u64)>,
     /// By exit: what it calls the interpreter for.
@@ -123,12 +128,14 @@ impl System {
             area,
             cache,
             tlb,
+            mirroring: Mirroring::new(t.mirror_after),
             mapping: 0,
             epoch: 0,
             memory: 0,
             line: false,
             nmi: false,
             watches: 0,
+            tracks: 0,
             store: None,
             calls: Vec::new(),
             called: BTreeMap::new(),
@@ -164,6 +171,7 @@ impl System {
     }
 
     fn flush_mapping(&mut self) {
+        self.clear_mirror();
         self.tlb.clear(&self.area);
         self.area.fill(at::CELLS..at::CELLS + 4 * CELLS, 0);
         self.local_pages.clear();
@@ -171,6 +179,7 @@ impl System {
 
     /// Forgets all pages but global ones.
     fn flush_local(&mut self) {
+        self.clear_mirror();
         self.tlb.clear_local(&self.area);
         if self.local_pages.len() >= MOST_LOCAL {
             self.area.fill(at::CELLS..at::CELLS + 4 * CELLS, 0);
@@ -184,6 +193,7 @@ impl System {
     /// Forgets one small page.
     fn flush_page(&mut self, laddr: u64) {
         self.tlb.clear_page(&self.area, laddr);
+        self.mirroring.clear_page(laddr);
         for n in self.cache.cells(laddr).into_iter().flatten().map(usize::from) {
             if self.code_pages[n] / PAGE_SIZE == laddr / PAGE_SIZE {
                 self.code_pages[n] = u64::MAX;
@@ -305,6 +315,7 @@ impl System {
                     // The block that SYSCALL goes to is no more.
                     self.close_gates();
                 }
+                let watches = ram.watches();
                 ram.watch_code(gpa);
                 let (cpu, core, mem) = (&t.cpu, &mut t.core, board.mem);
                 let mut next = || {
@@ -313,7 +324,7 @@ impl System {
                     ram.watch_code(to);
                     (to < ram.size()).then_some(to)
                 };
-                match self.cache.translate(ram, key, &mut next) {
+                let b = match self.cache.translate(ram, key, &mut next) {
                     None if self.cache.is_out_of_modes(mode) => {
                         self.flush();
                         via = Via::Start;
@@ -321,7 +332,17 @@ impl System {
                         self.cache.translate(ram, key, &mut next)
                     }
                     made => made,
-                }?
+                }?;
+                if ram.watches() != watches && self.watches == watches {
+                    // Only pages of this block are watched besides those that the TLB knows of.
+                    let [first, second] = self.cache.block(b).pages;
+                    for page in [Some(first), (first != second).then_some(second)].into_iter().flatten() {
+                        self.tlb.forbid_stores(&self.area, ram, page);
+                        self.mirroring.forbid_stores(page);
+                    }
+                    self.watches = ram.watches();
+                }
+                b
             }
         };
         self.know_page(t, b);
@@ -377,8 +398,12 @@ impl System {
     ) -> Exit {
         let counted = *left != u64::MAX;
         let mut via = Via::Start;
-        // Pages may be tracked anew since the last run.
-        self.tlb.clear(&self.area);
+        if self.tracks != ram.tracks() {
+            self.tracks = ram.tracks();
+            self.tlb.clear(&self.area);
+            self.clear_mirror();
+        }
+        self.mirroring.prepare(&self.area, ram);
         self.ask_line(board);
         while *left > 0 {
             if block.scratch[slot::LOOK].replace(0) != 0 {
@@ -525,12 +550,18 @@ impl System {
         if self.watches != ram.watches() {
             self.watches = ram.watches();
             self.tlb.clear(&self.area);
+            self.clear_mirror();
         }
         t.stats.entries += 1;
         let mut resumed = None;
         loop {
             let id = enter::run(host, &mut |id| self.device(t, board, ram, block, id));
             if id == ABORTED {
+                if resumed == Some(FAULT) {
+                    let pc = block.scratch[slot::PC].get();
+                    let done = self.cache.point(pc).map_or(0, |(_, point)| point.done);
+                    return (self.again(t, board, pc), done);
+                }
                 if let Some(exit) = resumed {
                     let exit = *self.cache.exit(exit);
                     t.cpu.rip = exit.rip;
@@ -570,9 +601,18 @@ impl System {
             let pc = ThreadBlock::current().scratch[slot::PC].get();
             let (block, point) = self.cache.point(pc).expect("the host faults only where it may");
             let (rip, point) = (block.rip.wrapping_add(u64::from(point.at)), *point);
+            if let Some(access) = point.access
+                && let Some(next) = self.fill_mirror(t, board, ram, pc, &access)
+            {
+                let done = if matches!(next, Next::Resume(_)) { 0 } else { point.done };
+                return (next, done);
+            }
             t.cpu.rip = rip;
             self.mend(&mut t.cpu, board, point.spilled, point.flags, point.told);
             t.stats.faults += 1;
+            if let Some(access) = point.access {
+                self.store_carefully(t, board, &access);
+            }
             if point.divides {
                 self.cache.divided(pc);
             }
@@ -633,6 +673,9 @@ impl System {
         }
         let kind = if access.write { Access::Write } else { Access::Read };
         let by = by(&t.cpu);
+        // STAC, CLAC and SYSCALL in the code leave it to the slot.
+        let ac = self.area.get(at::FLAGS) & Rflags::AC.bits() != 0;
+        t.cpu.rflags.set(Rflags::AC, ac);
         let context = self.context(t);
         match t.core.mmu.translate(&t.cpu, board.mem, laddr, kind, by) {
             Ok(gpa) => {

@@ -5,10 +5,11 @@
 //! whose writes are tracked, has no write tag.
 
 use crate::system::area::{Area, at};
+use bivisor_emulator::host::thread::ENGINE_AREA_SIZE;
 use bivisor_emulator::mem::{PAGE_SIZE, Ram};
 
 /// Entries of a table.
-pub const ENTRIES: usize = 512;
+pub const ENTRIES: usize = 2048;
 /// Bytes of an entry: read tag, write tag, addend, unused.
 pub const ENTRY: usize = 32;
 /// Bytes of a table.
@@ -21,7 +22,7 @@ pub const READ: usize = 0;
 pub const WRITE: usize = 8;
 /// Offset of the addend.
 pub const ADDEND: usize = 16;
-const _: () = assert!(CONTEXTS * TABLE <= at::CELLS);
+const _: () = assert!(at::TLB + CONTEXTS * TABLE <= ENGINE_AREA_SIZE);
 
 /// Offset of the entry of a page in its table.
 pub const fn entry(laddr: u64) -> usize {
@@ -96,6 +97,16 @@ impl Tlb {
         }
     }
 
+    /// From now on stores to the physical page of `gpa` need care.
+    pub fn forbid_stores(&self, area: &Area, ram: &Ram, gpa: u64) {
+        let host = (ram.host_base() as u64).wrapping_add(gpa & !(PAGE_SIZE - 1));
+        for e in (0..CONTEXTS * ENTRIES).filter(|n| self.used[n / ENTRIES]).map(|n| at::TLB + n * ENTRY) {
+            if area.get(e + READ).wrapping_add(area.get(e + ADDEND)) == host {
+                area.set(e + WRITE, NONE);
+            }
+        }
+    }
+
     /// Enters the page of `laddr`, which is guest-physical `gpa`, for loads or (also) for stores. False if it is no RAM or a store there
     /// needs care.
     pub fn fill(&mut self, area: &Area, ram: &Ram, page: Found, write: bool) -> bool {
@@ -132,22 +143,26 @@ mod tests {
         ram.watch_code(PAGE_SIZE);
         let mut tlb = Tlb::new(&area);
         let page = |laddr, gpa| Found { context: 1, laddr, gpa, global: false };
-        let at = |n: usize, offset| area.get(TABLE + n * ENTRY + offset);
+        let at = |n: usize, offset| area.get(at::TLB + TABLE + n * ENTRY + offset);
         assert!(tlb.fill(&area, &ram, page(0x5123, 0x123), true));
         assert_eq!((at(5, READ), at(5, WRITE)), (0x5000, 0x5000));
         assert_eq!(at(5, ADDEND).wrapping_add(0x5000), ram.host_base() as u64);
         assert!(tlb.fill(&area, &ram, page(0x6000, PAGE_SIZE), false), "code may be read");
         assert!(!tlb.fill(&area, &ram, page(0x6000, PAGE_SIZE), true), "a store would make code stale");
         assert!(!tlb.fill(&area, &ram, page(0x7000, 2 * PAGE_SIZE), false), "no RAM");
-        assert!(tlb.fill(&area, &ram, page(0x20_5000, 0), false));
-        assert_eq!((at(5, READ), at(5, WRITE)), (0x20_5000, NONE), "the same slot, another page");
+        assert!(tlb.fill(&area, &ram, page(0x80_5000, 0), false));
+        assert_eq!((at(5, READ), at(5, WRITE)), (0x80_5000, NONE), "the same slot, another page");
         assert!(tlb.fill(&area, &ram, page(0xa000, 0), true));
-        tlb.clear_page(&area, 0x20_afff);
+        tlb.clear_page(&area, 0x80_afff);
         assert_eq!(at(10, READ), 0xa000, "another page in the same slot");
         tlb.clear_page(&area, 0xafff);
         assert_eq!((at(10, READ), at(10, WRITE)), (NONE, NONE));
         assert_eq!(at(6, READ), 0x6000);
         assert!(tlb.fill(&area, &ram, Found { global: true, ..page(0x7000, 0) }, false));
+        assert!(tlb.fill(&area, &ram, page(0x8000, 0), true));
+        ram.watch_code(0);
+        tlb.forbid_stores(&area, &ram, 0x123);
+        assert_eq!((at(8, READ), at(8, WRITE)), (0x8000, NONE), "may still be read");
         tlb.clear_local(&area);
         assert_eq!((at(6, READ), at(7, READ)), (NONE, 0x7000), "a global page stays");
         tlb.clear(&area);

@@ -41,6 +41,11 @@ impl At {
         At { base: Some(by), ..At::slot(offset) }
     }
 
+    /// A place in the area, further by eight times a register.
+    pub fn row(offset: usize, by: Gpr) -> At {
+        At { index: Some((by, 8)), ..At::slot(offset) }
+    }
+
     /// The slot of a thread block.
     pub fn thread(slot: usize) -> At {
         At { disp: crate::emit::gs(slot), ..At::slot(0) }

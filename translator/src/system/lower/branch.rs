@@ -1,12 +1,11 @@
 //! Control transfers.
 
 use super::asm::{Assembler, At, W};
-use super::memory::Host;
 use super::scratch::bit;
 use super::stack::PUSHED;
 use super::{Cold, Kind, Lower};
 use crate::system::area::{FACTOR, MOVED, TARGET_MASK, at};
-use crate::system::block::{Item, Way};
+use crate::system::block::{Access, Item, Way};
 use bivisor_emulator::isa::Gpr;
 use dynasmrt::DynasmApi;
 use iced_x86::ConditionCode;
@@ -82,15 +81,22 @@ impl Lower<'_> {
     /// Pushes the address after a CALL.
     fn push_return(&mut self, item: &Item) -> Option<()> {
         let back = self.block.next(item);
-        let host = self.place(item, &PUSHED)?;
-        match i32::try_from(back as i64) {
-            Ok(back) => self.e.store_i32(host.at(), back),
+        let host = self.reach(item, &PUSHED)?;
+        let from = match i32::try_from(back as i64) {
+            Ok(back) => {
+                let from = self.e.len();
+                self.e.store_i32(host.at(), back);
+                from
+            }
             Err(_) => {
                 let v = self.scratch(item, false)?;
                 self.e.constant(v, back);
+                let from = self.e.len();
                 self.e.store(host.at(), v);
+                from
             }
-        }
+        };
+        self.touched(item, from, host, &PUSHED);
         self.move_stack(-8);
         Some(())
     }
@@ -131,9 +137,12 @@ impl Lower<'_> {
         self.e.rm(W::D, &[0xff], 4, At::slot(at::TARGET), &[]);
     }
 
-    fn load_target(&mut self, item: &Item, host: Host) -> Option<Gpr> {
+    fn load_target(&mut self, item: &Item, a: &Access) -> Option<Gpr> {
+        let host = self.reach(item, a)?;
         let t = self.scratch(item, false)?;
+        let from = self.e.len();
         self.e.load(t, host.at());
+        self.touched(item, from, host, a);
         Some(t)
     }
 
@@ -143,10 +152,7 @@ impl Lower<'_> {
             return Some(self.leave_here(item, Kind::Indirect));
         }
         let target = match item.access {
-            Some(a) => {
-                let host = self.place(item, &a)?;
-                self.load_target(item, host)?
-            }
+            Some(a) => self.load_target(item, &a)?,
             None => Gpr::from_iced(item.iced.op0_register())?,
         };
         self.look_up(item, target)?;
@@ -162,8 +168,7 @@ impl Lower<'_> {
         if self.block.mode.is_counted() || self.block.mode.is_rare() {
             return Some(self.leave_here(item, Kind::Indirect));
         }
-        let host = self.place(item, &item.access?)?;
-        let target = self.load_target(item, host)?;
+        let target = self.load_target(item, &item.access?)?;
         self.look_up(item, target)?;
         self.move_stack(8 + i32::from(more));
         self.dispatch();

@@ -7,11 +7,11 @@ use super::asm::{Assembler, At, W};
 use super::scratch::{Window, bit};
 use super::{Cold, Flags, Kind, Lower};
 use crate::system::area::at;
-use crate::system::block::{Access, Item, Way};
+use crate::system::block::{Access, Item, Way, is_bit_string};
 use crate::system::tlb;
 use bivisor_emulator::isa::Gpr;
 use bivisor_emulator::mem::PAGE_SIZE;
-use iced_x86::{Encoder, Register};
+use iced_x86::{Encoder, Instruction, Register};
 
 /// A page number moved to the offset of its entry.
 const SHIFT: u8 = 12 - tlb::ENTRY.trailing_zeros() as u8;
@@ -34,6 +34,8 @@ pub(super) struct Host {
     pub base: Gpr,
     pub index: Option<Gpr>,
     pub disp: i32,
+    /// In the mirror: the access may fault, and the caller tells where it is ([`Lower::touched`]).
+    pub mirrored: bool,
 }
 
 impl Host {
@@ -46,7 +48,12 @@ impl Host {
 }
 
 impl Lower<'_> {
-    /// Where the access finds its bytes on the host. `None`: it cannot be done here.
+    /// Where the access finds its bytes on the host, in the mirror if the mode has one. `None`: it cannot be done here.
+    pub(super) fn reach(&mut self, item: &Item, a: &Access) -> Option<Host> {
+        if self.block.mode.is_mirrored() { self.place_mirrored(item, a) } else { self.place(item, a) }
+    }
+
+    /// Where the access finds its bytes in guest RAM. `None`: it cannot be done here.
     pub(super) fn place(&mut self, item: &Item, a: &Access) -> Option<Host> {
         if let Some(address) = a.constant() {
             return self.place_constant(item, a, address);
@@ -110,11 +117,12 @@ impl Lower<'_> {
                 && w.low <= low
                 && high <= w.high
                 && (w.write || !a.write)
+                && !w.mirrored
                 && !(item.high && w.delta as u8 >= 8)
         });
         if let Some(&Window { delta, .. }) = found {
             self.busy |= bit(delta);
-            return Some(Host { base, index: Some(delta), disp });
+            return Some(Host { base, index: Some(delta), disp, mirrored: false });
         }
         let (low, high, write) = self.foresee(base, low, high, a.write);
         let (from, to) = (i32::try_from(low - moved).ok()?, i32::try_from(high - 1 - moved).ok()?);
@@ -128,8 +136,8 @@ impl Lower<'_> {
         self.miss(item, *a, (i64::from(from), high - low, write), retry);
         self.e.load(delta, At::table(self.around.tlb + tlb::ADDEND, delta));
         self.busy &= !bit(page);
-        self.windows.push(Window { base: Some(base), version, low, high, write, delta });
-        Some(Host { base, index: Some(delta), disp })
+        self.windows.push(Window { base: Some(base), version, low, high, write, mirrored: false, delta });
+        Some(Host { base, index: Some(delta), disp, mirrored: false })
     }
 
     /// The range that later accesses with the same base make worth asking for at once.
@@ -162,11 +170,15 @@ impl Lower<'_> {
             return None;
         }
         let found = self.windows.iter().find(|w| {
-            w.base.is_none() && w.low == page as i64 && (w.write || !a.write) && !(item.high && w.delta as u8 >= 8)
+            w.base.is_none()
+                && !w.mirrored
+                && w.low == page as i64
+                && (w.write || !a.write)
+                && !(item.high && w.delta as u8 >= 8)
         });
         if let Some(&Window { delta, .. }) = found {
             self.busy |= bit(delta);
-            return Some(Host { base: delta, index: None, disp });
+            return Some(Host { base: delta, index: None, disp, mirrored: false });
         }
         let delta = self.scratch(item, item.high)?;
         let retry = self.begin(item);
@@ -175,11 +187,19 @@ impl Lower<'_> {
         self.e.compare(delta, At::slot(self.tag(a.write) + entry));
         self.miss(item, *a, (a.disp, i64::from(a.len), a.write), retry);
         self.e.add(delta, At::slot(self.around.tlb + tlb::ADDEND + entry));
-        self.windows.push(Window { base: None, version: 0, low: page as i64, high: 0, write: a.write, delta });
-        Some(Host { base: delta, index: None, disp })
+        self.windows.push(Window {
+            base: None,
+            version: 0,
+            low: page as i64,
+            high: 0,
+            write: a.write,
+            mirrored: false,
+            delta,
+        });
+        Some(Host { base: delta, index: None, disp, mirrored: false })
     }
 
-    fn place_any(&mut self, item: &Item, a: &Access) -> Option<Host> {
+    pub(super) fn place_any(&mut self, item: &Item, a: &Access) -> Option<Host> {
         let disp = i32::try_from(a.disp).ok().or((a.narrow).then_some(a.disp as i32))?;
         let address = self.passing(item, item.high)?;
         let index = self.passing(item, false)?;
@@ -189,6 +209,9 @@ impl Lower<'_> {
             self.e.constant(address, a.disp as u64);
         } else {
             self.e.lea(address, At::any(a.base, a.index, disp, a.narrow));
+        }
+        if let Some(bit) = a.bit {
+            self.beyond(a, address, bit, index);
         }
         match a.segment {
             crate::system::block::Segment::Flat => {}
@@ -202,16 +225,58 @@ impl Lower<'_> {
         self.miss(item, *a, (a.disp, i64::from(a.len), a.write), retry);
         self.e.add(address, At::table(self.around.tlb + tlb::ADDEND, index));
         self.busy &= !(bit(index) | bit(page));
-        Some(Host { base: address, index: None, disp: 0 })
+        Some(Host { base: address, index: None, disp: 0, mirrored: false })
+    }
+
+    /// Adds to `address` what [`Access::beyond`] says, with the help of `t`.
+    pub(super) fn beyond(&mut self, a: &Access, address: Gpr, bit: Gpr, t: Gpr) {
+        let (len, from, to) = (a.len, bit as u8, t as u8);
+        match len {
+            8 => self.e.copy(t, bit),
+            // MOVSXD and MOVSX.
+            4 => self.e.rr(W::Q, &[0x63], to, bit, &[]),
+            _ => self.e.rr(W::Q, &[0x0f, 0xbf], to, bit, &[]),
+        }
+        debug_assert!(len != 1 && from != to, "BT has no byte form");
+        let shift = 3 + len.trailing_zeros() as u8;
+        // SAR by immediate.
+        self.e.rr(W::Q, &[0xc1], 7, t, &[shift]);
+        self.e.lea(address, At::any(Some(address), Some((t, len)), 0, false));
+    }
+
+    /// BT, BTS, BTR or BTC with the bit offset in a register, which is made to stay inside the operand.
+    fn bit_string(&mut self, item: &Item) -> Option<bool> {
+        let a = item.access?;
+        let host = self.reach(item, &a)?;
+        let offset = self.scratch(item, false)?;
+        self.e.copy(offset, a.bit?);
+        self.give_up_flags(item);
+        self.e.and(W::D, offset, 8 * i32::from(a.len) - 1);
+        self.flags_for(item)?;
+        let mut iced = item.iced;
+        let first = match a.len {
+            2 => Register::AX,
+            4 => Register::EAX,
+            _ => Register::RAX,
+        };
+        iced.set_op1_register(first + offset as u32);
+        self.with_operand(item, iced, host)
     }
 
     /// An instruction with one explicit memory operand.
     pub(super) fn memory(&mut self, item: &Item) -> Option<bool> {
+        if is_bit_string(&item.iced) {
+            return self.bit_string(item);
+        }
         let a = item.access?;
-        let host = self.place(item, &a)?;
+        let host = self.reach(item, &a)?;
         self.check_divisor(item, Some(host));
         self.flags_for(item)?;
-        let mut iced = item.iced;
+        self.with_operand(item, item.iced, host)
+    }
+
+    /// The instruction with another operand.
+    fn with_operand(&mut self, item: &Item, mut iced: Instruction, host: Host) -> Option<bool> {
         iced.set_memory_base(host.base.to_iced());
         iced.set_memory_index(host.index.map_or(Register::None, Gpr::to_iced));
         iced.set_memory_index_scale(1);
@@ -222,7 +287,7 @@ impl Lower<'_> {
         encoder.encode(&iced, 0).ok()?;
         let from = self.e.len();
         self.e.bytes.extend_from_slice(&encoder.take_buffer());
-        self.point(item, from);
+        self.point_at(item, from, item.access.filter(|_| host.mirrored));
         debug_assert_eq!(item.way, Way::Memory);
         Some(true)
     }

@@ -5,6 +5,7 @@ mod branch;
 mod flags;
 mod gate;
 mod memory;
+mod mirror;
 mod replay;
 mod scratch;
 mod sensitive;
@@ -97,6 +98,8 @@ pub struct Exit {
     pub stub: u32,
     /// Does the instruction at RIP look at x87 or vector state?
     pub native: bool,
+    /// Is RFLAGS.AC, and so the mode, another than the block's?
+    pub toggles: bool,
     /// Its block; of a way into a block, that one.
     pub block: u32,
 }
@@ -120,6 +123,8 @@ pub struct Point {
     pub told: Option<Told>,
     /// Is it a division?
     pub divides: bool,
+    /// What it accesses in the mirror.
+    pub access: Option<Access>,
 }
 
 /// The ways into a block, as code offsets.
@@ -269,7 +274,14 @@ impl Lower<'_> {
             entries.word = Some((0, 0));
             return entries;
         }
+        // In the mirror accesses leave EFLAGS as they are.
+        let mirrored = self.block.mode.is_mirrored() && !self.block.mode.is_counted();
         let wants_host = self.block.items.iter().find_map(|i| match i.way {
+            Way::Memory | Way::Plain if mirrored => {
+                i.changes_flags.then_some(true).or((i.flags_in != 0).then_some(true))
+            }
+            Way::Push | Way::Pop | Way::PushMemory | Way::Leave if mirrored => None,
+            Way::Call if mirrored => Some(true),
             Way::Plain | Way::Constant(_) | Way::Nop => (self.needs_flags(i)).then_some(true),
             Way::Conditional | Way::Counted | Way::Jump => Some(true),
             _ => Some(false),
@@ -314,6 +326,7 @@ impl Lower<'_> {
             site: None,
             stub: 0,
             native: false,
+            toggles: false,
             block: 0,
         });
         self.exits.len() - 1
@@ -404,6 +417,7 @@ impl Lower<'_> {
                 self.e.store_u32(At::slot(at::INTERRUPTS), 0);
                 Some(true)
             }
+            Way::ToggleAc => self.toggle_ac(item),
             // The shadow shows when it is asked for after each instruction.
             Way::Sti if self.block.mode.is_counted() => None,
             Way::Sti => Some(self.sti(item)),
@@ -416,6 +430,7 @@ impl Lower<'_> {
             Way::ReadSelector => self.read_selector(item),
             Way::ReadTimeAndId => self.read_time_and_id(item),
             Way::SwapGs => self.swap_gs(item),
+            Way::VerifyWrite => self.verify_write(item),
             Way::ReadTime => self.read_time(item),
             way @ (Way::Stos(_) | Way::Lods(_) | Way::Movs(_)) => self.string(item, way),
             way @ (Way::RepStos(_) | Way::RepMovs(_)) => self.repeated(item, way),
@@ -472,6 +487,10 @@ impl Lower<'_> {
 
     /// The host may fault in what was emitted since `from`.
     fn point(&mut self, item: &Item, from: usize) {
+        self.point_at(item, from, None);
+    }
+
+    fn point_at(&mut self, item: &Item, from: usize, access: Option<Access>) {
         let (from, to) = (from as u32, self.e.len() as u32);
         self.points.push(Point {
             from,
@@ -482,6 +501,7 @@ impl Lower<'_> {
             flags: self.flags,
             told: self.told,
             divides: matches!(item.iced.mnemonic(), Mnemonic::Div | Mnemonic::Idiv),
+            access,
         });
     }
 
@@ -528,7 +548,7 @@ impl Lower<'_> {
         }
         let live = match item.way {
             Way::Plain | Way::Memory => item.live & !item.flags_out | item.flags_in,
-            Way::PushFlags | Way::PopFlags | Way::Step | Way::Sti => STATUS,
+            Way::PushFlags | Way::PopFlags | Way::Step | Way::Sti | Way::VerifyWrite => STATUS,
             way if way.ends() => STATUS,
             _ => item.live,
         };

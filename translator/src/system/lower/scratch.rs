@@ -17,6 +17,8 @@ pub(super) struct Window {
     pub high: i64,
     /// For stores too.
     pub write: bool,
+    /// In the mirror: accesses may fault.
+    pub mirrored: bool,
     /// Holds host minus guest address; the page's host address if there is no base.
     pub delta: Gpr,
 }

@@ -3,14 +3,14 @@
 
 use super::asm::{Assembler, At, W};
 use super::memory::Host;
-use super::{Kind, Lower};
+use super::{Flags, Kind, Lower};
 use crate::system::area::at;
-use crate::system::block::Item;
+use crate::system::block::{Access, Item};
 use bivisor_emulator::cpu::msr::index;
-use bivisor_emulator::cpu::{CpuState, Msrs, Segment};
+use bivisor_emulator::cpu::{CpuState, Msrs, Rflags, Segment};
 use bivisor_emulator::isa::{Gpr, Seg};
 use dynasmrt::{DynasmApi, dynasm};
-use iced_x86::{Mnemonic, Register};
+use iced_x86::{Code, Mnemonic, Register};
 use std::mem::offset_of;
 
 const JE: [u8; 2] = [0x0f, 0x84];
@@ -28,6 +28,50 @@ fn base_slot(n: u32) -> Option<usize> {
 }
 
 impl Lower<'_> {
+    /// VERW of a data segment of the GDT that may be written, as kernels execute it on each way out for what processors do besides (SDM 2C
+    /// VERW); the interpreter does all others.
+    pub(super) fn verify_write(&mut self, item: &Item) -> Option<bool> {
+        let host = self.place(item, &item.access?)?;
+        let v = self.scratch(item, false)?;
+        self.give_up_flags(item);
+        let rip = self.block.rip(item);
+        self.e.rm(W::D, &[0x0f, 0xb7], v as u8, host.at(), &[]);
+        // RPL and TI are 0; it is not the null selector, and inside the table.
+        self.e.rr(W::D, &[0xf7], 0, v, &7u32.to_le_bytes());
+        self.leave_if(&JNE, item, Kind::Step, rip, self.n);
+        self.e.rr(W::D, &[0x85], v as u8, v, &[]);
+        self.leave_if(&JE, item, Kind::Step, rip, self.n);
+        self.e.compare(v, At::slot(at::GDT_LAST));
+        self.leave_if(&JA, item, Kind::Step, rip, self.n);
+        self.e.add(v, At::slot(at::GDT));
+        let upper = Access { base: Some(v), disp: 4, len: 4, ..Access::stack(0, false) };
+        let host = self.place_any(item, &upper)?;
+        self.e.rm(W::D, &[0x8b], v as u8, host.at(), &[]);
+        // S is 1, it is no code, W is 1 (SDM 3A 3.4.5).
+        self.e.and(W::D, v, 0x1a00);
+        self.e.rr(W::D, &[0x81], 7, v, &0x1200u32.to_le_bytes());
+        self.leave_if(&JNE, item, Kind::Step, rip, self.n);
+        // ZF, where LAHF has it.
+        self.e.rm(W::D, &[0x80], 1, At::slot(at::STATUS + 1), &[0x40]);
+        (self.flags, self.told, self.producer) = (Flags::Slot, None, None);
+        Some(true)
+    }
+
+    /// STAC and CLAC where RFLAGS.AC is known to be the other.
+    pub(super) fn toggle_ac(&mut self, item: &Item) -> Option<bool> {
+        let ac = Rflags::AC.bits() as i32;
+        let v = self.scratch(item, false)?;
+        self.e.load(v, At::slot(at::FLAGS));
+        self.e.lea(v, At::base(v, if item.iced.code() == Code::Stac { ac } else { -ac }));
+        self.e.store(At::slot(at::FLAGS), v);
+        self.n += 1;
+        self.go_to(self.block.next(item));
+        self.n -= 1;
+        let exit = self.exits.last_mut()?;
+        exit.toggles = true;
+        Some(false)
+    }
+
     /// MOV from CR0, CR2, CR3 or CR4 at CPL 0.
     pub(super) fn read_control(&mut self, item: &Item) -> Option<bool> {
         let offset = match item.iced.op1_register() {
@@ -129,6 +173,7 @@ impl Lower<'_> {
             return;
         }
         self.give_up_flags(item);
+        let from = self.e.len();
         if len == 2 {
             self.e.push(0x66);
         }
@@ -137,6 +182,9 @@ impl Lower<'_> {
             (Some(host), _) => self.e.rm(w, &[0x83], 7, host.at(), &zero),
             (None, Some(r)) => self.e.rr(w, &[0x83], 7, r, &zero),
             (None, None) => {}
+        }
+        if let Some((host, access)) = host.zip(item.access) {
+            self.touched(item, from, host, &access);
         }
         self.leave_if(&JE, item, Kind::Step, self.block.rip(item), self.n);
     }

@@ -6,7 +6,7 @@ use super::asm::{Assembler, At, W};
 use super::scratch::bit;
 use super::{Flags, Kind, Lower};
 use crate::system::area::at;
-use crate::system::block::{Access, Item, Segment};
+use crate::system::block::{Access, Item};
 use bivisor_emulator::cpu::Rflags;
 use bivisor_emulator::isa::Gpr;
 use dynasmrt::DynasmApi;
@@ -16,8 +16,7 @@ const MOVZX_BYTE: [u8; 2] = [0x0f, 0xb6];
 const JNE: [u8; 2] = [0x0f, 0x85];
 
 /// What a push stores to.
-pub(super) const PUSHED: Access =
-    Access { base: Some(Gpr::Rsp), index: None, disp: -8, segment: Segment::Flat, narrow: false, len: 8, write: true };
+pub(super) const PUSHED: Access = Access::stack(-8, true);
 
 impl Lower<'_> {
     pub(super) fn move_stack(&mut self, by: i32) {
@@ -26,23 +25,30 @@ impl Lower<'_> {
 
     /// PUSH of a register or a constant.
     pub(super) fn push(&mut self, item: &Item) -> Option<bool> {
-        let host = self.place(item, &PUSHED)?;
+        let host = self.reach(item, &PUSHED)?;
+        let from = self.e.len();
         match Gpr::from_iced(item.iced.op0_register()) {
             Some(r) => self.e.store(host.at(), r),
             None => self.e.store_i32(host.at(), item.iced.immediate(0) as i32),
         }
+        self.touched(item, from, host, &PUSHED);
         self.move_stack(-8);
         Some(true)
     }
 
     /// PUSH of eight bytes of memory.
     pub(super) fn push_memory(&mut self, item: &Item) -> Option<bool> {
-        let from = self.place(item, &item.access?)?;
+        let access = item.access?;
+        let from = self.reach(item, &access)?;
         let v = self.scratch(item, false)?;
+        let at = self.e.len();
         self.e.load(v, from.at());
+        self.touched(item, at, from, &access);
         self.busy = bit(v);
-        let to = self.place(item, &PUSHED)?;
+        let to = self.reach(item, &PUSHED)?;
+        let at = self.e.len();
         self.e.store(to.at(), v);
+        self.touched(item, at, to, &PUSHED);
         self.move_stack(-8);
         Some(true)
     }
@@ -50,8 +56,11 @@ impl Lower<'_> {
     /// POP of a register.
     pub(super) fn pop(&mut self, item: &Item) -> Option<bool> {
         let r = Gpr::from_iced(item.iced.op0_register())?;
-        let host = self.place(item, &item.access?)?;
+        let access = item.access?;
+        let host = self.reach(item, &access)?;
+        let from = self.e.len();
         self.e.load(r, host.at());
+        self.touched(item, from, host, &access);
         if r != Gpr::Rsp {
             self.move_stack(8);
         }
@@ -60,9 +69,12 @@ impl Lower<'_> {
 
     /// LEAVE.
     pub(super) fn leave(&mut self, item: &Item) -> Option<bool> {
-        let host = self.place(item, &item.access?)?;
+        let access = item.access?;
+        let host = self.reach(item, &access)?;
         let v = self.scratch(item, false)?;
+        let from = self.e.len();
         self.e.load(v, host.at());
+        self.touched(item, from, host, &access);
         self.e.lea(Gpr::Rsp, At::base(Gpr::Rbp, 8));
         self.e.copy(Gpr::Rbp, v);
         Some(true)

@@ -15,7 +15,7 @@ const JA: [u8; 2] = [0x0f, 0x87];
 const PAGE_MASK: i32 = -(PAGE_SIZE as i32);
 
 fn element(base: Gpr, len: u8, write: bool) -> Access {
-    Access { base: Some(base), index: None, disp: 0, segment: Segment::Flat, narrow: false, len, write }
+    Access { base: Some(base), index: None, disp: 0, segment: Segment::Flat, narrow: false, len, write, bit: None }
 }
 
 impl Lower<'_> {

@@ -6,10 +6,11 @@ use crate::run::Translator;
 use crate::system::area::{Area, at};
 use crate::system::cache::Cache;
 use crate::system::lower::{Flags, Kind, Told};
+use bivisor_emulator::cpu::msr::index;
 use bivisor_emulator::cpu::{CpuState, Rflags};
 use bivisor_emulator::host::thread::ThreadBlock;
 use bivisor_emulator::interp::Prepared;
-use bivisor_emulator::isa::{Class, Insn, Seg, Sensitivity, decode};
+use bivisor_emulator::isa::{Class, Gpr, Insn, Seg, Sensitivity, decode};
 use bivisor_emulator::mem::Ram;
 use bivisor_emulator::vcpu::{Board, Exit};
 use iced_x86::{Code, Mnemonic, Register};
@@ -49,9 +50,43 @@ pub(super) fn is_quiet(insn: &Insn) -> bool {
     use Mnemonic as M;
     let known = matches!(
         insn.iced.mnemonic(),
-        M::In | M::Out | M::Syscall | M::Sysretq | M::Iretq | M::Int | M::Int3 | M::Cpuid | M::Rdmsr
+        M::In
+            | M::Out
+            | M::Syscall
+            | M::Sysretq
+            | M::Iretq
+            | M::Int
+            | M::Int3
+            | M::Cpuid
+            | M::Rdmsr
+            | M::Verr
+            | M::Verw
+            | M::Stac
+            | M::Clac
+            | M::Swapgs
+            | M::Rdfsbase
+            | M::Rdgsbase
+            | M::Wrfsbase
+            | M::Wrgsbase
+            | M::Invlpg
+            | M::Invpcid
+            | M::Xsave
+            | M::Xsave64
+            | M::Xsavec
+            | M::Xsavec64
+            | M::Xsaveopt
+            | M::Xsaveopt64
     );
+    // MOV of a segment register, of CR2 and of CR3.
+    let mov = insn.iced.mnemonic() == M::Mov && {
+        let (to, from) = (insn.iced.op0_register(), insn.iced.op1_register());
+        to.is_segment_register()
+            || from.is_segment_register()
+            || from.is_cr()
+            || matches!(to, Register::CR2 | Register::CR3)
+    };
     known
+        || mov
         || insn.facts.sensitivity == Sensitivity::Innocuous
             && !matches!(insn.facts.class, Class::Native | Class::System)
 }
@@ -143,7 +178,8 @@ impl System {
         match &mut self.calls[n] {
             Some(c) => {
                 c.times += 1;
-                let quiet = c.quiet;
+                let other = |n| !matches!(n, index::EFER | index::STAR | index::LSTAR | index::CSTAR | index::FMASK);
+                let quiet = c.quiet || c.code == Code::Wrmsr && other(t.cpu.gpr[Gpr::Rcx as usize] as u32);
                 let exit = t.core.execute(&mut t.cpu, board, &c.insn);
                 if !quiet {
                     self.forget_control();
@@ -229,6 +265,8 @@ impl System {
         self.area.set(at::GS_BASE, cpu.seg[Seg::Gs as usize].base);
         self.area.set(at::KERNEL_GS_BASE, cpu.msr.kernel_gs_base);
         self.area.set(at::TSC_OFFSET, cpu.msr.tsc_offset);
+        self.area.set(at::GDT, cpu.gdtr.base);
+        self.area.set(at::GDT_LAST, u64::from(cpu.gdtr.limit).saturating_sub(7));
     }
 
     pub(super) fn mend(&self, cpu: &mut CpuState, board: Board<'_>, spilled: u16, flags: Flags, told: Option<Told>) {

@@ -59,7 +59,8 @@ impl System {
             () if self.upper => 3,
             () => 1,
         };
-        self.control.get_or_insert_with(|| Control::of(cpu)).as_ref()?.mode(cpu, most)
+        let mode = self.control.get_or_insert_with(|| Control::of(cpu)).as_ref()?.mode(cpu, most)?;
+        Some(if mode.user() && self.mirroring.decide() { mode.mirrored() } else { mode })
     }
 
     /// SYSCALL and SYSRET leave until it is known where they go.

@@ -1,0 +1,127 @@
+//! Memory operands in the mirror: the distance to the host's address comes from a table, nothing is compared, and flags stay.
+
+use super::Lower;
+use super::asm::{Assembler, At};
+use super::memory::Host;
+use super::scratch::{Window, bit};
+use crate::system::area::at;
+use crate::system::block::{Access, Item, Segment};
+use crate::system::mirror::{END, REACH, SLOT_BITS};
+use bivisor_emulator::isa::Gpr;
+
+impl Lower<'_> {
+    /// What was emitted since `from` accesses `a` at `host`.
+    pub(super) fn touched(&mut self, item: &Item, from: usize, host: Host, a: &Access) {
+        if host.mirrored {
+            self.point_at(item, from, Some(*a));
+        }
+    }
+
+    /// `delta = DELTAS[bits 39 to 46 of address]`
+    fn delta(&mut self, delta: Gpr, address: Gpr) {
+        // RORX delta, address, 39: the eight bits are the lowest.
+        let (r, m) = (delta as u8, address as u8);
+        let high = (r >> 3 ^ 1) << 7 | 0x40 | (m >> 3 ^ 1) << 5 | 3;
+        let bits = SLOT_BITS as u8;
+        self.e.bytes.extend_from_slice(&[0xc4, high, 0xfb, 0xf0, 0xc0 | (r & 7) << 3 | m & 7, bits]);
+        // MOVZX of the low byte; REX makes SIL and the like of it.
+        self.e.bytes.extend_from_slice(&[0x40 | r >> 3 << 2 | r >> 3, 0x0f, 0xb6, 0xc0 | (r & 7) << 3 | r & 7]);
+        self.e.load(delta, At::row(at::DELTAS, delta));
+    }
+
+    pub(super) fn place_mirrored(&mut self, item: &Item, a: &Access) -> Option<Host> {
+        if let Some(address) = a.constant() {
+            return self.mirrored_constant(item, address);
+        }
+        match a.based() {
+            Some(base) if self.around.share => self.mirrored_based(item, a, base),
+            _ => self.mirrored_any(item, a),
+        }
+    }
+
+    fn mirrored_based(&mut self, item: &Item, a: &Access, base: Gpr) -> Option<Host> {
+        let (moved, version) = (self.moved[base as usize], self.version[base as usize]);
+        let disp = i32::try_from(a.disp).ok()?;
+        let found = self.windows.iter().find(|w| {
+            w.mirrored
+                && (w.base, w.version) == (Some(base), version)
+                && (w.low..=w.high).contains(&moved)
+                && !(item.high && w.delta as u8 >= 8)
+        });
+        let delta = match found {
+            Some(w) => w.delta,
+            None => {
+                let delta = self.scratch(item, item.high)?;
+                self.delta(delta, base);
+                let (low, high) = (moved - REACH, moved + REACH);
+                self.windows.push(Window { base: Some(base), version, low, high, write: true, mirrored: true, delta });
+                delta
+            }
+        };
+        self.busy |= bit(delta);
+        Some(Host { base, index: Some(delta), disp, mirrored: true })
+    }
+
+    fn mirrored_constant(&mut self, item: &Item, address: u64) -> Option<Host> {
+        if address >= END {
+            return None;
+        }
+        // A register for the distance does for the lowest 2 GiB, else one for the host's address near by.
+        let near = i32::try_from(address).is_ok();
+        let found = self.windows.iter().find(|w| {
+            w.mirrored
+                && w.base.is_none()
+                && (w.low == 0) == near
+                && (w.low - REACH..w.low + 2 * REACH).contains(&(address as i64))
+                && w.low >> SLOT_BITS == (address >> SLOT_BITS) as i64
+                && !(item.high && w.delta as u8 >= 8)
+        });
+        let (delta, low) = match found {
+            Some(w) => (w.delta, w.low),
+            None => {
+                let delta = self.scratch(item, item.high)?;
+                let row = at::DELTAS + 8 * (address >> SLOT_BITS) as usize;
+                self.e.load(delta, At::slot(row));
+                let low = if near { 0 } else { address as i64 };
+                if !near {
+                    let t = self.passing(item, false)?;
+                    self.e.constant(t, address);
+                    self.e.lea(delta, At::sum(t, delta, 0));
+                    self.busy &= !bit(t);
+                }
+                self.windows.push(Window { base: None, version: 0, low, high: 0, write: true, mirrored: true, delta });
+                (delta, low)
+            }
+        };
+        self.busy |= bit(delta);
+        Some(Host { base: delta, index: None, disp: i32::try_from(address as i64 - low).ok()?, mirrored: true })
+    }
+
+    fn mirrored_any(&mut self, item: &Item, a: &Access) -> Option<Host> {
+        let disp = i32::try_from(a.disp).ok().or((a.narrow).then_some(a.disp as i32))?;
+        let address = self.passing(item, item.high)?;
+        let delta = self.passing(item, item.high)?;
+        if a.base.is_none() && a.index.is_none() {
+            self.e.constant(address, a.disp as u64);
+        } else {
+            self.e.lea(address, At::any(a.base, a.index, disp, a.narrow));
+        }
+        if let Some(r) = a.bit {
+            self.give_up_flags(item);
+            self.beyond(a, address, r, delta);
+        }
+        let segment = match a.segment {
+            Segment::Flat => None,
+            Segment::Fs => Some(at::FS_BASE),
+            Segment::Gs => Some(at::GS_BASE),
+        };
+        if let Some(slot) = segment {
+            self.e.load(delta, At::slot(slot));
+            self.e.lea(address, At::sum(address, delta, 0));
+        }
+        self.delta(delta, address);
+        Some(Host { base: address, index: Some(delta), disp: 0, mirrored: true })
+    }
+}
+
+const _: () = assert!(END >> SLOT_BITS == 256);

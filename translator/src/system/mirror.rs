@@ -1,0 +1,224 @@
+//! The mirror: pages of the guest's user mode mapped on the host as far apart as in the guest, so that the host's MMU checks accesses
+//! instead of the inline TLB.
+//!
+//! User addresses have 47 bits, the host's too, so a constant distance does not do: each 512 GiB that the guest uses (a slot) has a place
+//! of its own on the host, with 4 GiB on either side where nothing is. Generated code takes bits 39 to 46 of an address to find the
+//! distance in a table ([`at::DELTAS`]) and adds it. Slots that are not used lead nowhere: to a place where nothing is ever mapped. An
+//! address with other bits set has a sum that is not canonical, or the kernel's. So each access hits a page that is mirrored, or faults.
+//!
+//! A fault maps the page if the guest may access it, for loads, or for stores too if its dirty flag is set and no store there needs care.
+//! Whatever takes pages from the inline TLB takes them from here. Pages are mapped one by one, which costs some microseconds, so only
+//! code of address spaces that have not changed for a while uses the mirror ([`Mode`](super::Mode)).
+#![allow(unsafe_code)]
+
+use crate::system::area::{Area, at};
+use crate::system::hash::Map;
+use bivisor_emulator::mem::{PAGE_SIZE, Ram};
+use std::collections::HashMap;
+use std::os::fd::AsRawFd;
+
+/// Address bits of a slot.
+pub const SLOT_BITS: u32 = 39;
+/// Slots there can be: bits 39 to 46.
+pub const SLOTS: usize = 256;
+const SLOT: u64 = 1 << SLOT_BITS;
+/// Bytes on either side of a slot that stay empty: more than displacements and what is added to a base register in a block can reach.
+const GUARD: u64 = 4 << 30;
+/// What may be added to a base register before its distance is looked up anew; with a displacement it stays within the 4 GiB on either side.
+pub const REACH: i64 = 1 << 30;
+/// User addresses end here.
+pub const END: u64 = 1 << 47;
+/// Slots that are used at most.
+const MOST_SLOTS: usize = 8;
+/// Pages at most: each may be a mapping of its own, of which a process can have 65,530.
+const MOST_PAGES: usize = 16384;
+
+/// A slot in use: its host address, and the range of its pages that may be mapped.
+#[derive(Debug)]
+struct Slot {
+    number: u64,
+    host: u64,
+    low: u64,
+    high: u64,
+}
+
+/// The mirror of one virtual CPU.
+#[derive(Debug)]
+pub struct Mirror {
+    nowhere: u64,
+    slots: Vec<Slot>,
+    /// By linear page: guest-physical page, and whether it may be stored to.
+    pages: Map<u64, (u64, bool)>,
+}
+
+fn reserve() -> Option<u64> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    let len = (SLOT + 2 * GUARD) as usize;
+    // SAFETY: a fresh mapping without rights.
+    let p = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_NONE, flags, -1, 0) };
+    (p != libc::MAP_FAILED).then_some(p as u64 + GUARD)
+}
+
+impl Mirror {
+    /// Empty; `None` if the host cannot have one.
+    pub fn new(area: &Area) -> Option<Mirror> {
+        if !std::is_x86_feature_detected!("bmi2") {
+            return None;
+        }
+        let mirror = Mirror { nowhere: reserve()?, slots: Vec::new(), pages: HashMap::default() };
+        for n in 0..SLOTS as u64 {
+            area.set(at::DELTAS + 8 * n as usize, mirror.nowhere.wrapping_sub(n << SLOT_BITS));
+        }
+        Some(mirror)
+    }
+
+    /// Is nothing mapped?
+    pub fn is_empty(&self) -> bool {
+        self.pages.is_empty()
+    }
+
+    fn slot(&mut self, area: &Area, number: u64) -> Option<&mut Slot> {
+        if let Some(n) = self.slots.iter().position(|s| s.number == number) {
+            return self.slots.get_mut(n);
+        }
+        if self.slots.len() == MOST_SLOTS {
+            return None;
+        }
+        let host = reserve()?;
+        area.set(at::DELTAS + 8 * number as usize, host.wrapping_sub(number << SLOT_BITS));
+        self.slots.push(Slot { number, host, low: u64::MAX, high: 0 });
+        self.slots.last_mut()
+    }
+
+    /// Maps the page of `laddr`, which is guest-physical `gpa`. False: it was there already, or cannot be.
+    pub fn map(&mut self, area: &Area, ram: &Ram, laddr: u64, gpa: u64, write: bool) -> bool {
+        let (page, to) = (laddr & !(PAGE_SIZE - 1), gpa & !(PAGE_SIZE - 1));
+        let there = self.pages.get(&page).is_some_and(|(old, writable)| *old == to && (*writable || !write));
+        if there || laddr >= END || !ram.contains(to) {
+            return false;
+        }
+        let Some(file) = ram.file().map(AsRawFd::as_raw_fd) else { return false };
+        if self.pages.len() >= MOST_PAGES {
+            self.clear();
+        }
+        let Some(slot) = self.slot(area, page >> SLOT_BITS) else { return false };
+        let offset = page % SLOT;
+        let host = slot.host + offset;
+        (slot.low, slot.high) = (slot.low.min(offset), slot.high.max(offset + PAGE_SIZE));
+        let prot = if write { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
+        let flags = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_POPULATE;
+        // SAFETY: inside a reservation of our own, over which nothing in Rust has a reference.
+        let p = unsafe { libc::mmap(host as *mut _, PAGE_SIZE as usize, prot, flags, file, to as libc::off_t) };
+        if p == libc::MAP_FAILED {
+            // Too many mappings: what was there before is there no more, or unchanged.
+            self.clear();
+            return false;
+        }
+        self.pages.insert(page, (to, write));
+        true
+    }
+
+    /// Takes all pages away.
+    pub fn clear(&mut self) {
+        for slot in self.slots.iter_mut().filter(|s| s.high > 0) {
+            empty(slot.host + slot.low, slot.high - slot.low);
+            (slot.low, slot.high) = (u64::MAX, 0);
+        }
+        self.pages.clear();
+    }
+
+    /// Takes one page away.
+    pub fn clear_page(&mut self, laddr: u64) {
+        let page = laddr & !(PAGE_SIZE - 1);
+        if self.pages.remove(&page).is_some()
+            && let Some(slot) = self.slots.iter().find(|s| s.number == page >> SLOT_BITS)
+        {
+            empty(slot.host + page % SLOT, PAGE_SIZE);
+        }
+    }
+
+    /// From now on stores to the physical page of `gpa` need care.
+    pub fn forbid_stores(&mut self, gpa: u64) {
+        let to = gpa & !(PAGE_SIZE - 1);
+        let hit: Vec<u64> = self.pages.iter().filter(|(_, v)| **v == (to, true)).map(|(page, _)| *page).collect();
+        hit.into_iter().for_each(|page| self.clear_page(page));
+    }
+}
+
+fn empty(host: u64, len: u64) {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+    // SAFETY: inside a reservation of our own, over which nothing in Rust has a reference.
+    let p = unsafe { libc::mmap(host as *mut _, len as usize, libc::PROT_NONE, flags, -1, 0) };
+    assert!(p != libc::MAP_FAILED, "mappings can be taken away: {}", std::io::Error::last_os_error());
+}
+
+impl Drop for Mirror {
+    fn drop(&mut self) {
+        for host in self.slots.iter().map(|s| s.host).chain([self.nowhere]) {
+            // SAFETY: reservations of our own, which no code reaches any more.
+            unsafe { libc::munmap((host - GUARD) as *mut _, (SLOT + 2 * GUARD) as usize) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Reads a byte as generated code would; the pages are known to be there.
+    fn read(area: &Area, laddr: u64) -> u8 {
+        let delta = area.get(at::DELTAS + 8 * (laddr >> SLOT_BITS) as usize);
+        // SAFETY: the test mapped the page.
+        unsafe { (laddr.wrapping_add(delta) as *const u8).read_volatile() }
+    }
+
+    #[test]
+    fn pages_show_guest_ram_until_they_are_taken_away() {
+        let ram = Ram::shared(4 * PAGE_SIZE).expect("memory");
+        let area = Area::new().expect("memory");
+        let Some(mut mirror) = Mirror::new(&area) else {
+            println!("SKIPPED: the host has no BMI2");
+            return;
+        };
+        for n in 0..4 {
+            ram.write(n * PAGE_SIZE + 5, &[n as u8 + 1]).expect("RAM");
+        }
+        let high = 0x7fff_ffff_f000;
+        assert!(mirror.map(&area, &ram, 0x1000, 0x2000, true));
+        assert!(mirror.map(&area, &ram, high + 7, PAGE_SIZE, false));
+        assert_eq!((read(&area, 0x1005), read(&area, high + 5)), (3, 2));
+        assert!(!mirror.map(&area, &ram, 0x1000, 0x2000, false), "it is there");
+        assert!(mirror.map(&area, &ram, 0x1000, 0x3000, false), "another physical page");
+        assert_eq!(read(&area, 0x1005), 4);
+        assert!(!mirror.map(&area, &ram, 0x9000, 4 * PAGE_SIZE, false), "no RAM");
+        assert!(!mirror.map(&area, &ram, END, 0, false), "no user address");
+        assert!(mirror.map(&area, &ram, 0x5000, 0, true));
+        mirror.forbid_stores(0);
+        assert!(mirror.map(&area, &ram, 0x5000, 0, false), "taken away, to be loaded from again");
+        mirror.clear_page(high);
+        assert!(mirror.map(&area, &ram, high, 0, false));
+        assert_eq!(read(&area, high + 5), 1);
+        mirror.clear();
+        assert!(mirror.is_empty());
+    }
+
+    #[test]
+    fn no_sum_reaches_the_hosts_memory() {
+        let area = Area::new().expect("memory");
+        let Some(mirror) = Mirror::new(&area) else {
+            println!("SKIPPED: the host has no BMI2");
+            return;
+        };
+        for number in 0..SLOTS as u64 {
+            let delta = area.get(at::DELTAS + 8 * number as usize);
+            // All values of the bits that choosing the slot ignores, and both ends of it.
+            for (above, low) in (0..1 << 17).flat_map(|above: u64| [(above, 0), (above, SLOT - 1)]) {
+                let sum = (above << 47 | number << SLOT_BITS | low).wrapping_add(delta);
+                let inside = (mirror.nowhere..mirror.nowhere + SLOT).contains(&sum);
+                assert_eq!(inside, above == 0, "{sum:#x}");
+                // Bit 47 differs from those above, or the address is the kernel's.
+                assert!(inside || sum >> 47 != 0);
+            }
+        }
+    }
+}

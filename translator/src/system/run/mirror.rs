@@ -1,0 +1,141 @@
+//! When user code uses the mirror, and what its faults mean.
+
+use super::{Next, System, by};
+use crate::run::Translator;
+use crate::system::area::{Area, at};
+use crate::system::block::Access as GuestAccess;
+use crate::system::lower::Flags;
+use crate::system::mirror::{END, Mirror, SLOT_BITS};
+use bivisor_emulator::isa::Gpr;
+use bivisor_emulator::mem::{Access, PAGE_SIZE, Ram};
+use bivisor_emulator::vcpu::Board;
+use std::time::{Duration, Instant};
+
+/// So long mappings must have stayed as they are where the mirror was not worth it.
+const LONGEST: Duration = Duration::from_secs(1);
+/// Faults that are always worth it; more must not come more often than one in [`SELDOM`].
+const FREE: u32 = 4096;
+const SELDOM: Duration = Duration::from_micros(20);
+
+/// Whether user code uses the mirror.
+pub(super) struct Mirroring {
+    mirror: Option<Mirror>,
+    on: bool,
+    /// Since when mappings are as they are, or since when it is used.
+    since: Instant,
+    /// `None`: never.
+    quiet: Option<Duration>,
+    faults: u32,
+}
+
+impl Mirroring {
+    /// It is to be used when mappings have stayed as they are for `quiet`.
+    pub(super) fn new(quiet: Option<Duration>) -> Mirroring {
+        Mirroring { mirror: None, on: false, since: Instant::now(), quiet, faults: 0 }
+    }
+
+    /// There may be one from now on, if the host and the RAM allow it.
+    pub(super) fn prepare(&mut self, area: &Area, ram: &Ram) {
+        if self.mirror.is_none() && self.quiet.is_some() && ram.file().is_some() {
+            self.mirror = Mirror::new(area);
+        }
+    }
+
+    /// Shall user code use it?
+    #[inline]
+    pub(super) fn decide(&mut self) -> bool {
+        if !self.on && self.mirror.is_some() && self.quiet.is_some_and(|quiet| self.since.elapsed() >= quiet) {
+            (self.on, self.since, self.faults) = (true, Instant::now(), 0);
+        }
+        self.on
+    }
+
+    /// Mappings have changed: nothing is in the mirror. True if it was used.
+    pub(super) fn clear(&mut self) -> bool {
+        if let Some(m) = self.mirror.as_mut().filter(|m| !m.is_empty()) {
+            m.clear();
+        }
+        self.since = Instant::now();
+        std::mem::take(&mut self.on)
+    }
+
+    pub(super) fn clear_page(&mut self, laddr: u64) {
+        if let Some(m) = &mut self.mirror {
+            m.clear_page(laddr);
+        }
+    }
+
+    pub(super) fn forbid_stores(&mut self, gpa: u64) {
+        if let Some(m) = &mut self.mirror {
+            m.forbid_stores(gpa);
+        }
+    }
+
+    /// Counts a fault. True if there are so many that the mirror is given up for a while.
+    fn fault(&mut self) -> bool {
+        self.faults += 1;
+        let give_up = self.faults > FREE && self.since.elapsed() < self.faults * SELDOM;
+        if give_up {
+            (self.on, self.since) = (false, Instant::now());
+            self.quiet = self.quiet.map(|quiet| (4 * quiet).clamp(Duration::from_millis(1), LONGEST));
+        }
+        give_up
+    }
+}
+
+impl System {
+    /// Mappings have changed.
+    pub(super) fn clear_mirror(&mut self) {
+        if self.mirroring.clear() {
+            self.close_gates();
+        }
+    }
+
+    /// After a fault of the host at `pc`, in an access to the mirror: maps what the guest may access. `None`: the interpreter does the
+    /// instruction, whose access is given back.
+    pub(super) fn fill_mirror(
+        &mut self,
+        t: &mut Translator,
+        board: Board<'_>,
+        ram: &Ram,
+        pc: u64,
+        access: &GuestAccess,
+    ) -> Option<Next> {
+        if self.mirroring.fault() {
+            self.close_gates();
+            return Some(self.again(t, board, pc));
+        }
+        let mirror = self.mirroring.mirror.as_mut()?;
+        let laddr = access.address(|r| t.cpu.gpr[r as usize], self.area.get(at::FS_BASE), self.area.get(at::GS_BASE));
+        let last = laddr.checked_add(u64::from(access.len) - 1).filter(|last| *last < END)?;
+        let kind = if access.write { Access::Write } else { Access::Read };
+        let mut progress = false;
+        for at in [Some(laddr), (laddr / PAGE_SIZE != last / PAGE_SIZE).then_some(last)].into_iter().flatten() {
+            let gpa = t.core.mmu.translate(&t.cpu, board.mem, at, kind, by(&t.cpu)).ok()?;
+            if access.write && ram.store_needs_care(gpa) {
+                return None;
+            }
+            progress |= mirror.map(&self.area, ram, at, gpa, access.write);
+        }
+        if !progress {
+            let base = access.base.map_or(0, |r: Gpr| t.cpu.gpr[r as usize]);
+            if access.based().is_some() && base >> SLOT_BITS != laddr >> SLOT_BITS {
+                self.cache.distant(pc);
+            }
+            return None;
+        }
+        let (_, point) = self.cache.point(pc)?;
+        if point.flags == Flags::Host {
+            self.area.set(at::STATUS, self.area.get(at::EXIT_STATUS));
+        }
+        Some(Next::Resume(pc))
+    }
+
+    /// The state as it was before the instruction that faulted at `pc`.
+    pub(super) fn again(&self, t: &mut Translator, board: Board<'_>, pc: u64) -> Next {
+        let (block, point) = self.cache.point(pc).expect("the host faults only where it may");
+        t.cpu.rip = block.rip.wrapping_add(u64::from(point.at));
+        self.mend(&mut t.cpu, board, point.spilled, point.flags, point.told);
+        Next::Go(super::Via::Start)
+    }
+}
