@@ -175,7 +175,7 @@ pub fn op(i: &Insn) -> Op {
         M::Adox => arith::adox,
         M::Bound => arith::bound,
         M::Mul => muldiv::mul,
-        M::Imul => muldiv::imul,
+        M::Imul => wider!(i, muldiv::imul),
         M::Div => muldiv::div,
         M::Idiv => muldiv::idiv,
         M::Daa => bcd::daa,

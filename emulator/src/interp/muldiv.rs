@@ -2,8 +2,9 @@
 
 use crate::cpu::{Fault, Rflags};
 use crate::interp::arith::set_status;
+use crate::interp::shape::Shape;
 use crate::interp::{Exec, Step, alu, operand};
-use crate::isa::{Gpr, Insn, Width};
+use crate::isa::{Gpr, Insn, Operand, Width};
 
 /// A double-width value to AX, or to rDX:rAX.
 fn write_pair(x: &mut Exec<'_>, w: Width, low: u64, high: u64) {
@@ -26,18 +27,21 @@ pub fn mul(x: &mut Exec<'_>, i: &Insn) -> Step {
 }
 
 /// IMUL with one, two or three operands.
-pub fn imul(x: &mut Exec<'_>, i: &Insn) -> Step {
-    let (a, b) = match i.iced.op_count() {
-        1 => (x.cpu.read(Gpr::Rax, i.width), operand::read(x, i, 0)?),
-        2 => (operand::read(x, i, 0)?, operand::read(x, i, 1)?),
-        _ => (operand::read(x, i, 1)?, operand::read(x, i, 2)?),
-    };
-    let (low, high, f) = alu::imul(i.width, a, b, x.cpu.rflags);
-    if i.iced.op_count() == 1 {
-        write_pair(x, i.width, low, high);
-    } else {
-        operand::write(x, i, 0, low)?;
+pub fn imul<S: Shape>(x: &mut Exec<'_>, i: &Insn) -> Step {
+    let w = operand::width_of::<S>(i);
+    if i.ops[1] == Operand::None {
+        let (a, b) = (x.cpu.read(Gpr::Rax, w), operand::read(x, i, 0)?);
+        let (low, high, f) = alu::imul(w, a, b, x.cpu.rflags);
+        write_pair(x, w, low, high);
+        set_status(x, f);
+        return Ok(());
     }
+    let (a, b) = match i.ops[2] {
+        Operand::None => (operand::read_as::<S>(x, i, 0)?, operand::read_as::<S>(x, i, 1)?),
+        _ => (operand::read_as::<S>(x, i, 1)?, operand::read(x, i, 2)?),
+    };
+    let (low, _, f) = alu::imul(w, a, b, x.cpu.rflags);
+    operand::write_as::<S>(x, i, 0, low)?;
     set_status(x, f);
     Ok(())
 }

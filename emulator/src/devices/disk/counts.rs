@@ -9,6 +9,10 @@ use std::os::unix::fs::FileExt;
 /// Counts of 16 bits, as all programs make them: their order.
 const ORDER: u32 = 4;
 const FEATURE_DIRTY: u64 = 1;
+/// Bytes of a table of blocks (QEMU allows as much).
+const LARGEST: u64 = 8 << 20;
+/// Where in the header the table's place and its number of clusters are.
+const IN_HEADER: u64 = 48;
 
 /// The reference counts of an image's clusters.
 #[derive(Debug)]
@@ -48,7 +52,7 @@ impl Counts {
         if !at.is_multiple_of(cluster) || at == 0 || at.checked_add(bytes).is_none_or(|end| end > length) {
             return Err("the qcow2 image is truncated or damaged: its reference counts are beyond its end".into());
         }
-        let counts = Counts {
+        let mut counts = Counts {
             cluster_bits,
             at,
             table: table(file, at, (bytes / 8) as usize).map_err(|e| e.to_string())?,
@@ -56,10 +60,13 @@ impl Counts {
         };
         // Everything written once more at the end, with its tables, must be counted.
         let most = be64(header, 24).saturating_mul(2).saturating_add(counts.end).div_ceil(cluster);
-        if most.div_ceil(counts.in_block()) > counts.table.len() as u64 {
-            return Err(
-                "the qcow2 image's table of reference counts is too small to write to it; add snapshot=on".into()
-            );
+        let entries = most.div_ceil(counts.in_block()) + 1;
+        if entries > counts.table.len() as u64 {
+            if entries * 8 > LARGEST {
+                return Err("the qcow2 image is too large to be written to; add snapshot=on".into());
+            }
+            // Twice as long as need be: what is written now makes the file longer, and should not make the table too short again.
+            counts.grow(file, 2 * entries).map_err(|e| format!("its table of reference counts does not grow: {e}"))?;
         }
         if version >= 3 && be64(header, 88) != 0 {
             // Features that whoever does not know them ends by writing (bitmaps).
@@ -70,6 +77,26 @@ impl Counts {
 
     fn in_block(&self) -> u64 {
         1 << (self.cluster_bits - 1)
+    }
+
+    /// A longer table at the end of the file. The header names it when it is whole and all new clusters are counted; until then the old one
+    /// holds, and of the new clusters nobody knows.
+    fn grow(&mut self, file: &File, entries: u64) -> IoResult<()> {
+        let (old, old_bytes) = (self.at, self.table.len() as u64 * 8);
+        let cluster = 1u64 << self.cluster_bits;
+        let bytes = (entries * 8).next_multiple_of(cluster);
+        self.table.resize((bytes / 8) as usize, 0);
+        self.at = self.end;
+        self.end += bytes;
+        let content: Vec<u8> = self.table.iter().flat_map(|e| e.to_be_bytes()).collect();
+        file.write_all_at(&content, self.at)?;
+        for at in (self.at..self.at + bytes).step_by(1 << self.cluster_bits) {
+            self.count(file, at, 1)?;
+        }
+        file.sync_data()?;
+        let clusters = (bytes >> self.cluster_bits) as u32;
+        file.write_all_at(&[&self.at.to_be_bytes()[..], &clusters.to_be_bytes()].concat(), IN_HEADER)?;
+        self.release(file, old, old_bytes)
     }
 
     /// A new cluster at the end, counted once. It is written by the caller, before anything refers to it.

@@ -167,6 +167,45 @@ fn a_qcow2_is_written() {
     assert_eq!(new, 9);
 }
 
+/// A disk of 24 MiB, of which the table of counts knows 8: it grows, is where the header says, and counts each cluster that is in use once.
+#[test]
+fn the_table_of_counts_grows() {
+    const SIZE: usize = 24 << 20;
+    // First-level entries are for 32 KiB; the table of counts is behind them, and its block.
+    let (l1, table, block) = (CLUSTER, 13 * CLUSTER, 14 * CLUSTER);
+    let mut b = image(None)[..CLUSTER].to_vec();
+    b.resize(15 * CLUSTER, 0);
+    let mut put = |at: usize, v: &[u8]| b[at..at + v.len()].copy_from_slice(v);
+    put(24, &(SIZE as u64).to_be_bytes());
+    put(36, &768u32.to_be_bytes());
+    put(40, &(l1 as u64).to_be_bytes());
+    put(48, &(table as u64).to_be_bytes());
+    put(table, &(block as u64).to_be_bytes());
+    put(block, &[0, 1].repeat(15));
+    let file = Temporary::with(&b);
+    let content: Vec<u8> = (0..9u32 << 20).map(|n| (n >> 9) as u8 | 1).collect();
+    let mut d = Disk::open(&file.0, Options::default()).expect("opens, and the table grows");
+    for (n, part) in content.chunks(100_000).enumerate() {
+        d.write(n as u64 * 100_000, part).expect("inside");
+    }
+    drop(d);
+    let mut d = Disk::open(&file.0, Options::default()).expect("opens again");
+    let mut back = vec![0; content.len()];
+    d.read(0, &mut back).expect("inside");
+    assert!(back == content);
+    drop(d);
+    let bytes = std::fs::read(&file.0).expect("there");
+    let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight")) as usize;
+    let (at, clusters) = (word(48), word(56) >> 32);
+    assert!(at > block && clusters > 1, "{at:#x} {clusters}");
+    let count = |cluster: usize| match word(at + cluster / 256 * 8) {
+        0 => 0,
+        block => bytes[block + cluster % 256 * 2 + 1],
+    };
+    let uncounted = (0..bytes.len().div_ceil(CLUSTER)).filter(|n| count(*n) != 1).collect::<Vec<_>>();
+    assert_eq!(uncounted, [table / CLUSTER], "all but the old table");
+}
+
 /// Many writes by chance into images of qemu-img's, which then finds nothing wrong with them.
 #[test]
 fn qemu_img_finds_what_was_written_right() {
@@ -188,6 +227,7 @@ fn qemu_img_finds_what_was_written_right() {
         &["-c"],
         &["-c", "-o", "cluster_size=4096"],
         &["-o", "cluster_size=1024"],
+        &["-o", "cluster_size=512"],
     ] {
         let image = Temporary::name(".qcow2");
         run(&[&["convert", "-O", "qcow2"], options, &[&path(&raw), &path(&image)]].concat());
