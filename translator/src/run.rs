@@ -405,8 +405,12 @@ impl Translator {
             [0x0f, 0x01, 0xd0] => (Code::Xgetbv, 3),
             _ => return None,
         };
+        // What can be read may still not be executed.
+        if !(board.mem.may_execute(self.cpu.rip) && board.mem.may_execute(self.cpu.rip + len - 1)) {
+            return None;
+        }
         let mut iced = Instruction::with(code);
-        iced.set_len(len);
+        iced.set_len(len as usize);
         Some(Insn::new(iced))
     }
 

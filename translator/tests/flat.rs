@@ -291,6 +291,16 @@ fn faults_are_exact() {
     assert_eq!(g.t.state().rip, 0x2000);
     assert_eq!(g.reg(Gpr::Rcx), 0x2000);
 
+    // What may be read but not executed is no code, whatever it says: CPUID, XGETBV, a NOP.
+    for bytes in [&[0x0f, 0xa2][..], &[0x0f, 0x01, 0xd0], &[0x90]] {
+        let mut g = Guest::new();
+        let data = g.data;
+        put(data, bytes);
+        g.t.state().rip = data;
+        assert_eq!(g.run(), Exit::Exception(Fault::Pf { addr: data, code: 0x15 }), "{bytes:x?}");
+        assert_eq!(g.t.state().rip, data);
+    }
+
     // A branch to an address that is not canonical has not happened (SDM 2A JMP, CALL; 2B RET).
     const NOWHERE: u64 = 0x1234_5678_9abc_def0;
     type Branch = fn(&mut CodeAssembler);
