@@ -400,3 +400,26 @@ fn alignment_of_wide_operands() {
         }
     }
 }
+
+/// Elements that the mask leaves out may lie where no address is, with alignment checked too (SDM 1 15.6.4).
+#[test]
+fn alignment_of_masked_operands() {
+    if !std::arch::is_x86_feature_detected!("avx512vl") {
+        println!("SKIPPED: VPADDQ with a mask: the host has no AVX512VL");
+        return;
+    }
+    const EDGE: u64 = 0x8000_0000_0000;
+    let missing = Exit::Exception(Fault::Pf { addr: EDGE - 16, code: 4 });
+    for (mask, at, want) in [
+        (1, EDGE - 16, missing),
+        (4, EDGE - 16, Exit::Exception(Fault::Gp(0))),
+        (1, EDGE - 24, Exit::Exception(Fault::Ac)),
+    ] {
+        // vpaddq ymm0{k1}, ymm0, [rax]
+        let mut m = Machine::long64(3, &[0x62, 0xf1, 0xfd, 0x29, 0xd4, 0x00]);
+        m.cpu().gpr[RAX] = at;
+        m.cpu().rflags |= Rflags::AC;
+        m.cpu().xsave.set_opmask(1, mask);
+        assert_eq!(m.run(1), want, "{mask:#b} {at:#x}");
+    }
+}

@@ -2,7 +2,7 @@
 //! VMASKMOV, VPMASKMOV, MASKMOVQ, MASKMOVDQU. What is not selected cannot fault.
 
 use crate::cpu::xsave::component;
-use crate::interp::native::{at, behind, check, check_aligned, check_alignment, enter_x87, execute};
+use crate::interp::native::{at, behind, check, check_aligned, check_alignment_of_some, enter_x87, execute};
 use crate::interp::operand::effective_address;
 use crate::interp::{Exec, Step, access};
 use crate::isa::{Gpr, Insn, MemRef, Operand, Width};
@@ -53,7 +53,7 @@ pub fn run(x: &mut Exec<'_>, i: &Insn, m: &MemRef, offset: u64, t: &Thunk) -> St
     }
     // Of elements of one or two bytes none is checked (Zen 4).
     if active.bits != 0 && active.element >= 4 {
-        check_alignment(x, t, m.seg, offset)?;
+        check_alignment_of_some(x, t, m.seg, offset)?;
     }
     x.env.native.operand().fill(0);
     if t.needs.contains(Needs::LOAD) {

@@ -195,6 +195,19 @@ pub(super) fn check_alignment(x: &Exec<'_>, t: &Thunk, seg: Seg, offset: u64) ->
     if !access::checks_alignment(x.cpu) {
         return Ok(());
     }
+    let access = if t.needs.contains(Needs::STORE) { Access::Write } else { Access::Read };
+    alignment_of(t, access::linear(x, seg, offset, u64::from(t.len), access)?)
+}
+
+/// The same of an operand some of whose elements are not accessed: they may lie behind the segment's limit.
+pub(super) fn check_alignment_of_some(x: &Exec<'_>, t: &Thunk, seg: Seg, offset: u64) -> Step {
+    match access::checks_alignment(x.cpu) {
+        true => alignment_of(t, x.cpu.segment(seg).base.wrapping_add(offset)),
+        false => Ok(()),
+    }
+}
+
+fn alignment_of(t: &Thunk, laddr: u64) -> Step {
     let to = match t.len {
         10 => 8,
         14 | 94 => 2,
@@ -202,8 +215,6 @@ pub(super) fn check_alignment(x: &Exec<'_>, t: &Thunk, seg: Seg, offset: u64) ->
         // Wider vectors need no more than those of 16 bytes: measured on an AMD EPYC.
         len => u64::from(len).min(16),
     };
-    let access = if t.needs.contains(Needs::STORE) { Access::Write } else { Access::Read };
-    let laddr = access::linear(x, seg, offset, u64::from(t.len), access)?;
     if laddr & (to - 1) != 0 { Err(Fault::Ac.into()) } else { Ok(()) }
 }
 
