@@ -6,6 +6,7 @@
 
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::linux::{LastWords, Successor};
+use bivisor_emulator::mem::{FlatSpace, Prot, Vma};
 use bivisor_translator::persist::{Archive, hash};
 use bivisor_translator::{Cache, Policy};
 use rustix::fs::{self, AtFlags, CWD, FileType, Mode, OFlags, Stat};
@@ -167,9 +168,12 @@ fn make_room(directory: &Path, more: u64) {
 /// The way on to another program in the same host process, with a cache or without.
 pub fn successor(directory: Option<PathBuf>, cache: &Arc<Cache>, model: &Arc<CpuModel>) -> Successor {
     let (cache, model) = (cache.clone(), model.clone());
-    Successor(Some(Arc::new(move |program: &Path| {
+    Successor(Some(Arc::new(move |program: &Path, old: &FlatSpace| {
         let cache = cache.current();
-        cache.start_over(None);
+        let fixed =
+            |v: &Vma| (v.backing.is_some() && !v.shared || &*v.name == "[vdso]") && !v.prot.contains(Prot::WRITE);
+        let text: Vec<_> = old.all().into_iter().filter(fixed).map(|v| v.start..v.end).collect();
+        cache.start_over(&text);
         let place = directory.as_deref().and_then(|d| Place::new(Some(d), program, &model).ok());
         place.map_or_else(LastWords::default, |place| remember(place, &cache, LastWords::default(), false))
     })))

@@ -160,7 +160,7 @@ pub fn run(args: &RunArgs) -> Result<i32> {
     let successor = match (&cache, backend) {
         _ if said || beside => Successor::default(),
         (Some(cache), _) => kept::successor(directory, cache, &model),
-        (None, Backend::Interp) => Successor(Some(Arc::new(|_| LastWords::default()))),
+        (None, Backend::Interp) => Successor(Some(Arc::new(|_, _| LastWords::default()))),
         _ => Successor::default(),
     };
     let options = Options { strace: args.strace, log, verbose: args.verbose, reexec, last_words, successor };

@@ -270,11 +270,37 @@ static int again(int argc, char **argv) {
     return 1;
 }
 
+// argv[1] is "mapped": code of a file, at the same address before and after an exec, unchanged and changed.
+static int mapped(int argc, char **argv) {
+    static const unsigned char one[] = {0xb8, 1, 0, 0, 0, 0xc3}, two[] = {0xb8, 2, 0, 0, 0, 0xc3};
+    int fd = open(argv[2], O_RDWR | O_CLOEXEC), step = atoi(argv[3]), sum = 0;
+    if (step == 0 && pwrite(fd, one, sizeof one, 0) != sizeof one) return 1;
+    int (*code)(void) = mmap((void *)0x600000000000, 4096, PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_FIXED_NOREPLACE, fd, 0);
+    for (int i = 0; i < 100; i++) sum += code();
+    printf("mapped, step %d: %d\n", step, sum);
+    fflush(stdout);
+    if (step == 1 && pwrite(fd, two, sizeof two, 0) != sizeof two) return 1;
+    if (step == 3) return 0;
+    execl(self, "mapped", "mapped", argv[2], step == 0 ? "1" : step == 1 ? "2" : "3", (char *)0);
+    return 1;
+}
+static void code_of_files(void) {
+    char path[] = "/tmp/execs-XXXXXX";
+    int fd = mkstemp(path);
+    if (ftruncate(fd, 4096)) _exit(1);
+    close(fd);
+    pid_t p = fork();
+    if (!p) execl(self, "mapped", "mapped", path, "0", (char *)0);
+    printf("mapped: %d\n", reap(p));
+    unlink(path);
+}
+
 int main(int argc, char **argv) {
     ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
     self[n] = 0;
     if (argc > 2 && !strcmp(argv[1], "look")) return look(argc, argv);
     if (argc > 2 && !strcmp(argv[1], "again")) return again(argc, argv);
+    if (argc > 3 && !strcmp(argv[1], "mapped")) return mapped(argc, argv);
     if (argc > 1 && !strcmp(argv[1], "pause")) {
         usleep(400000);
         return 3;
@@ -289,6 +315,9 @@ int main(int argc, char **argv) {
     vforks();
     failures();
     script();
+    fflush(stdout);
+    code_of_files();
+    fflush(stdout);
     CHILD(execl(self, "again", "again", "150", (char *)0));
     return 0;
 }

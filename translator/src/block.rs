@@ -152,7 +152,7 @@ impl CodeSource for &GuestMemory {
         self.flat()?.find(at).is_some_and(fixed).then(|| u64::from_le_bytes(bytes))
     }
     fn identity(&self) -> Option<usize> {
-        Some(std::ptr::from_ref::<GuestMemory>(self) as usize)
+        Some(self.id() as usize)
     }
 }
 

@@ -26,6 +26,7 @@ use bivisor_emulator::mem::{GuestMemory, PAGE_SIZE};
 use bivisor_emulator::vcpu::Kicker;
 use iced_x86::Mnemonic;
 use std::collections::HashSet;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
@@ -34,6 +35,8 @@ use std::time::{Duration, Instant};
 pub const DEFAULT_SIZE: usize = 64 << 20;
 /// Bytes of code that may be there when another program begins.
 const MOST_STALE: usize = 4 << 20;
+/// Of so many blocks some more are worth writing all.
+const FEW_BLOCKS: u64 = 4096;
 
 /// One thread that runs code of a cache.
 #[derive(Default)]
@@ -205,20 +208,19 @@ impl Cache {
         store.archive = Some(Arc::new(archive));
     }
 
-    /// Another program begins, of which `archive` knows, if there is one; nothing of the old one is left in memory. The caller is the
-    /// only thread, and outside.
-    pub fn start_over(&self, archive: Option<Archive>) {
+    /// Another program begins; nothing will be left of the old one in memory, where `text` are the mappings of files that cannot be
+    /// written. The caller is the only thread, and outside.
+    pub fn start_over(&self, text: &[Range<u64>]) {
         let mut store = self.lock();
         // What is stale takes room; filling it up and throwing it away is cheaper than throwing little away each time.
         if store.buffer.used() > MOST_STALE {
             self.forget(&mut store);
         }
+        store.park(&self.exits, text);
+        self.version.fetch_add(1, Ordering::SeqCst);
+        store.began = store.blocks.len();
         store.stats.adopted = 0;
         store.archive = None;
-        drop(store);
-        if let Some(archive) = archive {
-            self.remember(archive);
-        }
     }
 
     /// What later runs may [remember](Cache::remember), as a file's content for `key`; `None` if that is not much more than this run
@@ -227,7 +229,8 @@ impl Cache {
         let mut store = self.lock();
         let archive = store.archive.clone()?;
         let adopted = store.stats.adopted;
-        if store.worth_keeping() < adopted + (adopted / 8).max(32) {
+        let few = if adopted < FEW_BLOCKS { 8 } else { adopted / 8 };
+        if store.worth_keeping() < adopted + few {
             return None;
         }
         store.adopt_rest(&self.exits, &archive);
@@ -331,6 +334,16 @@ impl Cache {
             if let Some(found) = store.get(rip, home) {
                 store.stats.found += 1;
                 return Some(self.connect(&mut store, found, via));
+            }
+            if let Some(pages) = store.parked_at(rip) {
+                drop(store);
+                let epoch = source.epoch();
+                let same = persist::park::is_same(source, &pages);
+                store = self.lock();
+                if source.epoch() == epoch {
+                    store.settle(&self.exits, rip, same);
+                }
+                continue;
             }
             let archive = store.archive.clone();
             if let Some(archive) = &archive

@@ -12,6 +12,7 @@ use crate::lower::{
 use crate::marks::{self, Home, Mark, Registers};
 use crate::persist::Archive;
 use crate::persist::adopt::Pages;
+use crate::persist::park::Group;
 use crate::persist::record::Kept;
 use crate::stats::CacheStats;
 use crate::system::hash::Map;
@@ -43,7 +44,7 @@ pub(crate) struct Block {
     /// The first exit linked to it; the table of exits holds the rest of the list.
     pub(crate) incoming: u32,
     /// The next block made from its first and its last page.
-    next_in_page: [u32; 2],
+    pub(crate) next_in_page: [u32; 2],
     /// Guest bytes it was made from.
     pub(crate) len: u16,
     pub(crate) live: bool,
@@ -51,7 +52,7 @@ pub(crate) struct Block {
 }
 
 /// What a block is found by: its address and where R11 is at its start. No code has an address with only the highest bit changed.
-fn key(rip: u64, home: Home) -> u64 {
+pub(crate) fn key(rip: u64, home: Home) -> u64 {
     match home {
         Home::Slot => rip,
         Home::Register => rip ^ 1 << 63,
@@ -92,16 +93,20 @@ pub struct Store {
     pub(crate) relocations: Vec<Relocation>,
     pub(crate) index: Index,
     /// The bytes of blocks that compare them, and which of them have been seen to change.
-    compared: HashMap<u64, (Vec<u8>, Vec<bool>)>,
+    pub(crate) compared: HashMap<u64, (Vec<u8>, Vec<bool>)>,
     pub(crate) kept: Kept,
     /// What earlier runs have left.
     pub(crate) archive: Option<Arc<Archive>>,
+    /// The number of the first block of this program; those before it are an earlier one's.
+    pub(crate) began: usize,
+    /// What that one has left.
+    pub(crate) parked: Vec<Group>,
     /// Pages of code, if what is made from them can be kept: see [`crate::persist`].
     pub(crate) pages: Option<Pages>,
     /// The first block of a page.
-    by_page: Map<u64, u32>,
+    pub(crate) by_page: Map<u64, u32>,
     /// Blocks in which something of a page is a constant: see [`crate::block::Constant`]. What earlier runs knew of it is not asked.
-    constants: Map<u64, Vec<u32>>,
+    pub(crate) constants: Map<u64, Vec<u32>>,
     /// For table entries the first block whose landing is tried; 0, which is the trampolines, for none.
     landings: Map<u16, u32>,
     /// Is there any landing?
@@ -131,6 +136,8 @@ impl Store {
             relocations: Vec::new(),
             kept: Kept::default(),
             archive: None,
+            began: 1,
+            parked: Vec::new(),
             pages: None,
             index: Index::default(),
             compared: HashMap::new(),
@@ -363,7 +370,7 @@ impl Store {
     }
 
     /// Enters the landing of a block in the table, before the others of the same entry.
-    fn register(&mut self, b: u32, l: Landing) {
+    pub(crate) fn register(&mut self, b: u32, l: Landing) {
         let block = &mut self.blocks[b as usize];
         let entry = block.start as u16;
         block.landing = Some(l);
@@ -379,7 +386,7 @@ impl Store {
         self.blocks.get(b as usize).and_then(|b| b.landing).map_or(self.miss, |l| l.at) as usize
     }
 
-    fn unregister(&mut self, b: u32) {
+    pub(crate) fn unregister(&mut self, b: u32) {
         let entry = self.blocks[b as usize].start as u16;
         let next = self.blocks[b as usize].next_landing;
         let head = self.landings.get(&entry).copied().unwrap_or(0);
@@ -420,7 +427,7 @@ impl Store {
         true
     }
 
-    fn kill(&mut self, exits: &Exits, b: u32) {
+    pub(crate) fn kill(&mut self, exits: &Exits, b: u32) {
         let block = &mut self.blocks[b as usize];
         if !std::mem::replace(&mut block.live, false) {
             return;
@@ -456,6 +463,8 @@ impl Store {
         self.relocations.clear();
         self.pages.iter_mut().for_each(Pages::clear);
         self.compared.clear();
+        self.parked.clear();
+        self.began = 1;
         self.exits_used = 0;
     }
 

@@ -76,6 +76,8 @@ pub fn go_on(task: &mut Task, open: impl FnOnce() -> Result<(Image, Strings), i6
     host_call(libc::SYS_set_robust_list as u64, [0, 24, 0, 0, 0, 0]);
     fork::unshare(libc::CLONE_FILES as u64);
     let old = task.process.clone();
+    let told = old.options.successor.0.as_ref();
+    let last_words = told.map(|told| told(&image.exe, old.space.flat())).unwrap_or_default();
     let space = old.space.successor();
     let (mut state, placed) = match image.load(&space, &strings.env, &old.cpu) {
         Ok(loaded) => loaded,
@@ -88,7 +90,6 @@ pub fn go_on(task: &mut Task, open: impl FnOnce() -> Result<(Image, Strings), i6
     state.xcr0 &= old.cpu.xcr0();
     let shown_by_kernel = proc::tell_kernel(&placed);
     proc::set_name(image.name.as_os_str());
-    let last_words = old.options.successor.0.as_ref().map(|told| told(&image.exe)).unwrap_or_default();
     old.signals.after_exec();
     task.process = Arc::new(Process {
         space: Arc::new(space),

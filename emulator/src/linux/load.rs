@@ -208,7 +208,7 @@ impl Image {
         let random: [u8; 24] = host::random_bytes();
         let program = self.elf.load(&self.exe, &self.file, space, Some(pie_base(&random[16..])))?;
         let interpreter = match &self.interpreter {
-            Some((path, file, elf)) => Some(elf.load(path, file, space, None)?),
+            Some((path, file, elf)) => Some(elf.load(path, file, space, space.place_of(file.as_raw_fd()))?),
             None => None,
         };
         space.set_brk(program.end.next_multiple_of(PAGE_SIZE));

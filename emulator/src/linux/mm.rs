@@ -77,7 +77,20 @@ impl AddressSpace {
                 space.insert(Vma { start, end, prot, shared: false, name: Arc::from(*name), offset: 0, backing: None });
             }
         }
-        AddressSpace { mem: GuestMemory::Flat(space), brk: Mutex::default(), gap: Mutex::new(0..0) }
+        AddressSpace::of(space, Vec::new())
+    }
+
+    fn of(space: FlatSpace, places: Vec<(Backing, u64)>) -> AddressSpace {
+        AddressSpace { mem: GuestMemory::Flat(space), brk: Mutex::default(), gap: Mutex::new(0..0), places }
+    }
+
+    /// Where the file was that the next mapping is about.
+    pub fn place_of(&self, fd: i32) -> Option<u64> {
+        if self.places.is_empty() {
+            return None;
+        }
+        let wanted = file(fd)?;
+        self.places.iter().find(|(backing, _)| *backing == wanted).map(|(_, start)| *start)
     }
 
     /// For another program in the same host process: unmaps everything, but for the vDSO.
@@ -88,7 +101,11 @@ impl AddressSpace {
         self.flat().remove(0..TASK_SIZE);
         let gap = std::mem::take(&mut *self.gap.lock().expect("no panic under the lock"));
         let mut gone: Vec<Range<u64>> = vec![gap];
+        let mut places: Vec<(Backing, u64)> = Vec::new();
         for vma in all {
+            if let Some(backing) = vma.backing.filter(|_| vma.offset == 0 && !vma.shared) {
+                places.push((backing, vma.start));
+            }
             if shared_with_host(&vma) {
                 space.insert(vma);
             } else if gone.last().is_some_and(|last| last.end == vma.start) {
@@ -100,7 +117,7 @@ impl AddressSpace {
         for range in gone.into_iter().filter(|r| !r.is_empty()) {
             host_call(libc::SYS_munmap as u64, [range.start, len_of(&range), 0, 0, 0, 0]);
         }
-        AddressSpace { mem: GuestMemory::Flat(space), brk: Mutex::default(), gap: Mutex::new(0..0) }
+        AddressSpace::of(space, places)
     }
 
     /// The list of mappings.
@@ -144,7 +161,12 @@ impl AddressSpace {
         }
         let prot = Prot::from_bits_truncate(m.prot as i32);
         let host_prot = (m.prot as i32 & !Prot::all().bits()) | FlatSpace::host_prot(prot);
-        let at = host_call(libc::SYS_mmap as u64, [m.addr, m.len, host_prot as u64, flags, m.fd as u64, m.offset]);
+        let addr = match m.addr {
+            // Only a wish: what is not free is not taken.
+            0 if !fixed && m.fd >= 0 && m.offset == 0 => self.place_of(m.fd).unwrap_or(0),
+            addr => addr,
+        };
+        let at = host_call(libc::SYS_mmap as u64, [addr, m.len, host_prot as u64, flags, m.fd as u64, m.offset]);
         if failed(at) {
             for gap in claimed {
                 host_call(libc::SYS_munmap as u64, [gap.start, len_of(&gap), 0, 0, 0, 0]);

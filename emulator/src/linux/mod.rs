@@ -59,7 +59,8 @@ pub use load::{Image, LoadError, Why};
 
 use crate::bus::EmptyBus;
 use crate::cpu::cpuid::CpuModel;
-use crate::mem::GuestMemory;
+use crate::mem::flat::Backing;
+use crate::mem::{FlatSpace, GuestMemory};
 use crate::vcpu::{Board, Intercepts, Vcpu};
 use std::ffi::OsString;
 use std::ops::Range;
@@ -95,12 +96,13 @@ pub struct Options {
     pub successor: Successor,
 }
 
-/// Told the file of a program that takes the place of the one that ran; gives its last words. Without it every exec is the host's.
+/// Told the file of a program that is about to take the place of the one that ran, and what that one has in memory; gives its last
+/// words. Without it every exec is the host's.
 #[derive(Clone, Default)]
 pub struct Successor(pub Option<Arc<Told>>);
 
 /// See [`Successor`].
-pub type Told = dyn Fn(&Path) -> LastWords + Send + Sync;
+pub type Told = dyn Fn(&Path, &FlatSpace) -> LastWords + Send + Sync;
 
 impl std::fmt::Debug for Successor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -126,6 +128,8 @@ pub struct AddressSpace {
     pub brk: Mutex<Brk>,
     /// Below the stack, where nothing is the guest's and nothing else shall lie.
     pub gap: Mutex<Range<u64>>,
+    /// Where the program before this one in the same host process had its files: with them there again, code made from them is good.
+    pub places: Vec<(Backing, u64)>,
 }
 
 /// The heap that brk(2) moves the end of.

@@ -26,6 +26,18 @@ pub struct Page {
     waiting: Vec<(u16, Home, u32)>,
 }
 
+impl Page {
+    /// The sum of its content, if what is made from it is worth keeping.
+    pub fn sum(&self) -> Option<Sum> {
+        self.sum
+    }
+
+    /// Sets it.
+    pub fn set_sum(&mut self, sum: Sum) {
+        self.sum = Some(sum);
+    }
+}
+
 /// Pages by address.
 pub type Pages = Map<u64, Page>;
 
@@ -44,7 +56,7 @@ pub struct Found {
 }
 
 /// The sum of a page that cannot be written and is watched from now on.
-fn sum_of(source: &mut dyn CodeSource, page: u64) -> Option<Sum> {
+pub fn sum_of(source: &mut dyn CodeSource, page: u64) -> Option<Sum> {
     let mut bytes = [0; PAGE_SIZE as usize];
     let fit = source.is_file(page) && source.open(page) == Opened::Watched && source.read(page, &mut bytes);
     fit.then(|| sum(&bytes))
@@ -210,7 +222,7 @@ impl Store {
     }
 
     /// The sums of the first and the last page of a block that can be kept.
-    fn sums(&self, b: &Block) -> Option<(Sum, Sum)> {
+    pub(crate) fn sums(&self, b: &Block) -> Option<(Sum, Sum)> {
         let pages = self.pages.as_ref().filter(|_| b.live)?;
         let known = |address: u64| pages.get(&page_of(address)).and_then(|p| p.sum);
         let [first, last] = b.pages();
@@ -218,11 +230,11 @@ impl Store {
         Some((sum, if last == first { sum } else { known(last)? }))
     }
 
-    /// How many blocks can be kept.
+    /// How many of the blocks made since the program began can be kept.
     pub fn worth_keeping(&self) -> u64 {
         let others = self.with_constants();
-        let kept = |(n, b): &(u32, &Block)| self.sums(b).is_some() && !others.contains(n);
-        (0..).zip(&self.blocks).filter(kept).count() as u64
+        let kept = |(n, b): &(usize, &Block)| self.sums(b).is_some() && !others.contains(&(*n as u32));
+        self.blocks.iter().enumerate().skip(self.began).filter(kept).count() as u64
     }
 
     /// All that can be kept, by the sums of its pages.

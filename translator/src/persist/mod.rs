@@ -6,6 +6,7 @@
 //! | [`archive`] | the file: a key, a table of records, the records, each with its sum |
 //! | [`record`] | what was made from one page, as bytes |
 //! | [`adopt`] | between records and the store |
+//! | [`park`] | from one program to the next in the same process |
 //!
 //! Guest code says nothing of where it lies but relative to itself, so content is enough of a key: an unchanged page at another address,
 //! in another file or in another program has the same translation, moved by [`crate::lower::move_code`]; a changed page has none. Only
@@ -15,6 +16,7 @@
 pub mod adopt;
 pub mod archive;
 pub mod hash;
+pub mod park;
 pub mod record;
 
 pub use archive::Archive;
