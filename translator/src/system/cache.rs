@@ -310,6 +310,7 @@ impl Cache {
             e.stub += offset;
             e.block = b;
             e.site = e.site.map(|s| s + offset);
+            e.again = e.again.map(|a| a + offset);
             if let Kind::Miss { retry: at, .. } | Kind::Port { resume: at, .. } = &mut e.kind {
                 *at += offset;
             }
@@ -386,6 +387,10 @@ impl Cache {
         let id = self.origins.get(&id).copied().unwrap_or(id);
         let exit = self.exits[id as usize];
         let Some(site) = exit.site else { return };
+        if let Some(again) = exit.again {
+            self.buffer.patch(site as usize, again as usize);
+            return;
+        }
         let (source, target) = (&self.blocks[exit.block as usize], &self.blocks[b as usize]);
         let mode = if exit.toggles { source.mode.other_alignment() } else { source.mode };
         if mode != target.mode || source.mode.is_counted() || !source.live || !self.buffer.fits(MAX_BLOCK) {
@@ -505,6 +510,7 @@ impl Cache {
             stub,
             native: false,
             toggles: false,
+            again: None,
             block: b,
         });
         if let Some(origin) = origin {
@@ -664,7 +670,8 @@ impl Cache {
     /// `len` bytes at `gpa` were written. True if the page shall no longer be watched.
     pub fn wrote(&mut self, ram: &Ram, gpa: u64, len: u64) -> bool {
         let page = gpa & !(PAGE_SIZE - 1);
-        let Some(p) = self.pages.get_mut(&page) else { return false };
+        // Its code was thrown away with everything else, or it never had some.
+        let Some(p) = self.pages.get_mut(&page) else { return true };
         p.generation = ram.code_generation(page);
         let hit: Vec<u32> = p
             .blocks

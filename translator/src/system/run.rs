@@ -222,8 +222,7 @@ impl System {
         if self.memory != board.mem.id() {
             self.memory = board.mem.id();
             t.core.mmu.flush();
-            self.cache.flush(&self.area);
-            self.close_gates();
+            self.flush();
             self.epoch = ram.code_epoch();
             self.mapping = t.core.mmu.generation();
             self.flush_mapping();

@@ -11,7 +11,7 @@ use dynasmrt::DynasmApi;
 use iced_x86::ConditionCode;
 
 /// The low four bits of the opcode (SDM 1 appendix B).
-fn condition(cc: ConditionCode) -> u8 {
+pub(super) fn condition(cc: ConditionCode) -> u8 {
     use ConditionCode as C;
     match cc {
         C::o => 0,
@@ -37,6 +37,10 @@ impl Lower<'_> {
     /// Jcc.
     pub(super) fn conditional(&mut self, item: &Item) -> Option<bool> {
         self.restore_flags();
+        if self.round == Some(self.n) {
+            self.meet_round(item);
+            return Some(true);
+        }
         let recipe = self.leave_word();
         let opcode = [0x0f, 0x80 | condition(item.iced.condition_code())];
         self.side_exit(&opcode, item, recipe);
@@ -44,7 +48,7 @@ impl Lower<'_> {
     }
 
     /// A jump out of the block that may be taken, with everything home when it is.
-    fn side_exit(&mut self, opcode: &[u8], item: &Item, recipe: Option<u32>) {
+    pub(super) fn side_exit(&mut self, opcode: &[u8], item: &Item, recipe: Option<u32>) {
         self.e.align_patch(opcode.len());
         let site = self.branch(opcode);
         let exit = self.exit(Kind::To, item.iced.near_branch_target(), self.flags, self.n + 1);

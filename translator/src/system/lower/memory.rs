@@ -136,7 +136,17 @@ impl Lower<'_> {
         self.miss(item, *a, (i64::from(from), high - low, write), retry);
         self.e.load(delta, At::table(self.around.tlb + tlb::ADDEND, delta));
         self.busy &= !bit(page);
-        self.windows.push(Window { base: Some(base), version, low, high, write, mirrored: false, delta });
+        self.windows.push(Window {
+            base: Some(base),
+            version,
+            low,
+            high,
+            write,
+            mirrored: false,
+            index: None,
+            index_version: 0,
+            delta,
+        });
         Some(Host { base, index: Some(delta), disp, mirrored: false })
     }
 
@@ -194,6 +204,8 @@ impl Lower<'_> {
             high: 0,
             write: a.write,
             mirrored: false,
+            index: None,
+            index_version: 0,
             delta,
         });
         Some(Host { base: delta, index: None, disp, mirrored: false })

@@ -44,6 +44,7 @@ impl Lower<'_> {
         let disp = i32::try_from(a.disp).ok()?;
         let found = self.windows.iter().find(|w| {
             w.mirrored
+                && w.index.is_none()
                 && (w.base, w.version) == (Some(base), version)
                 && (w.low..=w.high).contains(&moved)
                 && !(item.high && w.delta as u8 >= 8)
@@ -54,7 +55,17 @@ impl Lower<'_> {
                 let delta = self.scratch(item, item.high)?;
                 self.delta(delta, base);
                 let (low, high) = (moved - REACH, moved + REACH);
-                self.windows.push(Window { base: Some(base), version, low, high, write: true, mirrored: true, delta });
+                self.windows.push(Window {
+                    base: Some(base),
+                    version,
+                    low,
+                    high,
+                    write: true,
+                    mirrored: true,
+                    index: None,
+                    index_version: 0,
+                    delta,
+                });
                 delta
             }
         };
@@ -71,6 +82,7 @@ impl Lower<'_> {
         let found = self.windows.iter().find(|w| {
             w.mirrored
                 && w.base.is_none()
+                && w.index.is_none()
                 && (w.low == 0) == near
                 && (w.low - REACH..w.low + 2 * REACH).contains(&(address as i64))
                 && w.low >> SLOT_BITS == (address >> SLOT_BITS) as i64
@@ -89,7 +101,17 @@ impl Lower<'_> {
                     self.e.lea(delta, At::sum(t, delta, 0));
                     self.busy &= !bit(t);
                 }
-                self.windows.push(Window { base: None, version: 0, low, high: 0, write: true, mirrored: true, delta });
+                self.windows.push(Window {
+                    base: None,
+                    version: 0,
+                    low,
+                    high: 0,
+                    write: true,
+                    mirrored: true,
+                    index: None,
+                    index_version: 0,
+                    delta,
+                });
                 (delta, low)
             }
         };
@@ -97,7 +119,65 @@ impl Lower<'_> {
         Some(Host { base: delta, index: None, disp: i32::try_from(address as i64 - low).ok()?, mirrored: true })
     }
 
+    /// How far the registers of an access have been moved by constants.
+    pub(super) fn moved_by(&self, base: Option<Gpr>, index: Option<(Gpr, u8)>) -> i64 {
+        let moved = |r: Gpr| self.moved[r as usize];
+        base.map_or(0, moved) + index.map_or(0, |(r, scale)| moved(r) * i64::from(scale))
+    }
+
+    /// The host's address of an access with an index is kept where another follows, in the block or in the next round.
+    fn mirrored_sum(&mut self, item: &Item, a: &Access) -> Option<Host> {
+        let simple = self.around.share && a.segment == Segment::Flat && !a.narrow && a.bit.is_none();
+        let index = a.index.filter(|_| simple)?;
+        let version = |r: Option<Gpr>| r.map_or(0, |r| self.version[r as usize]);
+        let (version, index_version) = (version(a.base), version(Some(index.0)));
+        let far = self.moved_by(a.base, a.index) + a.disp;
+        let found = self.windows.iter().find(|w| {
+            w.mirrored
+                && (w.base, w.version) == (a.base, version)
+                && (w.index, w.index_version) == (a.index, index_version)
+                && (far - w.low).abs() < REACH
+                && !(item.high && w.delta as u8 >= 8)
+        });
+        let (at, low) = match found {
+            Some(w) => (w.delta, w.low),
+            None => {
+                let again = |i: &Item| {
+                    i.access
+                        .is_some_and(|b| (b.base, b.index, b.segment, b.narrow) == (a.base, a.index, a.segment, false))
+                };
+                if self.round.is_none() && !self.block.items[self.n + 1..].iter().any(again) {
+                    return None;
+                }
+                let disp = i32::try_from(a.disp).ok()?;
+                let at = self.scratch(item, item.high)?;
+                let t = self.passing(item, false)?;
+                self.e.lea(at, At::any(a.base, a.index, disp, false));
+                self.delta(t, at);
+                self.e.lea(at, At::sum(at, t, 0));
+                self.busy &= !bit(t);
+                self.windows.push(Window {
+                    base: a.base,
+                    version,
+                    index: a.index,
+                    index_version,
+                    low: far,
+                    high: 0,
+                    write: true,
+                    mirrored: true,
+                    delta: at,
+                });
+                (at, far)
+            }
+        };
+        self.busy |= bit(at);
+        Some(Host { base: at, index: None, disp: i32::try_from(far - low).ok()?, mirrored: true })
+    }
+
     fn mirrored_any(&mut self, item: &Item, a: &Access) -> Option<Host> {
+        if let Some(host) = self.mirrored_sum(item, a) {
+            return Some(host);
+        }
         let disp = i32::try_from(a.disp).ok().or((a.narrow).then_some(a.disp as i32))?;
         let address = self.passing(item, item.high)?;
         let delta = self.passing(item, item.high)?;

@@ -7,6 +7,7 @@ mod gate;
 mod memory;
 mod mirror;
 mod replay;
+mod rounds;
 mod scratch;
 mod sensitive;
 mod stack;
@@ -100,6 +101,8 @@ pub struct Exit {
     pub native: bool,
     /// Is RFLAGS.AC, and so the mode, another than the block's?
     pub toggles: bool,
+    /// Where its jump leads as long as nobody wants the code to be left: the next round of a loop inside the block.
+    pub again: Option<u32>,
     /// Its block; of a way into a block, that one.
     pub block: u32,
 }
@@ -220,6 +223,10 @@ pub(super) struct Lower<'a> {
     version: [u32; 16],
     /// Index of the instruction at hand.
     n: usize,
+    /// The branch of the block to its own start, if its rounds shall keep what is known of memory.
+    round: Option<usize>,
+    /// Where that branch was met.
+    first_round: Option<rounds::Round>,
 }
 
 /// Lowers a block.
@@ -246,6 +253,8 @@ pub fn lower_noting(block: &GuestBlock, around: &Around, mut note: impl FnMut(us
         moved: [0; 16],
         version: [0; 16],
         n: 0,
+        round: rounds::find(block),
+        first_round: None,
     };
     let entries = l.entries();
     let mut open = true;
@@ -262,6 +271,7 @@ pub fn lower_noting(block: &GuestBlock, around: &Around, mut note: impl FnMut(us
         let last = &block.items[block.items.len() - 1];
         l.go_to(block.next(last));
     }
+    l.next_rounds();
     l.finish();
     Unit { code: l.e.bytes, exits: l.exits, points: l.points, recipes: l.recipes, entries, insns }
 }
@@ -327,6 +337,7 @@ impl Lower<'_> {
             stub: 0,
             native: false,
             toggles: false,
+            again: None,
             block: 0,
         });
         self.exits.len() - 1
@@ -379,6 +390,9 @@ impl Lower<'_> {
                 self.e.set_rel32(site, next);
             }
             self.stub(exit);
+            if let Some(again) = self.exits[exit].again {
+                self.e.set_rel32(site, self.around.at + u64::from(again));
+            }
         }
     }
 
@@ -519,7 +533,7 @@ impl Lower<'_> {
                     self.windows.retain(|w| w.delta != r);
                     self.version[r as usize] += 1;
                     self.moved[r as usize] = 0;
-                    self.windows.retain(|w| w.base != Some(r));
+                    self.windows.retain(|w| w.base != Some(r) && w.index.is_none_or(|(i, _)| i != r));
                 }
             }
         }

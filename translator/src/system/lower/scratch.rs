@@ -7,11 +7,15 @@ use crate::system::block::{Item, Way};
 use bivisor_emulator::isa::Gpr;
 
 /// A range of guest memory that is known to be there.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Window {
     /// The register it is relative to, with its version then; `None`: a page by its address.
     pub base: Option<Gpr>,
     pub version: u32,
+    /// In the mirror: the sum of base, if any, and index times scale, and the index's version. Then `delta` is the host's address, and `low`
+    /// the distance from the sum as it was.
+    pub index: Option<(Gpr, u8)>,
+    pub index_version: u32,
     /// The range, relative to the register's value when the version began; or the page.
     pub low: i64,
     pub high: i64,
@@ -72,6 +76,8 @@ impl Lower<'_> {
         for r in Gpr::ALL.into_iter().filter(|r| taken & bit(*r) == 0 && !(low && *r as u8 >= 8)) {
             let score = match () {
                 () if self.spilled & bit(r) != 0 => usize::MAX,
+                // Free in all rounds.
+                () if self.round.is_some_and(|n| self.block.items[..=n].iter().all(|i| i.uses & bit(r) == 0)) => 5000,
                 () if item.uses & bit(r) != 0 => 2000,
                 () => self.distance(r),
             };

@@ -1,0 +1,124 @@
+//! Loops inside a block, in the mirror: after the first round the body follows once more, and its rounds keep borrowed registers and
+//! what is known of memory.
+//!
+//! Distances stay right from round to round: registers that only have a small constant added in a round meet the empty space beside
+//! their slot ([`crate::system::mirror`]) before another slot, because each is used for an access in every round; that faults, and the code is
+//! entered anew.
+
+use super::asm::{Assembler, At};
+use super::branch::condition;
+use super::scratch::Window;
+use super::{Cold, Flags, Kind, Lower};
+use crate::system::block::{GuestBlock, Item, Way};
+
+/// What may be added to an address in a round.
+const STEP: i64 = 1 << 20;
+
+/// What held where the branch to the next round was met.
+#[derive(Debug)]
+pub(super) struct Round {
+    site: usize,
+    n: usize,
+    spilled: u16,
+    windows: Vec<Window>,
+    moved: [i64; 16],
+    version: [u32; 16],
+}
+
+/// The conditional branch of a block to its own start, if rounds are made there.
+pub(super) fn find(block: &GuestBlock) -> Option<usize> {
+    let mirrored = block.mode.is_mirrored() && !block.mode.is_counted();
+    let back = |i: &Item| i.way == Way::Conditional && i.iced.near_branch_target() == block.start;
+    block.items.iter().position(back).filter(|_| mirrored)
+}
+
+fn opcode(item: &Item) -> [u8; 2] {
+    [0x0f, 0x80 | condition(item.iced.condition_code())]
+}
+
+impl Lower<'_> {
+    /// The branch to the next round, in the first.
+    pub(super) fn meet_round(&mut self, item: &Item) {
+        let site = self.branch(&opcode(item));
+        self.first_round = Some(Round {
+            site,
+            n: self.n,
+            spilled: self.spilled,
+            windows: self.windows.clone(),
+            moved: self.moved,
+            version: self.version,
+        });
+    }
+
+    /// Lets host addresses follow what was added to their registers, and begins to count anew.
+    fn follow(&mut self) {
+        for n in 0..self.windows.len() {
+            let w = self.windows[n];
+            let by = self.moved_by(w.base, w.index);
+            if !w.mirrored || w.base.is_none() && w.index.is_none() {
+                continue;
+            }
+            if w.index.is_none() {
+                (self.windows[n].low, self.windows[n].high) = (w.low - by, w.high - by);
+            } else if by != 0 {
+                // Within STEP. The distance from the sum stays.
+                self.e.lea(w.delta, At::base(w.delta, by as i32));
+            }
+        }
+        self.moved = [0; 16];
+    }
+
+    /// The body for all rounds but the first.
+    pub(super) fn next_rounds(&mut self) {
+        let Some(first) = self.first_round.take() else { return };
+        self.round = None;
+        let here = self.e.here();
+        self.e.set_rel32(first.site, here);
+        (self.spilled, self.windows, self.moved, self.version) =
+            (first.spilled, first.windows, first.moved, first.version);
+        (self.flags, self.told, self.producer) = (Flags::Host, None, None);
+        let small = |l: &Self, w: &Window| l.moved_by(w.base, w.index).abs() <= STEP;
+        let windows: Vec<_> = self.windows.iter().copied().filter(|w| w.mirrored && small(self, w)).collect();
+        self.windows = windows;
+        self.follow();
+        let (start, spilled, windows) = (self.e.len() as u32, self.spilled, self.windows.clone());
+        let block = self.block;
+        for n in 0..first.n {
+            self.n = n;
+            self.busy = 0;
+            if !self.one(&block.items[n]) {
+                return;
+            }
+        }
+        (self.n, self.busy) = (first.n, 0);
+        let item = &block.items[first.n];
+        self.restore_flags();
+        let kept = windows.iter().all(|w| self.windows.iter().any(|v| same(v, w)) && small(self, w));
+        let more = self.spilled & !spilled;
+        if kept && self.spilled & spilled == spilled {
+            self.reload(more);
+            self.spilled = spilled;
+            self.windows.retain(|v| windows.iter().any(|w| same(v, w)));
+            self.follow();
+            self.e.align_patch(2);
+            let site = self.branch(&opcode(item));
+            let exit = self.exit(Kind::To, block.start, Flags::Host, self.n + 1);
+            self.exits[exit].site = Some(site as u32);
+            self.exits[exit].spilled = self.spilled;
+            self.exits[exit].again = Some(start);
+            self.cold.push(Cold { site, reload: 0, exit });
+        } else {
+            let recipe = self.leave_word();
+            self.side_exit(&opcode(item), item, recipe);
+        }
+        self.n += 1;
+        self.go_to(block.next(item));
+    }
+}
+
+/// Do two windows stand for the same, wherever they were asked for?
+fn same(v: &Window, w: &Window) -> bool {
+    let low = |w: &Window| if w.base.is_some() && w.index.is_none() { 0 } else { w.low };
+    let what = |w: &Window| (w.base, w.version, w.index, w.index_version, w.mirrored, w.delta, low(w));
+    what(v) == what(w)
+}
