@@ -48,6 +48,11 @@ pub trait Bus: Sync {
     }
     /// MOV to CR8: 0 to 15.
     fn set_task_priority(&self, _class: u8) {}
+    /// FERR#, told at x87 instructions while CR0.NE is clear: does an x87 exception wait? Gives IGNNE#, by which the exception is ignored; `None`
+    /// where these pins are not connected (SDM 1 D.2: errors are then told as with NE set).
+    fn x87_error(&self, _waits: bool) -> Option<bool> {
+        None
+    }
 }
 
 /// A bus with nothing on it: reads give all ones, writes are lost. What a Linux process has.

@@ -103,6 +103,21 @@ fn a_real_mode_program_ends_with_its_status() {
     }
 }
 
+/// With CR0.NE clear, as DOS has it.
+#[test]
+fn x87_exceptions_as_interrupt_13() {
+    let program = assemble("ferr.S", &["-m32", "-Wl,-Ttext=0x7c00", "-Wl,--oformat=binary"]);
+    for engine in ENGINES {
+        for time in [&[][..], &["--deterministic"]] {
+            let flat = format!("{program}@0x7c00");
+            let args = ["--backend", engine, "--flat", &flat, "--debug-exit", "0xf4", "--debugcon", "0xe9=stdio"];
+            let output = boot(&[&args[..], &["--serial", "none"], time].concat());
+            let said = (text(&output.stdout), output.status.code());
+            assert_eq!(said, ("EKEKIK".into(), Some(5)), "{engine} {time:?}: {}", text(&output.stderr));
+        }
+    }
+}
+
 /// A program of real mode writes to the text screen, waits for a key and writes its scan code as a character: Q is 0x10, shown as ►.
 #[test]
 fn the_text_screen_is_shown_and_the_keyboard_is_read() {
@@ -304,6 +319,7 @@ fn damaged_kernels_are_said_in_a_line() {
     image[0x200..0x208].copy_from_slice(&[0xeb, 0x6a, b'H', b'd', b'r', b'S', 0x0f, 2]);
     image[0x211] = 1;
     fails(&["--kernel", &file("bz-cut", &image)], 1, &["cut off"]);
+    fails(&["--kernel", &file("bz-header", &image[..0x210])], 1, &["cut off in its header"]);
     image.resize(0x800, 0);
     // It says that it has 4096 bytes of code.
     image[0x1f5] = 1;

@@ -402,6 +402,12 @@ fn stopped(x: &mut Exec<'_>, stop: Stop, left: &mut u64) -> Result<(), Exit> {
             x.cpu.interrupt_shadow = false;
             Err(Exit::Halt)
         }
+        // It waits for an interrupt, which may come now: time passes.
+        Why::Exit(Exit::Budget) => {
+            *left = left.saturating_sub(1);
+            x.cpu.interrupt_shadow = false;
+            Err(Exit::Budget)
+        }
         Why::Exit(exit) => Err(exit),
         Why::Fault(fault) if x.intercepts.contains(Intercepts::EXCEPTIONS) => {
             if fault.is_trap() {

@@ -84,6 +84,9 @@ pub struct Chips {
     lapic_base: u64,
     /// Port 0x61: speaker data.
     speaker: bool,
+    /// FERR# of the processor, and IGNNE#, which port 0xF0 sets until FERR# falls.
+    ferr: bool,
+    ignne: bool,
     /// Levels of the interrupt lines, by ISA number, 16 to 23 on the I/O APIC only; and as the controllers were told.
     levels: u32,
     told: u32,
@@ -153,6 +156,8 @@ impl Chips {
             test: None,
             lapic_base: LAPIC,
             speaker: false,
+            ferr: false,
+            ignne: false,
             levels: 0,
             told: 0,
             lint0: false,
@@ -235,6 +240,11 @@ impl Chips {
         }
     }
 
+    /// The interrupt of the x87 unit.
+    fn wire_ferr(&mut self) {
+        self.wire(13, self.ferr && !self.ignne);
+    }
+
     fn wire(&mut self, irq: u8, level: bool) {
         let bit = 1u32 << (irq & 31);
         self.levels = if level { self.levels | bit } else { self.levels & !bit };
@@ -250,9 +260,10 @@ impl Chips {
         self.wire_virtio();
         self.wire_ide();
         let test = self.test.as_ref().map_or(0, TestDevice::lines);
-        for irq in [3, 5, 6, 7, 12, 13, 16, 17, 18, 19, 20, 21, 22, 23] {
+        for irq in [3, 5, 6, 7, 12, 16, 17, 18, 19, 20, 21, 22, 23] {
             self.wire(irq, test >> irq & 1 != 0);
         }
+        self.wire_ferr();
         // The test device shares the lines of chips.
         self.levels |= test;
     }
@@ -400,6 +411,10 @@ impl Chips {
                 }
             }
             0xa0 | 0xa1 => self.pic.write(true, port & 1 != 0, v),
+            0xf0 => {
+                self.ignne = self.ferr;
+                self.wire_ferr();
+            }
             0x3b0..=0x3df => self.vga.write(port, v),
             0x3f8..=0x3ff => {
                 self.com1.write(port as u8 & 7, v);
@@ -711,6 +726,17 @@ impl Bus for Pc {
 
     fn time_stamp(&self) -> Option<u64> {
         self.clock.counter()
+    }
+
+    fn x87_error(&self, waits: bool) -> Option<bool> {
+        let mut chips = self.lock();
+        if chips.ferr != waits {
+            (chips.ferr, chips.ignne) = (waits, false);
+            chips.wire_ferr();
+            chips.settle();
+            self.publish(&mut chips);
+        }
+        Some(chips.ignne)
     }
 
     fn task_priority(&self) -> Option<u8> {

@@ -14,6 +14,7 @@ use crate::interp::{Exec, Step, Stop, access};
 use crate::isa::{Base, Gpr, Insn, MemRef, Seg, Width};
 use crate::mem::{Access, PAGE_SIZE};
 use crate::native::{Needs, Ran, Thunk};
+use crate::vcpu::Exit;
 
 /// MXCSR exception masks.
 const MASKS: u32 = 0x1f80;
@@ -48,10 +49,28 @@ pub fn check(cpu: &CpuState, needs: Needs) -> Step {
 #[inline(always)]
 fn enter_x87(x: &mut Exec<'_>, needs: Needs) -> Step {
     x.env.native.enter_x87(&mut x.cpu.xsave);
+    if !x.cpu.cr0.contains(Cr0::NE) {
+        return enter_with_pins(x, needs);
+    }
     if needs.contains(Needs::WAITING) && x.env.native.x87_pending() {
         return Err(Fault::Mf.into());
     }
     Ok(())
+}
+
+/// With CR0.NE clear an exception is told by FERR#, which is an interrupt on PCs, and the processor stops before the next instruction that
+/// waits for it until then, unless IGNNE# says to ignore it (SDM 3A 2.5, 1 D.2).
+#[cold]
+fn enter_with_pins(x: &mut Exec<'_>, needs: Needs) -> Step {
+    let pending = x.env.native.x87_pending();
+    let ignored = x.bus.x87_error(pending);
+    match ignored {
+        _ if !(pending && needs.contains(Needs::WAITING)) => Ok(()),
+        None => Err(Fault::Mf.into()),
+        Some(true) => Ok(()),
+        // RIP stays; the interrupt comes before it is tried again.
+        Some(false) => Err(Stop::exit(Exit::Budget)),
+    }
 }
 
 /// Any instruction of the class that has no function of its own.

@@ -113,6 +113,9 @@ fn put_command_line(mem: &GuestMemory, line: &str, most: usize) -> Result<(), St
 pub fn load_bzimage(mem: &GuestMemory, cpu: &mut CpuState, payload: &Payload<'_>, rsdp: u64) -> Result<(), String> {
     let image = payload.kernel;
     let version = u16_at(image, field::VERSION);
+    if image.len() <= field::LOADFLAGS {
+        return Err("the kernel image is cut off in its header".into());
+    }
     if version < 0x0206 || image[field::LOADFLAGS] & 1 == 0 {
         return Err(format!("a Linux kernel of boot protocol {}.{}: too old", version >> 8, version & 0xff));
     }
