@@ -59,27 +59,29 @@ const XV6: &[(&str, &str)] = &[
     ("$ ", "echo a | cat | grep a"),
 ];
 
+/// A kernel of Debian's that runs init.sh.
+const fn script(
+    name: &'static str,
+    needs: &'static [&'static str],
+    args: &'static [&'static str],
+    engines: &'static [&'static str],
+) -> Guest {
+    Guest { name, needs, args, types: &[], prints: SCRIPT, status: Some(0), seconds: 1800, engines }
+}
+
 const GUESTS: &[Guest] = &[
-    Guest {
-        name: "Debian's cloud kernel",
-        needs: &["vmlinuz-cloud", "initramfs.gz"],
-        args: &["--kernel", "@/vmlinuz-cloud", "--initrd", "@/initramfs.gz", "--append", "console=ttyS0"],
-        types: &[],
-        prints: SCRIPT,
-        status: Some(0),
-        seconds: 1800,
-        engines: BOTH,
-    },
-    Guest {
-        name: "Debian's amd64 kernel",
-        needs: &["vmlinuz-amd64", "initramfs.gz"],
-        args: &["--kernel", "@/vmlinuz-amd64", "--initrd", "@/initramfs.gz", "--append", "console=ttyS0"],
-        types: &[],
-        prints: SCRIPT,
-        status: Some(0),
-        seconds: 1800,
-        engines: BOTH,
-    },
+    script(
+        "Debian's cloud kernel",
+        &["vmlinuz-cloud", "initramfs.gz"],
+        &["--kernel", "@/vmlinuz-cloud", "--initrd", "@/initramfs.gz", "--append", "console=ttyS0"],
+        BOTH,
+    ),
+    script(
+        "Debian's amd64 kernel",
+        &["vmlinuz-amd64", "initramfs.gz"],
+        &["--kernel", "@/vmlinuz-amd64", "--initrd", "@/initramfs.gz", "--append", "console=ttyS0"],
+        BOTH,
+    ),
     Guest {
         name: "Debian's amd64 kernel, a shell",
         needs: &["vmlinuz-amd64", "initramfs.gz"],
@@ -99,16 +101,12 @@ const GUESTS: &[Guest] = &[
         seconds: 1800,
         engines: BOTH,
     },
-    Guest {
-        name: "Debian's 686-pae kernel",
-        needs: &["vmlinuz-686", "initramfs-686.gz"],
-        args: &["--kernel", "@/vmlinuz-686", "--initrd", "@/initramfs-686.gz", "--append", "console=ttyS0"],
-        types: &[],
-        prints: SCRIPT,
-        status: Some(0),
-        seconds: 1800,
-        engines: BT,
-    },
+    script(
+        "Debian's 686-pae kernel",
+        &["vmlinuz-686", "initramfs-686.gz"],
+        &["--kernel", "@/vmlinuz-686", "--initrd", "@/initramfs-686.gz", "--append", "console=ttyS0"],
+        BT,
+    ),
     Guest {
         name: "SeaBIOS and GRUB",
         needs: &["bios-256k.bin", "vgabios-isavga.bin", "grub.iso"],
