@@ -309,8 +309,8 @@ pub fn text(s: &Sequence) -> String {
     blocks::text(&s.code)
 }
 
-/// What is known and not mended, by its name on the list of what was expected: Zen 4's XSAVE gives FIP and FOP only while an exception is
-/// pending, so an FNSTENV or FNSAVE that the translator leaves its code for stores zeros for them.
+/// What is known, by its name on the list of what was expected: Zen 4's XSAVE gives FIP, FOP and FDP only while an exception is pending, so an
+/// FNSTENV or FNSAVE that the translator leaves its code for stores zeros for them, as natively behind a switch of threads.
 pub fn known(s: &Sequence, what: &str) -> Option<&'static str> {
     let stores = |i: &[u8]| decode(i, 64).is_ok_and(|i| matches!(i.iced.mnemonic(), M::Fnstenv | M::Fnsave));
     let holds =

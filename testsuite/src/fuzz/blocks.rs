@@ -1,7 +1,7 @@
 //! Block translation: interpreter against translator on bytes that a mutation made of good code, at both levels.
 
-use super::{Target, hex, mutate, quietly};
-use crate::campaign::pair::{self, Pair};
+use super::{Guided, Target, hex, mutate, quietly};
+use crate::campaign::pair::{self, Pair, Sequence};
 use crate::random::Random;
 
 /// See [`super::target`].
@@ -19,6 +19,48 @@ impl Blocks {
     }
 }
 
+impl Blocks {
+    /// A sequence at CPL 3 as [`Guided::bytes`] reads it.
+    pub(super) fn seed(&self, r: &mut Random) -> Vec<u8> {
+        let mut out = vec![r.next() as u8; 2];
+        out.extend(self.pair.draw(r, false).code);
+        out
+    }
+
+    fn compare(&mut self, s: &Sequence) -> Result<(), String> {
+        if pair::is_own(&s.code) {
+            return Ok(());
+        }
+        match quietly(|| self.pair.run(s)) {
+            Ok(None) => Ok(()),
+            Ok(Some(what)) if pair::known(s, &what).is_some() => Ok(()),
+            Ok(Some(what)) => {
+                let (s, what) = self.pair.shrink(s.clone(), what);
+                Err(format!("{what}\n  {}\n  {s:x?}", pair::text(&s)))
+            }
+            Err(why) => {
+                // The engines may be anywhere.
+                self.pair = Pair::new()?;
+                Err(format!("{why}: [{}] {s:x?}", hex(&s.code)))
+            }
+        }
+    }
+}
+
+impl Guided for Blocks {
+    /// The first byte draws the registers and memory, the second says how many single steps come first; the rest is code at CPL 3.
+    fn bytes(&mut self, input: &[u8]) -> Result<(), String> {
+        let [seed, steps, code @ ..] = input else { return Ok(()) };
+        let seed = u64::from(*seed) << 56;
+        let mut budgets = vec![1; usize::from(steps % 8)];
+        budgets.push(100);
+        let code = code[..code.len().min(pair::ROOM)].to_vec();
+        let gpr = pair::registers(&mut Random::new(seed));
+        let rflags = 0x202 | seed >> 48 & 0x8d5;
+        self.compare(&Sequence { kernel: false, code, gpr, rflags, seed, budgets, interrupt: None })
+    }
+}
+
 impl Target for Blocks {
     fn one(&mut self, r: &mut Random) -> Result<(), String> {
         let kernel = r.once_in(2);
@@ -28,20 +70,6 @@ impl Target for Blocks {
             mutate(r, &mut s.code);
         }
         s.code.truncate(pair::ROOM);
-        if pair::is_own(&s.code) {
-            return Ok(());
-        }
-        match quietly(|| self.pair.run(&s)) {
-            Ok(None) => Ok(()),
-            Ok(Some(what)) => {
-                let (s, what) = self.pair.shrink(s, what);
-                Err(format!("{what}\n  {}\n  {s:x?}", pair::text(&s)))
-            }
-            Err(why) => {
-                // The engines may be anywhere.
-                self.pair = Pair::new()?;
-                Err(format!("{why}: [{}] {s:x?}", hex(&s.code)))
-            }
-        }
+        self.compare(&s)
     }
 }

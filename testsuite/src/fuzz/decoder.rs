@@ -1,6 +1,6 @@
 //! The decoder wrapper: any bytes, in 16-, 32- and 64-bit code (SDM 2A 2).
 
-use super::{Target, hex, mutate, quietly};
+use super::{Guided, Target, hex, mutate, quietly};
 use crate::campaign::encode;
 use crate::random::Random;
 use bivisor_emulator::isa::{DecodeError, decode};
@@ -17,17 +17,28 @@ impl Default for Decode {
     }
 }
 
+impl Decode {
+    pub(super) fn seed(&self, r: &mut Random) -> Vec<u8> {
+        if r.once_in(3) { encode::wild(r) } else { encode::attempt(r, r.clone().one_of(&self.codes)) }.to_vec()
+    }
+}
+
 impl Target for Decode {
-    /// It never panics; what it takes has a length, and more bytes behind it or none change nothing.
     fn one(&mut self, r: &mut Random) -> Result<(), String> {
-        let mut bytes =
-            if r.once_in(3) { encode::wild(r) } else { encode::attempt(r, r.clone().one_of(&self.codes)) }.to_vec();
+        let mut bytes = self.seed(r);
         if !r.once_in(3) {
             mutate(r, &mut bytes);
         }
+        self.bytes(&bytes)
+    }
+}
+
+impl Guided for Decode {
+    /// It never panics; what it takes has a length, and more bytes behind it or none change nothing.
+    fn bytes(&mut self, bytes: &[u8]) -> Result<(), String> {
         for bitness in [16, 32, 64] {
-            let wrong = |what: String| Err(format!("{bitness}-bit [{}]: {what}", hex(&bytes)));
-            let whole = match quietly(|| decode(&bytes, bitness)) {
+            let wrong = |what: String| Err(format!("{bitness}-bit [{}]: {what}", hex(bytes)));
+            let whole = match quietly(|| decode(bytes, bitness)) {
                 Ok(found) => found,
                 Err(why) => return wrong(why),
             };

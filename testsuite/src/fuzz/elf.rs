@@ -1,6 +1,6 @@
 //! The ELF loader: mutated headers of a small program, read in this process and now and then loaded and run by bivisor as built.
 
-use super::{Target, hex, mutate, quietly};
+use super::{Guided, Target, hex, mutate, quietly};
 use crate::random::Random;
 use bivisor_emulator::linux::elf::Elf;
 use std::fs::File;
@@ -55,6 +55,22 @@ impl Loader {
     }
 }
 
+impl Loader {
+    /// Does the loader take these bytes?
+    fn parse(&self, bytes: &[u8]) -> Result<bool, String> {
+        let written = File::create(&self.file).and_then(|mut f| f.write_all(bytes));
+        written.map_err(|e| e.to_string())?;
+        let file = File::open(&self.file).map_err(|e| e.to_string())?;
+        quietly(|| Elf::parse(&self.file, &file).is_ok())
+    }
+}
+
+impl Guided for Loader {
+    fn bytes(&mut self, bytes: &[u8]) -> Result<(), String> {
+        self.parse(bytes).map(|_| ())
+    }
+}
+
 impl Drop for Loader {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.file);
@@ -66,10 +82,10 @@ impl Target for Loader {
     fn one(&mut self, r: &mut Random) -> Result<(), String> {
         let bytes = self.input(r);
         let wrong = |what: String| Err(format!("[{}]: {what}", hex(&bytes)));
-        let written = File::create(&self.file).and_then(|mut f| f.write_all(&bytes));
-        written.map_err(|e| e.to_string())?;
-        let file = File::open(&self.file).map_err(|e| e.to_string())?;
-        let Ok(parsed) = quietly(|| Elf::parse(&self.file, &file).is_ok()) else { return wrong("a panic".into()) };
+        let parsed = match self.parse(&bytes) {
+            Ok(parsed) => parsed,
+            Err(why) => return wrong(why),
+        };
         if !parsed && !r.once_in(8) || !r.once_in(RUN / 8) {
             return Ok(());
         }
@@ -105,7 +121,7 @@ impl Target for Loader {
 }
 
 /// An ELF file whose program exits with status 3: one segment of code, one of data.
-pub fn tiny() -> Vec<u8> {
+pub(super) fn tiny() -> Vec<u8> {
     let mut out = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     let mut put = |v: u64, n: usize| out.extend_from_slice(&v.to_le_bytes()[..n]);
     let base = 0x40_0000;

@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
-const SEEDS: [&str; 6] = [
+pub(super) const SEEDS: [&str; 6] = [
     r#"{"id":"a","mode":"long64","cpl":3,"regs":{"rax":"0x2","rip":"0x1000"},"mem":[{"addr":"0x1000","hex":"4801c0f4"}],"want":["regs","memdelta"],"stop":{"insns":2}}"#,
     r#"{"mode":"real16","regs":{"rip":0,"rsp":256},"segs":{"cs":{"sel":"0x100","base":"0x1000","limit":"0xffff","attr":"0x9b"}},"mem":[{"addr":4096,"hex":"cd10"}],"want":["regs"],"stop":{"insns":1}}"#,
     r#"{"mode":"prot32","cpl":0,"regs":{"rip":"0x1000","rflags":"0x202"},"mem":[{"addr":"0x1000","hex":"e4600fa2"}],"ports":[],"want":["regs","fpu","vec"],"stop":{"insns":9}}"#,

@@ -2,7 +2,8 @@
 //! long as one likes.
 //!
 //! `cargo run --release -p bivisor-testsuite --bin fuzz -- TARGET SECONDS [SEED]`; a finding is printed with its input, and the status is 1.
-//! The mutations know no coverage; what makes up for it is that seeds are drawn by the campaign's encoder, which knows every opcode.
+//! The mutations know no coverage; what makes up for it is that seeds are drawn by the campaign's encoder, which knows every opcode. For
+//! those that gain from it there are targets for cargo-fuzz, too: `testsuite/fuzz`.
 
 mod blocks;
 mod board;
@@ -53,6 +54,47 @@ pub fn target(name: &str, program: &Path) -> Result<Box<dyn Target>, String> {
             return Err(format!("no target {name}: there are {}", all.join(", ")));
         }
     })
+}
+
+/// What a coverage-guided fuzzer can drive: `testsuite/fuzz`.
+pub trait Guided {
+    /// Any input.
+    ///
+    /// # Errors
+    /// What is wrong, in a line.
+    fn bytes(&mut self, input: &[u8]) -> Result<(), String>;
+}
+
+/// A target for a coverage-guided fuzzer.
+///
+/// # Errors
+/// There is none of that name, or it cannot be had here.
+pub fn guided(name: &str) -> Result<Box<dyn Guided>, String> {
+    Ok(match name {
+        "decoder" => Box::new(decoder::Decode::default()),
+        "elf" => Box::new(elf::Loader::new(Path::new(""))?),
+        "blocks" => Box::new(blocks::Blocks::new()?),
+        _ => return Err(format!("no target {name} for a coverage-guided fuzzer")),
+    })
+}
+
+/// A target's name and its inputs.
+pub type Seeds = (&'static str, Vec<Vec<u8>>);
+
+/// Inputs that a coverage-guided fuzzer begins with.
+///
+/// # Errors
+/// The host's.
+pub fn seeds() -> Result<Vec<Seeds>, String> {
+    let r = &mut Random::new(1);
+    let decoder = decoder::Decode::default();
+    let blocks = blocks::Blocks::new()?;
+    Ok(vec![
+        ("blocks", (0..2000).map(|_| blocks.seed(r)).collect()),
+        ("decoder", (0..2000).map(|_| decoder.seed(r)).collect()),
+        ("elf", vec![elf::tiny()]),
+        ("exec", exec::SEEDS.iter().map(|s| s.as_bytes().to_vec()).collect()),
+    ])
 }
 
 /// Fuzzes these inputs, or so long: how many there were, and the findings (at most ten).
