@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 /// So long mappings must have stayed as they are where the mirror was not worth it.
 const LONGEST: Duration = Duration::from_secs(1);
 /// Faults that are always worth it; more must not come more often than one in [`SELDOM`].
-const FREE: u32 = 4096;
-const SELDOM: Duration = Duration::from_micros(20);
+const FREE: u32 = 1024;
+const SELDOM: Duration = Duration::from_micros(200);
 
 /// Whether user code uses the mirror.
 pub(super) struct Mirroring {
