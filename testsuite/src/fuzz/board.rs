@@ -28,6 +28,8 @@ const PER_QUEUE: u64 = 0x1000;
 const BUFFERS: u64 = 0x11_0000;
 /// Memory of the first virtio device, and of each.
 const VIRTIO: (u64, u64) = (0xfe00_0000, 0x8000);
+/// Device number on PCI of the first.
+const FIRST_VIRTIO: u64 = 4;
 /// Descriptors of a queue.
 const ENTRIES: u64 = 16;
 
@@ -207,7 +209,10 @@ impl Board {
     fn start_driver(&mut self, r: &mut Random) {
         let Some((number, queues)) = self.place.virtio else { return };
         let base = VIRTIO.0 + number * VIRTIO.1;
-        let features = 1 << 32 | if r.once_in(2) { r.edgy() } else { 0 };
+        // Its memory and its DMA are on.
+        self.out(0xcf8, 4, 1 << 31 | (FIRST_VIRTIO + number) << 11 | 4);
+        self.out(0xcfc, 2, 6);
+        let features = 1 << 32 | if r.once_in(6) { r.edgy() } else { 0 };
         for status in [0, 1, 3] {
             self.write(base + 0x14, 1, status);
         }
@@ -234,11 +239,19 @@ impl Board {
         let Some((number, queues)) = self.place.virtio else { return };
         for n in 0..queues {
             let at = RINGS + n * PER_QUEUE;
+            // Requests of three parts: read, read and written, or written by the device; one thing in so many is anything.
+            let (kind, odd) = (r.below(3), r.one_of(&[10, 100, 10_000]));
             for d in 0..ENTRIES {
-                let buffer = if r.once_in(6) { value(r) } else { BUFFERS + 0x1000 * d };
-                let len = if r.once_in(6) { r.edgy() as u32 } else { r.one_of(&[1, 16, 512, 0x1000]) };
-                let flags = if r.once_in(6) { r.below(8) as u16 } else { r.below(4) as u16 };
-                let next = if r.once_in(6) { r.edgy() as u16 } else { (d + 1) as u16 };
+                let part = (d % 3) as usize;
+                let (len, flags) = match kind {
+                    0 => ([16, 512, 1][part], [1, 1 | (r.below(2) as u16) << 1, 2][part]),
+                    1 => ([12, 60, 100][part], [1, 1, 0][part]),
+                    _ => ([2000, 64, 4096][part], [3, 3, 2][part]),
+                };
+                let buffer = if r.once_in(odd) { value(r) } else { BUFFERS + 0x1000 * d };
+                let len = if r.once_in(odd) { r.edgy() as u32 } else { len };
+                let flags = if r.once_in(odd) { r.below(8) as u16 } else { flags };
+                let next = if r.once_in(odd) { r.edgy() as u16 } else { (d + 1) as u16 };
                 let fields = [&buffer.to_le_bytes()[..], &len.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()];
                 self.put(at + 16 * d, &fields.concat());
                 // What a block device takes for a request's head.
@@ -246,10 +259,10 @@ impl Board {
                 self.put(BUFFERS + 0x1000 * d, &head.map(u32::to_le_bytes).concat());
             }
             for entry in 0..ENTRIES {
-                let head = if r.once_in(10) { r.edgy() as u16 } else { r.below(ENTRIES) as u16 };
+                let head = if r.once_in(odd) { r.edgy() as u16 } else { 3 * r.below(ENTRIES / 3) as u16 };
                 self.put(at + 0x404 + 2 * entry, &head.to_le_bytes());
             }
-            let index = if r.once_in(10) { r.edgy() as u16 } else { r.below(ENTRIES) as u16 };
+            let index = if r.once_in(odd) { r.edgy() as u16 } else { r.below(ENTRIES) as u16 };
             self.put(at + 0x402, &index.to_le_bytes());
             self.write(VIRTIO.0 + number * VIRTIO.1 + 0x3000 + 4 * n, 2, n);
         }
@@ -371,6 +384,30 @@ impl Board {
                     let _ = self.pc.read_msr(index);
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is put into the rings is met by the devices: they give some of it back.
+    #[test]
+    fn the_rings_are_read() {
+        for (name, queues) in DEVICES.iter().filter_map(|d| d.virtio.map(|(_, queues)| (d.name, queues))) {
+            let devices = Devices::new(name).expect("a device").expect("an image");
+            let given_back = (0..40).filter(|seed| {
+                let mut r = Random::new(*seed);
+                let mut board = devices.board(&mut r).expect("a board");
+                board.start_driver(&mut r);
+                (0..queues).any(|queue| {
+                    let mut used = [0; 2];
+                    board.machine.memory().read(RINGS + queue * PER_QUEUE + 0x802, &mut used).expect("RAM");
+                    used != [0; 2]
+                })
+            });
+            assert!(given_back.count() > 4, "{name}");
         }
     }
 }
