@@ -3,7 +3,7 @@
 use crate::lower::Leave;
 use crate::marks::Home;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 const CHUNK: usize = 256;
 const CHUNKS: usize = 128;
@@ -22,22 +22,23 @@ pub struct Place {
     pub site: usize,
     /// The displacement has 8 bits: it leads to the start of its own block or to its stub.
     pub short: bool,
-    /// Code offset of its stub.
+    /// Code offset of its stub, or of the jump there.
     pub stub: usize,
 }
 
 #[derive(Default)]
 struct Record {
     rip: AtomicU64,
-    /// 0: to a block; 1: step; 2: changed code; else 3 + length of SYSCALL.
-    kind: AtomicU32,
     /// Its highest two bits are [`SHORT`] and [`REGISTER`].
     site: AtomicU32,
-    stub: AtomicU32,
     /// The number of the block it is linked to, plus one.
     linked: AtomicU32,
     /// The next exit linked to the same block.
     next: AtomicU32,
+    /// Of a short displacement: from it to the jump to the stub.
+    step: AtomicU16,
+    /// 0: to a block; 1: step; 2: changed code; else 3 + length of SYSCALL.
+    kind: AtomicU8,
 }
 
 /// Parts of the table that exist when they are needed.
@@ -77,7 +78,7 @@ impl Exits {
             0 => Leave::To(rip),
             1 => Leave::Step(rip),
             2 => Leave::Changed(rip),
-            n => Leave::Syscall(rip, (n - 3) as u8),
+            n => Leave::Syscall(rip, n - 3),
         }
     }
 
@@ -94,15 +95,12 @@ impl Exits {
         }
     }
 
-    /// Where its jump is patched.
-    pub fn place(&self, id: u32) -> Place {
+    /// Where its jump is patched, if its stub is at `stub`.
+    pub fn place(&self, id: u32, stub: usize) -> Place {
         let r = self.record(id);
-        let site = r.site.load(Ordering::Relaxed);
-        Place {
-            site: (site & !(SHORT | REGISTER)) as usize,
-            short: site & SHORT != 0,
-            stub: r.stub.load(Ordering::Relaxed) as usize,
-        }
+        let word = r.site.load(Ordering::Relaxed);
+        let (site, short) = ((word & !(SHORT | REGISTER)) as usize, word & SHORT != 0);
+        Place { site, short, stub: if short { site + usize::from(r.step.load(Ordering::Relaxed)) } else { stub } }
     }
 
     /// The block it is linked to.
@@ -129,14 +127,16 @@ impl Exits {
             Leave::To(rip) => (rip, 0),
             Leave::Step(rip) => (rip, 1),
             Leave::Changed(rip) => (rip, 2),
-            Leave::Syscall(rip, len) => (rip, 3 + u32::from(len)),
+            Leave::Syscall(rip, len) => (rip, 3 + len),
         };
         r.rip.store(rip, Ordering::Relaxed);
         r.kind.store(kind, Ordering::Relaxed);
         let short = if place.short { SHORT } else { 0 };
         let home = if home == Home::Register { REGISTER } else { 0 };
         r.site.store(place.site as u32 | short | home, Ordering::Relaxed);
-        r.stub.store(place.stub as u32, Ordering::Relaxed);
+        if place.short {
+            r.step.store((place.stub - place.site) as u16, Ordering::Relaxed);
+        }
         r.linked.store(0, Ordering::Relaxed);
     }
 }

@@ -53,6 +53,83 @@ pub struct Mark {
     pub home: Home,
 }
 
+/// A mark as it is kept: half as large. Exits are counted from the first of their piece of code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packed {
+    at: u16,
+    number: u16,
+    /// With [`REGISTER`] if R11 is in the host's register.
+    tag: u8,
+    register: u8,
+}
+
+const REGISTER: u8 = 0x80;
+
+impl What {
+    /// A tag, a register and a number.
+    pub fn pack(self) -> (u8, u8, u16) {
+        match self {
+            What::Copied(d) => (0, 0, d),
+            What::At(d) => (1, 0, d),
+            What::Undo(d, r) => (2, r as u8, d),
+            What::Probe(d) => (5, 0, d),
+            What::Target => (7, 0, 0),
+            What::Comparing => (8, 0, 0),
+            What::Exit(n) => (10, 0, n as u16),
+            What::Exiting => (11, 0, 0),
+            What::Compare => (12, 0, 0),
+            What::Called(d) => (13, 0, d),
+        }
+    }
+
+    /// What they say, if anything.
+    pub fn unpack(tag: u8, r: u8, d: u16) -> Option<What> {
+        Some(match tag {
+            0 => What::Copied(d),
+            1 => What::At(d),
+            2 => What::Undo(d, *Gpr::ALL.get(usize::from(r))?),
+            5 => What::Probe(d),
+            7 => What::Target,
+            8 => What::Comparing,
+            10 => What::Exit(u32::from(d)),
+            11 => What::Exiting,
+            12 => What::Compare,
+            13 => What::Called(d),
+            _ => return None,
+        })
+    }
+}
+
+impl Mark {
+    /// In a piece of code whose first exit has this number.
+    pub fn pack(self, first_exit: u32) -> Packed {
+        let what = match self.what {
+            What::Exit(id) => What::Exit(id - first_exit),
+            what => what,
+        };
+        let (tag, register, number) = what.pack();
+        let tag = if self.home == Home::Register { tag | REGISTER } else { tag };
+        Packed { at: self.at, number, tag, register }
+    }
+}
+
+impl Packed {
+    /// In a piece of code whose first exit has this number.
+    pub fn unpack(self, first_exit: u32) -> Mark {
+        let what = match What::unpack(self.tag & !REGISTER, self.register, self.number).expect("it was packed") {
+            What::Exit(n) => What::Exit(n + first_exit),
+            what => what,
+        };
+        Mark { at: self.at, what, home: if self.tag & REGISTER == 0 { Home::Slot } else { Home::Register } }
+    }
+}
+
+/// The last mark not behind `at`.
+fn mark_at(marks: &[Packed], at: usize) -> Option<Packed> {
+    let i = marks.partition_point(|m| usize::from(m.at) <= at);
+    marks.get(i.checked_sub(1)?).copied()
+}
+
 /// The registers a captured state is mended with.
 pub trait Registers {
     /// A general-purpose register.
@@ -66,22 +143,20 @@ pub trait Registers {
 }
 
 /// Does the instruction `at` bytes into a piece of code only look at guest code, or whether the target of a branch can be read?
-pub fn probes(marks: &[Mark], at: usize) -> bool {
-    let i = marks.partition_point(|m| usize::from(m.at) <= at);
-    i.checked_sub(1).is_some_and(|i| matches!(marks[i].what, What::Probe(_) | What::Compare))
+pub fn probes(marks: &[Packed], at: usize) -> bool {
+    mark_at(marks, at).is_some_and(|m| matches!(m.unpack(0).what, What::Probe(_) | What::Compare))
 }
 
-/// Mends the registers of a thread stopped `at` bytes into a piece of code translated from `start`; gives RIP.
+/// Mends the registers of a thread stopped `at` bytes into a piece of code translated from `start`, with its first exit; gives RIP.
 /// `exits` gives the RIP of an exit and where R11 is then.
 pub fn recover(
-    marks: &[Mark],
-    start: u64,
+    marks: &[Packed],
+    (start, first_exit): (u64, u32),
     at: usize,
     regs: &mut dyn Registers,
     exits: &dyn Fn(u32) -> (u64, Home),
 ) -> u64 {
-    let i = marks.partition_point(|m| usize::from(m.at) <= at);
-    let Some(mark) = i.checked_sub(1).and_then(|i| marks.get(i)) else { return start };
+    let Some(mark) = mark_at(marks, at).map(|m| m.unpack(first_exit)) else { return start };
     let r11 = regs.gpr(Gpr::R11);
     let exit = match mark.what {
         What::Exit(id) => Some(id),
@@ -145,10 +220,11 @@ mod tests {
             mark(20, What::Undo(9, Gpr::Rdi), Home::Register),
             mark(30, What::Comparing, Home::Slot),
             mark(40, What::Exit(5), Home::Register),
-        ];
+        ]
+        .map(|m| m.pack(3));
         let mut f = Fake([0; 16]);
         let exits = |id| (0x5000 + u64::from(id), Home::Register);
-        let mut at = |n| recover(&marks, 0x400000, n, &mut f, &exits);
+        let mut at = |n| recover(&marks, (0x400000, 3), n, &mut f, &exits);
         assert_eq!(at(3), 0x400000);
         assert_eq!(at(4), 0x400007);
         assert_eq!(at(10), 0x40000d);
@@ -157,7 +233,7 @@ mod tests {
         assert_eq!(f.0[Gpr::Rdi as usize], 1000 + slot::TMP as u64);
         assert_eq!(f.0[Gpr::R11 as usize], 0);
         f.0[Gpr::R11 as usize] = 0x123;
-        assert_eq!(recover(&marks, 0x400000, 30, &mut f, &exits), 1000 + slot::TARGET as u64);
+        assert_eq!(recover(&marks, (0x400000, 3), 30, &mut f, &exits), 1000 + slot::TARGET as u64);
         assert_eq!(f.0[Gpr::Rcx as usize], 0x123);
         assert_eq!(f.0[Gpr::R11 as usize], 1000 + slot::R11 as u64);
     }

@@ -6,10 +6,9 @@ use crate::emit::{Emitter, slot};
 use crate::exits::{Exits, MAX_EXITS, Place};
 use crate::index::Index;
 use crate::lower::{
-    Landing, Leave, Relocation, STUB, Surroundings, Unit, emit_landing, emit_stub, emit_trampolines, lower, stub_at,
-    stub_before,
+    Landing, Leave, STUB, Surroundings, Unit, emit_landing, emit_stub, emit_trampolines, lower, stub_at, stub_before,
 };
-use crate::marks::{self, Home, Mark, Registers};
+use crate::marks::{self, Home, Mark, Packed, Registers};
 use crate::persist::Archive;
 use crate::persist::adopt::Pages;
 use crate::persist::park::Group;
@@ -89,8 +88,9 @@ pub struct Store {
     pub(crate) buffer: CodeBuffer,
     /// In order of code offset; the first is the trampolines.
     pub(crate) blocks: Vec<Block>,
-    pub(crate) marks: Vec<Mark>,
-    pub(crate) relocations: Vec<Relocation>,
+    pub(crate) marks: Vec<Packed>,
+    /// Offset and what it depends on.
+    pub(crate) relocations: Vec<(u16, u16)>,
     pub(crate) index: Index,
     /// The bytes of blocks that compare them, and which of them have been seen to change.
     pub(crate) compared: HashMap<u64, (Vec<u8>, Vec<bool>)>,
@@ -151,7 +151,7 @@ impl Store {
             unit: Unit::default(),
             stats: CacheStats::default(),
         };
-        store.push((0, Home::Slot), 0, keep.0, 0, 0, &marks);
+        store.push((0, Home::Slot), 0, keep.0, 0, 0, (&marks, 0));
         store.blocks[0].live = false;
         store
     }
@@ -173,7 +173,15 @@ impl Store {
         (total as u64, self.blocks.iter().map(|b| u64::from(b.len)).sum())
     }
 
-    fn push(&mut self, (start, home): (u64, Home), at: usize, size: usize, body: u32, len: u16, marks: &[Mark]) -> u32 {
+    fn push(
+        &mut self,
+        (start, home): (u64, Home),
+        at: usize,
+        size: usize,
+        body: u32,
+        len: u16,
+        (marks, first_exit): (&[Mark], u32),
+    ) -> u32 {
         self.blocks.push(Block {
             start,
             at: at as u32,
@@ -181,7 +189,7 @@ impl Store {
             body: at as u32 + body,
             marks: self.marks.len() as u32,
             relocations: self.relocations.len() as u32,
-            first_exit: self.exits_used,
+            first_exit,
             landing: None,
             next_landing: 0,
             incoming: NONE,
@@ -190,7 +198,7 @@ impl Store {
             live: true,
             home,
         });
-        self.marks.extend_from_slice(marks);
+        self.marks.extend(marks.iter().map(|m| m.pack(first_exit)));
         self.blocks.len() as u32 - 1
     }
 
@@ -242,7 +250,7 @@ impl Store {
         }
         if let Some(l) = unit.landing {
             let at = self.blocks[b as usize].at;
-            self.register(b, Landing { at: at + l.at, next: at + l.next });
+            self.register(b, l.moved(at));
         }
         (b, body)
     }
@@ -317,10 +325,9 @@ impl Store {
         self.stats.insns += u64::from(unit.insns);
         self.stats.guest_bytes += u64::from(unit.guest_len);
         self.stats.host_bytes += (unit.code.len() + unit.exits.len() * STUB) as u64;
-        let b = self.push(start, at, unit.code.len(), unit.body, unit.guest_len, &unit.marks);
-        self.blocks[b as usize].first_exit = first_exit;
+        let b = self.push(start, at, unit.code.len(), unit.body, unit.guest_len, (&unit.marks, first_exit));
         if self.pages.is_some() {
-            self.relocations.extend_from_slice(&unit.relocations);
+            self.relocations.extend(unit.relocations.iter().map(|r| (r.at, r.depends.pack())));
         }
         b
     }
@@ -328,6 +335,11 @@ impl Store {
     fn note_link(&mut self, exits: &Exits, exit: u32, to: u32) {
         let block = &mut self.blocks[to as usize];
         exits.set_linked(exit, Some(to), std::mem::replace(&mut block.incoming, exit));
+    }
+
+    /// Where the jump of an exit is patched.
+    pub(crate) fn place(&self, exits: &Exits, exit: u32) -> Place {
+        exits.place(exit, stub_before(self.buffer.cold_end() as u64, exit) as usize)
     }
 
     /// Patches a jump: to a block or to its stub.
@@ -339,8 +351,8 @@ impl Store {
     /// Makes the jump of an exit lead to a block.
     pub fn link(&mut self, exits: &Exits, exit: u32, to: u32) {
         // A short jump is one of a block that is gone.
-        if exits.linked(exit).is_none() && !exits.place(exit).short {
-            self.lead(exits.place(exit), Some(to));
+        if exits.linked(exit).is_none() && !self.place(exits, exit).short {
+            self.lead(self.place(exits, exit), Some(to));
             self.note_link(exits, exit, to);
             self.stats.links += 1;
         }
@@ -364,9 +376,9 @@ impl Store {
         self.buffer.append(&e.bytes);
         self.stats.host_bytes += e.len() as u64;
         // It has marks of its own, and is found by host address only.
-        let thunk = self.push((start, Home::Slot), at, e.len(), 0, 0, &marks);
+        let thunk = self.push((start, Home::Slot), at, e.len(), 0, 0, (&marks, self.exits_used));
         self.blocks[thunk as usize].live = false;
-        self.register(b, Landing { at: at as u32 + l.at, next: at as u32 + l.next });
+        self.register(b, l.moved(at as u32));
     }
 
     /// Enters the landing of a block in the table, before the others of the same entry.
@@ -378,12 +390,12 @@ impl Store {
         self.stats.landings += 1;
         self.landed = true;
         let next = self.landing_at(self.blocks[b as usize].next_landing);
-        self.buffer.patch(l.next as usize, next);
-        self.buffer.set_target(entry, l.at as usize);
+        self.buffer.patch(l.next(), next);
+        self.buffer.set_target(entry, l.at());
     }
 
     fn landing_at(&self, b: u32) -> usize {
-        self.blocks.get(b as usize).and_then(|b| b.landing).map_or(self.miss, |l| l.at) as usize
+        self.blocks.get(b as usize).and_then(|b| b.landing).map_or(self.miss as usize, Landing::at)
     }
 
     pub(crate) fn unregister(&mut self, b: u32) {
@@ -400,7 +412,7 @@ impl Store {
             }
             if let Some(Block { landing: Some(l), next_landing, .. }) = self.blocks.get_mut(before as usize) {
                 *next_landing = next;
-                let site = l.next as usize;
+                let site = l.next();
                 self.buffer.patch(site, self.landing_at(next));
             }
         }
@@ -437,7 +449,7 @@ impl Store {
         self.stats.stale += 1;
         self.index.remove(key, b);
         while exit != NONE {
-            self.lead(exits.place(exit), None);
+            self.lead(self.place(exits, exit), None);
             let next = exits.next_linked(exit);
             exits.set_linked(exit, None, NONE);
             exit = next;
@@ -481,7 +493,7 @@ impl Store {
     pub fn restore(&mut self, exits: &Exits) {
         for id in 0..self.exits_used {
             if let Leave::To(_) = exits.leave(id) {
-                self.lead(exits.place(id), exits.linked(id));
+                self.lead(self.place(exits, id), exits.linked(id));
             }
         }
         for (&entry, &first) in &self.landings {
@@ -490,14 +502,14 @@ impl Store {
                 self.buffer.set_target(entry, self.landing_at(b));
             }
             while let Some(Block { landing: Some(l), next_landing, .. }) = self.blocks.get(b as usize) {
-                self.buffer.patch(l.next as usize, self.landing_at(*next_landing));
+                self.buffer.patch(l.next(), self.landing_at(*next_landing));
                 b = *next_landing;
             }
         }
     }
 
     /// The block whose code is at an offset, and its marks.
-    fn at(&self, offset: u32) -> Option<(&Block, &[Mark])> {
+    fn at(&self, offset: u32) -> Option<(&Block, &[Packed])> {
         let i = self.blocks.partition_point(|b| b.at <= offset).checked_sub(1)?;
         let block = self.blocks.get(i)?;
         let end = self.blocks.get(i + 1).map_or(self.marks.len(), |next| next.marks as usize);
@@ -524,7 +536,8 @@ impl Store {
             return exits.rip(id);
         }
         let Some((block, marks)) = self.at(offset) else { return 0 };
-        marks::recover(marks, block.start, (offset - block.at) as usize, regs, &|id| (exits.rip(id), exits.home(id)))
+        let from = (block.start, block.first_exit);
+        marks::recover(marks, from, (offset - block.at) as usize, regs, &|id| (exits.rip(id), exits.home(id)))
     }
 
     /// The guest instruction at a code offset.

@@ -21,15 +21,33 @@ use bivisor_emulator::isa::Gpr;
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{ConditionCode, OpKind};
 use std::arch::x86_64::__cpuid;
+use std::num::NonZeroU32;
 use std::sync::OnceLock;
 
-/// The way in for indirect branches.
+/// The way in for indirect branches: its offset, before which is the displacement of its jump to the next landing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Landing {
+pub struct Landing(NonZeroU32);
+
+impl Landing {
+    /// At `at`, where four bytes and more come before.
+    fn new(at: u32) -> Landing {
+        Landing(NonZeroU32::new(at).expect("something comes before"))
+    }
+
     /// Its offset.
-    pub at: u32,
+    pub fn at(self) -> usize {
+        self.0.get() as usize
+    }
+
     /// Offset of the displacement of its jump to the next landing.
-    pub next: u32,
+    pub fn next(self) -> usize {
+        self.at() - 4
+    }
+
+    /// The same in a piece of code that begins at `by`.
+    pub fn moved(self, by: u32) -> Landing {
+        Landing(self.0.saturating_add(by))
+    }
 }
 
 /// JMP rel. Never falls through.
@@ -236,10 +254,10 @@ fn landing(e: &mut Emitter, marks: &mut Vec<Mark>, guest: u64, next: u64, straig
     dynasm!(e; .arch x64; mov rcx, r11);
     mark(e, marks, What::Target);
     e.push(0xe9);
-    let next_at = e.len() as u32;
+    let next_at = e.len();
     e.push_u32(0);
-    e.set_rel32(next_at as usize, next);
-    let at = e.len() as u32;
+    e.set_rel32(next_at, next);
+    let at = Landing::new(e.len() as u32);
     dynasm!(e; .arch x64; mov r11, rcx);
     mark(e, marks, What::Comparing);
     if rorx {
@@ -257,7 +275,7 @@ fn landing(e: &mut Emitter, marks: &mut Vec<Mark>, guest: u64, next: u64, straig
     }
     dynasm!(e; .arch x64; mov rcx, r11);
     mark(e, marks, What::At(0));
-    Landing { at, next: next_at }
+    at
 }
 
 /// Goes on if ECX is `wanted`, else back; without flags.
@@ -333,9 +351,13 @@ mod tests {
             for guest in [0x40_1234u64, 0xffff, 0x7fff_dead_beef, 0x8000_1234, 0x1_8000_1234] {
                 let mut e = Emitter::new(0);
                 let l = landing(&mut e, &mut Vec::new(), guest, 0x10_0000, straight, rorx);
-                assert_eq!(follow(&e.bytes, l.at, guest), (e.len() as u64, 0), "{guest:x}");
+                assert_eq!(follow(&e.bytes, l.at() as u32, guest), (e.len() as u64, 0), "{guest:x}");
                 for bit in 16..48 {
-                    assert_eq!(follow(&e.bytes, l.at, guest ^ 1 << bit), (0x10_0000, 0), "{guest:x} bit {bit}");
+                    assert_eq!(
+                        follow(&e.bytes, l.at() as u32, guest ^ 1 << bit),
+                        (0x10_0000, 0),
+                        "{guest:x} bit {bit}"
+                    );
                 }
             }
         }

@@ -297,7 +297,7 @@ impl Lowering<'_> {
 }
 
 /// Bytes from stub to stub.
-pub const STUB: usize = 20;
+pub const STUB: usize = 17;
 
 /// Where the stub of an exit lies in a space for stubs that ends at `end`.
 pub fn stub_before(end: u64, exit: u32) -> u64 {
@@ -311,7 +311,7 @@ pub fn stub_at(before: u64) -> u32 {
 
 /// Emits the stub of an exit: it says which it is and goes to the way out.
 pub fn emit_stub(at: u64, exit: u32, way_out: u64) -> [u8; STUB] {
-    let mut code = [0xcc; STUB];
+    let mut code = [0; STUB];
     // mov dword gs:[EXIT], exit; jmp way_out
     code[..4].copy_from_slice(&[0x65, 0xc7, 0x04, 0x25]);
     code[4..8].copy_from_slice(&gs(slot::EXIT).to_le_bytes());

@@ -18,6 +18,28 @@ pub enum Depends {
     Stub(u16),
 }
 
+impl Depends {
+    /// As a number.
+    pub fn pack(self) -> u16 {
+        match self {
+            Depends::Fixed => 0,
+            Depends::Guest => 1,
+            Depends::Distance => 2,
+            Depends::Stub(n) => 3 + n,
+        }
+    }
+
+    /// What a number stands for.
+    pub fn unpack(v: u16) -> Depends {
+        match v {
+            0 => Depends::Fixed,
+            1 => Depends::Guest,
+            2 => Depends::Distance,
+            n => Depends::Stub(n - 3),
+        }
+    }
+}
+
 /// A field of lowered code that depends on where code lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Relocation {

@@ -3,7 +3,7 @@
 use crate::block::{CodeSource, Opened};
 use crate::emit::Emitter;
 use crate::exits::Exits;
-use crate::lower::{Exit, Leave, Relocation, emit_landing, move_code, stub_before};
+use crate::lower::{Depends, Exit, Leave, Relocation, emit_landing, move_code, stub_before};
 use crate::marks::{Home, Mark, What};
 use crate::persist::Archive;
 use crate::persist::hash::{Sum, sum};
@@ -275,7 +275,7 @@ impl Store {
         let ids = b.first_exit..after.map_or(self.exits_used, |a| a.first_exit);
         let body = (b.body - b.at) as u16;
         let exit = |id| {
-            let (leave, place, home) = (exits.leave(id), exits.place(id), exits.home(id));
+            let (leave, place, home) = (exits.leave(id), self.place(exits, id), exits.home(id));
             let inside = |at: usize| (at as u64).wrapping_sub(u64::from(b.body)) as u16;
             match leave {
                 Leave::To(_) if place.short => {
@@ -285,23 +285,23 @@ impl Store {
                 _ => KeptExit { leave, site: 0, short: false, step: 0, home },
             }
         };
-        let mark = |m: &Mark| Mark {
-            at: m.at - body,
-            what: match m.what {
-                What::Exit(id) => What::Exit(id - b.first_exit),
-                what => what,
-            },
-            home: m.home,
-        };
         Kept {
             start: (b.start % PAGE_SIZE) as u16,
             len: b.len,
             home: b.home,
             landing: b.landing.is_some(),
             host: self.buffer.base() + u64::from(b.body),
-            marks: marks.iter().filter(|m| m.at >= body).map(mark).collect(),
+            marks: marks
+                .iter()
+                .map(|m| m.unpack(0))
+                .filter(|m| m.at >= body)
+                .map(|m| Mark { at: m.at - body, ..m })
+                .collect(),
             exits: ids.map(exit).collect(),
-            relocations: relocations.iter().map(|r| Relocation { at: r.at.saturating_sub(body), ..*r }).collect(),
+            relocations: relocations
+                .iter()
+                .map(|&(at, depends)| Relocation { at: at.saturating_sub(body), depends: Depends::unpack(depends) })
+                .collect(),
         }
     }
 }

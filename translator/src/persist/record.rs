@@ -3,7 +3,6 @@
 use crate::lower::{Depends, Leave, Relocation};
 use crate::marks::{Home, Mark, What};
 use crate::persist::hash::Sum;
-use bivisor_emulator::isa::Gpr;
 
 /// An exit of a kept block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,34 +82,9 @@ const MARK: usize = 7;
 const EXIT: usize = 15;
 const RELOCATION: usize = 4;
 
-/// A tag, a register and a number.
-fn what_out(what: What) -> (u8, u8, u16) {
-    match what {
-        What::Copied(d) => (0, 0, d),
-        What::At(d) => (1, 0, d),
-        What::Undo(d, r) => (2, r as u8, d),
-        What::Probe(d) => (5, 0, d),
-        What::Target => (7, 0, 0),
-        What::Comparing => (8, 0, 0),
-        What::Exit(n) => (10, 0, n as u16),
-        What::Exiting => (11, 0, 0),
-        What::Compare => (12, 0, 0),
-        What::Called(d) => (13, 0, d),
-    }
-}
-
+/// What code of a block can be; the rest is of trampolines, or of code that compares.
 fn what_in(tag: u8, r: u8, d: u16) -> Option<What> {
-    Some(match tag {
-        0 => What::Copied(d),
-        1 => What::At(d),
-        2 => What::Undo(d, *Gpr::ALL.get(usize::from(r))?),
-        5 => What::Probe(d),
-        7 => What::Target,
-        8 => What::Comparing,
-        10 => What::Exit(u32::from(d)),
-        13 => What::Called(d),
-        _ => return None,
-    })
+    What::unpack(tag, r, d).filter(|what| !matches!(what, What::Exiting | What::Compare))
 }
 
 fn home_out(home: Home) -> u8 {
@@ -119,24 +93,6 @@ fn home_out(home: Home) -> u8 {
 
 fn home_in(v: u8) -> Home {
     if v == 0 { Home::Slot } else { Home::Register }
-}
-
-fn depends_out(d: Depends) -> u16 {
-    match d {
-        Depends::Fixed => 0,
-        Depends::Guest => 1,
-        Depends::Distance => 2,
-        Depends::Stub(n) => 3 + n,
-    }
-}
-
-fn depends_in(v: u16) -> Depends {
-    match v {
-        0 => Depends::Fixed,
-        1 => Depends::Guest,
-        2 => Depends::Distance,
-        n => Depends::Stub(n - 3),
-    }
 }
 
 /// A record in the making: the blocks that begin in one page.
@@ -162,7 +118,7 @@ impl Recorder {
         let counts = [b.marks.len(), b.exits.len(), b.relocations.len(), code.len()];
         counts.into_iter().for_each(|n| w.u16(n as u16));
         for m in &b.marks {
-            let (tag, r, d) = what_out(m.what);
+            let (tag, r, d) = m.what.pack();
             w.u16(m.at);
             w.u8(tag);
             w.u8(r);
@@ -185,7 +141,7 @@ impl Recorder {
         }
         for r in &b.relocations {
             w.u16(r.at);
-            w.u16(depends_out(r.depends));
+            w.u16(r.depends.pack());
         }
         w.0.extend_from_slice(code);
     }
@@ -264,7 +220,7 @@ impl<'a> Record<'a> {
         }
         b.relocations.clear();
         for _ in 0..relocations {
-            b.relocations.push(Relocation { at: r.u16()?, depends: depends_in(r.u16()?) });
+            b.relocations.push(Relocation { at: r.u16()?, depends: Depends::unpack(r.u16()?) });
         }
         let code = r.bytes(usize::from(code))?;
         is_sound(b, code.len()).then_some(code)
