@@ -3,6 +3,7 @@
 
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::cpu::{CpuState, Rflags};
+use bivisor_emulator::host::fds;
 use bivisor_emulator::isa::Gpr;
 use bivisor_emulator::mem::{FlatSpace, GuestMemory, Prot, Vma};
 use bivisor_kvm_backend::{KvmVm, host};
@@ -107,9 +108,13 @@ pub fn user(rip: u64, rsp: u64) -> CpuState {
 
 /// Runs `f` in a forked child and gives its result as exit status.
 pub fn in_child(f: impl FnOnce() -> i32) -> i32 {
+    // Other tests run in threads: none may hold this lock then.
+    let lock = fds::lock_for_fork();
     // SAFETY: the child runs `f` and leaves without unwinding or running destructors.
     unsafe {
-        match libc::fork() {
+        let forked = libc::fork();
+        drop(lock);
+        match forked {
             0 => {
                 let code = std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).unwrap_or(99);
                 libc::_exit(code)
