@@ -161,6 +161,7 @@ fn holds(when: &str, about: Option<(&Case, &Outcome, &Outcome)>) -> Option<bool>
             | "software kvm, rsp not canonical"
             | "software kvm, another exception"
             | "software kvm, instead of #UD"
+            | "software kvm, NT lost"
             | "in a block"
             | "reserved bits, amd"
             | "rsp by evex.x, amd"
@@ -224,6 +225,10 @@ fn holds(when: &str, about: Option<(&Case, &Outcome, &Outcome)>) -> Option<bool>
         }
         ("software kvm, instead of #UD", Some((_, is, should))) => {
             software_kvm() && matches!((is.end, should.end), (End::Fault(_), End::Fault(Fault::Ud)))
+        }
+        ("software kvm, NT lost", Some((_, is, should))) => {
+            const NT: u64 = 1 << 14;
+            software_kvm() && should.rflags ^ is.rflags == NT && should.rflags & NT != 0
         }
         ("in a hypervisor", _) => std::arch::x86_64::__cpuid(1).ecx >> 31 != 0,
         _ => return None,
