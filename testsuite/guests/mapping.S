@@ -10,6 +10,8 @@
 .set TOP2, 0x810000             # levels 4, 3, 2, 1 of the second address space
 .set P1, 0x820000
 .set P2, 0x821000
+.set P3, 0x822000
+.set P4, 0x823000
 .set ROUNDS, 3000
 
 .macro LINE text
@@ -81,6 +83,32 @@ _start:
     dec ebp
     jnz 1b
     EXPECT rbx, ROUNDS * 6, "remapped by INVLPG"
+
+    # An instruction whose last bytes are on another page, which is remapped: mov eax, 0x00001 or 0x10001; ret.
+    mov word ptr [P1 + 0xffd], 0x01b8
+    mov byte ptr [P1 + 0xfff], 0
+    mov dword ptr [P3], 0x00c30000
+    mov dword ptr [P4], 0x00c30001
+    mov qword ptr [PT], P1 + 7
+    invlpg [V]
+    xor ebx, ebx
+    mov ebp, ROUNDS
+    mov r8d, V + 0xffd
+1:  mov qword ptr [PT + 8], P3 + 7
+    invlpg [V + 0x1000]
+    call r8
+    add rbx, rax
+    call crossing
+    add rbx, rax
+    mov qword ptr [PT + 8], P4 + 7
+    invlpg [V + 0x1000]
+    call r8
+    add rbx, rax
+    call crossing
+    add rbx, rax
+    dec ebp
+    jnz 1b
+    EXPECT rbx, ROUNDS * 0x20004, "remapped in an instruction"
 
     # Remapped by CR3.
     mov qword ptr [PT], P1 + 7
@@ -194,6 +222,10 @@ handler:
 
 direct:
     mov r11d, V
+    jmp r11
+
+crossing:
+    mov r11d, V + 0xffd
     jmp r11
 
 puts:

@@ -90,6 +90,7 @@ fn mapping() {
     };
     let lines = [
         "remapped by INVLPG",
+        "remapped in an instruction",
         "remapped by CR3",
         "overwritten",
         "string ends",

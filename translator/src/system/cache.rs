@@ -68,6 +68,8 @@ pub struct Block {
     pub cell: u16,
     /// See [`Block::cell`].
     pub number: u32,
+    /// The same of the page its last instruction reaches into.
+    pub second: Option<(u16, u32)>,
     /// Its exits.
     first_exit: u32,
     exits: u32,
@@ -305,6 +307,10 @@ impl Cache {
         let first_exit = self.exits.len() as u32;
         let number = self.number(block.start, gpa, block.mode.user());
         let cell = self.cell(block.start, block.mode.user());
+        let second = (pages[0] != pages[1]).then(|| {
+            let (next, user) = (next_page(block.start), block.mode.user());
+            (self.cell(next, user), self.number(next, pages[1], user))
+        });
         self.exits.extend(unit.exits.iter().map(|e| {
             let mut e = *e;
             e.stub += offset;
@@ -335,6 +341,7 @@ impl Cache {
             insns: unit.insns,
             cell,
             number,
+            second,
             first_exit,
             exits: unit.exits.len() as u32,
             points,
@@ -415,10 +422,6 @@ impl Cache {
             self.counts.links += 1;
             return;
         }
-        // A block in two pages is found by its first one only: it is looked for each time.
-        if target.pages[0] != target.pages[1] {
-            return;
-        }
         let last = self.links.entry(id).or_default();
         if last.made > 0 && last.target == b {
             // Only the map of code pages did not know the page.
@@ -455,9 +458,9 @@ impl Cache {
     /// Code that asks the map of code pages and goes to block `b`; gives its offset. Without an origin it is for indirect branches, and
     /// looks whether somebody wants the code to be left.
     fn way_in(&mut self, b: u32, save: bool, origin: Option<u32>, word: Option<(u32, Replay)>) -> u32 {
-        let (rip, cell, number, to) = {
+        let (rip, cell, number, second, to) = {
             let t = &self.blocks[b as usize];
-            (t.rip, t.cell, t.number, word.map_or(t.entries.slot, |(at, _)| at))
+            (t.rip, t.cell, t.number, t.second, word.map_or(t.entries.slot, |(at, _)| at))
         };
         let told = word.map(|(_, replay)| Told::Here(replay));
         let offset = self.buffer.next() as u32;
@@ -472,6 +475,11 @@ impl Cache {
         e.compare_u32(At::slot(cell_at(cell.into())), number);
         e.bytes.extend_from_slice(&[0x0f, 0x85, 0, 0, 0, 0]);
         let miss = e.len() - 4;
+        let second = second.map(|(cell, number)| {
+            e.compare_u32(At::slot(cell_at(cell.into())), number);
+            e.bytes.extend_from_slice(&[0x0f, 0x85, 0, 0, 0, 0]);
+            e.len() - 4
+        });
         let mut leave = None;
         if origin.is_none() {
             e.is_zero(At::thread(slot::LOOK));
@@ -486,8 +494,8 @@ impl Cache {
         let stub = e.len();
         let here = e.here();
         e.set_rel32(miss, here);
-        if let Some(leave) = leave {
-            e.set_rel32(leave, here);
+        for site in [second, leave].into_iter().flatten() {
+            e.set_rel32(site, here);
         }
         let id = self.exits.len() as u32;
         e.store_u32(At::slot(at::EXIT), id);
@@ -525,11 +533,7 @@ impl Cache {
     /// Enters block `b` in the cache of branch targets; gives the host address of its way in, if it can have one.
     pub fn enter_target(&mut self, area: &Area, b: u32) -> Option<u64> {
         let target = &self.blocks[b as usize];
-        if target.pages[0] != target.pages[1]
-            || target.mode.is_counted()
-            || target.mode.is_rare()
-            || !self.buffer.fits(MAX_BLOCK)
-        {
+        if target.mode.is_counted() || target.mode.is_rare() || !self.buffer.fits(MAX_BLOCK) {
             return None;
         }
         let (rip, mode) = (target.rip, target.mode);
@@ -644,7 +648,8 @@ impl Cache {
         }
     }
 
-    fn kill(&mut self, b: u32) {
+    /// Makes a block stale.
+    pub fn kill(&mut self, b: u32) {
         let block = &mut self.blocks[b as usize];
         if !std::mem::replace(&mut block.live, false) {
             return;
@@ -727,6 +732,11 @@ impl Cache {
 
 /// Stores to a code page that hit no code, before its blocks give way.
 const HARMLESS: u32 = 256;
+
+/// The first address of the page after that of `rip`.
+pub fn next_page(rip: u64) -> u64 {
+    (rip | (PAGE_SIZE - 1)).wrapping_add(1)
+}
 
 /// Where one of the map of code pages is.
 pub fn cell_at(n: usize) -> usize {

@@ -12,7 +12,7 @@ use crate::route::Policy;
 use crate::run::Translator;
 use crate::system::area::{Area, CELLS, at};
 use crate::system::block::Access as GuestAccess;
-use crate::system::cache::{Cache, cell_at};
+use crate::system::cache::{Cache, cell_at, next_page};
 use crate::system::enter::{self, ABORTED, FAULT};
 use crate::system::lower::Kind;
 use crate::system::tlb::{Found, Tlb};
@@ -257,7 +257,15 @@ impl System {
     /// From now on the map of code pages knows the page of block `b`, which was just translated to its physical page.
     fn know_page(&mut self, t: &Translator, b: u32) {
         let block = self.cache.block(b);
-        let (rip, n, number) = (block.rip, usize::from(block.cell), block.number);
+        let (rip, first, second) = (block.rip, (block.cell, block.number), block.second);
+        self.know(t, rip, first);
+        if let Some(second) = second {
+            self.know(t, next_page(rip), second);
+        }
+    }
+
+    fn know(&mut self, t: &Translator, rip: u64, (cell, number): (u16, u32)) {
+        let n = usize::from(cell);
         if self.code_pages[n] / PAGE_SIZE != rip / PAGE_SIZE || self.area.get_u32(cell_at(n)) == 0 {
             self.code_pages[n] = rip;
             let global = t.core.mmu.is_global(Mmu::context(&t.cpu, by(&t.cpu)), rip);
@@ -277,11 +285,21 @@ impl System {
         }
         let by = by(&t.cpu);
         let found = t.core.mmu.translate(&t.cpu, board.mem, rip, Access::Execute, by).ok()?;
-        (found == gpa).then(|| {
+        (found == gpa && self.is_whole(t, board, b)).then(|| {
             t.stats.to_block += 1;
             self.know_page(t, b);
             host
         })
+    }
+
+    /// Is the page that the block's last instruction reaches into, if there is one, mapped where it was?
+    fn is_whole(&self, t: &mut Translator, board: Board<'_>, b: u32) -> bool {
+        let block = self.cache.block(b);
+        let mut mapped = || {
+            let by = by(&t.cpu);
+            t.core.mmu.translate(&t.cpu, board.mem, next_page(block.rip), Access::Execute, by).ok()
+        };
+        block.second.is_none() || mapped() == Some(block.pages[1])
     }
 
     /// The block at RIP, translated if it must be.
@@ -302,7 +320,14 @@ impl System {
         }
         let key = (rip, gpa, mode);
         let flushes = self.cache.counts.flushes;
-        let b = match self.cache.find(key) {
+        let mut known = self.cache.find(key);
+        if let Some(b) = known
+            && !self.is_whole(t, board, b)
+        {
+            self.cache.kill(b);
+            known = None;
+        }
+        let b = match known {
             Some(b) => b,
             None => {
                 if self.cache.is_full() {
@@ -318,8 +343,7 @@ impl System {
                 ram.watch_code(gpa);
                 let (cpu, core, mem) = (&t.cpu, &mut t.core, board.mem);
                 let mut next = || {
-                    let page = (rip | (PAGE_SIZE - 1)).wrapping_add(1);
-                    let to = core.mmu.translate(cpu, mem, page, Access::Execute, by).ok()?;
+                    let to = core.mmu.translate(cpu, mem, next_page(rip), Access::Execute, by).ok()?;
                     ram.watch_code(to);
                     (to < ram.size()).then_some(to)
                 };
