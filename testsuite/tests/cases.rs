@@ -2,6 +2,7 @@
 
 use bivisor_emulator::cpu::{Fault, Rflags, cpuid::CpuModel};
 use bivisor_emulator::interp::alu::Vendor;
+use bivisor_kvm_backend::{Kind, host};
 use bivisor_testsuite::case::{Case, Trial, disassembly};
 use bivisor_testsuite::engines::{Engine, engines};
 use bivisor_testsuite::world::{Outcome, Setup, without_kernel};
@@ -84,6 +85,9 @@ fn known(engine: &str, trial: &Trial) -> Option<&'static str> {
     match (engine, trial.fault) {
         ("bt" | "bt-flat", Some(Fault::Gp(0))) if indirect => {
             Some("a branch to an address that is not canonical is reported at its target")
+        }
+        ("kvm" | "kvm-flat", Some(Fault::Gp(0))) if trial.insn == Code::INVALID && host().kind == Kind::Software => {
+            Some("a software KVM decodes what raised #GP, and says #UD if it is no instruction")
         }
         _ => None,
     }

@@ -1,5 +1,6 @@
 //! Bytes to [`Insn`]: bitness, the 15-byte limit, and the decoder options that make iced behave as hardware does.
 
+use super::length::{Fetched, fetched};
 use crate::isa::Insn;
 use iced_x86::{Code, CodeSize, Decoder, DecoderOptions, Instruction, Register};
 use std::sync::OnceLock;
@@ -52,19 +53,15 @@ pub fn decode(bytes: &[u8], bitness: u32) -> Result<Insn, DecodeError> {
         correct(&mut iced, window);
         return Ok(Insn::new(iced));
     }
-    if bitness == 64 && no_opcode_in_64_bit_code(window) {
-        return Err(DecodeError::Invalid);
-    }
     if is_amd() && is_ud1(window) {
         return Err(DecodeError::Invalid);
     }
-    match decoder.last_error() {
-        iced_x86::DecoderError::NoMoreBytes => Err(DecodeError::Truncated),
-        _ if window.len() == MAX_INSN_LEN && decoder.position() == MAX_INSN_LEN && needs_more(window, bitness) => {
-            Err(DecodeError::TooLong)
-        }
-        _ => Err(DecodeError::Invalid),
-    }
+    Err(match fetched(window, bitness) {
+        Fetched::NoOpcode => DecodeError::Invalid,
+        Fetched::Whole(len) if len <= window.len() => DecodeError::Invalid,
+        _ if window.len() == MAX_INSN_LEN => DecodeError::TooLong,
+        _ => DecodeError::Truncated,
+    })
 }
 
 /// The instructions that a program meets at its start and engines leave to the interpreter. iced builds tables when it is first asked,
@@ -118,27 +115,11 @@ fn xchg_r8_not_pause(iced: &mut Instruction, window: &[u8]) {
     iced.set_op1_register(rax);
 }
 
-/// SDM 2B, footnote i64 of the opcode map: #UD whatever follows, while iced wants to see a ModRM byte first.
-fn no_opcode_in_64_bit_code(window: &[u8]) -> bool {
-    let is_prefix = |b: u8| matches!(b, 0x26 | 0x2e | 0x36 | 0x3e | 0x40..=0x4f | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3);
-    window.iter().copied().find(|&b| !is_prefix(b)).is_some_and(|b| {
-        matches!(b, 0x06 | 0x07 | 0x0e | 0x16 | 0x17 | 0x1e | 0x1f | 0x27 | 0x2f | 0x37 | 0x3f | 0x60 | 0x61)
-            || matches!(b, 0x82 | 0x9a | 0xce | 0xd4 | 0xd5 | 0xd6 | 0xea)
-    })
-}
-
 /// UD1: AMD's CPUs raise #UD before they fetch its ModRM byte (measured on Zen 4), Intel's after (SDM 2B UD).
 fn is_ud1(window: &[u8]) -> bool {
     let is_prefix = |b: u8| matches!(b, 0x26 | 0x2e | 0x36 | 0x3e | 0x40..=0x4f | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3);
     let opcode = window.iter().position(|&b| !is_prefix(b)).map(|n| &window[n..]);
     matches!(opcode, Some([0x0f, 0xb9, ..]))
-}
-
-/// Of fifteen bytes that are no instruction: because it goes on behind them? iced does not tell. Without the first byte, which is a
-/// prefix then, there is room to see.
-fn needs_more(window: &[u8], bitness: u32) -> bool {
-    let mut decoder = Decoder::with_ip(bitness, &window[1..], 0, options());
-    decoder.decode().is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ pub mod decode;
 pub mod exits;
 pub mod facts;
 pub mod insn;
+mod length;
 pub mod reg;
 pub mod width;
 
