@@ -95,6 +95,10 @@ pub mod at {
     pub const SYSRET_ASLEEP: usize = SLOTS + 0x310;
     /// CS and SS after it.
     pub const SYSRET_SEGMENTS: usize = SLOTS + 0x318;
+    /// The bits of an address that choose its entry in a fast table: see [`FAST`].
+    pub const TARGET_BITS: usize = SLOTS + 0x3c0;
+    /// Where the indirect branch of code goes that is to be left: host address.
+    pub const LOOKED: usize = SLOTS + 0x3c8;
     /// TSC offset.
     pub const TSC_OFFSET: usize = SLOTS + 0x110;
     /// XMM0 to XMM15.
@@ -103,6 +107,9 @@ pub mod at {
     pub const TARGETS: usize = 0x10000;
     /// The inline TLBs: see [`super::super::tlb`].
     pub const TLB: usize = TARGETS + super::TABLES * super::TABLE_SIZE;
+    /// Fast tables of branch targets, one for each of few modes that use the mirror. The first half of a table has 1 minus the guest
+    /// address, the second the host address; all of it holds only as long as mappings stay as they are.
+    pub const FAST: usize = TLB + crate::system::tlb::CONTEXTS * crate::system::tlb::TABLE;
 }
 
 /// Entries of the map of code pages.
@@ -116,6 +123,19 @@ pub const TABLE_SIZE: usize = TARGETS * 16;
 const _: () = assert!(at::CELLS + 4 * CELLS <= at::SLOTS);
 const _: () = assert!(at::SYSCALL_SEGMENTS + 48 <= at::VECTORS && at::VECTORS + 256 <= at::SYSRET);
 const _: () = assert!(size_of::<bivisor_emulator::cpu::Segment>() == 24);
+
+/// Fast tables.
+pub const FAST_TABLES: usize = 2;
+/// Entries of each.
+pub const FAST_ENTRIES: usize = 8192;
+/// Bytes of half a table.
+pub const FAST_HALF: usize = 8 * FAST_ENTRIES;
+const _: () = assert!(at::FAST + FAST_TABLES * 2 * FAST_HALF <= ENGINE_AREA_SIZE);
+
+/// Which entry of a fast table is an address's.
+pub const fn fast_entry(rip: u64) -> usize {
+    rip as usize % FAST_ENTRIES
+}
 
 /// Factor of the hash of branch targets, as IMUL has it, and how far the product is moved: functions begin at multiples of 16.
 pub const FACTOR: i32 = 0x9e37_79b1_u32 as i32;

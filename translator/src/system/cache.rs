@@ -1,5 +1,7 @@
 //! The code cache of one virtual CPU: blocks by address and mode, the links between them, what stores make stale.
 
+mod fast;
+
 use crate::code_buffer::CodeBuffer;
 use crate::emit::{Emitter, slot};
 use crate::route::{Policy, Routes};
@@ -15,7 +17,7 @@ use bivisor_emulator::isa::{Gpr, MAX_INSN_LEN};
 use bivisor_emulator::mem::{PAGE_SIZE, Ram};
 use dynasmrt::{DynasmApi, dynasm};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::AtomicU32;
 
 /// Bytes of code.
 const SIZE: usize = 64 << 20;
@@ -78,6 +80,10 @@ pub struct Block {
     incoming: Vec<(u32, u32)>,
     /// Way in for indirect branches.
     landing: Option<u32>,
+    /// The same for those that ask a fast table.
+    fast_landing: Option<u32>,
+    /// Place of the displacement of its indirect branch through [`at::TARGET`], if that asked a fast table.
+    jump: Option<u32>,
     live: bool,
 }
 
@@ -147,7 +153,14 @@ pub struct Cache {
     ways_in: Vec<WayIn>,
     /// One more than the number of the way in whose jump was taken away.
     poisoned: AtomicU32,
+    /// One more than the place of the displacement of an indirect branch that leads elsewhere.
+    poisoned_jump: AtomicU32,
     modes: Vec<Mode>,
+    /// Modes with a fast table, and whether there is anything in one.
+    fast_modes: Vec<Mode>,
+    fast_used: bool,
+    /// Jumps to other pages that hold only as long as mappings stay as they are: place of the displacement, and where it leads then.
+    loose: Vec<(u32, u32)>,
     routes: Routes,
     leave: u64,
     keep: usize,
@@ -169,6 +182,11 @@ impl Cache {
             e.push_u64(to);
         }
         let leave = buffer.base();
+        e.store_u32(At::slot(at::EXIT), enter::KICKED);
+        e.push(0xe9);
+        let site = e.len();
+        e.push_u32(0);
+        e.set_rel32(site, leave);
         buffer.append(&e.bytes);
         Ok(Cache {
             keep: buffer.used(),
@@ -185,7 +203,11 @@ impl Cache {
             cells: Map::default(),
             ways_in: Vec::new(),
             poisoned: AtomicU32::new(0),
+            poisoned_jump: AtomicU32::new(0),
             modes: Vec::new(),
+            fast_modes: Vec::new(),
+            fast_used: false,
+            loose: Vec::new(),
             routes: Routes::new(model, policy),
             leave,
             counts: Counts::default(),
@@ -246,7 +268,14 @@ impl Cache {
         self.cells.clear();
         self.ways_in.clear();
         self.poisoned = AtomicU32::new(0);
+        self.poisoned_jump = AtomicU32::new(0);
         self.modes.clear();
+        self.fast_modes.clear();
+        self.loose.clear();
+        self.fast_used = true;
+        self.forget_fast(area);
+        area.set(at::TARGET_BITS, area::FAST_ENTRIES as u64 - 1);
+        area.set(at::LOOKED, self.leave + KICKED_AT);
         self.hints.clear();
         area.fill(at::TARGETS..at::TARGETS + area::TABLES * area::TABLE_SIZE, 0xff);
         area.fill(at::CELLS..at::CELLS + 4 * area::CELLS, 0);
@@ -273,6 +302,7 @@ impl Cache {
     pub fn translate(&mut self, ram: &Ram, key: Key, next: &mut dyn FnMut() -> Option<u64>) -> Option<u32> {
         let (rip, gpa, mode) = key;
         let targets = self.targets(mode)?;
+        let fast = self.fast(mode);
         let most = if mode.is_single() { 1 } else { MAX_INSNS };
         let mut second = None;
         let mut next = || {
@@ -292,6 +322,7 @@ impl Cache {
             leave_light: self.leave + 14,
             port: self.leave + 28,
             targets,
+            fast,
             tlb: at::TLB + mode.context() * tlb::TABLE,
             share: !hints.apart,
             foresee: !hints.strict,
@@ -347,6 +378,8 @@ impl Cache {
             points,
             incoming: Vec::new(),
             landing: None,
+            fast_landing: None,
+            jump: unit.jump.map(|j| j + offset),
             live: true,
         });
         self.by_key.insert((block.start, gpa, block.mode), b);
@@ -406,7 +439,9 @@ impl Cache {
         let one_page = source.pages[0] == target.pages[0]
             && source.rip / PAGE_SIZE == target.rip / PAGE_SIZE
             && target.pages[0] == target.pages[1];
-        if one_page {
+        // In the mirror nothing is asked: when a mapping changes the jump is taken back.
+        let loose = !one_page && source.mode.is_mirrored();
+        if one_page || loose {
             let e = target.entries;
             let to = match (exit.flags, self.with_word(&exit, target)) {
                 (_, Some((to, _))) => to,
@@ -418,6 +453,10 @@ impl Cache {
             let incoming = &mut self.blocks[b as usize].incoming;
             if !incoming.contains(&(site, exit.stub)) {
                 incoming.push((site, exit.stub));
+            }
+            if loose {
+                self.loose.push((site, exit.stub));
+                self.fast_used = true;
             }
             self.counts.links += 1;
             return;
@@ -545,6 +584,7 @@ impl Cache {
         let entry = self.targets(mode)? + area::target_at(rip);
         area.set(entry, rip);
         area.set(entry + 8, self.host(landing));
+        self.enter_fast(area, b);
         Some(self.host(landing))
     }
 
@@ -559,34 +599,6 @@ impl Cache {
         let exit = self.exits.get(id as usize)?;
         let on = exit.kind == Kind::To && exit.site.is_none() && self.blocks[exit.block as usize].live;
         on.then(|| (exit.block, self.host(exit.stub - JUMP)))
-    }
-
-    /// Makes the thread that is in the code at `pc` leave soon: the jumps of what it executes lead to their stubs from now on. Called in the
-    /// handler of a signal that interrupted this thread in the code, when nothing here is being changed.
-    pub fn poison(&self, pc: u64) {
-        let at = pc.wrapping_sub(self.buffer.base()) as u32;
-        let last = self.ways_in.partition_point(|w| w.at <= at);
-        if let Some(w) = last.checked_sub(1).map(|n| &self.ways_in[n]).filter(|w| at < w.end) {
-            self.buffer.patch(w.jump as usize, w.stub as usize);
-            self.poisoned.store(last as u32, Ordering::Relaxed);
-            return;
-        }
-        let Some(n) = self.blocks.partition_point(|b| b.at <= at).checked_sub(1) else { return };
-        let b = &self.blocks[n];
-        for exit in &self.exits[b.first_exit as usize..][..b.exits as usize] {
-            if let Some(site) = exit.site {
-                self.buffer.patch(site as usize, exit.stub as usize);
-            }
-        }
-    }
-
-    /// Undoes what [`Cache::poison`] did and links do not.
-    pub fn heal(&self) {
-        let n = self.poisoned.swap(0, Ordering::Relaxed);
-        let Some(w) = (n as usize).checked_sub(1).and_then(|n| self.ways_in.get(n)) else { return };
-        if self.blocks[w.target as usize].live {
-            self.buffer.patch(w.jump as usize, w.to as usize);
-        }
     }
 
     /// Is the block as it was translated?
@@ -658,7 +670,7 @@ impl Cache {
         let (key, pages, incoming) =
             ((block.rip, block.gpa, block.mode), block.pages, std::mem::take(&mut block.incoming));
         // The way in for indirect branches leads to its stub now, and is not entered again.
-        block.landing = None;
+        (block.landing, block.fast_landing) = (None, None);
         if self.by_key.get(&key) == Some(&b) {
             self.by_key.remove(&key);
         }
@@ -729,6 +741,9 @@ impl Cache {
         (self.host(b.at), self.buffer.code(b.at as usize..b.end as usize))
     }
 }
+
+/// Where the code for [`enter::KICKED`] is, behind three jumps of 14 bytes.
+const KICKED_AT: u64 = 42;
 
 /// Stores to a code page that hit no code, before its blocks give way.
 const HARMLESS: u32 = 256;

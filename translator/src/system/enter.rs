@@ -23,6 +23,9 @@ pub const FAULT: u32 = 0xffff_ff01;
 /// Not entered: a kick came first. The state is as it was.
 pub const ABORTED: u32 = 0xffff_ff02;
 
+/// An indirect branch was done, to what [`at::TARGET`] leads to, and a kick wants the code to be left.
+pub const KICKED: u32 = 0xffff_ff03;
+
 const AVX: u64 = 1;
 const RAX: usize = offset_of!(CpuState, gpr) + 8 * Gpr::Rax as usize;
 

@@ -8,7 +8,7 @@
 //! | [`area`] | slots, inline TLB, code map and branch targets, reached through GS (unsafe) |
 //! | [`tlb`] | the inline TLB |
 //! | [`mirror`] | user pages mapped on the host, which spare long-running code the TLB (unsafe) |
-//! | [`cache`] | blocks by address and mode, links, invalidation |
+//! | [`cache`] | blocks by address and mode, links, invalidation; `fast`: branch targets of code that uses the mirror |
 //! | [`enter`] | the way in and out (unsafe) |
 //! | [`run`] | the dispatch loop; `calls`: instructions that the interpreter does; `gates`: SYSCALL, SYSRET, IN and OUT that stay in the cache |
 //!
@@ -18,6 +18,8 @@
 //! touch it. Inside a page, jumps lead straight from block to block. Into another page they first ask the code map, one number for each
 //! linear page, whether the page is still mapped to the physical page the target was made from; flushing the code map is all that a
 //! write of CR3 costs. Indirect branches look their target up in a cache by linear address, and what they arrive at asks the code map.
+//! Code that uses the mirror asks nothing: its jumps to other pages are taken back, and its table of branch targets emptied, when a mapping
+//! changes.
 //!
 //! Guest registers are the host's; three of them are borrowed for an access, the guest's value in a slot until the block needs it or
 //! ends. Status flags stay in EFLAGS until a probe would destroy them, and are then kept in a slot if they still matter. Flags that

@@ -13,8 +13,8 @@ use crate::run::Translator;
 use crate::system::area::{Area, CELLS, at};
 use crate::system::block::Access as GuestAccess;
 use crate::system::cache::{Cache, cell_at, next_page};
-use crate::system::enter::{self, ABORTED, FAULT};
-use crate::system::lower::Kind;
+use crate::system::enter::{self, ABORTED, FAULT, KICKED};
+use crate::system::lower::{Flags, Kind};
 use crate::system::tlb::{Found, Tlb};
 use crate::system::{Control, Mode, handler};
 use bivisor_emulator::cpu::xsave::component;
@@ -175,6 +175,7 @@ impl System {
         self.tlb.clear(&self.area);
         self.area.fill(at::CELLS..at::CELLS + 4 * CELLS, 0);
         self.local_pages.clear();
+        self.cache.forget_fast(&self.area);
     }
 
     /// Forgets all pages but global ones.
@@ -188,12 +189,16 @@ impl System {
             self.code_pages[usize::from(n)] = u64::MAX;
             self.area.set_u32(cell_at(n.into()), 0);
         }
+        self.cache.forget_fast(&self.area);
     }
 
     /// Forgets one small page.
     fn flush_page(&mut self, laddr: u64) {
         self.tlb.clear_page(&self.area, laddr);
         self.mirroring.clear_page(laddr);
+        if self.cache.cells(laddr)[1].is_some() {
+            self.cache.forget_fast(&self.area);
+        }
         for n in self.cache.cells(laddr).into_iter().flatten().map(usize::from) {
             if self.code_pages[n] / PAGE_SIZE == laddr / PAGE_SIZE {
                 self.code_pages[n] = u64::MAX;
@@ -591,6 +596,12 @@ impl System {
                     self.mend(&mut t.cpu, board, exit.spilled, exit.flags, exit.told);
                     return (Next::Go(Via::Start), exit.done);
                 }
+                return (Next::Go(Via::Start), 0);
+            }
+            if id == KICKED {
+                let to = self.cache.fast_target(self.area.get(at::TARGET)).expect("fast tables lead to ways in");
+                t.cpu.rip = to;
+                self.mend(&mut t.cpu, board, 0, Flags::Host, None);
                 return (Next::Go(Via::Start), 0);
             }
             if !counted && let Some(next) = self.quick(t, board, ram, block, id) {

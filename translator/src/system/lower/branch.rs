@@ -4,11 +4,20 @@ use super::asm::{Assembler, At, W};
 use super::scratch::bit;
 use super::stack::PUSHED;
 use super::{Cold, Kind, Lower};
-use crate::system::area::{FACTOR, MOVED, TARGET_MASK, at};
+use crate::system::area::{FACTOR, FAST_HALF, MOVED, TARGET_MASK, at, gs};
 use crate::system::block::{Access, Item, Way};
 use bivisor_emulator::isa::Gpr;
 use dynasmrt::DynasmApi;
 use iced_x86::ConditionCode;
+
+const LOOP: u8 = 0xe2;
+
+/// Where a look at a fast table leaves if the target is not there.
+struct Miss {
+    /// After the 8-bit displacement that leads to its stub, if the stub is to follow.
+    short: Option<usize>,
+    exit: usize,
+}
 
 /// The low four bits of the opcode (SDM 1 appendix B).
 pub(super) fn condition(cc: ConditionCode) -> u8 {
@@ -141,6 +150,68 @@ impl Lower<'_> {
         self.e.rm(W::D, &[0xff], 4, At::slot(at::TARGET), &[]);
     }
 
+    /// As [`Lower::look_up`] in a fast table, whose entries hold as long as mappings stay as they are: flags stay in EFLAGS, and the
+    /// place where a target that is not there leaves is given back.
+    fn look_up_fast(&mut self, item: &Item, mut target: Gpr, table: usize) -> Option<Miss> {
+        self.restore_flags();
+        let c = Gpr::Rcx;
+        if target == c {
+            target = self.scratch(item, false)?;
+            self.e.copy(target, c);
+        }
+        self.windows.retain(|w| w.delta != c);
+        if self.spilled & bit(c) == 0 {
+            self.e.store(At::slot(at::SPILL + 8 * c as usize), c);
+            self.spilled |= bit(c);
+        }
+        self.busy |= bit(c) | bit(target);
+        let s = self.scratch(item, false)?;
+        self.pick(s, target);
+        self.e.load(c, At::row(table, s));
+        // 1 if it is the target.
+        self.e.lea(c, At::sum(c, target, 0));
+        let exit = self.exit(Kind::Indirect, self.block.rip(item), self.flags, self.n);
+        self.exits[exit].spilled = self.spilled;
+        let calls = item.way == Way::CallIndirect;
+        // LOOP has only an 8-bit displacement, and a branch that is not taken is best.
+        let far = 9 * self.spilled.count_ones() + if calls { 100 } else { 40 } > 120;
+        let short = if far {
+            self.e.bytes.extend_from_slice(&[LOOP, 2, 0xeb, 5]);
+            let site = self.branch(&[0xe9]);
+            self.cold.push(Cold { site, reload: 0, exit });
+            None
+        } else {
+            self.e.bytes.extend_from_slice(&[LOOP, 0]);
+            Some(self.e.len())
+        };
+        self.e.load(s, At::row(table + FAST_HALF, s));
+        self.e.store(At::slot(at::TARGET), s);
+        self.busy &= !(bit(s) | bit(c));
+        Some(Miss { short, exit })
+    }
+
+    /// `to = bits of from that choose an entry of a fast table`, by PEXT.
+    fn pick(&mut self, to: Gpr, from: Gpr) {
+        let (r, v) = (to as u8, from as u8);
+        let prefix = [0x65, 0xc4, (r >> 3 ^ 1) << 7 | 0x62, 0x80 | (v ^ 15) << 3 | 2, 0xf5];
+        self.e.bytes.extend_from_slice(&prefix);
+        self.e.bytes.extend_from_slice(&[(r & 7) << 3 | 4, 0x25]);
+        self.e.push_i32(gs(at::TARGET_BITS));
+    }
+
+    /// To the code that was found in a fast table.
+    fn dispatch_fast(&mut self, miss: &Miss) -> Option<()> {
+        self.home();
+        self.e.align_patch(4);
+        self.e.rm(W::D, &[0xff], 4, At::slot(at::TARGET), &[]);
+        self.jump = Some(self.e.len() as u32 - 4);
+        if let Some(from) = miss.short {
+            self.e.bytes[from - 1] = i8::try_from(self.e.len() - from).ok()? as u8;
+            self.stub(miss.exit);
+        }
+        Some(())
+    }
+
     fn load_target(&mut self, item: &Item, a: &Access) -> Option<Gpr> {
         let host = self.reach(item, a)?;
         let t = self.scratch(item, false)?;
@@ -159,6 +230,14 @@ impl Lower<'_> {
             Some(a) => self.load_target(item, &a)?,
             None => Gpr::from_iced(item.iced.op0_register())?,
         };
+        if let Some(table) = self.around.fast {
+            let miss = self.look_up_fast(item, target, table)?;
+            if item.way == Way::CallIndirect {
+                self.push_return(item)?;
+            }
+            self.dispatch_fast(&miss)?;
+            return Some(false);
+        }
         self.look_up(item, target)?;
         if item.way == Way::CallIndirect {
             self.push_return(item)?;
@@ -173,6 +252,12 @@ impl Lower<'_> {
             return Some(self.leave_here(item, Kind::Indirect));
         }
         let target = self.load_target(item, &item.access?)?;
+        if let Some(table) = self.around.fast {
+            let miss = self.look_up_fast(item, target, table)?;
+            self.move_stack(8 + i32::from(more));
+            self.dispatch_fast(&miss)?;
+            return Some(false);
+        }
         self.look_up(item, target)?;
         self.move_stack(8 + i32::from(more));
         self.dispatch();

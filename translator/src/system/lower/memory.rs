@@ -32,7 +32,7 @@ fn reach(base: Gpr) -> i64 {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Host {
     pub base: Gpr,
-    pub index: Option<Gpr>,
+    pub index: Option<(Gpr, u8)>,
     pub disp: i32,
     /// In the mirror: the access may fault, and the caller tells where it is ([`Lower::touched`]).
     pub mirrored: bool,
@@ -41,7 +41,7 @@ pub(super) struct Host {
 impl Host {
     pub(super) fn at(self) -> At {
         match self.index {
-            Some(i) => At::sum(self.base, i, self.disp),
+            Some(_) => At::any(Some(self.base), self.index, self.disp, false),
             None => At::base(self.base, self.disp),
         }
     }
@@ -122,7 +122,7 @@ impl Lower<'_> {
         });
         if let Some(&Window { delta, .. }) = found {
             self.busy |= bit(delta);
-            return Some(Host { base, index: Some(delta), disp, mirrored: false });
+            return Some(Host { base, index: Some((delta, 1)), disp, mirrored: false });
         }
         let (low, high, write) = self.foresee(base, low, high, a.write);
         let (from, to) = (i32::try_from(low - moved).ok()?, i32::try_from(high - 1 - moved).ok()?);
@@ -147,7 +147,7 @@ impl Lower<'_> {
             index_version: 0,
             delta,
         });
-        Some(Host { base, index: Some(delta), disp, mirrored: false })
+        Some(Host { base, index: Some((delta, 1)), disp, mirrored: false })
     }
 
     /// The range that later accesses with the same base make worth asking for at once.
@@ -290,8 +290,8 @@ impl Lower<'_> {
     /// The instruction with another operand.
     fn with_operand(&mut self, item: &Item, mut iced: Instruction, host: Host) -> Option<bool> {
         iced.set_memory_base(host.base.to_iced());
-        iced.set_memory_index(host.index.map_or(Register::None, Gpr::to_iced));
-        iced.set_memory_index_scale(1);
+        iced.set_memory_index(host.index.map_or(Register::None, |(r, _)| r.to_iced()));
+        iced.set_memory_index_scale(host.index.map_or(1, |(_, scale)| u32::from(scale)));
         iced.set_memory_displacement64(i64::from(host.disp) as u64);
         iced.set_memory_displ_size(if host.disp == 0 { 0 } else { 8 });
         iced.set_segment_prefix(Register::None);

@@ -70,7 +70,7 @@ impl Lower<'_> {
             }
         };
         self.busy |= bit(delta);
-        Some(Host { base, index: Some(delta), disp, mirrored: true })
+        Some(Host { base, index: Some((delta, 1)), disp, mirrored: true })
     }
 
     fn mirrored_constant(&mut self, item: &Item, address: u64) -> Option<Host> {
@@ -125,13 +125,14 @@ impl Lower<'_> {
         base.map_or(0, moved) + index.map_or(0, |(r, scale)| moved(r) * i64::from(scale))
     }
 
-    /// The host's address of an access with an index is kept where another follows, in the block or in the next round.
+    /// The distance of an access with an index, its base added, is kept where another follows, in the block or in the next round.
     fn mirrored_sum(&mut self, item: &Item, a: &Access) -> Option<Host> {
         let simple = self.around.share && a.segment == Segment::Flat && !a.narrow && a.bit.is_none();
         let index = a.index.filter(|_| simple)?;
         let version = |r: Option<Gpr>| r.map_or(0, |r| self.version[r as usize]);
         let (version, index_version) = (version(a.base), version(Some(index.0)));
         let far = self.moved_by(a.base, a.index) + a.disp;
+        let base_moved = self.moved_by(a.base, None);
         let found = self.windows.iter().find(|w| {
             w.mirrored
                 && (w.base, w.version) == (a.base, version)
@@ -139,8 +140,8 @@ impl Lower<'_> {
                 && (far - w.low).abs() < REACH
                 && !(item.high && w.delta as u8 >= 8)
         });
-        let (at, low) = match found {
-            Some(w) => (w.delta, w.low),
+        let (at, moved) = match found {
+            Some(w) => (w.delta, w.high),
             None => {
                 let again = |i: &Item| {
                     i.access
@@ -154,7 +155,10 @@ impl Lower<'_> {
                 let t = self.passing(item, false)?;
                 self.e.lea(at, At::any(a.base, a.index, disp, false));
                 self.delta(t, at);
-                self.e.lea(at, At::sum(at, t, 0));
+                match a.base {
+                    Some(base) => self.e.lea(at, At::sum(base, t, 0)),
+                    None => self.e.copy(at, t),
+                }
                 self.busy &= !bit(t);
                 self.windows.push(Window {
                     base: a.base,
@@ -162,16 +166,17 @@ impl Lower<'_> {
                     index: a.index,
                     index_version,
                     low: far,
-                    high: 0,
+                    high: base_moved,
                     write: true,
                     mirrored: true,
                     delta: at,
                 });
-                (at, far)
+                (at, base_moved)
             }
         };
         self.busy |= bit(at);
-        Some(Host { base: at, index: None, disp: i32::try_from(far - low).ok()?, mirrored: true })
+        let disp = i32::try_from(a.disp + base_moved - moved).ok()?;
+        Some(Host { base: at, index: a.index, disp, mirrored: true })
     }
 
     fn mirrored_any(&mut self, item: &Item, a: &Access) -> Option<Host> {
@@ -200,7 +205,7 @@ impl Lower<'_> {
             self.e.lea(address, At::sum(address, delta, 0));
         }
         self.delta(delta, address);
-        Some(Host { base: address, index: Some(delta), disp: 0, mirrored: true })
+        Some(Host { base: address, index: Some((delta, 1)), disp: 0, mirrored: true })
     }
 }
 

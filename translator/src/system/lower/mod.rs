@@ -165,6 +165,8 @@ pub struct Unit {
     pub entries: Entries,
     /// Guest instructions.
     pub insns: u16,
+    /// Place of the displacement of its indirect branch, if that asked a fast table.
+    pub jump: Option<u32>,
 }
 
 /// What lowering wants to know of its surroundings.
@@ -184,6 +186,8 @@ pub struct Around {
     pub port: u64,
     /// Offset of the cache of branch targets.
     pub targets: usize,
+    /// Offset of the fast one, if there is one.
+    pub fast: Option<usize>,
     /// Offset of the TLB.
     pub tlb: usize,
     /// May one check serve several accesses?
@@ -227,6 +231,8 @@ pub(super) struct Lower<'a> {
     round: Option<usize>,
     /// Where that branch was met.
     first_round: Option<rounds::Round>,
+    /// See [`Unit::jump`].
+    jump: Option<u32>,
 }
 
 /// Lowers a block.
@@ -255,6 +261,7 @@ pub fn lower_noting(block: &GuestBlock, around: &Around, mut note: impl FnMut(us
         n: 0,
         round: rounds::find(block),
         first_round: None,
+        jump: None,
     };
     let entries = l.entries();
     let mut open = true;
@@ -273,7 +280,7 @@ pub fn lower_noting(block: &GuestBlock, around: &Around, mut note: impl FnMut(us
     }
     l.next_rounds();
     l.finish();
-    Unit { code: l.e.bytes, exits: l.exits, points: l.points, recipes: l.recipes, entries, insns }
+    Unit { code: l.e.bytes, exits: l.exits, points: l.points, recipes: l.recipes, entries, insns, jump: l.jump }
 }
 
 impl Lower<'_> {
@@ -292,6 +299,7 @@ impl Lower<'_> {
             }
             Way::Push | Way::Pop | Way::PushMemory | Way::Leave if mirrored => None,
             Way::Call if mirrored => Some(true),
+            Way::Return(_) | Way::JumpIndirect | Way::CallIndirect if self.around.fast.is_some() => Some(true),
             Way::Plain | Way::Constant(_) | Way::Nop => (self.needs_flags(i)).then_some(true),
             Way::Conditional | Way::Counted | Way::Jump => Some(true),
             _ => Some(false),

@@ -176,7 +176,8 @@ impl Lower<'_> {
 
     /// Leaves word, for the block that is jumped to, of how the flags are told: the number of the recipe.
     pub(super) fn leave_word(&mut self) -> Option<u32> {
-        if self.flags != Flags::Host || self.block.mode.is_counted() {
+        // In the mirror blocks take the flags in EFLAGS.
+        if self.flags != Flags::Host || self.block.mode.is_counted() || self.block.mode.is_mirrored() {
             return None;
         }
         let replay = self.still()?;

@@ -54,14 +54,14 @@ impl Lower<'_> {
     fn follow(&mut self) {
         for n in 0..self.windows.len() {
             let w = self.windows[n];
-            let by = self.moved_by(w.base, w.index);
             if !w.mirrored || w.base.is_none() && w.index.is_none() {
                 continue;
             }
+            let by = self.moved_by(w.base, None);
             if w.index.is_none() {
                 (self.windows[n].low, self.windows[n].high) = (w.low - by, w.high - by);
             } else if by != 0 {
-                // Within STEP. The distance from the sum stays.
+                // Within STEP. The index is added by each access.
                 self.e.lea(w.delta, At::base(w.delta, by as i32));
             }
         }
@@ -118,7 +118,7 @@ impl Lower<'_> {
 
 /// Do two windows stand for the same, wherever they were asked for?
 fn same(v: &Window, w: &Window) -> bool {
-    let low = |w: &Window| if w.base.is_some() && w.index.is_none() { 0 } else { w.low };
-    let what = |w: &Window| (w.base, w.version, w.index, w.index_version, w.mirrored, w.delta, low(w));
+    let range = |w: &Window| if w.base.is_some() && w.index.is_none() { (0, 0) } else { (w.low, w.high) };
+    let what = |w: &Window| (w.base, w.version, w.index, w.index_version, w.mirrored, w.delta, range(w));
     what(v) == what(w)
 }

@@ -12,8 +12,8 @@ pub(super) struct Window {
     /// The register it is relative to, with its version then; `None`: a page by its address.
     pub base: Option<Gpr>,
     pub version: u32,
-    /// In the mirror: the sum of base, if any, and index times scale, and the index's version. Then `delta` is the host's address, and `low`
-    /// the distance from the sum as it was.
+    /// In the mirror: an index and its scale, and the index's version. Then `delta` has the base, if any, added to it, `low` is how far the
+    /// sum with the displacement had been moved when it was looked up, and `high` how far the base.
     pub index: Option<(Gpr, u8)>,
     pub index_version: u32,
     /// The range, relative to the register's value when the version began; or the page.
