@@ -21,8 +21,8 @@
 //! | [`fault`] | signals that arrive in the cache (unsafe) |
 //!
 //! Processes (flat memory, guest address = host address) and machines ([`system`]) have translators of their own: the former copies
-//! memory operands as they are and shares its cache among threads, the latter checks every access. Only 64-bit code is translated;
-//! everything else, and every instruction that cannot be copied or rewritten, is done by the interpreter.
+//! memory operands as they are and shares its cache among threads, the latter checks every access. 64-bit code is translated, by the latter
+//! 32-bit code with flat segments too; everything else, and every instruction that cannot be copied or rewritten, is done by the interpreter.
 
 pub mod block;
 pub mod cache;

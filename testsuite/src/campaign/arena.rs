@@ -199,7 +199,7 @@ pub const GDT_LIMIT: u16 = 0x7f;
 /// # Errors
 /// The host's.
 pub fn ram() -> Result<(View, GuestMemory), String> {
-    let ram = Ram::shared(SIZE + 0x8000).map_err(|e| e.to_string())?;
+    let ram = Ram::shared(SIZE + 0xa000).map_err(|e| e.to_string())?;
     let view = View(ram.host_base());
     let mem = GuestMemory::Ram(ram);
     const PRESENT: u64 = 1;

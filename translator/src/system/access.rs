@@ -11,6 +11,10 @@ pub enum Segment {
     Fs,
     /// GS.
     Gs,
+    /// FS in 32-bit code: linear addresses have 32 bits, and no access reaches beyond offset FFFFFFFF.
+    Fs32,
+    /// GS likewise.
+    Gs32,
 }
 
 /// A memory access.
@@ -74,6 +78,8 @@ impl Access {
             Segment::Flat => at,
             Segment::Fs => at.wrapping_add(fs),
             Segment::Gs => at.wrapping_add(gs),
+            Segment::Fs32 => at.wrapping_add(fs) & 0xffff_ffff,
+            Segment::Gs32 => at.wrapping_add(gs) & 0xffff_ffff,
         }
     }
 }

@@ -2,8 +2,8 @@
 //! wants to know of each.
 
 use crate::route::{Route, Routes};
-use crate::system::Mode;
 pub use crate::system::access::{Access, Segment};
+use crate::system::{Mode, narrow};
 use bivisor_emulator::cpu::msr::{Msrs, index};
 use bivisor_emulator::isa::decode::{correct, options};
 use bivisor_emulator::isa::insn::memory_len;
@@ -256,10 +256,14 @@ pub fn decode(
     let (mut at, mut branches, mut crossing) = (0, 0, false);
     let mut known = Known::default();
     while items.len() < most && branches < MAX_BRANCHES {
-        let mut decoder = Decoder::with_ip(64, &bytes[at..], start.wrapping_add(at as u64), options());
+        let bits = if mode.is_narrow() { 32 } else { 64 };
+        let mut decoder = Decoder::with_ip(bits, &bytes[at..], start.wrapping_add(at as u64), options());
         let mut iced = Instruction::default();
         decoder.decode_out(&mut iced);
         correct(&mut iced, &bytes[at..]);
+        if mode.is_narrow() {
+            narrow::widen(&mut iced);
+        }
         if iced.is_invalid() {
             // Only a block's first instruction may cross the end of the page.
             if !items.is_empty() || crossing || bytes.len() >= MAX_INSN_LEN || bytes.len() != rest {
@@ -371,6 +375,7 @@ fn item(
     let mut way = by_value(iced, mode, routes, known).unwrap_or_else(|| way(iced, mode, routes));
     let mut access = None;
     match way {
+        _ if mode.is_narrow() => (way, access) = narrow::access(iced, way, mode, factory),
         Way::Memory | Way::PushMemory | Way::VerifyWrite => {
             let explicit = operand(iced, factory);
             match explicit {
@@ -416,6 +421,7 @@ fn item(
         _ => true,
     };
     let adds = match way {
+        _ if mode.is_narrow() => narrow::adds(iced, way),
         Way::Push | Way::PushFlags | Way::PushMemory => Some((Gpr::Rsp, -8)),
         Way::Pop if iced.op0_register() != Register::RSP => Some((Gpr::Rsp, 8)),
         Way::PopFlags => Some((Gpr::Rsp, 8)),
@@ -489,7 +495,7 @@ fn flags(iced: &Instruction) -> (u8, u8) {
 }
 
 /// The explicit memory operand as an access of this length.
-fn operand_of(iced: &Instruction, len: u8, write: bool) -> Option<Access> {
+pub(super) fn operand_of(iced: &Instruction, len: u8, write: bool) -> Option<Access> {
     let gpr = |r: Register| if r == Register::None { Some(None) } else { Gpr::from_iced(r).map(Some) };
     let segment = match iced.memory_segment() {
         Register::FS => Segment::Fs,
@@ -514,12 +520,13 @@ fn operand_of(iced: &Instruction, len: u8, write: bool) -> Option<Access> {
 }
 
 /// The one access of an instruction with a memory operand; `None` if there is none, or more.
-fn operand(iced: &Instruction, factory: &mut InstructionInfoFactory) -> Option<Access> {
+pub(super) fn operand(iced: &Instruction, factory: &mut InstructionInfoFactory) -> Option<Access> {
     let len = memory_len(iced);
     let info = factory.info(iced);
     let mut explicit = info.used_memory().iter().filter(|m| {
         // PUSH has the stack besides.
-        !(iced.is_stack_instruction() && m.base() == Register::RSP && m.access() == OpAccess::Write)
+        let stack = matches!(m.base(), Register::RSP | Register::ESP);
+        !(iced.is_stack_instruction() && stack && m.access() == OpAccess::Write)
     });
     let only = explicit.next()?;
     if explicit.next().is_some() {
@@ -575,6 +582,9 @@ fn native(iced: &Instruction, mode: Mode) -> bool {
 }
 
 fn way(iced: &Instruction, mode: Mode, routes: &Routes) -> Way {
+    if mode.is_narrow() {
+        return narrow::way(iced, mode, routes);
+    }
     let code = iced.code();
     let kernel = !mode.user();
     let f = facts(code);
@@ -667,7 +677,7 @@ fn string(iced: &Instruction, mode: Mode) -> Way {
     }
 }
 
-fn copied(iced: &Instruction, class: Class, mode: Mode) -> Way {
+pub(super) fn copied(iced: &Instruction, class: Class, mode: Mode) -> Way {
     match copied_awake(iced, class, mode) {
         Way::Plain | Way::Memory if class == Class::Native && !native(iced, mode) => Way::Asleep,
         way => way,

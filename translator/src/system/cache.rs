@@ -548,7 +548,7 @@ impl Cache {
         self.exits.push(Exit {
             kind: Kind::To,
             rip,
-            spilled: 0,
+            spilled: self.blocks[b as usize].mode.resident(),
             flags: Flags::Slot,
             told,
             recipe: None,

@@ -1,4 +1,4 @@
-//! System mode: a machine's guest RAM behind page tables, any privilege level of 64-bit mode.
+//! System mode: a machine's guest RAM behind page tables, code of 64-bit mode and flat 32-bit code at CPL 0 and 3.
 //!
 //! | module | holds |
 //! | --- | --- |
@@ -10,6 +10,7 @@
 //! | [`mirror`] | user pages mapped on the host, which spare long-running code the TLB (unsafe) |
 //! | [`cache`] | blocks by address and mode, links, invalidation; `fast`: branch targets of code that uses the mirror |
 //! | [`enter`] | the way in and out (unsafe) |
+//! | `narrow` | 32-bit code: when it is translated, and what is different about its instructions |
 //! | [`run`] | the dispatch loop; `calls`: instructions that the interpreter does; `gates`: SYSCALL, SYSRET, IN and OUT that stay in the cache |
 //!
 //! One virtual CPU has one cache, and only its thread touches it, so nothing is locked.
@@ -35,6 +36,7 @@ mod handler;
 pub(crate) mod hash;
 pub mod lower;
 pub mod mirror;
+mod narrow;
 pub mod run;
 pub mod tlb;
 
@@ -54,6 +56,10 @@ impl Mode {
     const NO_TIME: u16 = 0x80;
     const SMAP: u16 = 0x100;
     const MIRRORED: u16 = 0x200;
+    const NARROW: u16 = 0x400;
+    const COMPAT: u16 = 0x800;
+    const FS: u16 = 0x1000;
+    const GS: u16 = 0x2000;
 
     /// Of the state as it is; `None` if the interpreter must go on. At most the instructions of level `most` (see [`Mode::vectors`]) are
     /// translated.
@@ -111,6 +117,28 @@ impl Mode {
         self.0 & Mode::MIRRORED != 0
     }
 
+    /// 32-bit code with flat segments?
+    #[inline(always)]
+    pub fn is_narrow(self) -> bool {
+        self.0 & Mode::NARROW != 0
+    }
+
+    /// 32-bit code in IA-32e mode, where pages above 4 GiB may be mapped?
+    pub fn is_compat(self) -> bool {
+        self.0 & Mode::COMPAT != 0
+    }
+
+    /// May 32-bit code access all offsets through FS (`false`) or GS (`true`)?
+    pub fn has_segment(self, gs: bool) -> bool {
+        self.0 & if gs { Mode::GS } else { Mode::FS } != 0
+    }
+
+    /// The registers that the guest has no names for, as bits: their values stay in their slots.
+    #[inline(always)]
+    pub fn resident(self) -> u16 {
+        if self.is_narrow() { 0xff00 } else { 0 }
+    }
+
     /// RFLAGS.AC, where that is known.
     pub fn alignment(self) -> Option<bool> {
         (self.0 & Mode::SMAP != 0).then_some(self.0 & Mode::AC != 0)
@@ -164,8 +192,11 @@ impl Control {
         let canonical = ((s.rip << 16) as i64 >> 16) as u64 == s.rip;
         let cpl = s.cpl();
         let ac = s.rflags.contains(Rflags::AC);
+        let segments = match s.mode() {
+            bivisor_emulator::cpu::Mode::Long64 => 0,
+            _ => narrow::segments(s)?,
+        };
         let plain = s.activity == Activity::Active
-            && s.mode() == bivisor_emulator::cpu::Mode::Long64
             && !s.rflags.intersects(NEVER)
             && !s.interrupt_shadow
             && canonical
@@ -174,7 +205,7 @@ impl Control {
         if !plain {
             return None;
         }
-        let mut mode = if cpl == 3 { Mode::USER } else { 0 };
+        let mut mode = segments | if cpl == 3 { Mode::USER } else { 0 };
         if cpl == 0 && self.smap {
             mode |= Mode::SMAP | if ac { Mode::AC } else { 0 };
         }

@@ -574,7 +574,9 @@ impl System {
         let entries = self.cache.block(b).entries;
         let mut host = self.cache.host(entries.both());
         self.load(&t.cpu);
-        self.area.set(at::ASLEEP, u64::from(self.cache.block(b).mode.vectors() == 0));
+        let mode = self.cache.block(b).mode;
+        self.area.set(at::ASLEEP, u64::from(mode.vectors() == 0));
+        self.load_resident(&t.cpu, mode);
         if self.watches != ram.watches() {
             self.watches = ram.watches();
             self.tlb.clear(&self.area);
@@ -702,7 +704,9 @@ impl System {
     fn fill(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, access: &GuestAccess, len: u16) -> bool {
         let laddr = self.address(&t.cpu, access);
         let canonical = ((laddr << 16) as i64 >> 16) as u64 == laddr;
-        if !canonical || laddr % PAGE_SIZE + u64::from(len) > PAGE_SIZE {
+        // Sums that wrap in 32-bit code are the interpreter's.
+        let narrow = laddr >> 32 != 0 && t.cpu.mode() != bivisor_emulator::cpu::Mode::Long64;
+        if !canonical || narrow || laddr % PAGE_SIZE + u64::from(len) > PAGE_SIZE {
             return false;
         }
         let kind = if access.write { Access::Write } else { Access::Read };

@@ -1,4 +1,5 @@
-//! The engines under test in 16- and 32-bit code: behind page tables, with Linux's global table and the cases' local one.
+//! The engines under test in 16- and 32-bit code: behind page tables, with Linux's global table and the cases' local one; the translator
+//! outside IA-32e mode too, where its 32-bit code is another.
 
 use super::segments::{LDT, segment};
 use crate::campaign::arena::{self, IDT_AT, TABLES, View};
@@ -7,18 +8,21 @@ use crate::campaign::engine::Which;
 use crate::campaign::outcome::{End, Outcome};
 use bivisor_emulator::bus::EmptyBus;
 use bivisor_emulator::cpu::cpuid::CpuModel;
-use bivisor_emulator::cpu::{Attr, CpuState, Rflags, Segment, Table};
+use bivisor_emulator::cpu::{Attr, CpuState, Efer, Rflags, Segment, Table};
 use bivisor_emulator::interp::Interpreter;
-use bivisor_emulator::isa::{Seg, Width};
+use bivisor_emulator::isa::{Class, Seg, Sensitivity, Width, facts};
 use bivisor_emulator::mem::GuestMemory;
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Vcpu};
 use bivisor_translator::Translator;
+use iced_x86::{Code, Mnemonic};
 use std::sync::Arc;
 
 /// An engine with its memory.
 pub struct Engine {
     /// Which.
     pub which: Which,
+    /// Outside IA-32e mode, behind PAE paging?
+    legacy: bool,
     vcpu: Box<dyn Vcpu>,
     /// The arena as it sees it.
     pub view: View,
@@ -34,17 +38,31 @@ const ORDER: [Seg; 5] = [Seg::Es, Seg::Cs, Seg::Ss, Seg::Ds, Seg::Fs];
 /// Linear addresses of the two descriptor tables: where no 32-bit code can look, as on Linux.
 const GDT: u64 = 0xffff_8000_0000_1000;
 const LOCAL: u64 = GDT + 0x1000;
+/// The same outside IA-32e mode, where cases hardly look.
+const LEGACY_GDT: u64 = 0xff20_0000;
+/// The page-directory pointers there.
+const POINTERS: u64 = TABLES + 0x7000;
 
 /// Puts the descriptor tables where they belong, and takes the kernel's pages out of the arena.
-fn tables(mem: &GuestMemory) -> Option<()> {
-    // One page is page-directory pointers, directory and table at once.
+fn tables(mem: &GuestMemory, legacy: bool) -> Option<()> {
     const TABLE: u64 = TABLES + 0x7000;
     const WRITABLE: u64 = 0x63;
     let put = |at: u64, v: u64| mem.store(at, Width::Q, v);
-    put(TABLES + 8 * (GDT >> 39 & 0x1ff), TABLE | WRITABLE)?;
-    put(TABLE, TABLE | WRITABLE)?;
-    put(TABLE + 8, (TABLES + 0x4000) | WRITABLE)?;
-    put(TABLE + 16, IDT_AT as u64 | WRITABLE)?;
+    if legacy {
+        // Pointers have neither rights nor marks (SDM 3A 4.4.2).
+        let (directory, table) = (POINTERS + 0x1000, POINTERS + 0x2000);
+        put(POINTERS, (TABLES + 0x2000) | 1)?;
+        put(POINTERS + 8 * (LEGACY_GDT >> 30), directory | 1)?;
+        put(directory + 8 * (LEGACY_GDT >> 21 & 0x1ff), table | WRITABLE)?;
+        put(table, (TABLES + 0x4000) | WRITABLE)?;
+        put(table + 8, IDT_AT as u64 | WRITABLE)?;
+    } else {
+        // One page is page-directory pointers, directory and table at once.
+        put(TABLES + 8 * (GDT >> 39 & 0x1ff), TABLE | WRITABLE)?;
+        put(TABLE, TABLE | WRITABLE)?;
+        put(TABLE + 8, (TABLES + 0x4000) | WRITABLE)?;
+        put(TABLE + 16, IDT_AT as u64 | WRITABLE)?;
+    }
     for page in [arena::GDT, arena::IDT, arena::TSS].into_iter().chain((0..4).map(|n| arena::OWN_TABLES + n * 0x1000)) {
         put(TABLES + 0x3000 + (page >> 12 & 0x1ff) * 8, 0)?;
     }
@@ -57,11 +75,11 @@ fn tables(mem: &GuestMemory) -> Option<()> {
 }
 
 impl Engine {
-    /// Makes an engine.
+    /// Makes an engine; `legacy`: outside IA-32e mode.
     ///
     /// # Errors
     /// A sentence: it is not to be had here.
-    pub fn new(which: Which) -> Result<Engine, String> {
+    pub fn new(which: Which, legacy: bool) -> Result<Engine, String> {
         let model = Arc::new(CpuModel::host());
         let mut vcpu: Box<dyn Vcpu> = match which {
             Which::InterpPaged => Box::new(Interpreter::new(model)),
@@ -69,7 +87,7 @@ impl Engine {
             other => return Err(format!("{} does not run 16- and 32-bit code", other.name())),
         };
         let (view, mem) = arena::ram()?;
-        tables(&mem).ok_or("no room for the tables")?;
+        tables(&mem, legacy).ok_or("no room for the tables")?;
         vcpu.set_intercepts(Intercepts::EXCEPTIONS | Intercepts::SYSCALL);
         let mut template = CpuState::long64(3);
         template.cr3 = arena::TABLES;
@@ -78,8 +96,24 @@ impl Engine {
         template.idtr.limit = 0;
         let limit = 8 * LDT.len() as u32 - 1;
         template.ldtr = Segment { base: LOCAL, limit, attr: Attr::from_bits_retain(0x82), selector: 0x58 };
+        if legacy {
+            template.efer = Efer::NXE;
+            (template.cr3, template.gdtr.base, template.ldtr.base) = (POINTERS, LEGACY_GDT, LEGACY_GDT + 0x1000);
+        }
         *vcpu.state() = template.clone();
-        Ok(Engine { which, vcpu, view, mem, template })
+        Ok(Engine { which, legacy, vcpu, view, mem, template })
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &'static str {
+        if self.legacy { "bt-pae" } else { self.which.name() }
+    }
+
+    /// Is the instruction of a case the same in its mode? Outside IA-32e mode descriptors and gates have other formats.
+    pub fn takes(&self, case: &Case) -> bool {
+        let f = facts(case.insn);
+        let plain = f.sensitivity == Sensitivity::Innocuous && !matches!(f.class, Class::Segment | Class::System);
+        !self.legacy || !case.kind.is_single() || plain && !is_far(case.insn)
     }
 
     /// The code in memory was changed from outside.
@@ -130,6 +164,14 @@ impl Engine {
             }
         }
     }
+}
+
+fn is_far(code: Code) -> bool {
+    code.is_jmp_far()
+        || code.is_jmp_far_indirect()
+        || code.is_call_far()
+        || code.is_call_far_indirect()
+        || matches!(code.mnemonic(), Mnemonic::Retf | Mnemonic::Iret | Mnemonic::Iretd | Mnemonic::Int | Mnemonic::Into)
 }
 
 /// What else changed: the hidden parts of segment registers, which must be those of their selectors, and system registers.

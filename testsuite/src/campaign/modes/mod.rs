@@ -72,7 +72,12 @@ impl Modes {
         Ok(Modes {
             source: Source::default(),
             oracle,
-            engines: wanted.into_iter().map(Engine::new).collect::<Result<_, _>>()?,
+            engines: wanted
+                .iter()
+                .map(|w| (*w, false))
+                .chain(wanted.iter().filter(|w| **w == Which::BtPaged).map(|w| (*w, true)))
+                .map(|(w, legacy)| Engine::new(w, legacy))
+                .collect::<Result<_, _>>()?,
             expected: Expected::default(),
             judge: Outcome::default(),
             outcome: Outcome::default(),
@@ -111,13 +116,13 @@ impl Modes {
             take_memory(case, *view, &mut o);
             out.push(("host", o));
         }
-        for engine in &mut self.engines {
+        for engine in self.engines.iter_mut().filter(|e| e.takes(case)) {
             let mut o = Outcome::default();
             fill(engine.view);
             (0..arena::SIZE).step_by(0x1000).for_each(|page| engine.code_changed(BASE + page));
             engine.run(case, &mut o)?;
             take_memory(case, engine.view, &mut o);
-            out.push((engine.which.name(), o));
+            out.push((engine.name(), o));
         }
         Ok(out)
     }
@@ -172,7 +177,11 @@ impl Modes {
             judged = true;
         }
         for engine in &mut self.engines {
+            // Some of it stays for later cases.
             case.fill(engine.view, pristine);
+            if !engine.takes(case) {
+                continue;
+            }
             let done = engine.run(case, &mut self.outcome);
             take_memory(case, engine.view, &mut self.outcome);
             if !judged {
@@ -184,7 +193,7 @@ impl Modes {
                 Ok(()) => compare(case, &self.outcome, &self.judge),
                 Err(why) => Some((Part::Fault, why)),
             };
-            let name = format!("{}:{}", engine.which.name(), case.kind.bits());
+            let name = format!("{}:{}", engine.name(), case.kind.bits());
             let code = match case.kind.is_single() {
                 true => format!("{:?}", case.insn),
                 false => case.kind.name().into(),

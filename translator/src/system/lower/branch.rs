@@ -2,7 +2,6 @@
 
 use super::asm::{Assembler, At, W};
 use super::scratch::bit;
-use super::stack::PUSHED;
 use super::{Cold, Kind, Lower};
 use crate::system::area::{FACTOR, FAST_HALF, MOVED, TARGET_MASK, at, gs};
 use crate::system::block::{Access, Item, Way};
@@ -62,10 +61,11 @@ impl Lower<'_> {
         let site = self.branch(opcode);
         let exit = self.exit(Kind::To, item.iced.near_branch_target(), self.flags, self.n + 1);
         self.exits[exit].recipe = recipe;
-        if self.spilled == 0 {
+        let reload = self.spilled & !self.block.mode.resident();
+        if reload == 0 {
             self.exits[exit].site = Some(site as u32);
         }
-        self.cold.push(Cold { site, reload: self.spilled, exit });
+        self.cold.push(Cold { site, reload, exit });
     }
 
     /// LOOP, LOOPE, LOOPNE, JECXZ, JRCXZ: they have only an 8-bit displacement, so they jump over a jump.
@@ -75,7 +75,7 @@ impl Lower<'_> {
         let bytes = self.block.code(item);
         // Opcode and displacement are the last two bytes; a 67 prefix counts, others mean nothing here.
         let opcode = bytes[bytes.len() - 2];
-        let narrow = bytes[..bytes.len() - 2].contains(&0x67);
+        let narrow = self.block.mode.is_narrow() || bytes[..bytes.len() - 2].contains(&0x67);
         self.e.align_patch(usize::from(narrow) + 5);
         if narrow {
             self.e.push(0x67);
@@ -94,14 +94,19 @@ impl Lower<'_> {
     /// Pushes the address after a CALL.
     fn push_return(&mut self, item: &Item) -> Option<()> {
         let back = self.block.next(item);
-        let host = self.reach(item, &PUSHED)?;
-        let from = match i32::try_from(back as i64) {
-            Ok(back) => {
+        let pushed = self.pushed();
+        let host = self.reach(item, &pushed)?;
+        let constant = match self.word() {
+            W::D => Some(back as i32),
+            W::Q => i32::try_from(back as i64).ok(),
+        };
+        let from = match constant {
+            Some(back) => {
                 let from = self.e.len();
-                self.e.store_i32(host.at(), back);
+                self.store_constant(host.at(), back);
                 from
             }
-            Err(_) => {
+            None => {
                 let v = self.scratch(item, false)?;
                 self.e.constant(v, back);
                 let from = self.e.len();
@@ -109,8 +114,8 @@ impl Lower<'_> {
                 from
             }
         };
-        self.touched(item, from, host, &PUSHED);
-        self.move_stack(-8);
+        self.touched(item, from, host, &pushed);
+        self.move_stack(-self.word_len());
         Some(())
     }
 
@@ -216,7 +221,7 @@ impl Lower<'_> {
         let host = self.reach(item, a)?;
         let t = self.scratch(item, false)?;
         let from = self.e.len();
-        self.e.load(t, host.at());
+        self.load_word(t, host.at());
         self.touched(item, from, host, a);
         Some(t)
     }
@@ -259,7 +264,7 @@ impl Lower<'_> {
             return Some(false);
         }
         self.look_up(item, target)?;
-        self.move_stack(8 + i32::from(more));
+        self.move_stack(self.word_len() + i32::from(more));
         self.dispatch();
         Some(false)
     }

@@ -7,7 +7,7 @@ use super::asm::{Assembler, At, W};
 use super::scratch::{Window, bit};
 use super::{Cold, Flags, Kind, Lower};
 use crate::system::area::at;
-use crate::system::block::{Access, Item, Way, is_bit_string};
+use crate::system::block::{Access, Item, Segment, Way, is_bit_string};
 use crate::system::tlb;
 use bivisor_emulator::isa::Gpr;
 use bivisor_emulator::mem::PAGE_SIZE;
@@ -118,6 +118,7 @@ impl Lower<'_> {
                 && high <= w.high
                 && (w.write || !a.write)
                 && !w.mirrored
+                && self.is_unwrapped(w, moved)
                 && !(item.high && w.delta as u8 >= 8)
         });
         if let Some(&Window { delta, .. }) = found {
@@ -145,6 +146,7 @@ impl Lower<'_> {
             mirrored: false,
             index: None,
             index_version: 0,
+            anchor: moved,
             delta,
         });
         Some(Host { base, index: Some((delta, 1)), disp, mirrored: false })
@@ -206,6 +208,7 @@ impl Lower<'_> {
             mirrored: false,
             index: None,
             index_version: 0,
+            anchor: 0,
             delta,
         });
         Some(Host { base: delta, index: None, disp, mirrored: false })
@@ -224,11 +227,16 @@ impl Lower<'_> {
         }
         if let Some(bit) = a.bit {
             self.beyond(a, address, bit, index);
+            if a.narrow {
+                self.cut(address);
+            }
         }
         match a.segment {
-            crate::system::block::Segment::Flat => {}
-            crate::system::block::Segment::Fs => self.e.add(address, At::slot(at::FS_BASE)),
-            crate::system::block::Segment::Gs => self.e.add(address, At::slot(at::GS_BASE)),
+            Segment::Flat => {}
+            Segment::Fs => self.e.add(address, At::slot(at::FS_BASE)),
+            Segment::Gs => self.e.add(address, At::slot(at::GS_BASE)),
+            Segment::Fs32 => self.add_base(item, a, address, at::FS_BASE),
+            Segment::Gs32 => self.add_base(item, a, address, at::GS_BASE),
         }
         self.index(index, address, 0);
         self.e.lea(page, At::base(address, i32::from(a.len) - 1));

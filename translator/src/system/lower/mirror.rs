@@ -64,6 +64,7 @@ impl Lower<'_> {
                     mirrored: true,
                     index: None,
                     index_version: 0,
+                    anchor: 0,
                     delta,
                 });
                 delta
@@ -110,6 +111,7 @@ impl Lower<'_> {
                     mirrored: true,
                     index: None,
                     index_version: 0,
+                    anchor: 0,
                     delta,
                 });
                 (delta, low)
@@ -165,6 +167,7 @@ impl Lower<'_> {
                     version,
                     index: a.index,
                     index_version,
+                    anchor: 0,
                     low: far,
                     high: base_moved,
                     write: true,
@@ -197,8 +200,8 @@ impl Lower<'_> {
         }
         let segment = match a.segment {
             Segment::Flat => None,
-            Segment::Fs => Some(at::FS_BASE),
-            Segment::Gs => Some(at::GS_BASE),
+            Segment::Fs | Segment::Fs32 => Some(at::FS_BASE),
+            Segment::Gs | Segment::Gs32 => Some(at::GS_BASE),
         };
         if let Some(slot) = segment {
             self.e.load(delta, At::slot(slot));

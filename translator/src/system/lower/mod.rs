@@ -6,6 +6,7 @@ mod flags;
 mod gate;
 mod memory;
 mod mirror;
+mod narrow;
 mod replay;
 mod rounds;
 mod scratch;
@@ -249,7 +250,7 @@ pub fn lower_noting(block: &GuestBlock, around: &Around, mut note: impl FnMut(us
         exits: Vec::with_capacity(8),
         points: Vec::with_capacity(8),
         cold: Vec::new(),
-        spilled: 0,
+        spilled: block.mode.resident(),
         busy: 0,
         windows: Vec::new(),
         flags: Flags::Slot,
@@ -336,7 +337,7 @@ impl Lower<'_> {
         self.exits.push(Exit {
             kind,
             rip,
-            spilled: 0,
+            spilled: self.block.mode.resident(),
             flags,
             told: self.told,
             recipe: None,
@@ -496,7 +497,11 @@ impl Lower<'_> {
         self.flags_for(item)?;
         let block = self.block;
         let from = self.e.len();
-        self.e.bytes.extend_from_slice(block.code(item));
+        if block.mode.is_narrow() {
+            self.e.bytes.extend_from_slice(&narrow::encode(&item.iced)?);
+        } else {
+            self.e.bytes.extend_from_slice(block.code(item));
+        }
         self.point(item, from);
         Some(true)
     }

@@ -19,6 +19,8 @@ pub(super) struct Window {
     /// The range, relative to the register's value when the version began; or the page.
     pub low: i64,
     pub high: i64,
+    /// How far the register had been moved when the range was asked for; looked at in 32-bit code, where sums wrap.
+    pub anchor: i64,
     /// For stores too.
     pub write: bool,
     /// In the mirror: accesses may fault.
@@ -46,8 +48,9 @@ impl Lower<'_> {
 
     /// Brings everything home.
     pub(super) fn home(&mut self) {
-        self.reload(self.spilled);
-        self.spilled = 0;
+        let resident = self.block.mode.resident();
+        self.reload(self.spilled & !resident);
+        self.spilled = resident;
         self.windows.clear();
     }
 

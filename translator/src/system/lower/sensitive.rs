@@ -83,7 +83,7 @@ impl Lower<'_> {
         };
         let r = Gpr::from_iced(item.iced.op0_register())?;
         self.e.load(r, At::slot(at::CPU));
-        self.e.load(r, At::base(r, offset as i32));
+        self.load_word(r, At::base(r, offset as i32));
         Some(true)
     }
 

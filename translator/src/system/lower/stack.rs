@@ -6,7 +6,7 @@ use super::asm::{Assembler, At, W};
 use super::scratch::bit;
 use super::{Flags, Kind, Lower};
 use crate::system::area::at;
-use crate::system::block::{Access, Item};
+use crate::system::block::Item;
 use bivisor_emulator::cpu::Rflags;
 use bivisor_emulator::isa::Gpr;
 use dynasmrt::DynasmApi;
@@ -15,41 +15,40 @@ const OR: [u8; 1] = [0x0b];
 const MOVZX_BYTE: [u8; 2] = [0x0f, 0xb6];
 const JNE: [u8; 2] = [0x0f, 0x85];
 
-/// What a push stores to.
-pub(super) const PUSHED: Access = Access::stack(-8, true);
-
 impl Lower<'_> {
     pub(super) fn move_stack(&mut self, by: i32) {
-        self.e.lea(Gpr::Rsp, At::base(Gpr::Rsp, by));
+        self.advance_word(Gpr::Rsp, Gpr::Rsp, by);
     }
 
     /// PUSH of a register or a constant.
     pub(super) fn push(&mut self, item: &Item) -> Option<bool> {
-        let host = self.reach(item, &PUSHED)?;
+        let pushed = self.pushed();
+        let host = self.reach(item, &pushed)?;
         let from = self.e.len();
         match Gpr::from_iced(item.iced.op0_register()) {
-            Some(r) => self.e.store(host.at(), r),
-            None => self.e.store_i32(host.at(), item.iced.immediate(0) as i32),
+            Some(r) => self.store_word(host.at(), r),
+            None => self.store_constant(host.at(), item.iced.immediate(0) as i32),
         }
-        self.touched(item, from, host, &PUSHED);
-        self.move_stack(-8);
+        self.touched(item, from, host, &pushed);
+        self.move_stack(-self.word_len());
         Some(true)
     }
 
-    /// PUSH of eight bytes of memory.
+    /// PUSH of a word of memory.
     pub(super) fn push_memory(&mut self, item: &Item) -> Option<bool> {
         let access = item.access?;
         let from = self.reach(item, &access)?;
         let v = self.scratch(item, false)?;
         let at = self.e.len();
-        self.e.load(v, from.at());
+        self.load_word(v, from.at());
         self.touched(item, at, from, &access);
         self.busy = bit(v);
-        let to = self.reach(item, &PUSHED)?;
+        let pushed = self.pushed();
+        let to = self.reach(item, &pushed)?;
         let at = self.e.len();
-        self.e.store(to.at(), v);
-        self.touched(item, at, to, &PUSHED);
-        self.move_stack(-8);
+        self.store_word(to.at(), v);
+        self.touched(item, at, to, &pushed);
+        self.move_stack(-self.word_len());
         Some(true)
     }
 
@@ -59,10 +58,10 @@ impl Lower<'_> {
         let access = item.access?;
         let host = self.reach(item, &access)?;
         let from = self.e.len();
-        self.e.load(r, host.at());
+        self.load_word(r, host.at());
         self.touched(item, from, host, &access);
         if r != Gpr::Rsp {
-            self.move_stack(8);
+            self.move_stack(self.word_len());
         }
         Some(true)
     }
@@ -73,17 +72,17 @@ impl Lower<'_> {
         let host = self.reach(item, &access)?;
         let v = self.scratch(item, false)?;
         let from = self.e.len();
-        self.e.load(v, host.at());
+        self.load_word(v, host.at());
         self.touched(item, from, host, &access);
-        self.e.lea(Gpr::Rsp, At::base(Gpr::Rbp, 8));
+        self.advance_word(Gpr::Rsp, Gpr::Rbp, self.word_len());
         self.e.copy(Gpr::Rbp, v);
         Some(true)
     }
 
-    /// PUSHFQ: RF and VM are never set here.
+    /// PUSHFQ, PUSHFD: RF and VM are never set here.
     pub(super) fn push_flags(&mut self, item: &Item) -> Option<bool> {
         self.give_up_flags(item);
-        let host = self.place(item, &PUSHED)?;
+        let host = self.place(item, &self.pushed())?;
         let (v, overflow) = (self.scratch(item, true)?, self.scratch(item, false)?);
         self.e.rm(W::D, &MOVZX_BYTE, v as u8, At::slot(at::STATUS + 1), &[]);
         self.e.rm(W::D, &MOVZX_BYTE, overflow as u8, At::slot(at::STATUS), &[]);
@@ -91,12 +90,12 @@ impl Lower<'_> {
         self.e.rr(W::Q, &OR, v as u8, overflow, &[]);
         self.e.rm(W::Q, &OR, v as u8, At::slot(at::FLAGS), &[]);
         self.e.rm(W::Q, &OR, v as u8, At::slot(at::INTERRUPTS), &[]);
-        self.e.store(host.at(), v);
-        self.move_stack(-8);
+        self.store_word(host.at(), v);
+        self.move_stack(-self.word_len());
         Some(true)
     }
 
-    /// POPFQ: the interpreter does it if more than the status flags and IF change.
+    /// POPFQ, POPFD: the interpreter does it if more than the status flags and IF change.
     pub(super) fn pop_flags(&mut self, item: &Item) -> Option<bool> {
         let mut other = Rflags::TF | Rflags::DF | Rflags::NT | Rflags::AC | Rflags::ID;
         let user = self.block.mode.user();
@@ -110,7 +109,7 @@ impl Lower<'_> {
         } else {
             other |= Rflags::IOPL;
         }
-        self.e.load(v, host.at());
+        self.load_word(v, host.at());
         self.e.load(x, At::slot(at::FLAGS));
         self.e.rr(W::Q, &[0x33], x as u8, v, &[]);
         self.e.rr(W::D, &[0xf7], 0, x, &(other.bits() as u32).to_le_bytes());
@@ -134,7 +133,7 @@ impl Lower<'_> {
         self.e.rm(W::D, &[0x89], x as u8, At::slot(at::STATUS), &[]);
         // From here on nothing of what was before tells them.
         (self.flags, self.told, self.producer) = (Flags::Slot, None, None);
-        self.move_stack(8);
+        self.move_stack(self.word_len());
         if !user {
             // IF is on, and an interrupt waits.
             self.e.load(v, At::slot(at::INTERRUPTS));

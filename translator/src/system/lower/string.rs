@@ -14,13 +14,15 @@ use dynasmrt::DynasmApi;
 const JA: [u8; 2] = [0x0f, 0x87];
 const PAGE_MASK: i32 = -(PAGE_SIZE as i32);
 
-fn element(base: Gpr, len: u8, write: bool) -> Access {
-    Access { base: Some(base), index: None, disp: 0, segment: Segment::Flat, narrow: false, len, write, bit: None }
-}
-
 impl Lower<'_> {
+    /// An element at a register.
+    fn at(&self, base: Gpr, len: u8, write: bool) -> Access {
+        let narrow = self.block.mode.is_compat();
+        Access { base: Some(base), index: None, disp: 0, segment: Segment::Flat, narrow, len, write, bit: None }
+    }
+
     fn advance(&mut self, r: Gpr, len: u8) {
-        self.e.lea(r, At::base(r, i32::from(len)));
+        self.advance_word(r, r, i32::from(len));
     }
 
     /// MOV of an element between memory and RAX or another register.
@@ -42,21 +44,21 @@ impl Lower<'_> {
     pub(super) fn string(&mut self, item: &Item, way: Way) -> Option<bool> {
         match way {
             Way::Stos(len) => {
-                let to = self.place(item, &element(Gpr::Rdi, len, true))?;
+                let to = self.place(item, &self.at(Gpr::Rdi, len, true))?;
                 self.element(true, len, Gpr::Rax, to.at());
                 self.advance(Gpr::Rdi, len);
             }
             Way::Lods(len) => {
-                let from = self.place(item, &element(Gpr::Rsi, len, false))?;
+                let from = self.place(item, &self.at(Gpr::Rsi, len, false))?;
                 self.element(false, len, Gpr::Rax, from.at());
                 self.advance(Gpr::Rsi, len);
             }
             Way::Movs(len) => {
-                let from = self.place(item, &element(Gpr::Rsi, len, false))?;
+                let from = self.place(item, &self.at(Gpr::Rsi, len, false))?;
                 // Its byte registers need no REX.
                 let v = self.scratch(item, true)?;
                 self.busy |= bit(v);
-                let to = self.place(item, &element(Gpr::Rdi, len, true))?;
+                let to = self.place(item, &self.at(Gpr::Rdi, len, true))?;
                 if v as u8 >= 4 && len == 1 {
                     return None;
                 }
@@ -78,7 +80,7 @@ impl Lower<'_> {
         self.e.copy(t, base);
         self.e.and(W::Q, t, PAGE_MASK);
         self.e.compare(t, At::table(self.tag(write), delta));
-        self.miss(item, element(base, len, write), (0, i64::from(len), write), retry);
+        self.miss(item, self.at(base, len, write), (0, i64::from(len), write), retry);
         // The last byte is in the same page.
         self.e.lea(t, At::any(Some(base), Some((Gpr::Rcx, len)), -1, false));
         self.e.rr(W::Q, &[0x33], t as u8, base, &[]);
@@ -114,9 +116,10 @@ impl Lower<'_> {
             self.e.push(0x48);
         }
         self.e.push(if moves { 0xa4 } else { 0xaa } | u8::from(len > 1));
-        self.e.rr(W::Q, &[0x29], to as u8, Gpr::Rdi, &[]);
+        // At the end of the address space 32-bit sums wrap.
+        self.e.rr(self.word(), &[0x29], to as u8, Gpr::Rdi, &[]);
         if let Some(from) = from {
-            self.e.rr(W::Q, &[0x29], from as u8, Gpr::Rsi, &[]);
+            self.e.rr(self.word(), &[0x29], from as u8, Gpr::Rsi, &[]);
         }
         Some(true)
     }

@@ -3,6 +3,7 @@
 use super::{Next, System, Via, resume};
 use crate::emit::slot;
 use crate::run::Translator;
+use crate::system::Mode;
 use crate::system::area::{Area, at};
 use crate::system::cache::Cache;
 use crate::system::lower::{Flags, Kind, Told};
@@ -55,6 +56,9 @@ pub(super) fn is_quiet(insn: &Insn) -> bool {
             | M::Syscall
             | M::Sysretq
             | M::Iretq
+            | M::Iretd
+            | M::Sysenter
+            | M::Sysexit
             | M::Int
             | M::Int3
             | M::Cpuid
@@ -147,7 +151,8 @@ impl System {
             self.calls.resize_with(n + 1, || None);
         }
         if self.calls[n].is_none() {
-            let insn = self.cache.bytes(ram, id, t.cpu.rip).and_then(|b| decode(&b, 64).ok());
+            let bits = if self.is_narrow(id) { 32 } else { 64 };
+            let insn = self.cache.bytes(ram, id, t.cpu.rip).and_then(|b| decode(&b, bits).ok());
             let Some(insn) = insn else {
                 self.forget_control();
                 return t.core.run(&mut t.cpu, board, 1, None);
@@ -180,8 +185,10 @@ impl System {
                 c.times += 1;
                 let other = |n| !matches!(n, index::EFER | index::STAR | index::LSTAR | index::CSTAR | index::FMASK);
                 let quiet = c.quiet || c.code == Code::Wrmsr && other(t.cpu.gpr[Gpr::Rcx as usize] as u32);
+                let cr0 = t.cpu.cr0;
                 let exit = t.core.execute(&mut t.cpu, board, &c.insn);
-                if !quiet {
+                // A task switch sets TS.
+                if !quiet || t.cpu.cr0 != cr0 {
                     self.forget_control();
                 }
                 exit
@@ -251,6 +258,7 @@ impl System {
         self.open_gate(&t.cpu, id, b);
         self.load(&t.cpu);
         self.area.set(at::ASLEEP, u64::from(mode.vectors() == 0));
+        self.load_resident(&t.cpu, mode);
         Next::Resume(self.cache.host(self.cache.block(b).entries.both()))
     }
 
@@ -267,6 +275,21 @@ impl System {
         self.area.set(at::TSC_OFFSET, cpu.msr.tsc_offset);
         self.area.set(at::GDT, cpu.gdtr.base);
         self.area.set(at::GDT_LAST, u64::from(cpu.gdtr.limit).saturating_sub(7));
+    }
+
+    /// Registers without a name in 32-bit code of this mode into their slots.
+    pub(super) fn load_resident(&self, cpu: &CpuState, mode: Mode) {
+        let mut rest = mode.resident();
+        while rest != 0 {
+            let r = rest.trailing_zeros() as usize;
+            self.area.set(at::SPILL + 8 * r, cpu.gpr[r]);
+            rest &= rest - 1;
+        }
+    }
+
+    /// Is an exit one of 32-bit code?
+    pub(super) fn is_narrow(&self, id: u32) -> bool {
+        self.cache.block(self.cache.exit(id).block).mode.is_narrow()
     }
 
     pub(super) fn mend(&self, cpu: &mut CpuState, board: Board<'_>, spilled: u16, flags: Flags, told: Option<Told>) {

@@ -60,7 +60,7 @@ impl System {
             () => 1,
         };
         let mode = self.control.get_or_insert_with(|| Control::of(cpu)).as_ref()?.mode(cpu, most)?;
-        Some(if mode.user() && self.mirroring.decide() { mode.mirrored() } else { mode })
+        Some(if mode.user() && !mode.is_narrow() && self.mirroring.decide() { mode.mirrored() } else { mode })
     }
 
     /// SYSCALL and SYSRET leave until it is known where they go.
@@ -78,7 +78,7 @@ impl System {
     /// After SYSCALL or SYSRET by the interpreter, which led to block `b`: from now on they go there by themselves.
     pub(super) fn open_gate(&mut self, cpu: &CpuState, id: u32, b: u32) {
         let mnemonic = match self.calls.get(id as usize) {
-            Some(Some(c)) => c.code.mnemonic(),
+            Some(Some(c)) if !self.is_narrow(id) => c.code.mnemonic(),
             _ => return,
         };
         let (mode, alignment) = (self.cache.block(b).mode, cpu.cr0.contains(Cr0::AM));
