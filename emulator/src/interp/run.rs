@@ -400,6 +400,8 @@ fn stopped(x: &mut Exec<'_>, stop: Stop, left: &mut u64) -> Result<(), Exit> {
             x.cpu.rip = x.next_rip;
             x.cpu.activity = Activity::Halted;
             x.cpu.interrupt_shadow = false;
+            // It is complete: the frame of the interrupt that wakes it has no RF.
+            x.cpu.rflags.remove(Rflags::RF);
             Err(Exit::Halt)
         }
         // It waits for an interrupt, which may come now: time passes.

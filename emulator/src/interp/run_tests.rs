@@ -165,6 +165,11 @@ fn instruction_breakpoints_and_rf() {
     assert_eq!(m.run(2), Exit::Budget);
     assert_eq!(m.cpu().rip, CODE + 3);
     assert!(!m.cpu().rflags.contains(Rflags::RF));
+    // HLT is complete, too.
+    let mut m = Machine::long64(0, &[0xf4]);
+    m.cpu().rflags |= Rflags::RF;
+    assert_eq!(m.run(1), Exit::Halt);
+    assert!(!m.cpu().rflags.contains(Rflags::RF));
 }
 
 /// Raises vector 0x20 while `pending`.
