@@ -5,6 +5,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use bivisor_testsuite::campaign::case::Kind;
 use bivisor_testsuite::campaign::coordinator::{self, Options, Plan};
 use bivisor_testsuite::campaign::engine::Which;
+use bivisor_testsuite::campaign::group::kvm_for_kernels;
 use bivisor_testsuite::campaign::matrix::Coverage;
 use bivisor_testsuite::campaign::modes::matrix as modes;
 use bivisor_testsuite::campaign::tally::Tally;
@@ -35,6 +36,12 @@ pub fn run(args: &AllArgs) -> Result<i32> {
     if let Some((from, step)) = args.worker {
         coordinator::work(&plan, from, step).map_err(|e| anyhow!(e))?;
         return Ok(0);
+    }
+    if args.engines.iter().any(|e| e == "kvm")
+        && args.kinds.iter().any(|k| k == "cpl0")
+        && let Err(why) = kvm_for_kernels()
+    {
+        eprintln!("SKIPPED: KVM is no engine of cpl0 here: {why}");
     }
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let options = Options {

@@ -96,7 +96,7 @@ struct AllArgs {
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "interp,bt,host")]
     engines: Vec<String>,
     /// What kinds of cases: insn (one instruction), block (several, with branches and loops), bytes and cpl0 (any bytes at CPL 3,
-    /// sequences of a kernel at CPL 0: interpreter against translator), insn32, insn16, block32 and block16 (32- and 16-bit user code
+    /// sequences of a kernel at CPL 0: interpreter against translator, and kvm if it is hardware), insn32, insn16, block32 and block16 (32- and 16-bit user code
     /// behind page tables).
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "insn,block")]
     kinds: Vec<String>,

@@ -34,6 +34,26 @@ fn a_million_cases() {
     assert_eq!(out.status.code(), Some(0), "{}{}", text(&out.stdout), text(&out.stderr));
 }
 
+/// KVM is an engine of kernels where it is hardware, counted by itself; where not, that is said, once.
+#[test]
+fn kernels_on_kvm() {
+    if !has_xsave() {
+        return;
+    }
+    let host = bivisor_kvm_backend::host();
+    if !host.usable_for_process {
+        return println!("SKIPPED: {}", host.reason);
+    }
+    let args = ["diff", "--all", "--kinds", "cpl0", "--engines", "interp,bt,kvm", "--cases", "60000", "--json"];
+    let out = bivisor(&args);
+    let said = text(&out.stderr).matches("SKIPPED: KVM is no engine of cpl0 here").count();
+    assert_eq!(said, usize::from(!host.usable_for_machine), "{}", text(&out.stderr));
+    let cases = |engine: &str| json(&out)["tally"]["counts"][engine]["cpl0"]["cases"].as_u64();
+    assert_eq!(cases("kvm").is_some(), host.usable_for_machine);
+    assert_eq!(cases("bt-paged"), Some(512), "sixteen of each of 32 batches");
+    assert_eq!(out.status.code(), Some(0), "{}", text(&out.stdout));
+}
+
 /// Shards are parts of the whole, whatever the number of workers; a state file goes on where it was.
 #[test]
 fn shards_workers_and_resuming_give_the_same_results() {

@@ -12,11 +12,12 @@ use bivisor_testsuite::campaign::beside::Beside;
 use bivisor_testsuite::campaign::blocks::{self, Members, ROOM};
 use bivisor_testsuite::campaign::case::{Case, Kind};
 use bivisor_testsuite::campaign::engine::Which;
+use bivisor_testsuite::campaign::group::Group;
 use bivisor_testsuite::campaign::modes::record;
 use bivisor_testsuite::campaign::modes::segments::{FLAT_CODE, FLAT_DATA, segment, selector};
 use bivisor_testsuite::campaign::modes::source;
 use bivisor_testsuite::campaign::outcome::{End, NORMAL};
-use bivisor_testsuite::campaign::pair::{self, Pair, Sequence};
+use bivisor_testsuite::campaign::sequence::{self, Sequence};
 use bivisor_testsuite::campaign::values::Pool;
 use bivisor_testsuite::campaign::worker::codes;
 use bivisor_testsuite::random::Random;
@@ -387,15 +388,15 @@ fn stores_into_the_own_code_beside_the_host() {
 /// CPL 3. A counterexample shrinks to few pieces.
 #[test]
 fn kernels_on_interpreter_and_translator() {
-    let pair = RefCell::new(Pair::new().expect("the engines"));
+    let group = RefCell::new(Group::new().expect("the engines"));
     let interrupt = prop::option::of((0..8usize, 32..232u8));
     let pieces = prop::collection::vec(any::<u64>(), 1..16);
     let strategy = (prop::bool::weighted(0.8), pieces, any::<u64>(), any::<u64>(), 0..8usize, interrupt);
     let done = run(2000, &strategy, |(kernel, pieces, seed, flags, steps, interrupt)| {
-        let pair = &mut *pair.borrow_mut();
+        let group = &mut *group.borrow_mut();
         let mut code = Vec::new();
-        pieces.into_iter().for_each(|seed| pair.piece(&mut Random::new(seed), kernel, &mut code));
-        if pair::is_own(&code) {
+        pieces.into_iter().for_each(|seed| group.source().piece(&mut Random::new(seed), kernel, &mut code));
+        if sequence::is_own(&code) {
             return Ok(());
         }
         // One at a time is counted exactly; a large budget may be overshot, so a kernel runs to its HLT.
@@ -404,15 +405,15 @@ fn kernels_on_interpreter_and_translator() {
         let s = Sequence {
             kernel,
             code,
-            gpr: pair::registers(&mut Random::new(seed)),
+            gpr: sequence::registers(&mut Random::new(seed)),
             rflags: 2 | flags & if kernel { 0xed5 } else { 0xcd5 } | if kernel { 0 } else { 0x200 },
             seed,
             interrupt: interrupt.filter(|_| kernel).map(|(at, vector)| (at.min(steps), vector)),
             budgets,
         };
-        match pair.run(&s) {
-            Some(what) if pair::known(&s, &what).is_none() => {
-                Err(TestCaseError::fail(format!("{what}\n{}\n{s:x?}", pair::text(&s))))
+        match group.difference(&s) {
+            Some(what) if sequence::known(&s, &what).is_none() => {
+                Err(TestCaseError::fail(format!("{what}\n{}\n{s:x?}", sequence::text(&s))))
             }
             _ => Ok(()),
         }

@@ -152,7 +152,6 @@ impl Process {
             signals: self.signals.clone(),
             cpu: self.cpu.clone(),
             host_exec: AtomicBool::new(true),
-            address_limit: self.address_limit.inherited(),
         }
     }
 }

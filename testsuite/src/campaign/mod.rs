@@ -15,7 +15,7 @@
 //! | [`oracle`] | the host CPU (unsafe) |
 //! | [`engine`] | the engines |
 //! | [`outcome`] | what came out, and the comparison |
-//! | [`pair`] | sequences at CPL 0 and any bytes, interpreter against translator |
+//! | [`sequence`], [`group`] | sequences at CPL 0 and any bytes, without the host CPU; the engines that run them |
 //! | [`modes`] | 16- and 32-bit code |
 //! | [`tally`] | counts and divergences |
 //! | [`expected`] | the list of expected divergences |
@@ -35,12 +35,13 @@ pub mod encode;
 pub mod engine;
 pub mod expected;
 pub mod far;
+pub mod group;
 pub mod matrix;
 pub mod modes;
 pub mod oracle;
 pub mod outcome;
-pub mod pair;
 pub mod repro;
+pub mod sequence;
 pub mod tally;
 pub mod values;
 pub mod worker;

@@ -7,13 +7,13 @@ use super::batch::{Batch, Source};
 use super::case::{Case, Kind};
 use super::engine::{Engine, Which};
 use super::expected::Expected;
+use super::group::{self, Group};
 use super::modes::Modes;
 use super::modes::oracle::local_table;
 use super::oracle::Oracle;
 use super::outcome::{Compare, End, Outcome, Part, compare, take_memory};
-use super::pair::{self, Pair};
 use super::tally::{Count, Divergence, Tally};
-use super::{blocks, encode, repro};
+use super::{blocks, encode, repro, sequence};
 use crate::random::Random;
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::isa::{Class, Gpr, facts};
@@ -28,7 +28,7 @@ pub struct Worker {
     oracle: Option<Oracle>,
     engines: Vec<Engine>,
     kinds: Vec<Kind>,
-    pair: Option<Pair>,
+    group: Option<Group>,
     modes: Option<Modes>,
     compare: Compare,
     expected: Expected,
@@ -70,8 +70,8 @@ impl Worker {
         Ok(Worker {
             source: Source::new(&codes().0),
             counts: vec![vec![Count::default(); Code::values().len() + Kind::ALL.len()]; engines.len()],
-            pair: match kinds.iter().any(|k| matches!(k, Kind::Bytes | Kind::Cpl0)) {
-                true => Some(Pair::new()?),
+            group: match kinds.iter().any(|k| matches!(k, Kind::Bytes | Kind::Cpl0)) {
+                true => Some(Group::of(&kernel_engines(which, kinds))?),
                 false => None,
             },
             modes: match kinds.iter().any(|k| k.bits() != 64) {
@@ -139,39 +139,41 @@ impl Worker {
         self.result.cases - before
     }
 
-    /// Interpreter against translator.
+    /// Engines beside the interpreter.
     fn sequences(&mut self, kind: Kind, n: u64) {
-        let Some(pair) = &mut self.pair else { return };
+        let Some(group) = &mut self.group else { return };
         let mut r = Random::new(self.seed.rotate_left(32) ^ n << 2 ^ kind as u64);
         r.next();
         for _ in 0..SEQUENCES {
-            let s = pair.draw(&mut r, kind == Kind::Cpl0);
-            let found = pair.run(&s);
+            let s = group.source().draw(&mut r, kind == Kind::Cpl0);
             self.result.cases += 1;
-            let count = self.result.counts.entry("bt-paged".into()).or_default().entry(kind.name().into()).or_default();
-            count.cases += 1;
-            let Some(what) = found else {
-                count.equal += 1;
-                continue;
-            };
-            let (s, what) = pair.shrink(s, what);
-            if let Some(row) = pair::known(&s, &what) {
-                count.expected += 1;
-                *self.result.expected.entry(row.into()).or_default() += 1;
-                continue;
+            for (which, what) in group.run(&s) {
+                let counts = self.result.counts.entry(which.name().into()).or_default();
+                let count = counts.entry(kind.name().into()).or_default();
+                count.cases += 1;
+                let Some(what) = what else {
+                    count.equal += 1;
+                    continue;
+                };
+                let (s, what) = group.shrink(which, s.clone(), what);
+                if let Some(row) = sequence::known(&s, &what) {
+                    count.expected += 1;
+                    *self.result.expected.entry(row.into()).or_default() += 1;
+                    continue;
+                }
+                let code: Vec<String> = s.code.iter().map(|b| format!("{b:02x}")).collect();
+                self.result.note(Divergence {
+                    engine: which.name().into(),
+                    code: kind.name().into(),
+                    bytes: code.join(" "),
+                    text: sequence::text(&s),
+                    part: "other".into(),
+                    what,
+                    seed: self.seed,
+                    batch: n,
+                    repro: serde_json::json!({ "sequence": format!("{s:x?}") }),
+                });
             }
-            let code: Vec<String> = s.code.iter().map(|b| format!("{b:02x}")).collect();
-            self.result.note(Divergence {
-                engine: "bt-paged".into(),
-                code: kind.name().into(),
-                bytes: code.join(" "),
-                text: pair::text(&s),
-                part: "other".into(),
-                what,
-                seed: self.seed,
-                batch: n,
-                repro: serde_json::json!({ "sequence": format!("{s:x?}") }),
-            });
         }
     }
 
@@ -385,6 +387,12 @@ impl Worker {
         }
         tally
     }
+}
+
+/// Interpreter and translator, and KVM if it is wanted and can run kernels.
+fn kernel_engines(which: &[Which], kinds: &[Kind]) -> Vec<Which> {
+    let kvm = which.contains(&Which::Kvm) && kinds.contains(&Kind::Cpl0) && group::kvm_for_kernels().is_ok();
+    [Which::InterpPaged, Which::BtPaged].into_iter().chain(kvm.then_some(Which::Kvm)).collect()
 }
 
 /// Sequences of each kind in a batch.

@@ -1,12 +1,14 @@
 //! Block translation: interpreter against translator on bytes that a mutation made of good code, at both levels.
 
 use super::{Guided, Target, hex, mutate, quietly};
-use crate::campaign::pair::{self, Pair, Sequence};
+use crate::campaign::engine::Which;
+use crate::campaign::group::Group;
+use crate::campaign::sequence::{self, Sequence};
 use crate::random::Random;
 
 /// See [`super::target`].
 pub struct Blocks {
-    pair: Pair,
+    group: Group,
 }
 
 impl Blocks {
@@ -15,7 +17,7 @@ impl Blocks {
     /// # Errors
     /// The host's.
     pub fn new() -> Result<Blocks, String> {
-        Ok(Blocks { pair: Pair::new()? })
+        Ok(Blocks { group: Group::new()? })
     }
 }
 
@@ -23,24 +25,24 @@ impl Blocks {
     /// A sequence at CPL 3 as [`Guided::bytes`] reads it.
     pub(super) fn seed(&self, r: &mut Random) -> Vec<u8> {
         let mut out = vec![r.next() as u8; 2];
-        out.extend(self.pair.draw(r, false).code);
+        out.extend(self.group.source().draw(r, false).code);
         out
     }
 
     fn compare(&mut self, s: &Sequence) -> Result<(), String> {
-        if pair::is_own(&s.code) {
+        if sequence::is_own(&s.code) {
             return Ok(());
         }
-        match quietly(|| self.pair.run(s)) {
+        match quietly(|| self.group.difference(s)) {
             Ok(None) => Ok(()),
-            Ok(Some(what)) if pair::known(s, &what).is_some() => Ok(()),
+            Ok(Some(what)) if sequence::known(s, &what).is_some() => Ok(()),
             Ok(Some(what)) => {
-                let (s, what) = self.pair.shrink(s.clone(), what);
-                Err(format!("{what}\n  {}\n  {s:x?}", pair::text(&s)))
+                let (s, what) = self.group.shrink(Which::BtPaged, s.clone(), what);
+                Err(format!("{what}\n  {}\n  {s:x?}", sequence::text(&s)))
             }
             Err(why) => {
                 // The engines may be anywhere.
-                self.pair = Pair::new()?;
+                self.group = Group::new()?;
                 Err(format!("{why}: [{}] {s:x?}", hex(&s.code)))
             }
         }
@@ -54,8 +56,8 @@ impl Guided for Blocks {
         let seed = u64::from(*seed) << 56;
         let mut budgets = vec![1; usize::from(steps % 8)];
         budgets.push(100);
-        let code = code[..code.len().min(pair::ROOM)].to_vec();
-        let gpr = pair::registers(&mut Random::new(seed));
+        let code = code[..code.len().min(sequence::ROOM)].to_vec();
+        let gpr = sequence::registers(&mut Random::new(seed));
         let rflags = 0x202 | seed >> 48 & 0x8d5;
         self.compare(&Sequence { kernel: false, code, gpr, rflags, seed, budgets, interrupt: None })
     }
@@ -64,12 +66,12 @@ impl Guided for Blocks {
 impl Target for Blocks {
     fn one(&mut self, r: &mut Random) -> Result<(), String> {
         let kernel = r.once_in(2);
-        let mut s = self.pair.draw(r, kernel);
+        let mut s = self.group.source().draw(r, kernel);
         // At CPL 0 a mutation may leave a page table changed and not flushed, and then both are right.
         if !kernel {
             mutate(r, &mut s.code);
         }
-        s.code.truncate(pair::ROOM);
+        s.code.truncate(sequence::ROOM);
         self.compare(&s)
     }
 }

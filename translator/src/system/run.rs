@@ -7,7 +7,7 @@ mod calls;
 mod gates;
 mod mirror;
 
-use crate::emit::{ALL_OF_IT, slot};
+use crate::emit::slot;
 use crate::route::Policy;
 use crate::run::Translator;
 use crate::system::area::{Area, CELLS, at};
@@ -395,7 +395,7 @@ impl System {
         block.note_tid();
         // Another engine may have mapped its own there.
         self.area.map(block).expect("the area can be mapped behind the thread block");
-        block.scratch[slot::AREA_OWNER].set(ALL_OF_IT);
+        block.scratch[slot::AREA_OWNER].set(0);
         let (start, end) = self.cache.range();
         block.engine_hook.set(Some(handler::hook));
         block.scratch[slot::LOOK].set(0);
