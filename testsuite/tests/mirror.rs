@@ -19,8 +19,8 @@ const TABLES: u64 = 0x1000;
 const CODE: u64 = 0x2_0000;
 const DATA: u64 = 0x4_0000;
 const PAGES: u64 = 32;
-/// Where the data is seen: in the middle of a slot of 512 GiB, and around the border of two.
-const VIEWS: [u64; 2] = [0x40_0000, 0x7f_ffff_0000];
+/// Where the data is seen: in the middle of a slot of 2 TiB, and around the border of two.
+const VIEWS: [u64; 2] = [0x40_0000, 0x1ff_ffff_0000];
 const LEN: u64 = PAGES * 0x1000;
 
 const POINTERS: [AsmRegister64; 4] = [rbx, rcx, rsi, r12];

@@ -220,6 +220,7 @@ fn kernel_at(bytes: &[u8], start: u64, model: Arc<CpuModel>, mode: system::Mode)
         share: true,
         foresee: true,
         divides: false,
+        guess: system::lower::Guess::default(),
     };
     let mut starts = Vec::new();
     let unit = system::lower::lower_noting(&block, &around, |at| starts.push(at));

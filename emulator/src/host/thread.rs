@@ -53,7 +53,9 @@ struct Attached {
 }
 
 const STACK_SIZE: usize = 128 << 10;
-const BLOCK_SIZE: usize = ENGINE_AREA_OFFSET + ENGINE_AREA_SIZE;
+/// Bytes after it, in which an engine may make pages readable.
+pub const ENGINE_CHECKS_SIZE: usize = 1 << 20;
+const BLOCK_SIZE: usize = ENGINE_AREA_OFFSET + ENGINE_AREA_SIZE + ENGINE_CHECKS_SIZE;
 const _: () = assert!(size_of::<ThreadBlock>() <= ENGINE_AREA_OFFSET);
 
 impl Attached {

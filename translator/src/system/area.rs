@@ -4,7 +4,7 @@
 //! It is mapped twice: once for Rust, once behind the thread block of the thread that runs the virtual CPU.
 #![allow(unsafe_code)]
 
-use bivisor_emulator::host::thread::{ENGINE_AREA_OFFSET, ENGINE_AREA_SIZE, ThreadBlock};
+use bivisor_emulator::host::thread::{ENGINE_AREA_OFFSET, ENGINE_AREA_SIZE, ENGINE_CHECKS_SIZE, ThreadBlock};
 use std::io::{Error, Result};
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
@@ -112,6 +112,11 @@ pub mod at {
     pub const FAST: usize = TLB + crate::system::tlb::CONTEXTS * crate::system::tlb::TABLE;
 }
 
+/// Offset of the only readable page behind the area. Generated code that takes a slot of the mirror for granted reads there, further by
+/// a page for each slot that the address is away from it ([`crate::system::mirror`]).
+pub const CHECKED: usize = ENGINE_AREA_SIZE + 4096 * (crate::system::mirror::SLOTS - 1);
+const _: () = assert!(CHECKED + 4096 * 2 * crate::system::mirror::SLOTS <= ENGINE_AREA_SIZE + ENGINE_CHECKS_SIZE);
+
 /// Entries of the map of code pages.
 pub const CELLS: usize = 2048;
 /// Caches of branch targets.
@@ -192,7 +197,12 @@ impl Area {
             return Err(Error::last_os_error());
         }
         self.base = p.cast();
-        Ok(())
+        let page = (block.this as usize + ENGINE_AREA_OFFSET + CHECKED) as *mut libc::c_void;
+        // SAFETY: a page of the block's own mapping, in which there is nothing.
+        match unsafe { libc::mprotect(page, 4096, libc::PROT_READ) } {
+            0 => Ok(()),
+            _ => Err(Error::last_os_error()),
+        }
     }
 
     /// The thread may end, or another engine map its own there.

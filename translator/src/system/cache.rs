@@ -10,7 +10,7 @@ use crate::system::area::{self, Area, at};
 use crate::system::block::{GuestBlock, MAX_INSNS, Source, decode};
 use crate::system::hash::Map;
 use crate::system::lower::asm::{Assembler, At};
-use crate::system::lower::{Around, Entries, Exit, Flags, Kind, Point, Replay, Told, Unit, lower};
+use crate::system::lower::{Around, Entries, Exit, Flags, Guess, Kind, Point, Replay, Told, Unit, lower};
 use crate::system::{enter, tlb};
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::isa::{Gpr, MAX_INSN_LEN};
@@ -146,6 +146,10 @@ pub struct Cache {
     links: Map<u32, Link>,
     origins: Map<u32, u32>,
     hints: Map<Key, Hints>,
+    /// Slots of the mirror in which instructions of a block found what they access.
+    learned: Map<Key, Vec<(u16, Option<u8>)>>,
+    /// The registers and the slots in use, for the next block that is made.
+    pub guess: ([u64; 16], u64),
     numbers: Map<(u64, u64, bool), u32>,
     /// By linear page, as code of CPL 3 or not: which of the map of code pages. Given out in turn, so that few pages share one.
     cells: Map<(u64, bool), u16>,
@@ -199,6 +203,8 @@ impl Cache {
             links: Map::default(),
             origins: Map::default(),
             hints: Map::default(),
+            learned: Map::default(),
+            guess: ([0; 16], 0),
             numbers: Map::default(),
             cells: Map::default(),
             ways_in: Vec::new(),
@@ -277,6 +283,7 @@ impl Cache {
         area.set(at::TARGET_BITS, area::FAST_ENTRIES as u64 - 1);
         area.set(at::LOOKED, self.leave + KICKED_AT);
         self.hints.clear();
+        self.learned.clear();
         area.fill(at::TARGETS..at::TARGETS + area::TABLES * area::TABLE_SIZE, 0xff);
         area.fill(at::CELLS..at::CELLS + 4 * area::CELLS, 0);
         self.counts.flushes += 1;
@@ -327,6 +334,11 @@ impl Cache {
             share: !hints.apart,
             foresee: !hints.strict,
             divides: hints.divides,
+            guess: Guess {
+                gpr: self.guess.0,
+                used: self.guess.1,
+                learned: self.learned.get(&key).cloned().unwrap_or_default(),
+            },
         };
         let unit = lower(&block, &around);
         Some(self.insert(&block, gpa, pages, unit, ram))
@@ -639,6 +651,21 @@ impl Cache {
     /// The base register of an access at this host address is not near to what is accessed.
     pub fn distant(&mut self, pc: u64) {
         self.hint(pc, |hints| &mut hints.apart);
+    }
+
+    /// The instruction at this host address accesses memory in another slot than was expected.
+    pub fn astray(&mut self, pc: u64, slot: u8) {
+        let Some((block, at)) = self.point(pc).map(|(b, p)| (b, p.at)) else { return };
+        let key = (block.rip, block.gpa, block.mode);
+        let at_this_host = pc.wrapping_sub(self.buffer.base()) as u32;
+        let learned = self.learned.entry(key).or_default();
+        match learned.iter_mut().find(|(n, _)| *n == at) {
+            Some((_, known)) => *known = None,
+            None => learned.push((at, Some(slot))),
+        }
+        if let Some(b) = self.blocks.partition_point(|b| b.at <= at_this_host).checked_sub(1) {
+            self.kill(b as u32);
+        }
     }
 
     /// A division at this host address faulted.

@@ -1,16 +1,22 @@
 //! The mirror: pages of the guest's user mode mapped on the host as far apart as in the guest, so that the host's MMU checks accesses
 //! instead of the inline TLB.
 //!
-//! User addresses have 47 bits, the host's too, so a constant distance does not do: each 512 GiB that the guest uses (a slot) has a place
-//! of its own on the host, with 4 GiB on either side where nothing is. Generated code takes bits 39 to 46 of an address to find the
+//! User addresses have 47 bits, the host's too, so a constant distance does not do: each 2 TiB that the guest uses (a slot) has a place
+//! of its own on the host, with 4 GiB on either side where nothing is. Generated code takes bits 41 to 48 of an address to find the
 //! distance in a table ([`at::DELTAS`]) and adds it. Slots that are not used lead nowhere: to a place where nothing is ever mapped. An
-//! address with other bits set has a sum that is not canonical, or the kernel's. So each access hits a page that is mirrored, or faults.
+//! address with other bits set has a sum that is not canonical. So each access hits a page that is mirrored, or faults.
+//!
+//! To wait for the table makes each step along a list twice as long. So where it can be guessed which slot an address is in, its distance
+//! is loaded without the address, and a load beside it makes sure ([`area::CHECKED`]): bits 32 to 47 of the address lead it to
+//! the one page that is readable, or, if the slot is another, to one that is not.
 //!
 //! A fault maps the page if the guest may access it, for loads, or for stores too if its dirty flag is set and no store there needs care.
 //! Whatever takes pages from the inline TLB takes them from here. Pages are mapped one by one, which costs some microseconds, so only
 //! code of address spaces that have not changed for a while uses the mirror ([`Mode`](super::Mode)).
 #![allow(unsafe_code)]
 
+#[cfg(doc)]
+use crate::system::area;
 use crate::system::area::{Area, at};
 use crate::system::hash::Map;
 use bivisor_emulator::mem::{PAGE_SIZE, Ram};
@@ -18,9 +24,11 @@ use std::collections::HashMap;
 use std::os::fd::AsRawFd;
 
 /// Address bits of a slot.
-pub const SLOT_BITS: u32 = 39;
-/// Slots there can be: bits 39 to 46.
-pub const SLOTS: usize = 256;
+pub const SLOT_BITS: u32 = 41;
+/// Slots there can be: bits 41 to 46.
+pub const SLOTS: usize = 64;
+/// Entries of the table of distances: two bits more, which user addresses have not.
+const ROWS: usize = 256;
 const SLOT: u64 = 1 << SLOT_BITS;
 /// Bytes on either side of a slot that stay empty: more than displacements and what is added to a base register in a block can reach.
 const GUARD: u64 = 4 << 30;
@@ -66,10 +74,15 @@ impl Mirror {
             return None;
         }
         let mirror = Mirror { nowhere: reserve()?, slots: Vec::new(), pages: HashMap::default() };
-        for n in 0..SLOTS as u64 {
+        for n in 0..ROWS as u64 {
             area.set(at::DELTAS + 8 * n as usize, mirror.nowhere.wrapping_sub(n << SLOT_BITS));
         }
         Some(mirror)
+    }
+
+    /// The slots in use, as bits.
+    pub fn used(&self) -> u64 {
+        self.slots.iter().fold(0, |m, s| m | 1 << s.number)
     }
 
     /// Is nothing mapped?
@@ -209,11 +222,11 @@ mod tests {
             println!("SKIPPED: the host has no BMI2");
             return;
         };
-        for number in 0..SLOTS as u64 {
+        for number in 0..ROWS as u64 {
             let delta = area.get(at::DELTAS + 8 * number as usize);
             // All values of the bits that choosing the slot ignores, and both ends of it.
-            for (above, low) in (0..1 << 17).flat_map(|above: u64| [(above, 0), (above, SLOT - 1)]) {
-                let sum = (above << 47 | number << SLOT_BITS | low).wrapping_add(delta);
+            for (above, low) in (0..1 << 15).flat_map(|above: u64| [(above, 0), (above, SLOT - 1)]) {
+                let sum = (above << 49 | number << SLOT_BITS | low).wrapping_add(delta);
                 let inside = (mirror.nowhere..mirror.nowhere + SLOT).contains(&sum);
                 assert_eq!(inside, above == 0, "{sum:#x}");
                 // Bit 47 differs from those above, or the address is the kernel's.

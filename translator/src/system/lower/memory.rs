@@ -147,6 +147,7 @@ impl Lower<'_> {
             index: None,
             index_version: 0,
             anchor: moved,
+            slot: None,
             delta,
         });
         Some(Host { base, index: Some((delta, 1)), disp, mirrored: false })
@@ -209,6 +210,7 @@ impl Lower<'_> {
             index: None,
             index_version: 0,
             anchor: 0,
+            slot: None,
             delta,
         });
         Some(Host { base: delta, index: None, disp, mirrored: false })

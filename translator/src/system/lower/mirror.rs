@@ -1,13 +1,31 @@
-//! Memory operands in the mirror: the distance to the host's address comes from a table, nothing is compared, and flags stay.
+//! Memory operands in the mirror: the distance to the host's address comes from a table, or is the expected slot's, of which a load makes
+//! sure; nothing is compared, and flags stay.
 
 use super::Lower;
-use super::asm::{Assembler, At};
+use super::asm::{Assembler, At, W};
 use super::memory::Host;
 use super::scratch::{Window, bit};
-use crate::system::area::at;
+use crate::system::area::{CHECKED, at};
 use crate::system::block::{Access, Item, Segment};
-use crate::system::mirror::{END, REACH, SLOT_BITS};
+use crate::system::mirror::{END, REACH, SLOT_BITS, SLOTS};
 use bivisor_emulator::isa::Gpr;
+use bivisor_emulator::mem::PAGE_SIZE;
+
+/// The first of the 16 bits of an address that are looked at to make sure of its slot.
+const CHECK_BITS: u8 = 32;
+/// Smaller values are no addresses.
+const LEAST: u64 = 0x1_0000;
+
+/// What is known of addresses in the mirror.
+#[derive(Clone, Debug, Default)]
+pub struct Guess {
+    /// The registers at the start of the block when it is made.
+    pub gpr: [u64; 16],
+    /// Slots in use, as bits.
+    pub used: u64,
+    /// By distance of the instruction from the start of the block: the slot it was found in; `None`: several.
+    pub learned: Vec<(u16, Option<u8>)>,
+}
 
 impl Lower<'_> {
     /// What was emitted since `from` accesses `a` at `host`.
@@ -17,16 +35,76 @@ impl Lower<'_> {
         }
     }
 
-    /// `delta = DELTAS[bits 39 to 46 of address]`
+    /// `delta = DELTAS[bits 41 to 48 of address]`
     fn delta(&mut self, delta: Gpr, address: Gpr) {
-        // RORX delta, address, 39: the eight bits are the lowest.
-        let (r, m) = (delta as u8, address as u8);
-        let high = (r >> 3 ^ 1) << 7 | 0x40 | (m >> 3 ^ 1) << 5 | 3;
-        let bits = SLOT_BITS as u8;
-        self.e.bytes.extend_from_slice(&[0xc4, high, 0xfb, 0xf0, 0xc0 | (r & 7) << 3 | m & 7, bits]);
+        self.rorx(delta, address, SLOT_BITS as u8);
         // MOVZX of the low byte; REX makes SIL and the like of it.
+        let r = delta as u8;
         self.e.bytes.extend_from_slice(&[0x40 | r >> 3 << 2 | r >> 3, 0x0f, 0xb6, 0xc0 | (r & 7) << 3 | r & 7]);
         self.e.load(delta, At::row(at::DELTAS, delta));
+    }
+
+    fn rorx(&mut self, to: Gpr, from: Gpr, by: u8) {
+        let (r, m) = (to as u8, from as u8);
+        let high = (r >> 3 ^ 1) << 7 | 0x40 | (m >> 3 ^ 1) << 5 | 3;
+        self.e.bytes.extend_from_slice(&[0xc4, high, 0xfb, 0xf0, 0xc0 | (r & 7) << 3 | m & 7, by]);
+    }
+
+    /// Which slot the address of the instruction's access is expected in.
+    fn expected(&self, item: &Item, base: Option<Gpr>) -> Option<u8> {
+        let guess = &self.around.guess;
+        if let Some((_, slot)) = guess.learned.iter().find(|(at, _)| *at == item.at) {
+            return *slot;
+        }
+        let of = |r: Gpr| {
+            let (v, slot) = (guess.gpr[r as usize], guess.gpr[r as usize] >> SLOT_BITS);
+            (slot < SLOTS as u64 && guess.used >> slot & 1 != 0 && v >= LEAST).then_some(slot as u8)
+        };
+        // What it held when the block was met, or what others did.
+        let others = || Gpr::ALL.into_iter().filter(|r| *r != Gpr::Rsp).find_map(of);
+        base.and_then(of).or_else(others)
+    }
+
+    /// A register with the distance of a slot.
+    fn distance_of(&mut self, item: &Item, slot: u8) -> Option<Gpr> {
+        let found = self.windows.iter().find(|w| w.slot == Some(slot) && !(item.high && w.delta as u8 >= 8));
+        if let Some(w) = found {
+            self.busy |= bit(w.delta);
+            return Some(w.delta);
+        }
+        let delta = self.scratch(item, item.high)?;
+        self.e.load(delta, At::slot(at::DELTAS + 8 * usize::from(slot)));
+        self.windows.push(Window {
+            base: None,
+            version: 0,
+            index: None,
+            index_version: 0,
+            low: 0,
+            high: 0,
+            write: true,
+            mirrored: true,
+            anchor: 0,
+            slot: Some(slot),
+            delta,
+        });
+        Some(delta)
+    }
+
+    /// Makes sure that `address` is in a slot: faults if not.
+    fn make_sure(&mut self, item: &Item, a: &Access, address: Gpr, slot: u8) -> Option<()> {
+        let t = self.passing(item, false)?;
+        self.rorx(t, address, CHECK_BITS);
+        // MOVZX of the low 16 bits.
+        self.e.rr(W::D, &[0x0f, 0xb7], t as u8, t, &[]);
+        let from = self.e.len();
+        let page = CHECKED - PAGE_SIZE as usize * usize::from(slot);
+        self.e.rm(W::D, &[0x8b], t as u8, At::row(page, t), &[]);
+        self.point_at(item, from, Some(*a));
+        if let Some(p) = self.points.last_mut() {
+            p.checks = true;
+        }
+        self.busy &= !bit(t);
+        Some(())
     }
 
     pub(super) fn place_mirrored(&mut self, item: &Item, a: &Access) -> Option<Host> {
@@ -52,8 +130,21 @@ impl Lower<'_> {
         let delta = match found {
             Some(w) => w.delta,
             None => {
-                let delta = self.scratch(item, item.high)?;
-                self.delta(delta, base);
+                let slot = self.expected(item, Some(base));
+                // Nobody waits for the stack pointer.
+                let there = |slot: u8| base != Gpr::Rsp || self.windows.iter().any(|w| w.slot == Some(slot));
+                let delta = match slot.filter(|slot| there(*slot)) {
+                    Some(slot) => {
+                        let delta = self.distance_of(item, slot)?;
+                        self.make_sure(item, a, base, slot)?;
+                        delta
+                    }
+                    None => {
+                        let delta = self.scratch(item, item.high)?;
+                        self.delta(delta, base);
+                        delta
+                    }
+                };
                 let (low, high) = (moved - REACH, moved + REACH);
                 self.windows.push(Window {
                     base: Some(base),
@@ -65,6 +156,7 @@ impl Lower<'_> {
                     index: None,
                     index_version: 0,
                     anchor: 0,
+                    slot: None,
                     delta,
                 });
                 delta
@@ -79,12 +171,15 @@ impl Lower<'_> {
             return None;
         }
         // A register for the distance does for the lowest 2 GiB, else one for the host's address near by.
-        let near = i32::try_from(address).is_ok();
+        if let Ok(disp) = i32::try_from(address) {
+            let delta = self.distance_of(item, 0)?;
+            return Some(Host { base: delta, index: None, disp, mirrored: true });
+        }
         let found = self.windows.iter().find(|w| {
             w.mirrored
                 && w.base.is_none()
                 && w.index.is_none()
-                && (w.low == 0) == near
+                && w.slot.is_none()
                 && (w.low - REACH..w.low + 2 * REACH).contains(&(address as i64))
                 && w.low >> SLOT_BITS == (address >> SLOT_BITS) as i64
                 && !(item.high && w.delta as u8 >= 8)
@@ -95,13 +190,11 @@ impl Lower<'_> {
                 let delta = self.scratch(item, item.high)?;
                 let row = at::DELTAS + 8 * (address >> SLOT_BITS) as usize;
                 self.e.load(delta, At::slot(row));
-                let low = if near { 0 } else { address as i64 };
-                if !near {
-                    let t = self.passing(item, false)?;
-                    self.e.constant(t, address);
-                    self.e.lea(delta, At::sum(t, delta, 0));
-                    self.busy &= !bit(t);
-                }
+                let low = address as i64;
+                let t = self.passing(item, false)?;
+                self.e.constant(t, address);
+                self.e.lea(delta, At::sum(t, delta, 0));
+                self.busy &= !bit(t);
                 self.windows.push(Window {
                     base: None,
                     version: 0,
@@ -112,6 +205,7 @@ impl Lower<'_> {
                     index: None,
                     index_version: 0,
                     anchor: 0,
+                    slot: None,
                     delta,
                 });
                 (delta, low)
@@ -154,14 +248,24 @@ impl Lower<'_> {
                 }
                 let disp = i32::try_from(a.disp).ok()?;
                 let at = self.scratch(item, item.high)?;
-                let t = self.passing(item, false)?;
                 self.e.lea(at, At::any(a.base, a.index, disp, false));
-                self.delta(t, at);
+                let t = match self.expected(item, a.base) {
+                    Some(slot) => {
+                        let t = self.distance_of(item, slot)?;
+                        self.make_sure(item, a, at, slot)?;
+                        t
+                    }
+                    None => {
+                        let t = self.passing(item, false)?;
+                        self.delta(t, at);
+                        self.busy &= !bit(t);
+                        t
+                    }
+                };
                 match a.base {
                     Some(base) => self.e.lea(at, At::sum(base, t, 0)),
                     None => self.e.copy(at, t),
                 }
-                self.busy &= !bit(t);
                 self.windows.push(Window {
                     base: a.base,
                     version,
@@ -172,6 +276,7 @@ impl Lower<'_> {
                     high: base_moved,
                     write: true,
                     mirrored: true,
+                    slot: None,
                     delta: at,
                 });
                 (at, base_moved)
@@ -187,6 +292,17 @@ impl Lower<'_> {
             return Some(host);
         }
         let disp = i32::try_from(a.disp).ok().or((a.narrow).then_some(a.disp as i32))?;
+        let simple = a.segment == Segment::Flat && a.bit.is_none() && !a.narrow;
+        if simple
+            && a.index.is_some()
+            && let Some(slot) = self.expected(item, a.base)
+        {
+            let delta = self.distance_of(item, slot)?;
+            let address = self.passing(item, item.high)?;
+            self.e.lea(address, At::any(a.base, a.index, disp, false));
+            self.make_sure(item, a, address, slot)?;
+            return Some(Host { base: address, index: Some((delta, 1)), disp: 0, mirrored: true });
+        }
         let address = self.passing(item, item.high)?;
         let delta = self.passing(item, item.high)?;
         if a.base.is_none() && a.index.is_none() {
@@ -212,4 +328,7 @@ impl Lower<'_> {
     }
 }
 
-const _: () = assert!(END >> SLOT_BITS == 256);
+const _: () = assert!(END >> SLOT_BITS == SLOTS as u64);
+// Eight bytes for each value of the bits below those of the slot make a page.
+const _: () = assert!(8 << (SLOT_BITS as usize - CHECK_BITS as usize) == PAGE_SIZE as usize);
+const _: () = assert!(1 << (16 + CHECK_BITS as usize - SLOT_BITS as usize) <= 2 * SLOTS);

@@ -129,6 +129,8 @@ pub struct Point {
     pub divides: bool,
     /// What it accesses in the mirror.
     pub access: Option<Access>,
+    /// It only makes sure of the access's slot.
+    pub checks: bool,
 }
 
 /// The ways into a block, as code offsets.
@@ -171,7 +173,7 @@ pub struct Unit {
 }
 
 /// What lowering wants to know of its surroundings.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Around {
     /// Host address the code will have.
     pub at: u64,
@@ -197,7 +199,11 @@ pub struct Around {
     pub foresee: bool,
     /// Did a division in it fault?
     pub divides: bool,
+    /// What is known of addresses in the mirror.
+    pub guess: Guess,
 }
+
+pub use mirror::Guess;
 
 /// Code that is emitted after the block.
 struct Cold {
@@ -529,6 +535,7 @@ impl Lower<'_> {
             told: self.told,
             divides: matches!(item.iced.mnemonic(), Mnemonic::Div | Mnemonic::Idiv),
             access,
+            checks: false,
         });
     }
 

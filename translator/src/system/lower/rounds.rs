@@ -119,6 +119,6 @@ impl Lower<'_> {
 /// Do two windows stand for the same, wherever they were asked for?
 fn same(v: &Window, w: &Window) -> bool {
     let range = |w: &Window| if w.base.is_some() && w.index.is_none() { (0, 0) } else { (w.low, w.high) };
-    let what = |w: &Window| (w.base, w.version, w.index, w.index_version, w.mirrored, w.delta, range(w));
+    let what = |w: &Window| (w.base, w.version, w.index, w.index_version, w.mirrored, w.slot, w.delta, range(w));
     what(v) == what(w)
 }

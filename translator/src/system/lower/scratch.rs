@@ -25,6 +25,8 @@ pub(super) struct Window {
     pub write: bool,
     /// In the mirror: accesses may fault.
     pub mirrored: bool,
+    /// In the mirror: it is the distance of this slot, whatever the address.
+    pub slot: Option<u8>,
     /// Holds host minus guest address; the page's host address if there is no base.
     pub delta: Gpr,
 }

@@ -34,6 +34,11 @@ impl Mirroring {
         Mirroring { mirror: None, on: false, since: Instant::now(), quiet, faults: 0 }
     }
 
+    /// The slots in use, as bits.
+    pub(super) fn used(&self) -> u64 {
+        self.mirror.as_ref().map_or(0, Mirror::used)
+    }
+
     /// There may be one from now on, if the host and the RAM allow it.
     pub(super) fn prepare(&mut self, area: &Area, ram: &Ram) {
         if self.mirror.is_none() && self.quiet.is_some() && ram.file().is_some() {
@@ -101,12 +106,22 @@ impl System {
         pc: u64,
         access: &GuestAccess,
     ) -> Option<Next> {
+        let laddr = access.address(|r| t.cpu.gpr[r as usize], self.area.get(at::FS_BASE), self.area.get(at::GS_BASE));
+        if self.cache.point(pc).is_some_and(|(_, point)| point.checks) {
+            // Of a register, if that is all it looks at.
+            let looked_at = access.based().map_or(laddr, |r| t.cpu.gpr[r as usize]);
+            if looked_at >= END {
+                return None;
+            }
+            let next = self.again(t, board, pc);
+            self.cache.astray(pc, (looked_at >> SLOT_BITS) as u8);
+            return Some(next);
+        }
         if self.mirroring.fault() {
             self.close_gates();
             return Some(self.again(t, board, pc));
         }
         let mirror = self.mirroring.mirror.as_mut()?;
-        let laddr = access.address(|r| t.cpu.gpr[r as usize], self.area.get(at::FS_BASE), self.area.get(at::GS_BASE));
         let last = laddr.checked_add(u64::from(access.len) - 1).filter(|last| *last < END)?;
         let kind = if access.write { Access::Write } else { Access::Read };
         let mut progress = false;
