@@ -45,7 +45,7 @@ thread_local! {
 pub const ENGINE_AREA_OFFSET: usize = 4096;
 
 /// Bytes of that range.
-pub const ENGINE_AREA_SIZE: usize = 2 << 20;
+pub const ENGINE_AREA_SIZE: usize = 8 << 20;
 
 struct Attached {
     block: *mut ThreadBlock,

@@ -4,6 +4,7 @@
 //! It is mapped twice: once for Rust, once behind the thread block of the thread that runs the virtual CPU.
 #![allow(unsafe_code)]
 
+use crate::emit::slot;
 use bivisor_emulator::host::thread::{ENGINE_AREA_OFFSET, ENGINE_AREA_SIZE, ENGINE_CHECKS_SIZE, ThreadBlock};
 use std::io::{Error, Result};
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
@@ -121,8 +122,8 @@ const _: () = assert!(CHECKED + 4096 * 2 * crate::system::mirror::SLOTS <= ENGIN
 pub const CELLS: usize = 2048;
 /// Caches of branch targets.
 pub const TABLES: usize = 12;
-/// Entries of each; 16 bytes: guest address, host address.
-pub const TARGETS: usize = 8192;
+/// Entries of each; 16 bytes: guest address, host address. Two of a kernel's thousand usual targets in one entry cost more than the memory.
+pub const TARGETS: usize = 32768;
 /// Bytes of each.
 pub const TABLE_SIZE: usize = TARGETS * 16;
 const _: () = assert!(at::CELLS + 4 * CELLS <= at::SLOTS);
@@ -161,6 +162,8 @@ pub const fn gs(offset: usize) -> i32 {
 
 /// The area of one virtual CPU.
 pub struct Area {
+    /// Unlike any other's.
+    id: u64,
     own: *mut u8,
     /// Where it is accessed: behind the thread block while it is mapped there, because the processor forwards a store to a load only under the
     /// same address.
@@ -180,7 +183,11 @@ impl Area {
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a fresh mapping.
         let p = unsafe { libc::mmap(std::ptr::null_mut(), ENGINE_AREA_SIZE, prot, flags, -1, 0) };
-        if p == libc::MAP_FAILED { Err(Error::last_os_error()) } else { Ok(Area { own: p.cast(), base: p.cast() }) }
+        static AREAS: AtomicU64 = AtomicU64::new(1 << 63);
+        if p == libc::MAP_FAILED {
+            return Err(Error::last_os_error());
+        }
+        Ok(Area { id: AREAS.fetch_add(1, Ordering::Relaxed), own: p.cast(), base: p.cast() })
     }
 
     /// Maps it behind the calling thread's block.
@@ -189,6 +196,11 @@ impl Area {
     /// The host's.
     pub fn map(&mut self, block: &ThreadBlock) -> Result<()> {
         let to = (block.this as usize + ENGINE_AREA_OFFSET) as *mut libc::c_void;
+        if block.scratch[slot::AREA_OWNER].get() == self.id {
+            self.base = to.cast();
+            return Ok(());
+        }
+        block.scratch[slot::AREA_OWNER].set(0);
         // SAFETY: the area behind the block is reserved for this. An old size of 0 makes a second mapping of a shared one (mremap(2)).
         let p = unsafe {
             libc::mremap(self.own.cast(), 0, ENGINE_AREA_SIZE, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, to)
@@ -200,7 +212,10 @@ impl Area {
         let page = (block.this as usize + ENGINE_AREA_OFFSET + CHECKED) as *mut libc::c_void;
         // SAFETY: a page of the block's own mapping, in which there is nothing.
         match unsafe { libc::mprotect(page, 4096, libc::PROT_READ) } {
-            0 => Ok(()),
+            0 => {
+                block.scratch[slot::AREA_OWNER].set(self.id);
+                Ok(())
+            }
             _ => Err(Error::last_os_error()),
         }
     }

@@ -679,9 +679,31 @@ fn string(iced: &Instruction, mode: Mode) -> Way {
 
 pub(super) fn copied(iced: &Instruction, class: Class, mode: Mode) -> Way {
     match copied_awake(iced, class, mode) {
+        // The interpreter does these in any case: the kernel need not have the vector registers for it.
+        Way::Memory if is_image(iced) => Way::Step,
         Way::Plain | Way::Memory if class == Class::Native && !native(iced, mode) => Way::Asleep,
         way => way,
     }
+}
+
+/// Does it load or store the state of x87 and vector registers as a whole?
+fn is_image(iced: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(
+        iced.mnemonic(),
+        M::Fxsave
+            | M::Fxsave64
+            | M::Fxrstor
+            | M::Fxrstor64
+            | M::Xsave
+            | M::Xsave64
+            | M::Xsavec
+            | M::Xsavec64
+            | M::Xsaveopt
+            | M::Xsaveopt64
+            | M::Xrstor
+            | M::Xrstor64
+    )
 }
 
 /// As [`copied`] where x87 and SIMD instructions may run.

@@ -275,6 +275,7 @@ impl Cache {
         self.ways_in.clear();
         self.poisoned = AtomicU32::new(0);
         self.poisoned_jump = AtomicU32::new(0);
+        let used = self.modes.len();
         self.modes.clear();
         self.fast_modes.clear();
         self.loose.clear();
@@ -284,7 +285,11 @@ impl Cache {
         area.set(at::LOOKED, self.leave + KICKED_AT);
         self.hints.clear();
         self.learned.clear();
-        area.fill(at::TARGETS..at::TARGETS + area::TABLES * area::TABLE_SIZE, 0xff);
+        area.fill(at::TARGETS..at::TARGETS + used * area::TABLE_SIZE, 0);
+        for n in 0..area::TABLES {
+            // Address 0 looks nowhere else.
+            area.set(at::TARGETS + n * area::TABLE_SIZE + area::target_at(0), u64::MAX);
+        }
         area.fill(at::CELLS..at::CELLS + 4 * area::CELLS, 0);
         self.counts.flushes += 1;
     }

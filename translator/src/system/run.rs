@@ -75,6 +75,8 @@ pub struct System {
     awake: u32,
     stays_awake: u32,
     slept: u32,
+    /// Times that components above XMM were found unused since they were in use.
+    unused: u32,
     /// An address in each page that the map of code pages knows.
     code_pages: Box<[u64; CELLS]>,
     /// Which of them are not global.
@@ -147,6 +149,7 @@ impl System {
             awake: 0,
             stays_awake: 0,
             slept: u32::MAX,
+            unused: 0,
             code_pages: Box::new([u64::MAX; CELLS]),
             local_pages: Vec::new(),
             in_cache: (true, true),
@@ -396,7 +399,6 @@ impl System {
         block.note_tid();
         // Another engine may have mapped its own there.
         self.area.map(block).expect("the area can be mapped behind the thread block");
-        block.scratch[slot::AREA_OWNER].set(0);
         let (start, end) = self.cache.range();
         block.engine_hook.set(Some(handler::hook));
         block.scratch[slot::LOOK].set(0);
@@ -449,7 +451,7 @@ impl System {
             self.look_around(t, board, ram);
             if self.area.get(at::VECTORS_AT) == 0 {
                 let wanted = std::mem::take(&mut self.wants_upper);
-                self.set_upper(wanted || t.cpu.xsave.xstate_bv() & UPPER != 0);
+                self.follow_upper(wanted || t.cpu.xsave.xstate_bv() & UPPER != 0);
             }
             let due = self.due(&t.cpu);
             if !due && !counted {

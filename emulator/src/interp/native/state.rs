@@ -285,18 +285,26 @@ pub fn xsave(x: &mut Exec<'_>, i: &Insn) -> Step {
         header[..8].copy_from_slice(&(u64::from_le_bytes(old) & !wanted | used).to_le_bytes());
         8
     };
-    // Offset in memory, bytes.
-    let mut pieces: Vec<(usize, Vec<u8>)> = vec![(XSTATE_BV, header[..header_len].to_vec())];
+    let image = x.cpu.xsave.bytes;
+    // Where to, and what.
+    let mut pieces: [(usize, &[u8]); 9] = [(0, &[]); 9];
+    let mut places = pieces.iter_mut();
+    let mut add = |to: usize, bytes| {
+        if let Some(p) = places.next() {
+            *p = (to, bytes);
+        }
+    };
+    add(XSTATE_BV, &header[..header_len]);
     if store & component::X87 != 0 {
-        pieces.extend(X87_PARTS.map(|p| (p.start, legacy[p].to_vec())));
+        X87_PARTS.into_iter().for_each(|p| add(p.start, &legacy[p]));
     }
     let has_mxcsr = if compact { used & component::SSE } else { wanted & (component::SSE | component::AVX) };
     if has_mxcsr != 0 {
-        pieces.push((MXCSR, legacy[MXCSR..MXCSR + 8].to_vec()));
+        add(MXCSR, &legacy[MXCSR..MXCSR + 8]);
     }
     if store & component::SSE != 0 {
         let xmm = Layout::XMM..Layout::XMM + 16 * registers(x.cpu);
-        pieces.push((xmm.start, legacy[xmm].to_vec()));
+        add(xmm.start, &legacy[xmm]);
     }
     let mut next = LEGACY;
     for p in parts(x.cpu) {
@@ -305,12 +313,13 @@ pub fn xsave(x: &mut Exec<'_>, i: &Insn) -> Step {
             next += p.size;
         }
         if store & p.bit != 0 && p.used != 0 {
-            pieces.push((to, x.cpu.xsave.bytes[p.at..p.at + p.used].to_vec()));
+            add(to, &image[p.at..p.at + p.used]);
         }
     }
     // A processor looks at the whole area of the requested components, in use or not.
     access::check_write(x, m.seg, offset, extent(x.cpu, wanted, compact) as u64)?;
-    pieces.iter().try_for_each(|(to, bytes)| access::write_bytes(x, m.seg, behind(offset, *to), bytes))
+    let mut pieces = pieces.iter().filter(|(_, bytes)| !bytes.is_empty());
+    pieces.try_for_each(|(to, bytes)| access::write_bytes(x, m.seg, behind(offset, *to), bytes))
 }
 
 /// XRSTOR, XRSTOR64: both formats, with the checks of the header (SDM 1 13.8).
@@ -343,29 +352,14 @@ pub fn xrstor(x: &mut Exec<'_>, i: &Insn) -> Step {
             read = next;
         }
     }
-    let mut area = vec![0; read];
-    access::read_bytes(x, m.seg, offset, &mut area)?;
+    let mut area = [0; size_of::<XsaveArea>()];
+    let area = area.get_mut(..read).ok_or(Fault::Gp(0))?;
+    access::read_bytes(x, m.seg, offset, area)?;
     let mxcsr = word(&region, MXCSR);
     let loads_mxcsr =
         if compact { wanted & bv & component::SSE != 0 } else { wanted & (component::SSE | component::AVX) != 0 };
     if loads_mxcsr && mxcsr & !mxcsr_mask() != 0 {
         return Err(Fault::Gp(0).into());
-    }
-    let mut extended: Vec<(Part, Vec<u8>)> = Vec::new();
-    let mut next = LEGACY;
-    for p in parts(x.cpu) {
-        let from = if compact { next } else { p.at };
-        if compact && xcomp & p.bit != 0 {
-            next += p.size;
-        }
-        if wanted & p.bit == 0 {
-            continue;
-        }
-        let mut bytes = vec![0; p.used];
-        if bv & p.bit != 0 {
-            bytes.copy_from_slice(&area[from..from + p.used]);
-        }
-        extended.push((p, bytes));
     }
     if wanted & component::X87 != 0 {
         let mut legacy: [u8; 512] = region[..512].try_into().expect("the region is longer");
@@ -391,17 +385,26 @@ pub fn xrstor(x: &mut Exec<'_>, i: &Insn) -> Step {
     }
     if wanted & component::SSE != 0 {
         let xmm = Layout::XMM..Layout::XMM + 16 * registers;
-        let mut bytes = region[xmm.clone()].to_vec();
-        if bv & component::SSE == 0 {
-            bytes.fill(0);
-        }
-        set_part(image, component::SSE, xmm, &bytes, bv, long);
+        let bytes = if bv & component::SSE == 0 { &ZEROS[..xmm.len()] } else { &region[xmm.clone()] };
+        set_part(image, component::SSE, xmm, bytes, bv, long);
     }
-    for (p, bytes) in extended {
-        set_part(image, p.bit, p.at..p.at + p.used, &bytes, bv, long || p.bit == component::OPMASK);
+    let mut next = LEGACY;
+    for p in parts(x.cpu) {
+        let from = if compact { next } else { p.at };
+        if compact && xcomp & p.bit != 0 {
+            next += p.size;
+        }
+        if wanted & p.bit == 0 {
+            continue;
+        }
+        let bytes = if bv & p.bit == 0 { &ZEROS[..p.used] } else { &area[from..from + p.used] };
+        set_part(&mut x.cpu.xsave, p.bit, p.at..p.at + p.used, bytes, bv, long || p.bit == component::OPMASK);
     }
     Ok(())
 }
+
+/// What is in the registers of a component that is initial.
+static ZEROS: [u8; 1024] = [0; 1024];
 
 /// Sets a component, or makes it initial; `whole`: the mode has all of it.
 fn set_part(image: &mut XsaveArea, bit: u64, range: Range<usize>, bytes: &[u8], bv: u64, whole: bool) {

@@ -80,6 +80,8 @@ pub(super) fn is_quiet(insn: &Insn) -> bool {
             | M::Xsavec64
             | M::Xsaveopt
             | M::Xsaveopt64
+            | M::Xrstor
+            | M::Xrstor64
     );
     // MOV of a segment register, of CR2 and of CR3.
     let mov = insn.iced.mnemonic() == M::Mov && {

@@ -17,6 +17,8 @@ use iced_x86::Mnemonic;
 
 /// Times that code of CPL 0 is entered with the vector registers after it has used them: at first, and at most if it uses them again soon.
 const AWAKE: [u32; 2] = [16, 4096];
+/// Times that components above XMM must be found unused.
+const UNUSED: u32 = 256;
 /// Times it is entered without before that was not soon.
 const SLEPT: u32 = 64;
 
@@ -26,6 +28,13 @@ impl System {
             self.close_gates();
         }
         self.area.set(at::UPPER, u64::from(upper));
+    }
+
+    /// Components above XMM are in use, or not: then for a while it is as if they were, because signal handlers begin and end with a
+    /// change, and with it a change of the mode.
+    pub(super) fn follow_upper(&mut self, in_use: bool) {
+        self.unused = if in_use { 0 } else { self.unused.saturating_add(1) };
+        self.set_upper(in_use || self.upper && self.unused < UNUSED);
     }
 
     /// The guest is about to use what is above XMM: from now on that is saved too. False if it was before.
