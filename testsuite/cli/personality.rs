@@ -2,6 +2,7 @@
 //!
 //! Native is the oracle. They are compiled when the tests run; without a C compiler they are skipped, loudly.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
@@ -20,6 +21,8 @@ const PROGRAMS: &[&str] = &[
     "rewriting",
     "direct",
     "pointers",
+    "targets",
+    "limits",
 ];
 
 /// Compiles a program; `None` without a compiler.
@@ -61,7 +64,20 @@ fn available(engine: &str) -> Result<(), String> {
     }
 }
 
+/// What a program is started with.
+fn under(before: &[&str], program: &Path) -> Command {
+    let all: Vec<&OsStr> = before.iter().map(OsStr::new).chain([program.as_os_str()]).collect();
+    let mut command = Command::new(all[0]);
+    command.args(&all[1..]);
+    command
+}
+
 fn on(engine: &str, options: &[&str]) {
+    compare(engine, options, &[]);
+}
+
+/// `before`: words that come before both commands.
+fn compare(engine: &str, options: &[&str], before: &[&str]) {
     // Only KVM may be missing.
     if engine == "kvm"
         && let Err(reason) = available(engine)
@@ -69,7 +85,11 @@ fn on(engine: &str, options: &[&str]) {
         println!("SKIPPED: the programs on {engine}: {reason}");
         return;
     }
-    let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("personality-{engine}{}", options.concat()));
+    let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!(
+        "personality-{engine}{}-{}",
+        options.concat(),
+        before.len()
+    ));
     std::fs::create_dir_all(&dir).expect("a directory for the programs");
     let mut failed = Vec::new();
     for name in PROGRAMS {
@@ -77,8 +97,8 @@ fn on(engine: &str, options: &[&str]) {
             println!("SKIPPED: the programs on {engine}: no cc");
             return;
         };
-        let native = run(&mut Command::new(&binary));
-        let mut command = Command::new(env!("CARGO_BIN_EXE_bivisor"));
+        let native = run(&mut under(before, &binary));
+        let mut command = under(before, Path::new(env!("CARGO_BIN_EXE_bivisor")));
         let ours = run(command.args(["run", "--backend", engine]).args(options).arg("--").arg(&binary));
         if ours.stdout != native.stdout || ours.status != native.status {
             let text = |o: &Output| String::from_utf8_lossy(&o.stdout).into_owned();
@@ -98,7 +118,7 @@ fn on(engine: &str, options: &[&str]) {
         }
     }
     let _ = std::fs::remove_dir_all(&dir);
-    println!("{engine} {options:?}: {} programs ran, {} differ from native", PROGRAMS.len(), failed.len());
+    println!("{engine} {options:?} {before:?}: {} programs ran, {} differ from native", PROGRAMS.len(), failed.len());
     assert!(failed.is_empty(), "{}", failed.join("\n\n"));
 }
 
@@ -116,6 +136,12 @@ fn bt() {
 #[test]
 fn bt_in_little_memory() {
     on("bt", &["--no-cache", "--code-cache=128"]);
+}
+
+/// Where address space is short the translator has another way of finding the targets of branches, with landings as before.
+#[test]
+fn bt_in_little_address_space() {
+    compare("bt", &["--no-cache"], &["sh", "-c", "ulimit -v 8388608; exec \"$@\"", "sh"]);
 }
 
 #[test]

@@ -8,6 +8,7 @@
 
 use crate::block::{CodeSource, MAX_INSNS, Scratch};
 use crate::code_buffer::{CodeBuffer, ForkMark};
+use crate::emit::ALL_OF_IT;
 use crate::exits::Exits;
 use crate::fault::kick;
 use crate::jitdump;
@@ -303,7 +304,8 @@ impl Cache {
     pub fn map_table(&self, block: &ThreadBlock, owner_slot: usize) {
         let id = self.id.load(Ordering::Relaxed);
         if block.scratch[owner_slot].get() != id {
-            self.lock().buffer.map_table(block).expect("the table of branch targets can be mapped");
+            let all = block.scratch[owner_slot].get() >= ALL_OF_IT;
+            self.lock().buffer.map_table(block, all).expect("the table of branch targets can be mapped");
             block.scratch[owner_slot].set(id);
         }
     }

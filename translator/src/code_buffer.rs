@@ -226,12 +226,20 @@ impl CodeBuffer {
         self.generation_cell().store(v, Ordering::SeqCst);
     }
 
-    /// Maps the table behind the calling thread's block.
+    /// Maps the table behind the calling thread's block, and nothing behind it; `all`: another engine may have something there.
     ///
     /// # Errors
     /// The host's.
-    pub fn map_table(&self, block: &ThreadBlock) -> Result<()> {
+    pub fn map_table(&self, block: &ThreadBlock, all: bool) -> Result<()> {
         let area = (block.this as usize + ENGINE_AREA_OFFSET) as *mut libc::c_void;
+        if all {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+            // SAFETY: the area behind the block is reserved for the engine that runs.
+            let p = unsafe { libc::mmap(area, ENGINE_AREA_SIZE, libc::PROT_NONE, flags, -1, 0) };
+            if p == libc::MAP_FAILED {
+                return Err(Error::last_os_error());
+            }
+        }
         // SAFETY: the area behind the block is reserved for this. An old size of 0 makes a second mapping of a shared one (mremap(2)).
         unsafe {
             let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;

@@ -59,9 +59,14 @@ pub mod slot {
     pub const CALLS: usize = 24;
     /// RIP after a system call carried out in the cache that ended with EINTR or EFAULT and was the last thing done; else 0.
     pub const MADE: usize = 25;
+    /// [`crate::lower::ADDRESS_BITS`], for PEXT.
+    pub const ADDRESS_BITS: usize = 26;
     /// System mode: not 0 if somebody wants the code to be left.
     pub const LOOK: usize = 40;
 }
+
+/// In [`slot::AREA_OWNER`]: the first of those that use all of the area.
+pub const ALL_OF_IT: u64 = 1 << 63;
 
 /// In [`slot::TRAP`]: not an exception.
 pub const NO_TRAP: u64 = u64::MAX;

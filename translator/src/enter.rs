@@ -9,6 +9,7 @@
 #![allow(unsafe_code)]
 
 use crate::emit::{gs, slot};
+use crate::lower::ADDRESS_BITS;
 use crate::registers::{load_registers, store_others};
 use bivisor_emulator::cpu::CpuState;
 use bivisor_emulator::cpu::xsave::{Layout, component};
@@ -267,6 +268,7 @@ pub fn prepare(block: &ThreadBlock) {
     block.scratch[slot::OPMASK_AT].set(layout.opmask as u64);
     block.scratch[slot::HI16_AT].set(layout.hi16_zmm as u64);
     block.scratch[slot::MXCSR].set(0x1f80);
+    block.scratch[slot::ADDRESS_BITS].set(ADDRESS_BITS);
     block.scratch[slot::LEAVE].set(leave());
 }
 

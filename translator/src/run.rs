@@ -142,7 +142,7 @@ impl Translator {
             self.flushes = self.cache.flushes();
         }
         let i = lookaside(rip);
-        if via == Via::Start && self.lookaside[i].0 == rip {
+        if via == Via::Start && self.lookaside[i].0 == rip && self.lookaside[i].1 != 0 {
             return Some(Entry { host: self.lookaside[i].1, flushes: self.flushes });
         }
         let entry = self.cache.resolve(&mut { mem }, rip, via, &mut self.scratch)?;

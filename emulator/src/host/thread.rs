@@ -4,8 +4,10 @@
 //! storage nor a Rust stack. It finds this block through GS, restores the host's FS base from it and runs on the alternate stack.
 #![allow(unsafe_code)]
 
-use std::cell::Cell;
+use std::cell::{Cell, OnceCell};
 use std::ffi::c_void;
+use std::io::{Error, Result};
+use std::sync::OnceLock;
 
 /// Called by the signal handler before anything else is done about a signal. Gives true if the signal is dealt with: the handler then
 /// returns to the (possibly changed) context.
@@ -38,7 +40,7 @@ pub struct ThreadBlock {
 pub const SCRATCH_OFFSET: i32 = 64;
 
 thread_local! {
-    static BLOCK: Attached = Attached::new();
+    static BLOCK: OnceCell<Attached> = const { OnceCell::new() };
 }
 
 /// Distance from a block to the address range after it that an engine may map per thread (`gs:[ENGINE_AREA_OFFSET + i]`).
@@ -47,7 +49,31 @@ pub const ENGINE_AREA_OFFSET: usize = 4096;
 /// Bytes of that range.
 pub const ENGINE_AREA_SIZE: usize = 8 << 20;
 
+/// Bytes behind that range which nothing is ever mapped at, where the host has that much address space for every thread: all offsets of
+/// 36 bits, from the start of the range, fault or are the engine's.
+pub const GUARD_SIZE: usize = 64 << 30;
+
+/// Is there a guard? Decided at the first thread; another that cannot have one then has no block at all.
+static GUARDED: OnceLock<bool> = OnceLock::new();
+
+/// Reserves so many bytes of address space.
+fn reserve(len: usize) -> Result<*mut c_void> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a fresh mapping without rights.
+    let p = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_NONE, flags, -1, 0) };
+    if p == libc::MAP_FAILED { Err(Error::last_os_error()) } else { Ok(p) }
+}
+
+/// Is there a limit on address space? What it leaves is for the guest.
+fn is_limited() -> bool {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: writes one structure.
+    unsafe { libc::getrlimit(libc::RLIMIT_AS, &raw mut limit) };
+    limit.rlim_cur != libc::RLIM_INFINITY
+}
+
 struct Attached {
+    size: usize,
     block: *mut ThreadBlock,
     stack: *mut c_void,
 }
@@ -59,17 +85,26 @@ const BLOCK_SIZE: usize = ENGINE_AREA_OFFSET + ENGINE_AREA_SIZE + ENGINE_CHECKS_
 const _: () = assert!(size_of::<ThreadBlock>() <= ENGINE_AREA_OFFSET);
 
 impl Attached {
-    fn new() -> Attached {
+    fn new() -> Result<Attached> {
         let host_fs = arch_prctl_get(ARCH_GET_FS);
-        // SAFETY: a fresh anonymous mapping; its first page is the block's, the rest stays out of reach until an engine maps it.
-        let block: *mut ThreadBlock = unsafe {
-            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-            let p = libc::mmap(std::ptr::null_mut(), BLOCK_SIZE, libc::PROT_NONE, flags, -1, 0);
-            assert!(p != libc::MAP_FAILED, "no address space for the thread block");
-            let failed = libc::mprotect(p, ENGINE_AREA_OFFSET, libc::PROT_READ | libc::PROT_WRITE);
-            assert!(failed == 0, "no memory for the thread block");
-            p.cast()
-        };
+        let mut reserved = None;
+        let guarded = *GUARDED.get_or_init(|| {
+            reserved = if is_limited() { None } else { reserve(BLOCK_SIZE + GUARD_SIZE).ok() };
+            reserved.is_some()
+        });
+        let size = BLOCK_SIZE + if guarded { GUARD_SIZE } else { 0 };
+        let block: *mut ThreadBlock = match reserved {
+            Some(p) => p,
+            None => reserve(size)?,
+        }
+        .cast();
+        // SAFETY: a fresh mapping; its first page is the block's, the rest stays out of reach until an engine maps it.
+        if unsafe { libc::mprotect(block.cast(), ENGINE_AREA_OFFSET, libc::PROT_READ | libc::PROT_WRITE) } != 0 {
+            let failed = Error::last_os_error();
+            // SAFETY: nobody knows of it.
+            unsafe { libc::munmap(block.cast(), size) };
+            return Err(failed);
+        }
         let first = ThreadBlock {
             this: block,
             host_fs,
@@ -81,8 +116,9 @@ impl Attached {
             scratch: std::array::from_fn(|_| Cell::new(0)),
             tid: Cell::new(0),
         };
-        // SAFETY: a fresh anonymous mapping; sigaltstack gets exactly it.
-        let stack = unsafe {
+        let mut attached = Attached { size, block, stack: std::ptr::null_mut() };
+        // SAFETY: fresh anonymous mappings; sigaltstack gets exactly the second.
+        unsafe {
             block.write(first);
             let stack = libc::mmap(
                 std::ptr::null_mut(),
@@ -92,14 +128,16 @@ impl Attached {
                 -1,
                 0,
             );
-            assert!(stack != libc::MAP_FAILED, "no memory for the alternate signal stack");
+            if stack == libc::MAP_FAILED {
+                return Err(Error::last_os_error());
+            }
+            attached.stack = stack;
             let ss = libc::stack_t { ss_sp: stack, ss_flags: 0, ss_size: STACK_SIZE };
             libc::sigaltstack(&ss, std::ptr::null_mut());
             // SAFETY: nothing in this program or in libc uses GS on x86-64 Linux; the block lives as long as the thread.
             libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, block);
-            stack
-        };
-        Attached { block, stack }
+        }
+        Ok(attached)
     }
 }
 
@@ -110,8 +148,10 @@ impl Drop for Attached {
             libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, 0u64);
             let ss = libc::stack_t { ss_sp: std::ptr::null_mut(), ss_flags: libc::SS_DISABLE, ss_size: 0 };
             libc::sigaltstack(&ss, std::ptr::null_mut());
-            libc::munmap(self.stack, STACK_SIZE);
-            libc::munmap(self.block.cast(), BLOCK_SIZE);
+            if !self.stack.is_null() {
+                libc::munmap(self.stack, STACK_SIZE);
+            }
+            libc::munmap(self.block.cast(), self.size);
         }
     }
 }
@@ -134,8 +174,31 @@ impl ThreadBlock {
     }
 
     /// The calling thread's block; made, with its alternate signal stack, at the first call.
+    ///
+    /// # Panics
+    /// If there is no memory or no address space for it: see [`ThreadBlock::make`].
     pub fn current() -> &'static ThreadBlock {
-        // SAFETY: the block does not move and lives until the thread ends; the reference is used on this thread only (Cell: !Sync).
-        BLOCK.with(|a| unsafe { &*a.block })
+        ThreadBlock::make().expect("memory for the thread's block")
+    }
+
+    /// As [`ThreadBlock::current`].
+    ///
+    /// # Errors
+    /// The host's, if there is no memory or no address space for it.
+    pub fn make() -> Result<&'static ThreadBlock> {
+        BLOCK.with(|cell| {
+            if cell.get().is_none() {
+                // It is this thread's own: nobody else has set it meanwhile.
+                let _ = cell.set(Attached::new()?);
+            }
+            let block = cell.get().expect("it was set").block;
+            // SAFETY: the block does not move and lives until the thread ends; the reference is used on this thread only (Cell: !Sync).
+            Ok(unsafe { &*block })
+        })
+    }
+
+    /// Does a guard lie behind the engine's range of every thread ([`GUARD_SIZE`])? Known once there is a block.
+    pub fn is_guarded() -> bool {
+        GUARDED.get().copied().unwrap_or(false)
     }
 }

@@ -123,6 +123,7 @@ fn exec(task: &mut Task, path: PathBuf, argv: u64, envp: u64) -> Result<Outcome,
     if task.signals.inbox.any() {
         return Err(RESTART);
     }
+    task.process.address_limit.give_to_host();
     task.process.signals.prepare_exec(task.signals.mask);
     let result = interruptible(task.signals.inbox.flag(), libc::SYS_execveat as u64, call).unwrap_or(RESTART);
     // Still here.

@@ -103,6 +103,7 @@ pub fn go_on(task: &mut Task, open: impl FnOnce() -> Result<(Image, Strings), i6
         signals: old.signals.clone(),
         cpu: old.cpu.clone(),
         host_exec: AtomicBool::new(false),
+        address_limit: old.address_limit.inherited(),
     });
     // Its own descriptors are closed on exec too.
     drop(image);

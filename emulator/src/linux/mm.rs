@@ -336,6 +336,12 @@ impl AddressSpace {
         to
     }
 
+    /// Bytes of the range that are mapped.
+    fn mapped(&self, addr: u64, len: u64) -> u64 {
+        let range = pages(addr, len).unwrap_or(0..0);
+        self.flat().parts(range).iter().map(|v| v.end - v.start).sum()
+    }
+
     /// Is the range wholly the guest's own, so that a call that names it may go to the host?
     fn owns(&self, range: Range<u64>) -> bool {
         self.flat().covers(range.clone()) && !self.flat().parts(range).iter().any(shared_with_host)
@@ -368,7 +374,12 @@ fn gaps(parts: &[Vma], range: Range<u64>) -> Vec<Range<u64>> {
 
 /// mmap(2).
 pub fn mmap(task: &mut Task, [addr, len, prot, flags, fd, offset]: Args) -> Outcome {
-    task.process.space.map(&Mapping { addr, len, prot, flags, fd: fd as i32, offset, name: "" }).into()
+    let space = &task.process.space;
+    let replaced = if flags & libc::MAP_FIXED as u64 != 0 { space.mapped(addr, len) } else { 0 };
+    if !task.process.may_map(len.saturating_sub(replaced)) {
+        return ENOMEM.into();
+    }
+    space.map(&Mapping { addr, len, prot, flags, fd: fd as i32, offset, name: "" }).into()
 }
 
 /// munmap(2).
@@ -388,12 +399,18 @@ pub fn pkey_mprotect(task: &mut Task, a: Args) -> Outcome {
 
 /// mremap(2).
 pub fn mremap(task: &mut Task, a: Args) -> Outcome {
+    if !task.process.may_map(a[2].saturating_sub(a[1])) {
+        return ENOMEM.into();
+    }
     task.process.space.remap(a[0], a[1], a[2], a[3], a[4]).into()
 }
 
 /// brk(2).
 pub fn brk(task: &mut Task, a: Args) -> Outcome {
-    (task.process.space.move_brk(a[0]) as i64).into()
+    let space = &task.process.space;
+    let end = space.lock().end;
+    let to = if task.process.may_map(a[0].saturating_sub(end)) { a[0] } else { end };
+    (space.move_brk(to) as i64).into()
 }
 
 /// madvise(2): on the guest's parts; a gap gives ENOMEM after the rest is done, as in the kernel.

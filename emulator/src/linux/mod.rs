@@ -24,6 +24,7 @@
 //! | [`sigcalls`] | the system calls about signals |
 //! | [`clone`] | new tasks: what is asked for |
 //! | [`thread`] | guest threads |
+//! | [`limits`] | the limit of the address space |
 //! | [`process_control`] | guest processes: fork, vfork |
 //! | [`exec`] | execve |
 //! | [`in_place`] | execve without a new host process |
@@ -39,6 +40,7 @@ pub mod file;
 pub mod frame;
 pub mod host;
 pub mod in_place;
+pub mod limits;
 pub mod load;
 pub mod misc;
 pub mod mm;
@@ -165,6 +167,8 @@ pub struct Process {
     pub cpu: Arc<CpuModel>,
     /// Something was done that only the host's exec undoes.
     pub host_exec: AtomicBool,
+    /// How much it may map.
+    pub address_limit: limits::AddressLimit,
 }
 
 impl Process {

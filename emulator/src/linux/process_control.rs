@@ -152,6 +152,7 @@ impl Process {
             signals: self.signals.clone(),
             cpu: self.cpu.clone(),
             host_exec: AtomicBool::new(true),
+            address_limit: self.address_limit.inherited(),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::cpu::cpuid::CpuModel;
 use crate::host::{inherited, signal as host_signal};
+use crate::linux::limits::AddressLimit;
 use crate::linux::{
     AddressSpace, Image, LoadError, Options, Process, Task, VcpuFactory, Why, exec, host, proc, signal,
 };
@@ -42,6 +43,7 @@ pub fn start(
         signals: signal::Dispositions::default(),
         cpu: cpu.clone(),
         host_exec: AtomicBool::new(false),
+        address_limit: AddressLimit::default(),
     };
     let mut task = Task::new(Arc::new(process)).map_err(|e| LoadError::new(&name, Why::NoEngine(e)))?;
     *task.vcpu.state() = state;

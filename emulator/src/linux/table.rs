@@ -8,7 +8,7 @@
 //! NULL for 0).
 
 use crate::linux::syscall::Handler;
-use crate::linux::{clone, exec, file, misc, mm, sigcalls, thread};
+use crate::linux::{clone, exec, file, limits, misc, mm, sigcalls, thread};
 use crate::vcpu::DIRECT_CALLS;
 use libc::{EINVAL, ENOSYS, EPERM};
 use std::sync::OnceLock;
@@ -81,6 +81,8 @@ const MASK: &str = "the host swaps its mask; handlers are told";
 const TASKS: &str =
     "a host process or thread each, with an engine of its own; CLONE_VM needs CLONE_VFORK or CLONE_THREAD";
 const EXEC: &str = "bivisor goes on with the program, or the host executes bivisor with it";
+const LIMITS: &str =
+    "RLIMIT_AS of the process itself is kept here and counts what the guest maps; the rest is the host's";
 const UNDONE: &str = "passed through; the next exec, which undoes it, is the host's";
 const GONE: &str = "not in this kernel either";
 
@@ -184,7 +186,7 @@ pub static ROWS: &[Row] = &[
     pass(94, "lchown", "path int int"),
     pass(95, "umask", "mode"),
     pass(96, "gettimeofday", "x x"),
-    pass(97, "getrlimit", "int x"),
+    own(97, "getrlimit", "int x", limits::getrlimit, LIMITS),
     pass(98, "getrusage", "int x"),
     pass(99, "sysinfo", "x"),
     pass(100, "times", "x"),
@@ -247,7 +249,7 @@ pub static ROWS: &[Row] = &[
     own(157, "prctl", "int x x x x", misc::prctl, "what would change bivisor instead of the guest is refused"),
     own(158, "arch_prctl", "x x", misc::arch_prctl, "the bases of FS and GS are the virtual CPU's"),
     pass(159, "adjtimex", "x"),
-    pass(160, "setrlimit", "int x"),
+    own(160, "setrlimit", "int x", limits::setrlimit, LIMITS),
     pass(161, "chroot", "path"),
     pass(162, "sync", ""),
     pass(163, "acct", "path"),
@@ -389,7 +391,7 @@ pub static ROWS: &[Row] = &[
     pass(299, "recvmmsg", "fd x uint x x"),
     pass(300, "fanotify_init", "x x"),
     pass(301, "fanotify_mark", "fd x x dir path"),
-    pass(302, "prlimit64", "int int x x"),
+    own(302, "prlimit64", "int int x x", limits::prlimit64, LIMITS),
     pass(303, "name_to_handle_at", "dir path x x x"),
     pass(304, "open_by_handle_at", "fd x oflags"),
     pass(305, "clock_adjtime", "int x"),

@@ -1,6 +1,7 @@
 //! Guest threads: each is a host thread with an engine of its own (clone(2) with CLONE_THREAD, set_tid_address(2), exit(2)).
 
 use crate::cpu::CpuState;
+use crate::host::thread::ThreadBlock;
 use crate::host::{fork, signal as host_signal};
 use crate::linux::clone::{Request, store_tid};
 use crate::linux::frame::{AltStack, LastFault};
@@ -59,6 +60,10 @@ fn main(seed: Seed, report: Sender<i64>) {
     // The C library starts a thread with its signal of cancellation (32) unblocked. The guest's may use it for timers, and send it as
     // soon as it knows the thread's id, which is after the report.
     host_signal::set_mask(u64::MAX);
+    if ThreadBlock::make().is_err() {
+        let _ = report.send(err(libc::EAGAIN));
+        return;
+    }
     host_signal::attach();
     let Seed { process, state, mask, last, request } = seed;
     let mut task = match Task::new(process) {

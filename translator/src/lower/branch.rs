@@ -5,8 +5,9 @@
 //! arrives at is the *landing* of some block (or the miss trampoline): code that knows its own guest address, compares by LEA and JRCXZ
 //! while R11 keeps RCX, and goes on to the next landing of the same entry if it was not meant. CALL pushes the guest's return address.
 //!
-//! A target that is no canonical address faults at the branch, before anything has changed (SDM 2A JMP, CALL, RET): a load through it
-//! finds out. After that load only 48 bits of it can differ from a landing's, and the table has looked at 16 of them.
+//! A target that is no canonical address faults at the branch, before anything has changed (SDM 2A JMP, CALL, RET): with PEXT the bits
+//! that must be 0 are part of the table's index, and behind the table is nothing ([`GUARD_SIZE`]); without, a load through the target
+//! finds out. After that only 48 bits of it can differ from a landing's, and the table has looked at 16 of them.
 
 // dynasm's dynamic registers convert a u8 to itself.
 #![allow(clippy::useless_conversion)]
@@ -17,6 +18,7 @@ use crate::enter::MISS;
 use crate::lower::memory::load_target;
 use crate::lower::{Depends, Leave, Lowering, R11, use_of_r11};
 use crate::marks::{Home, Mark, What};
+use bivisor_emulator::host::thread::{GUARD_SIZE, ThreadBlock};
 use bivisor_emulator::isa::Gpr;
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{ConditionCode, OpKind};
@@ -145,21 +147,50 @@ fn put_away(l: &mut Lowering<'_>, item: &Item) {
     }
 }
 
-/// With the target in a register: notes it in its slot, and faults if it is not canonical. R11 is lost.
+/// With the target in a register: notes it in its slot, and faults if it is no address of user code. R11 is lost, or the host address
+/// of the first landing.
 fn probe(l: &mut Lowering<'_>, item: &Item, r: u8) {
     let target = gs(slot::TARGET);
     dynasm!(l.e; .arch x64; gs mov [target], Rq(r));
     l.mark(What::Probe(item.at));
-    // movzx r11d, byte [r + 0]
-    l.e.bytes.extend_from_slice(&[0x44 | r >> 3, 0x0f, 0xb6, 0x58 | r & 7]);
-    if r & 7 == 4 {
-        l.e.push(0x24);
-    }
-    l.e.push(0);
+    fault_unless_user(&mut l.e, r, finds_by_pext());
     l.mark(What::At(item.at));
 }
 
-/// With the target in its slot, and in a register if one is given.
+/// A load through the target takes a line of the cache for data, and a translation, from every page of code.
+fn fault_unless_user(e: &mut Emitter, r: u8, pext: bool) {
+    if pext {
+        // pext r11, r, gs:[ADDRESS_BITS]
+        e.bytes.extend_from_slice(&[0x65, 0xc4, 0x62, 0x82 | (!r & 15) << 3, 0xf5, 0x1c, 0x25]);
+        e.push_i32(gs(slot::ADDRESS_BITS));
+        dynasm!(e; .arch x64; gs mov r11, [r11 * 8 + TABLE]);
+        return;
+    }
+    // movzx r11d, byte [r + 0]
+    e.bytes.extend_from_slice(&[0x44 | r >> 3, 0x0f, 0xb6, 0x58 | r & 7]);
+    if r & 7 == 4 {
+        e.push(0x24);
+    }
+    e.push(0);
+}
+
+/// What [`slot::ADDRESS_BITS`] holds: the bits of an address that are 0 in user space, and those that choose the table's entry.
+pub const ADDRESS_BITS: u64 = !0 << 47 | 0xffff;
+// Whatever these bits are, they lead to the table or into the guard.
+const _: () = assert!(8 << ADDRESS_BITS.count_ones() <= GUARD_SIZE as u64);
+
+/// Is the table's index made by PEXT? Not where that is slow: on AMD's CPUs before family 19h (Fog, Instruction tables).
+pub fn finds_by_pext() -> bool {
+    static FAST: OnceLock<bool> = OnceLock::new();
+    *FAST.get_or_init(|| {
+        let eax = __cpuid(1).eax;
+        let family = (eax >> 8 & 15) + if eax >> 8 & 15 == 15 { eax >> 20 & 255 } else { 0 };
+        let slow = matches!(&__cpuid(0).ebx.to_le_bytes(), b"Auth" | b"Hygo") && family < 0x19;
+        ThreadBlock::make().is_ok() && ThreadBlock::is_guarded() && has_bmi2() && !slow
+    })
+}
+
+/// With the target in its slot, and in a register if one is given; after [`probe`].
 fn dispatch(l: &mut Lowering<'_>, r: Option<u8>) {
     let target = gs(slot::TARGET);
     l.mark(What::Target);
@@ -171,6 +202,10 @@ fn dispatch(l: &mut Lowering<'_>, r: Option<u8>) {
         return;
     }
     match r {
+        _ if finds_by_pext() => {
+            dynasm!(l.e; .arch x64; jmp r11);
+            return;
+        }
         Some(r) => dynasm!(l.e; .arch x64; movzx r11d, Rw(r)),
         None => dynasm!(l.e; .arch x64; gs movzx r11d, WORD [target]),
     }
@@ -343,6 +378,47 @@ mod tests {
             }
         }
         (at, rcx ^ GUEST_RCX)
+    }
+
+    /// One of each register; what an address comes to is taken from the decoder.
+    #[test]
+    fn the_bits_of_a_target_choose_the_entry_or_lead_into_the_guard() {
+        for r in 0..16u8 {
+            let mut e = Emitter::new(0);
+            fault_unless_user(&mut e, r, true);
+            let mut d = Decoder::new(64, &e.bytes, DecoderOptions::NONE);
+            let (pext, load): (Instruction, Instruction) = (d.decode(), d.decode());
+            assert_eq!(pext.code(), Code::VEX_Pext_r64_r64_rm64);
+            assert_eq!((pext.op0_register(), pext.op1_register().number()), (Register::R11, usize::from(r)));
+            assert_eq!(
+                (pext.segment_prefix(), pext.memory_displacement64()),
+                (Register::GS, gs(slot::ADDRESS_BITS) as u64)
+            );
+            assert_eq!(load.code(), Code::Mov_r64_rm64);
+            assert_eq!(
+                (load.segment_prefix(), load.memory_base(), load.memory_index(), load.memory_index_scale()),
+                (Register::GS, Register::None, Register::R11, 8)
+            );
+            assert_eq!(load.memory_displacement64(), TABLE as u64);
+            e.bytes.clear();
+            fault_unless_user(&mut e, r, false);
+            let load: Instruction = Decoder::new(64, &e.bytes, DecoderOptions::NONE).decode();
+            assert_eq!((load.memory_base().number(), load.memory_displacement64()), (usize::from(r), 0));
+        }
+        // PEXT, as the manual has it (SDM 2B).
+        let pext = |v: u64| {
+            let bits = (0..64).filter(|i| ADDRESS_BITS >> i & 1 != 0);
+            bits.enumerate().fold(0u64, |all, (to, from)| all | (v >> from & 1) << to)
+        };
+        let entries = 1 << 16;
+        for target in [0u64, 0x7fff_ffff_ffff, 0x7f12_3456_789a] {
+            assert_eq!(pext(target), target & 0xffff);
+            for bit in 47..64 {
+                let to = pext(target | 1 << bit);
+                assert!((entries..1 << 33).contains(&to), "{target:#x} {bit}");
+            }
+        }
+        assert!(pext(u64::MAX) < GUARD_SIZE as u64 / 8);
     }
 
     #[test]

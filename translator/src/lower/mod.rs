@@ -19,7 +19,7 @@ use crate::route::Route;
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
-pub use branch::{Landing, emit_landing, emit_trampolines};
+pub use branch::{ADDRESS_BITS, Landing, emit_landing, emit_trampolines, finds_by_pext};
 pub use relocate::{Depends, Relocation, move_code};
 
 /// Why a piece of code is left.

@@ -4,7 +4,7 @@
 //! It is mapped twice: once for Rust, once behind the thread block of the thread that runs the virtual CPU.
 #![allow(unsafe_code)]
 
-use crate::emit::slot;
+use crate::emit::{ALL_OF_IT, slot};
 use bivisor_emulator::host::thread::{ENGINE_AREA_OFFSET, ENGINE_AREA_SIZE, ENGINE_CHECKS_SIZE, ThreadBlock};
 use std::io::{Error, Result};
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
@@ -183,7 +183,7 @@ impl Area {
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a fresh mapping.
         let p = unsafe { libc::mmap(std::ptr::null_mut(), ENGINE_AREA_SIZE, prot, flags, -1, 0) };
-        static AREAS: AtomicU64 = AtomicU64::new(1 << 63);
+        static AREAS: AtomicU64 = AtomicU64::new(ALL_OF_IT);
         if p == libc::MAP_FAILED {
             return Err(Error::last_os_error());
         }
