@@ -1,6 +1,8 @@
 //! The arguments: one subcommand a file, its arguments beside its code.
 
-use clap::{Parser, Subcommand};
+use crate::run::RunArgs;
+use clap::{Args, FromArgMatches, Parser, Subcommand};
+use std::ffi::OsString;
 
 /// An x86 virtual machine with three engines: interpreter, binary translator, KVM.
 #[derive(Parser)]
@@ -19,7 +21,7 @@ pub struct Cli {
 #[derive(Subcommand)]
 pub enum Command {
     /// Run a Linux program.
-    Run(crate::run::RunArgs),
+    Run(RunArgs),
     /// Run a machine: a kernel or a boot image.
     Boot(crate::boot::BootArgs),
     /// Tell where instructions end and whether they are valid.
@@ -38,4 +40,19 @@ pub enum Command {
     Demo(crate::demo::DemoArgs),
     /// Compare engines with each other and with the host CPU.
     Diff(crate::diff::DiffArgs),
+}
+
+/// What the arguments of this process ask for; ends the process with a message if they are wrong.
+pub fn command() -> Command {
+    let words: Vec<OsString> = std::env::args_os().collect();
+    run(&words).unwrap_or_else(|| Cli::parse_from(words).command)
+}
+
+/// `run` as it is usually written, for which the options of all the other subcommands need not be put together, a quarter of a
+/// millisecond. Whatever is to be said to a user is said by the whole parser.
+fn run(words: &[OsString]) -> Option<Command> {
+    let (_, options) = words.split_first()?.1.split_first().filter(|(name, _)| *name == "run")?;
+    let parser = RunArgs::augment_args(clap::Command::new("run").no_binary_name(true));
+    let found = parser.try_get_matches_from(options).ok()?;
+    RunArgs::from_arg_matches(&found).ok().map(Command::Run)
 }

@@ -35,11 +35,10 @@ mod text;
 mod trap;
 mod vessel;
 
-use clap::Parser;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let outcome = match cli::Cli::parse().command {
+    let outcome = match cli::command() {
         cli::Command::Boot(args) => boot::run(&args),
         cli::Command::Classify(args) => classify::run(&args),
         cli::Command::Compare(args) => compare::run(&args),

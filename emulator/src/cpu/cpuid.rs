@@ -5,8 +5,8 @@
 
 use crate::cpu::xsave::{Layout, component};
 use crate::cpu::{CpuState, Cr4};
+use crate::isa::host_cpu;
 use iced_x86::{Code, CpuidFeature as F};
-use std::arch::x86_64::__cpuid_count;
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
@@ -500,26 +500,22 @@ fn is_tzcnt(code: Code) -> bool {
     matches!(code, Code::Tzcnt_r16_rm16 | Code::Tzcnt_r32_rm32 | Code::Tzcnt_r64_rm64)
 }
 
-/// The host's CPUID. CPUID is slow under a hypervisor, so only what is needed is asked, once.
+/// The host's CPUID.
 struct Host {
     max: [u32; 2],
-    leaves: std::cell::RefCell<BTreeMap<(u32, u32), [u32; 4]>>,
 }
 
 impl Host {
     fn probe() -> Host {
-        let max = [0, 0x8000_0000].map(|leaf| __cpuid_count(leaf, 0).eax);
-        Host { max, leaves: Default::default() }
+        let max = [0, 0x8000_0000].map(|leaf| host_cpu::cpuid(leaf, 0)[0]);
+        Host { max }
     }
 
     fn get(&self, leaf: u32, sub: u32) -> [u32; 4] {
         if leaf > self.max[usize::from(leaf >= 0x8000_0000)] {
             return [0; 4];
         }
-        *self.leaves.borrow_mut().entry((leaf, sub)).or_insert_with(|| {
-            let r = __cpuid_count(leaf, sub);
-            [r.eax, r.ebx, r.ecx, r.edx]
-        })
+        host_cpu::cpuid(leaf, sub)
     }
 
     fn has(&self, row: &Row) -> bool {

@@ -4,7 +4,7 @@
 //! CPUID leaf 0xD and differ between vendors. A component whose bit in XSTATE_BV is clear is in its initial configuration and its
 //! bytes mean nothing: the accessors see to that.
 
-use std::arch::x86_64::__cpuid_count;
+use crate::isa::host_cpu::cpuid;
 use std::sync::OnceLock;
 
 /// Room for x87, SSE, AVX, AVX-512 and PKRU on every known CPU (Intel 2696 bytes, AMD 2440).
@@ -64,17 +64,17 @@ impl Layout {
         if !std::is_x86_feature_detected!("xsave") {
             return l;
         }
-        let enabled = __cpuid_count(0xd, 0);
-        let enabled = u64::from(enabled.eax) | u64::from(enabled.edx) << 32;
+        let [low, _, _, high] = cpuid(0xd, 0);
+        let enabled = u64::from(low) | u64::from(high) << 32;
         let mut take = |bits: u64, parts: &mut [(u32, &mut usize)]| {
             if enabled & bits != bits {
                 return;
             }
             let mut end = 0;
             for (i, offset) in parts.iter_mut() {
-                let leaf = __cpuid_count(0xd, *i);
-                **offset = leaf.ebx as usize;
-                end = end.max(leaf.ebx as usize + leaf.eax as usize);
+                let [size, at, ..] = cpuid(0xd, *i);
+                **offset = at as usize;
+                end = end.max(at as usize + size as usize);
             }
             if end <= XSAVE_SIZE {
                 l.components |= bits;

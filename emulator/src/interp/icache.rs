@@ -258,7 +258,7 @@ impl Page {
     }
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Front {
     /// Linear page and context.
     key: u64,
@@ -279,7 +279,7 @@ impl Default for ICache {
         ICache {
             pages: Vec::new(),
             by_key: HashMap::new(),
-            front: Box::new([Front { key: u64::MAX, generation: 0, page: 0 }; FRONT]),
+            front: vec![Front { key: u64::MAX, generation: 0, page: 0 }; FRONT].try_into().expect("that many"),
         }
     }
 }

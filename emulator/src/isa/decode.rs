@@ -2,6 +2,7 @@
 
 use super::length::{Fetched, fetched};
 use crate::isa::Insn;
+use crate::isa::host_cpu::cpuid;
 use iced_x86::{Code, CodeSize, Decoder, DecoderOptions, Instruction, Register};
 use std::sync::OnceLock;
 
@@ -19,7 +20,7 @@ pub fn options() -> u32 {
 pub fn is_amd() -> bool {
     static HOST: OnceLock<bool> = OnceLock::new();
     // "Auth" of AuthenticAMD, "Hygo" of HygonGenuine in EBX.
-    *HOST.get_or_init(|| matches!(std::arch::x86_64::__cpuid(0).ebx, 0x6874_7541 | 0x6f67_7948))
+    *HOST.get_or_init(|| matches!(cpuid(0, 0)[1], 0x6874_7541 | 0x6f67_7948))
 }
 
 /// Why bytes are no instruction.

@@ -365,11 +365,13 @@ pub fn is_undefined(code: Code) -> bool {
     code.cpuid_features().iter().any(|f| UNDEFINED.contains(f))
 }
 
+/// How many [`Code`]s there are.
+const CODES: usize = Code::VEX_Vsm3rnds2_xmm_xmm_xmmm128_imm8 as usize + 1;
+
 /// The facts of one instruction; derived when first asked for, because starting a short program must not cost 5,000 lookups.
 pub fn facts(code: Code) -> &'static Facts {
-    static TABLE: OnceLock<Box<[OnceLock<Facts>]>> = OnceLock::new();
-    let table = TABLE.get_or_init(|| Code::values().map(|_| OnceLock::new()).collect());
-    table[code as usize].get_or_init(|| derive(code))
+    static TABLE: [OnceLock<Facts>; CODES] = [const { OnceLock::new() }; CODES];
+    TABLE[code as usize].get_or_init(|| derive(code))
 }
 
 fn derive(code: Code) -> Facts {
@@ -420,6 +422,11 @@ fn has_form(code: Code, form: Form) -> bool {
 mod tests {
     use super::*;
     use iced_x86::{MemorySize, OpCodeOperandKind as K};
+
+    #[test]
+    fn every_instruction_has_a_place() {
+        assert_eq!(Code::values().count(), CODES);
+    }
 
     /// What the operands say.
     fn form_by_operands(code: Code, form: Form) -> bool {

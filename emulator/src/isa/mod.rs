@@ -3,6 +3,7 @@
 pub mod decode;
 pub mod exits;
 pub mod facts;
+pub mod host_cpu;
 pub mod insn;
 mod length;
 pub mod reg;

@@ -26,7 +26,8 @@ pub struct Rights {
 
 /// Cached translations.
 pub struct Tlb {
-    entries: Box<[Entry; ENTRIES * CONTEXTS]>,
+    /// None until there is one to remember: a process needs no translations.
+    entries: Vec<Entry>,
     /// 1 to 0xfff: flushing is changing it.
     generation: u64,
     /// The linear range in which parts of large pages are cached: INVLPG there forgets all.
@@ -43,8 +44,7 @@ const MOST_LOCAL: usize = 2 * ENTRIES;
 impl Default for Tlb {
     fn default() -> Tlb {
         Tlb {
-            // Zeroed memory that is taken when it is used.
-            entries: vec![[EMPTY; 4]; ENTRIES * CONTEXTS].try_into().expect("that many"),
+            entries: Vec::new(),
             generation: 1,
             large: (u64::MAX, 0),
             global: Box::new([0; ENTRIES * CONTEXTS / 64]),
@@ -62,7 +62,7 @@ impl Tlb {
     /// The guest-physical address, if the access is known to be allowed.
     #[inline(always)]
     pub fn get(&self, context: usize, laddr: u64, access: Access) -> Option<u64> {
-        let entry = &self.entries[slot(context, laddr)];
+        let entry = self.entries.get(slot(context, laddr))?;
         (entry[access as usize] == (laddr & !(PAGE_SIZE - 1)) | self.generation)
             .then(|| laddr.wrapping_add(entry[DELTA]))
     }
@@ -76,6 +76,9 @@ impl Tlb {
     /// Remembers the page of `laddr`, of `size` bytes in all.
     pub fn put(&mut self, context: usize, laddr: u64, gpa: u64, size: u64, global: bool, rights: Rights) {
         let n = slot(context, laddr);
+        if self.entries.is_empty() {
+            self.entries = vec![[EMPTY; 4]; ENTRIES * CONTEXTS];
+        }
         if global {
             self.global[n / 64] |= 1 << (n % 64);
         } else {
@@ -88,7 +91,7 @@ impl Tlb {
         let tag = page | self.generation;
         let tag_if = |right: bool| if right { tag } else { EMPTY };
         let delta = (gpa & !(PAGE_SIZE - 1)).wrapping_sub(page);
-        self.entries[slot(context, laddr)] = [tag_if(rights.read), tag_if(rights.write), tag_if(rights.execute), delta];
+        self.entries[n] = [tag_if(rights.read), tag_if(rights.write), tag_if(rights.execute), delta];
         if size > PAGE_SIZE {
             let start = laddr & !(size - 1);
             self.large = (self.large.0.min(start), self.large.1.max(start + (size - 1)));
@@ -126,7 +129,9 @@ impl Tlb {
             return false;
         }
         for context in 0..CONTEXTS {
-            self.entries[slot(context, laddr)] = [EMPTY; 4];
+            if let Some(entry) = self.entries.get_mut(slot(context, laddr)) {
+                *entry = [EMPTY; 4];
+            }
         }
         true
     }

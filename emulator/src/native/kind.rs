@@ -113,7 +113,7 @@ fn memory(i: &Instruction) -> Needs {
 /// keep x87 selectors and opcodes.
 pub fn is_amd() -> bool {
     static AMD: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
-    *AMD.get_or_init(|| std::arch::x86_64::__cpuid(0).ecx == u32::from_le_bytes(*b"cAMD"))
+    *AMD.get_or_init(|| crate::isa::host_cpu::cpuid(0, 0)[2] == u32::from_le_bytes(*b"cAMD"))
 }
 
 /// Bytes of the element that an EVEX instruction can broadcast, 0 if it cannot: the granularity of its mask. This asks no

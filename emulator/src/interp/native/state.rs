@@ -5,6 +5,7 @@ use crate::cpu::{CpuState, Cr0, Cr4, Fault, XsaveArea};
 use crate::interp::native::{behind, check, enter_x87};
 use crate::interp::operand::effective_address;
 use crate::interp::{Exec, Step, Stop, access};
+use crate::isa::host_cpu::cpuid;
 use crate::isa::{Gpr, Insn, MemRef, Width};
 use crate::mem::Access;
 use crate::native::Needs;
@@ -31,8 +32,7 @@ pub fn mxcsr_mask() -> u32 {
 
 /// CPUID 8000_0001h ECX bit 7: MXCSR.MM exists.
 fn is_amd_misaligned() -> bool {
-    std::arch::x86_64::__cpuid(0x8000_0000).eax > 0x8000_0000
-        && std::arch::x86_64::__cpuid(0x8000_0001).ecx >> 7 & 1 != 0
+    cpuid(0x8000_0000, 0)[0] > 0x8000_0000 && cpuid(0x8000_0001, 0)[2] >> 7 & 1 != 0
 }
 
 fn memory(x: &Exec<'_>, i: &Insn) -> Result<(MemRef, u64), Stop> {
