@@ -434,7 +434,12 @@ impl Cache {
         let flushes = self.flushes();
         match via {
             Via::Link(exit, then) if then == flushes => store.link(&self.exits, exit, block),
-            Via::Indirect => store.add_landing(block),
+            Via::Indirect => {
+                store.add_landing(block);
+                if store.widen() {
+                    self.id.store(NEXT_ID.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
+                }
+            }
             Via::Start | Via::Link(..) => {}
         }
         Entry { host: self.range.0 + u64::from(body), flushes }

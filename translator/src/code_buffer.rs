@@ -4,18 +4,22 @@
 //! CPU has TLB entries for.
 //!
 //! In front of the code lies the table of branch targets: one code address for each value of the low 16 bits of a guest address.
-//! Every thread maps it read-only behind its thread block, so that generated code reaches it through GS.
+//! Every thread maps it read-only behind its thread block, so that generated code reaches it through GS. At first the table is half as
+//! large and mapped twice, so that the highest of these bits does not count: most programs need no more, and its pages are a good part
+//! of what starting one costs.
 #![allow(unsafe_code)]
 
 use bivisor_emulator::host::thread::{ENGINE_AREA_OFFSET, ENGINE_AREA_SIZE, ThreadBlock};
 use std::fs::File;
 use std::io::{Error, IoSlice, Result, Write};
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
-/// Entries of the table of branch targets.
-pub const TABLE_ENTRIES: usize = 1 << 16;
-const TABLE_SIZE: usize = TABLE_ENTRIES * 8;
+/// Entries of the table of branch targets: at first, at last.
+const FEW_ENTRIES: usize = 1 << 15;
+const MOST_ENTRIES: usize = 1 << 16;
+const TABLE_SIZE: usize = MOST_ENTRIES * 8;
 /// Where the code begins in the memory, which is where a huge page may begin.
 const CODE_AT: usize = HUGE;
 /// A huge page.
@@ -32,6 +36,8 @@ pub struct CodeBuffer {
     rx: *mut u8,
     size: usize,
     used: usize,
+    /// Of the table.
+    entries: usize,
     /// Rarely executed code lies from here on to the end, put downwards, so that it does not lie between what is executed often.
     cold: usize,
     /// The memory, as long as nothing was written to the table.
@@ -65,6 +71,7 @@ impl CodeBuffer {
                 rx: std::ptr::null_mut(),
                 size,
                 used: 0,
+                entries: FEW_ENTRIES,
                 cold: size - 64,
                 fresh: None,
                 ready: 0,
@@ -80,7 +87,7 @@ impl CodeBuffer {
     }
 
     /// Asks for the memory of a range of the writable view at once, which costs a fraction of a fault for each page. It need not succeed.
-    fn populate(&self, range: std::ops::Range<usize>) {
+    fn populate(&self, range: Range<usize>) {
         // SAFETY: our own mapping; the content does not change.
         unsafe { libc::madvise(self.rw.add(range.start).cast(), range.len(), libc::MADV_POPULATE_WRITE) };
     }
@@ -97,7 +104,7 @@ impl CodeBuffer {
 
     /// Bytes of memory in use: table, code, rarely executed code.
     pub fn memory(&self) -> usize {
-        TABLE_SIZE + self.used + self.size - self.cold
+        self.entries * 8 + self.used + self.size - self.cold
     }
 
     /// Bytes in use.
@@ -186,29 +193,53 @@ impl CodeBuffer {
         unsafe { self.rw.add(CODE_AT + at).cast::<i8>().write_volatile(displacement) };
     }
 
-    fn entry(&self, index: u16) -> &AtomicU64 {
-        // SAFETY: the table has an entry for each u16; it is only accessed as atomics.
-        unsafe { &*self.rw.cast::<AtomicU64>().add(usize::from(index)) }
+    /// The table entry of a guest address.
+    pub fn index(&self, guest: u64) -> u16 {
+        guest as u16 & (self.entries - 1) as u16
     }
 
-    /// Sets a branch target to code offset `target`.
+    fn entry(&self, index: usize) -> &AtomicU64 {
+        assert!(index < self.entries, "no entry");
+        // SAFETY: in range of the table; it is only accessed as atomics.
+        unsafe { &*self.rw.cast::<AtomicU64>().add(index) }
+    }
+
+    /// Sets a branch target, which [`CodeBuffer::index`] gave, to code offset `target`.
     pub fn set_target(&self, index: u16, target: usize) {
-        self.entry(index).store(self.base() + target as u64, Ordering::Release);
+        self.entry(index.into()).store(self.base() + target as u64, Ordering::Release);
+    }
+
+    /// Would so many targets be better off with a larger table?
+    pub fn is_narrow(&self, targets: usize) -> bool {
+        self.entries < MOST_ENTRIES && targets > FEW_ENTRIES / 4
+    }
+
+    /// Makes the table as large as it can be. All branch targets are `target` then. Threads that have mapped it as it was see the first
+    /// half of it twice until they map it again, and miss what is in the other.
+    pub fn widen(&mut self, target: usize) {
+        self.entries = MOST_ENTRIES;
+        self.set_targets(0..MOST_ENTRIES, target);
+    }
+
+    fn set_targets(&self, range: Range<usize>, target: usize) {
+        range.for_each(|i| self.entry(i).store(self.base() + target as u64, Ordering::Relaxed));
     }
 
     /// Sets all branch targets.
     pub fn fill_targets(&mut self, target: usize) {
-        // Written by the kernel, fresh memory costs half of what it does through the mapping, and only pages that are used are mapped.
+        // Written by the kernel, fresh memory costs half of what it does through the mapping.
+        let size = self.entries * 8;
         if let Some(fd) = self.fresh.take() {
             let page = (self.base() + target as u64).to_ne_bytes().repeat(512);
-            let pages = vec![IoSlice::new(&page); TABLE_SIZE / page.len()];
-            if File::from(fd).write_vectored(&pages).is_ok_and(|n| n == TABLE_SIZE) {
+            let pages = vec![IoSlice::new(&page); size / page.len()];
+            if File::from(fd).write_vectored(&pages).is_ok_and(|n| n == size) {
+                // Faults would come one by one. It need not succeed.
+                // SAFETY: our own mapping; the content does not change.
+                unsafe { libc::madvise(self.rw.cast(), size, libc::MADV_POPULATE_READ) };
                 return;
             }
         }
-        for i in 0..=u16::MAX {
-            self.entry(i).store(self.base() + target as u64, Ordering::Relaxed);
-        }
+        self.set_targets(0..self.entries, target);
     }
 
     fn generation_cell(&self) -> &AtomicU64 {
@@ -231,20 +262,29 @@ impl CodeBuffer {
     /// # Errors
     /// The host's.
     pub fn map_table(&self, block: &ThreadBlock, all: bool) -> Result<()> {
-        let area = (block.this as usize + ENGINE_AREA_OFFSET) as *mut libc::c_void;
+        let area = block.this as usize + ENGINE_AREA_OFFSET;
         if all {
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
             // SAFETY: the area behind the block is reserved for the engine that runs.
-            let p = unsafe { libc::mmap(area, ENGINE_AREA_SIZE, libc::PROT_NONE, flags, -1, 0) };
+            let p = unsafe { libc::mmap(area as *mut libc::c_void, ENGINE_AREA_SIZE, libc::PROT_NONE, flags, -1, 0) };
             if p == libc::MAP_FAILED {
                 return Err(Error::last_os_error());
             }
         }
-        // SAFETY: the area behind the block is reserved for this. An old size of 0 makes a second mapping of a shared one (mremap(2)).
+        let size = self.entries * 8;
+        for at in (area..area + TABLE_SIZE).step_by(size) {
+            // SAFETY: as above. An old size of 0 makes a second mapping of a shared one (mremap(2)).
+            unsafe {
+                let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+                let p = libc::mremap(self.rw.cast(), 0, size, flags, at as *mut libc::c_void);
+                if p == libc::MAP_FAILED {
+                    return Err(Error::last_os_error());
+                }
+            }
+        }
+        // SAFETY: the mappings just made.
         unsafe {
-            let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-            let p = libc::mremap(self.rw.cast(), 0, TABLE_SIZE, flags, area);
-            if p == libc::MAP_FAILED || libc::mprotect(p, TABLE_SIZE, libc::PROT_READ) != 0 {
+            if libc::mprotect(area as *mut libc::c_void, TABLE_SIZE, libc::PROT_READ) != 0 {
                 return Err(Error::last_os_error());
             }
         }
@@ -283,7 +323,7 @@ impl CodeBuffer {
     }
 
     /// The code in use, for tests and `explain`.
-    pub fn code(&self, range: std::ops::Range<usize>) -> Vec<u8> {
+    pub fn code(&self, range: Range<usize>) -> Vec<u8> {
         assert!(range.start <= range.end && range.end <= self.used, "not code");
         // SAFETY: in range; bytes are copied at once.
         unsafe { std::slice::from_raw_parts(self.rx.add(range.start), range.len()).to_vec() }

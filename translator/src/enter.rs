@@ -14,9 +14,9 @@ use crate::registers::{load_registers, store_others};
 use bivisor_emulator::cpu::CpuState;
 use bivisor_emulator::cpu::xsave::{Layout, component};
 use bivisor_emulator::host::thread::ThreadBlock;
+use bivisor_emulator::isa::host_cpu::cpuid;
 use bivisor_emulator::isa::{Gpr, Seg};
 use std::arch::global_asm;
-use std::arch::x86_64::__cpuid_count;
 use std::mem::offset_of;
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -258,7 +258,7 @@ pub fn prepare(block: &ThreadBlock) {
         }
         // CPUID 0xD, 1: EAX bit 2 is XGETBV with ECX = 1. With registers beyond YMM that we do not know how to move there is only XSAVE.
         let known = layout.components & component::AVX512 == 0 || flags & AVX512 != 0;
-        if flags & AVX != 0 && known && __cpuid_count(0xd, 1).eax & 4 != 0 {
+        if flags & AVX != 0 && known && cpuid(0xd, 1)[0] & 4 != 0 {
             flags |= XGETBV1;
         }
         flags

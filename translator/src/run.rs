@@ -25,7 +25,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-const LOOKASIDE: usize = 1024;
+const LOOKASIDE: usize = 256;
 /// No system call is made in the cache.
 static NONE_DIRECT: [u8; DIRECT_CALLS] = [1; DIRECT_CALLS];
 
@@ -270,7 +270,10 @@ impl Translator {
                 true => self.find(board.mem, via),
                 false => None,
             };
-            via = Via::Start;
+            if std::mem::replace(&mut via, Via::Start) == Via::Indirect {
+                // It may have become larger.
+                self.cache.map_table(block, slot::AREA_OWNER);
+            }
             let Some(entry) = entry else {
                 match self.step(board) {
                     Exit::Budget => continue,
@@ -471,7 +474,7 @@ impl Translator {
 }
 
 fn lookaside(rip: u64) -> usize {
-    (rip ^ rip >> 10) as usize % LOOKASIDE
+    (rip ^ rip >> 8) as usize % LOOKASIDE
 }
 
 fn is_canonical(address: u64) -> bool {

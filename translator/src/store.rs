@@ -23,6 +23,9 @@ use std::sync::Arc;
 /// More than one block can need.
 pub const MAX_BLOCK: usize = 16 << 10;
 
+/// The page of vsyscall(2) but for the bits that make it the kernel's.
+const LIKE_VSYSCALL: u64 = 0x7fff_ff60_0000;
+
 /// End of a list.
 pub(crate) const NONE: u32 = u32::MAX;
 
@@ -384,8 +387,12 @@ impl Store {
     /// Enters the landing of a block in the table, before the others of the same entry.
     pub(crate) fn register(&mut self, b: u32, l: Landing) {
         let block = &mut self.blocks[b as usize];
-        let entry = block.start as u16;
         block.landing = Some(l);
+        // Bit 47 is not compared: what a call into vsyscall's page could be taken for is left to the dispatcher.
+        if block.start & !(PAGE_SIZE - 1) == LIKE_VSYSCALL {
+            return;
+        }
+        let entry = self.buffer.index(block.start);
         block.next_landing = self.landings.insert(entry, b).unwrap_or(0);
         self.stats.landings += 1;
         self.landed = true;
@@ -394,12 +401,31 @@ impl Store {
         self.buffer.set_target(entry, l.at());
     }
 
+    /// Makes the table larger if there are many landings in a small one. Was it?
+    pub fn widen(&mut self) -> bool {
+        if !self.buffer.is_narrow(self.landings.len()) {
+            return false;
+        }
+        let mut all = Vec::new();
+        for mut b in std::mem::take(&mut self.landings).into_values() {
+            while let Some(Block { landing: Some(l), next_landing, .. }) = self.blocks.get(b as usize) {
+                all.push((b, *l));
+                b = *next_landing;
+            }
+        }
+        self.buffer.widen(self.miss as usize);
+        self.stats.landings -= all.len() as u64;
+        // Who is on the way from landing to landing comes to its end: each leads to one entered before, or to where it led.
+        all.into_iter().for_each(|(b, l)| self.register(b, l));
+        true
+    }
+
     fn landing_at(&self, b: u32) -> usize {
         self.blocks.get(b as usize).and_then(|b| b.landing).map_or(self.miss as usize, Landing::at)
     }
 
     pub(crate) fn unregister(&mut self, b: u32) {
-        let entry = self.blocks[b as usize].start as u16;
+        let entry = self.buffer.index(self.blocks[b as usize].start);
         let next = self.blocks[b as usize].next_landing;
         let head = self.landings.get(&entry).copied().unwrap_or(0);
         if head == b {

@@ -214,3 +214,71 @@ fn wait(child: i32) -> i32 {
         std::thread::sleep(Duration::from_micros(200));
     }
 }
+
+/// The table of branch targets begins small. A thread that never leaves the code has to find what is in the larger one.
+#[test]
+fn the_table_of_targets_grows_under_a_running_thread() {
+    const FUNCTIONS: u64 = AREA / 3;
+    let cache = Cache::new(Arc::new(CpuModel::host()), Policy::default(), 16 << 20).expect("executable memory");
+    let [functions, walk, spin, stack, other, data] = std::array::from_fn(|_| map());
+    let mem = space(&[functions, walk, spin, stack, other, data]);
+    put(functions, |a| {
+        for _ in 0..FUNCTIONS {
+            a.inc(eax).unwrap();
+            a.ret().unwrap();
+        }
+    });
+    put(walk, |a| {
+        let mut top = a.create_label();
+        a.set_label(&mut top).unwrap();
+        a.call(rdx).unwrap();
+        a.add(rdx, 3).unwrap();
+        a.dec(rcx).unwrap();
+        a.jne(top).unwrap();
+        a.syscall().unwrap();
+    });
+    put(spin, |a| {
+        let mut top = a.create_label();
+        a.set_label(&mut top).unwrap();
+        a.call(rbx).unwrap();
+        a.call(rbp).unwrap();
+        a.mov(qword_ptr(rdi), rax).unwrap();
+        a.cmp(qword_ptr(rdi + 8), 0).unwrap();
+        a.je(top).unwrap();
+        a.syscall().unwrap();
+    });
+    let counted = || word(data).load(Ordering::SeqCst);
+    std::thread::scope(|s| {
+        let spinner = s.spawn(|| {
+            let mut t = cpu(&cache, spin, other);
+            // On both sides of bit 15.
+            for (r, n) in [(Gpr::Rbx, 100), (Gpr::Rbp, FUNCTIONS - 100)] {
+                t.state().gpr[r as usize] = functions + 3 * n;
+            }
+            t.state().gpr[Gpr::Rdi as usize] = data;
+            until_syscall(&mut t, &mem);
+            (t.state().gpr[Gpr::Rax as usize], t.stats().misses)
+        });
+        let mut t = cpu(&cache, walk, stack);
+        let mut walked = Vec::new();
+        for _ in 0..3 {
+            let s = t.state();
+            s.rip = walk;
+            (s.gpr[Gpr::Rdx as usize], s.gpr[Gpr::Rcx as usize]) = (functions, FUNCTIONS);
+            until_syscall(&mut t, &mem);
+            walked.push(t.stats().misses);
+        }
+        let (then, begin) = (counted(), Instant::now());
+        while counted() < then + 100_000 && begin.elapsed() < Duration::from_secs(20) {
+            std::thread::yield_now();
+        }
+        let moved = counted() - then;
+        word(data + 8).store(1, Ordering::SeqCst);
+        assert_eq!(t.state().gpr[Gpr::Rax as usize], 3 * FUNCTIONS);
+        assert!(walked[0] >= FUNCTIONS - 10 && walked[2] < walked[0] + 10, "{walked:?}");
+        let (count, misses) = spinner.join().expect("no panic");
+        assert!(moved >= 100_000 && misses < 10, "{moved} calls, {misses} misses");
+        assert_eq!(count, counted());
+    });
+    assert_eq!(cache.stats().flushes, 0);
+}

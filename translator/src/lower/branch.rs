@@ -7,7 +7,7 @@
 //!
 //! A target that is no canonical address faults at the branch, before anything has changed (SDM 2A JMP, CALL, RET): with PEXT the bits
 //! that must be 0 are part of the table's index, and behind the table is nothing ([`GUARD_SIZE`]); without, a load through the target
-//! finds out. After that only 48 bits of it can differ from a landing's, and the table has looked at 16 of them.
+//! finds out. After that only 47 bits of it can differ from a landing's, and the table has looked at 15 of them at least.
 
 // dynasm's dynamic registers convert a u8 to itself.
 #![allow(clippy::useless_conversion)]
@@ -20,9 +20,10 @@ use crate::lower::{Depends, Leave, Lowering, R11, use_of_r11};
 use crate::marks::{Home, Mark, What};
 use bivisor_emulator::host::thread::{GUARD_SIZE, ThreadBlock};
 use bivisor_emulator::isa::Gpr;
+use bivisor_emulator::isa::decode::is_amd;
+use bivisor_emulator::isa::host_cpu::cpuid;
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{ConditionCode, OpKind};
-use std::arch::x86_64::__cpuid;
 use std::num::NonZeroU32;
 use std::sync::OnceLock;
 
@@ -183,9 +184,9 @@ const _: () = assert!(8 << ADDRESS_BITS.count_ones() <= GUARD_SIZE as u64);
 pub fn finds_by_pext() -> bool {
     static FAST: OnceLock<bool> = OnceLock::new();
     *FAST.get_or_init(|| {
-        let eax = __cpuid(1).eax;
+        let eax = cpuid(1, 0)[0];
         let family = (eax >> 8 & 15) + if eax >> 8 & 15 == 15 { eax >> 20 & 255 } else { 0 };
-        let slow = matches!(&__cpuid(0).ebx.to_le_bytes(), b"Auth" | b"Hygo") && family < 0x19;
+        let slow = is_amd() && family < 0x19;
         ThreadBlock::make().is_ok() && ThreadBlock::is_guarded() && has_bmi2() && !slow
     })
 }
@@ -258,11 +259,7 @@ pub(crate) fn ret(l: &mut Lowering<'_>, item: &Item) -> bool {
 
 /// Is LOOP one plain instruction? So on AMD's CPUs; on Intel's it is several times slower than JRCXZ (Fog, Instruction tables).
 fn loop_is_fast() -> bool {
-    static FAST: OnceLock<bool> = OnceLock::new();
-    *FAST.get_or_init(|| {
-        let vendor = __cpuid(0);
-        matches!(&vendor.ebx.to_le_bytes(), b"Auth" | b"Hygo")
-    })
+    is_amd()
 }
 
 /// Has the host RORX and SHRX, which move bits without touching flags?
@@ -296,11 +293,11 @@ fn landing(e: &mut Emitter, marks: &mut Vec<Mark>, guest: u64, next: u64, straig
     dynasm!(e; .arch x64; mov r11, rcx);
     mark(e, marks, What::Comparing);
     if rorx {
-        // rorx rcx, gs:[target], 16
+        // rorx rcx, gs:[target], 15
         e.bytes.extend_from_slice(&[0x65, 0xc4, 0xe3, 0xfb, 0xf0, 0x0c, 0x25]);
         e.push_i32(target);
-        e.push(16);
-        compare_ecx(e, (guest >> 16) as i32, not_meant, straight);
+        e.push(15);
+        compare_ecx(e, (guest >> 15) as i32, not_meant, straight);
     } else {
         let high = target + 4;
         dynasm!(e; .arch x64; gs mov ecx, [high]);
@@ -428,7 +425,7 @@ mod tests {
                 let mut e = Emitter::new(0);
                 let l = landing(&mut e, &mut Vec::new(), guest, 0x10_0000, straight, rorx);
                 assert_eq!(follow(&e.bytes, l.at() as u32, guest), (e.len() as u64, 0), "{guest:x}");
-                for bit in 16..48 {
+                for bit in 15..47 {
                     assert_eq!(
                         follow(&e.bytes, l.at() as u32, guest ^ 1 << bit),
                         (0x10_0000, 0),
