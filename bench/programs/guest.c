@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 static const char *self, *directory = "/";
+static char input[4096];
 
 static double now(void) {
     struct timespec t;
@@ -38,6 +39,8 @@ static void run(const char *path, const char *argument) {
         int null = open("/dev/null", O_WRONLY);
         if (null < 0) null = open("/null", O_WRONLY | O_CREAT, 0600);
         dup2(null, 1);
+        int in = open(input, O_RDONLY);
+        if (in >= 0) dup2(in, 0);
         execl(path, path, argument, (char *)0);
         _exit(127);
     }
@@ -108,6 +111,7 @@ static const struct { const char *name; void (*loop)(long); const char *program,
     {"calls", 0, "calls", "100000", 1},
     {"goto", 0, "goto", "20000000", 1},
     {"matrix", 0, "matrix", "8", 1},
+    {"bzip2", 0, "bzip2", "-c", 1},
     {"getppid", getppids, 0, 0, 200000},
     {"open", opens, 0, 0, 20000},
     {"fork", forks, 0, 0, 200},
@@ -122,19 +126,24 @@ int main(int argc, char **argv) {
     if (argc > 1 && strcmp(argv[1], "--nothing") == 0) return 0;
     self = argv[0];
     if (argc > 1) directory = argv[1];
+    snprintf(input, sizeof input, "%s/input", directory);
     for (unsigned i = 0; i < sizeof all / sizeof *all; i++) {
         int wanted = argc < 3;
         for (int a = 2; a < argc; a++) wanted |= strcmp(argv[a], all[i].name) == 0;
         if (!wanted) continue;
         char path[4096];
         double before = 0;
+        if (all[i].program) {
+            snprintf(path, sizeof path, "%s/%s", directory, all[i].program);
+            /* bzip2 is the host's, if it has one. */
+            if (access(path, X_OK) != 0) continue;
+        }
         /* The first round warms up. */
         for (int round = 0; round < 2; round++) {
             before = now();
             if (all[i].loop) {
                 all[i].loop(all[i].n);
             } else {
-                snprintf(path, sizeof path, "%s/%s", directory, all[i].program);
                 run(path, all[i].argument);
             }
         }

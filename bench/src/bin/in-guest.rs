@@ -65,10 +65,41 @@ fn prepare(build: &Path) -> Result<PathBuf> {
         }
         pack(&mut archive, if name == "guest" { "init" } else { name }, 0o100_755, &std::fs::read(&to)?);
     }
+    let guest = std::fs::read(build.join("guest"))?;
+    pack_bzip2(&mut archive, build, &guest.repeat(2))?;
     pack(&mut archive, "TRAILER!!!", 0, &[]);
     let initrd = build.join("initrd");
     std::fs::write(&initrd, archive)?;
     Ok(initrd)
+}
+
+/// The host's bzip2 with its libraries, where there is one, and what it compresses.
+fn pack_bzip2(archive: &mut Vec<u8>, build: &Path, input: &[u8]) -> Result<()> {
+    let Some(bzip2) = ["/usr/bin/bzip2", "/bin/bzip2"].map(Path::new).into_iter().find(|p| p.is_file()) else {
+        eprintln!("SKIPPED: bzip2 is not installed");
+        return Ok(());
+    };
+    std::fs::copy(bzip2, build.join("bzip2")).context("bzip2")?;
+    std::fs::write(build.join("input"), input)?;
+    pack(archive, "bzip2", 0o100_755, &std::fs::read(bzip2)?);
+    pack(archive, "input", 0o100_644, input);
+    let ldd = Command::new("ldd").arg(bzip2).output().context("ldd")?;
+    let text = String::from_utf8_lossy(&ldd.stdout).into_owned();
+    let mut folders = std::collections::BTreeSet::new();
+    for library in text.split_whitespace().filter(|w| w.starts_with('/')).map(Path::new) {
+        for folder in library.ancestors().skip(1).filter(|f| f.parent().is_some()) {
+            folders.insert(folder.to_owned());
+        }
+    }
+    let name = |p: &Path| p.to_string_lossy().trim_start_matches('/').to_owned();
+    // Sorted: each after the one it is in.
+    for folder in folders {
+        pack(archive, &name(&folder), 0o040_755, &[]);
+    }
+    for library in text.split_whitespace().filter(|w| w.starts_with('/')).map(Path::new) {
+        pack(archive, &name(library), 0o100_755, &std::fs::read(library)?);
+    }
+    Ok(())
 }
 
 /// Adds a file to a cpio archive in the "new" format (Linux: Documentation/driver-api/early-userspace/buffer-format.rst).
