@@ -72,7 +72,7 @@ fn program(random: &mut Random) -> Result<Vec<u8>, IcedError> {
     for _ in 0..2 + pick(7) {
         let (p, q, v) = (POINTERS[pick(4)], POINTERS[pick(4)], VALUES[pick(4)]);
         let disp = (pick(64) * 8) as i32 - 128;
-        match pick(16) {
+        match pick(20) {
             0 => a.add(v, qword_ptr(p + disp))?,
             1 => a.mov(qword_ptr(p + disp), v)?,
             2 => a.add(v, qword_ptr(p + r8 * 8 + disp))?,
@@ -88,6 +88,11 @@ fn program(random: &mut Random) -> Result<Vec<u8>, IcedError> {
             12 => a.cmp(v, qword_ptr(p + disp))?,
             13 => a.jb(out)?,
             14 => a.mov(byte_ptr(rbx + 3), ah)?,
+            // Short indexes, from near to as far as they reach.
+            15 => a.movzx(r8d, byte_ptr(p + disp))?,
+            16 => a.mov(r8d, dword_ptr(p + disp))?,
+            17 => a.movsxd(r8, dword_ptr(p + disp))?,
+            18 => a.sub(r8d, disp / 8)?,
             _ => a.movdqu(xmm0, xmmword_ptr(p + r8 * 2 + disp))?,
         }
     }

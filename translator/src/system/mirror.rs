@@ -2,7 +2,7 @@
 //! instead of the inline TLB.
 //!
 //! User addresses have 47 bits, the host's too, so a constant distance does not do: each 2 TiB that the guest uses (a slot) has a place
-//! of its own on the host, with 4 GiB on either side where nothing is. Generated code takes bits 41 to 48 of an address to find the
+//! of its own on the host, with 64 GiB on either side where nothing is. Generated code takes bits 41 to 48 of an address to find the
 //! distance in a table ([`at::DELTAS`]) and adds it. Slots that are not used lead nowhere: to a place where nothing is ever mapped. An
 //! address with other bits set has a sum that is not canonical. So each access hits a page that is mirrored, or faults.
 //!
@@ -30,10 +30,14 @@ pub const SLOTS: usize = 64;
 /// Entries of the table of distances: two bits more, which user addresses have not.
 const ROWS: usize = 256;
 const SLOT: u64 = 1 << SLOT_BITS;
-/// Bytes on either side of a slot that stay empty: more than displacements and what is added to a base register in a block can reach.
-const GUARD: u64 = 4 << 30;
-/// What may be added to a base register before its distance is looked up anew; with a displacement it stays within the 4 GiB on either side.
+/// Bytes on either side of a slot that stay empty: more than displacements, what is added to a base register in a block, and eight times an
+/// index of 32 bits can reach.
+const GUARD: u64 = 64 << 30;
+/// What may be added to a base register before its distance is looked up anew; with a displacement and an index it stays within the
+/// empty space on either side.
 pub const REACH: i64 = 1 << 30;
+/// An index is between -2^31 and 2^32, a displacement has 32 bits.
+const _: () = assert!((8 << 32) + REACH as u64 + (1 << 31) + 4096 < GUARD);
 /// User addresses end here.
 pub const END: u64 = 1 << 47;
 /// Slots that are used at most.

@@ -147,6 +147,7 @@ impl Lower<'_> {
             index: None,
             index_version: 0,
             anchor: moved,
+            added: false,
             slot: None,
             delta,
         });
@@ -210,6 +211,7 @@ impl Lower<'_> {
             index: None,
             index_version: 0,
             anchor: 0,
+            added: false,
             slot: None,
             delta,
         });

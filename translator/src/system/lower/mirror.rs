@@ -10,9 +10,12 @@ use crate::system::block::{Access, Item, Segment};
 use crate::system::mirror::{END, REACH, SLOT_BITS, SLOTS};
 use bivisor_emulator::isa::Gpr;
 use bivisor_emulator::mem::PAGE_SIZE;
+use iced_x86::{Mnemonic, OpKind};
 
 /// The first of the 16 bits of an address that are looked at to make sure of its slot.
 const CHECK_BITS: u8 = 32;
+/// What may be added to a short value.
+const SMALL: i64 = 1 << 20;
 /// Smaller values are no addresses.
 const LEAST: u64 = 0x1_0000;
 
@@ -84,14 +87,15 @@ impl Lower<'_> {
             write: true,
             mirrored: true,
             anchor: 0,
+            added: false,
             slot: Some(slot),
             delta,
         });
         Some(delta)
     }
 
-    /// Makes sure that `address` is in a slot: faults if not.
-    fn make_sure(&mut self, item: &Item, a: &Access, address: Gpr, slot: u8) -> Option<()> {
+    /// Makes sure that `address` is in a slot: faults if not. `of`: it is this register of the guest, not the access's address.
+    fn make_sure(&mut self, item: &Item, a: &Access, address: Gpr, slot: u8, of: Option<Gpr>) -> Option<()> {
         let t = self.passing(item, false)?;
         self.rorx(t, address, CHECK_BITS);
         // MOVZX of the low 16 bits.
@@ -101,7 +105,7 @@ impl Lower<'_> {
         self.e.rm(W::D, &[0x8b], t as u8, At::row(page, t), &[]);
         self.point_at(item, from, Some(*a));
         if let Some(p) = self.points.last_mut() {
-            p.checks = true;
+            p.checks = Some(of);
         }
         self.busy &= !bit(t);
         Some(())
@@ -123,6 +127,7 @@ impl Lower<'_> {
         let found = self.windows.iter().find(|w| {
             w.mirrored
                 && w.index.is_none()
+                && !w.added
                 && (w.base, w.version) == (Some(base), version)
                 && (w.low..=w.high).contains(&moved)
                 && !(item.high && w.delta as u8 >= 8)
@@ -136,7 +141,7 @@ impl Lower<'_> {
                 let delta = match slot.filter(|slot| there(*slot)) {
                     Some(slot) => {
                         let delta = self.distance_of(item, slot)?;
-                        self.make_sure(item, a, base, slot)?;
+                        self.make_sure(item, a, base, slot, Some(base))?;
                         delta
                     }
                     None => {
@@ -156,6 +161,7 @@ impl Lower<'_> {
                     index: None,
                     index_version: 0,
                     anchor: 0,
+                    added: false,
                     slot: None,
                     delta,
                 });
@@ -205,6 +211,7 @@ impl Lower<'_> {
                     index: None,
                     index_version: 0,
                     anchor: 0,
+                    added: false,
                     slot: None,
                     delta,
                 });
@@ -219,6 +226,90 @@ impl Lower<'_> {
     pub(super) fn moved_by(&self, base: Option<Gpr>, index: Option<(Gpr, u8)>) -> i64 {
         let moved = |r: Gpr| self.moved[r as usize];
         base.map_or(0, moved) + index.map_or(0, |(r, scale)| moved(r) * i64::from(scale))
+    }
+
+    /// Of a register that an instruction has changed: is what it holds now short?
+    pub(super) fn follow_short(&mut self, item: &Item, r: Gpr) {
+        use Mnemonic as M;
+        if let Some((a, n)) = item.adds
+            && a == r
+            && n.abs() <= SMALL
+        {
+            return;
+        }
+        let iced = &item.iced;
+        let to = iced.op0_register();
+        let short = match iced.mnemonic() {
+            M::Cdqe => r == Gpr::Rax,
+            M::Movsxd | M::Movsx | M::Movzx => to.is_gpr64() || to.is_gpr32(),
+            M::Mov | M::Lea | M::Add | M::Sub | M::And | M::Or | M::Xor | M::Inc | M::Dec | M::Neg | M::Not => {
+                to.is_gpr32()
+            }
+            M::Imul => iced.op_count() > 1 && to.is_gpr32(),
+            M::Shl | M::Shr | M::Sar => {
+                to.is_gpr32() && iced.op1_kind() == OpKind::Immediate8 && iced.immediate8() & 31 != 0
+            }
+            _ => false,
+        };
+        let whole = iced.mnemonic() == M::Cdqe || iced.op0_kind() == OpKind::Register && Gpr::from_iced(to) == Some(r);
+        self.short = if short && whole { self.short | bit(r) } else { self.short & !bit(r) };
+    }
+
+    /// An access with a short index: the base decides on the slot, and its host address serves all of them.
+    fn mirrored_short(&mut self, item: &Item, a: &Access) -> Option<Host> {
+        let simple = self.around.share && a.segment == Segment::Flat && !a.narrow && a.bit.is_none();
+        let (base, index, scale) = match (a.base, a.index.filter(|_| simple)?) {
+            (Some(base), (index, scale)) if self.short & bit(index) != 0 => (base, index, scale),
+            (Some(base), (index, 1)) if self.short & bit(base) != 0 && index != Gpr::Rsp => (index, base, 1),
+            _ => return None,
+        };
+        if base == index || index == Gpr::Rsp {
+            return None;
+        }
+        let (moved, version) = (self.moved[base as usize], self.version[base as usize]);
+        let found = self.windows.iter().find(|w| {
+            w.added
+                && (w.base, w.version) == (Some(base), version)
+                && (moved - w.low).abs() < REACH
+                && !(item.high && w.delta as u8 >= 8)
+        });
+        let (at, then) = match found {
+            Some(w) => (w.delta, w.high),
+            None => {
+                let delta = match self.expected(item, Some(base)) {
+                    Some(slot) => {
+                        let delta = self.distance_of(item, slot)?;
+                        self.make_sure(item, a, base, slot, Some(base))?;
+                        delta
+                    }
+                    None => {
+                        let delta = self.passing(item, item.high)?;
+                        self.delta(delta, base);
+                        delta
+                    }
+                };
+                let at = self.scratch(item, item.high)?;
+                self.e.lea(at, At::sum(base, delta, 0));
+                self.windows.push(Window {
+                    base: Some(base),
+                    version,
+                    index: None,
+                    index_version: 0,
+                    low: moved,
+                    high: moved,
+                    write: true,
+                    mirrored: true,
+                    anchor: 0,
+                    added: true,
+                    slot: None,
+                    delta: at,
+                });
+                (at, moved)
+            }
+        };
+        self.busy |= bit(at);
+        let disp = i32::try_from(a.disp + moved - then).ok()?;
+        Some(Host { base: at, index: Some((index, scale)), disp, mirrored: true })
     }
 
     /// The distance of an access with an index, its base added, is kept where another follows, in the block or in the next round.
@@ -252,7 +343,7 @@ impl Lower<'_> {
                 let t = match self.expected(item, a.base) {
                     Some(slot) => {
                         let t = self.distance_of(item, slot)?;
-                        self.make_sure(item, a, at, slot)?;
+                        self.make_sure(item, a, at, slot, None)?;
                         t
                     }
                     None => {
@@ -276,6 +367,7 @@ impl Lower<'_> {
                     high: base_moved,
                     write: true,
                     mirrored: true,
+                    added: false,
                     slot: None,
                     delta: at,
                 });
@@ -288,7 +380,7 @@ impl Lower<'_> {
     }
 
     fn mirrored_any(&mut self, item: &Item, a: &Access) -> Option<Host> {
-        if let Some(host) = self.mirrored_sum(item, a) {
+        if let Some(host) = self.mirrored_short(item, a).or_else(|| self.mirrored_sum(item, a)) {
             return Some(host);
         }
         let disp = i32::try_from(a.disp).ok().or((a.narrow).then_some(a.disp as i32))?;
@@ -300,7 +392,7 @@ impl Lower<'_> {
             let delta = self.distance_of(item, slot)?;
             let address = self.passing(item, item.high)?;
             self.e.lea(address, At::any(a.base, a.index, disp, false));
-            self.make_sure(item, a, address, slot)?;
+            self.make_sure(item, a, address, slot, None)?;
             return Some(Host { base: address, index: Some((delta, 1)), disp: 0, mirrored: true });
         }
         let address = self.passing(item, item.high)?;

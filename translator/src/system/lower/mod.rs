@@ -129,8 +129,8 @@ pub struct Point {
     pub divides: bool,
     /// What it accesses in the mirror.
     pub access: Option<Access>,
-    /// It only makes sure of the access's slot.
-    pub checks: bool,
+    /// It only makes sure of a slot: that of a register, or of the access.
+    pub checks: Option<Option<Gpr>>,
 }
 
 /// The ways into a block, as code offsets.
@@ -232,6 +232,8 @@ pub(super) struct Lower<'a> {
     /// Constants added to registers since the version began.
     moved: [i64; 16],
     version: [u32; 16],
+    /// Registers, as bits, that hold values between -2^31 and 2^32, but for small constants added.
+    short: u16,
     /// Index of the instruction at hand.
     n: usize,
     /// The branch of the block to its own start, if its rounds shall keep what is known of memory.
@@ -265,6 +267,7 @@ pub fn lower_noting(block: &GuestBlock, around: &Around, mut note: impl FnMut(us
         producer: None,
         moved: [0; 16],
         version: [0; 16],
+        short: 0,
         n: 0,
         round: rounds::find(block),
         first_round: None,
@@ -311,7 +314,7 @@ impl Lower<'_> {
             Way::Conditional | Way::Counted | Way::Jump => Some(true),
             _ => Some(false),
         });
-        if wants_host == Some(true) {
+        if wants_host.unwrap_or(mirrored) {
             entries.prefers_host = true;
             self.restore_flags();
             entries.host = self.e.len() as u32;
@@ -535,7 +538,7 @@ impl Lower<'_> {
             told: self.told,
             divides: matches!(item.iced.mnemonic(), Mnemonic::Div | Mnemonic::Idiv),
             access,
-            checks: false,
+            checks: None,
         });
     }
 
@@ -547,6 +550,7 @@ impl Lower<'_> {
                 continue;
             }
             self.spilled &= !bit;
+            self.follow_short(item, r);
             match item.adds {
                 Some((a, n)) if a == r => self.moved[r as usize] += n,
                 _ => {

@@ -58,7 +58,7 @@ impl Lower<'_> {
                 continue;
             }
             let by = self.moved_by(w.base, None);
-            if w.index.is_none() {
+            if w.index.is_none() && !w.added {
                 (self.windows[n].low, self.windows[n].high) = (w.low - by, w.high - by);
             } else if by != 0 {
                 // Within STEP. The index is added by each access.
@@ -77,6 +77,7 @@ impl Lower<'_> {
         (self.spilled, self.windows, self.moved, self.version) =
             (first.spilled, first.windows, first.moved, first.version);
         (self.flags, self.told, self.producer) = (Flags::Host, None, None);
+        self.short = 0;
         let small = |l: &Self, w: &Window| l.moved_by(w.base, w.index).abs() <= STEP;
         let windows: Vec<_> = self.windows.iter().copied().filter(|w| w.mirrored && small(self, w)).collect();
         self.windows = windows;
@@ -118,7 +119,8 @@ impl Lower<'_> {
 
 /// Do two windows stand for the same, wherever they were asked for?
 fn same(v: &Window, w: &Window) -> bool {
-    let range = |w: &Window| if w.base.is_some() && w.index.is_none() { (0, 0) } else { (w.low, w.high) };
-    let what = |w: &Window| (w.base, w.version, w.index, w.index_version, w.mirrored, w.slot, w.delta, range(w));
+    let range = |w: &Window| if w.base.is_some() && w.index.is_none() && !w.added { (0, 0) } else { (w.low, w.high) };
+    let what =
+        |w: &Window| (w.base, w.version, w.index, w.index_version, w.mirrored, w.added, w.slot, w.delta, range(w));
     what(v) == what(w)
 }

@@ -25,6 +25,9 @@ pub(super) struct Window {
     pub write: bool,
     /// In the mirror: accesses may fault.
     pub mirrored: bool,
+    /// In the mirror: `delta` has the base added to it as it was when it had been moved by `high`, and there is no index: any short one may
+    /// be added ([`Lower::short`](super::Lower)).
+    pub added: bool,
     /// In the mirror: it is the distance of this slot, whatever the address.
     pub slot: Option<u8>,
     /// Holds host minus guest address; the page's host address if there is no base.

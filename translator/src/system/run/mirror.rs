@@ -107,9 +107,8 @@ impl System {
         access: &GuestAccess,
     ) -> Option<Next> {
         let laddr = access.address(|r| t.cpu.gpr[r as usize], self.area.get(at::FS_BASE), self.area.get(at::GS_BASE));
-        if self.cache.point(pc).is_some_and(|(_, point)| point.checks) {
-            // Of a register, if that is all it looks at.
-            let looked_at = access.based().map_or(laddr, |r| t.cpu.gpr[r as usize]);
+        if let Some(looked_at) = self.cache.point(pc).and_then(|(_, point)| point.checks) {
+            let looked_at = looked_at.map_or(laddr, |r| t.cpu.gpr[r as usize]);
             if looked_at >= END {
                 return None;
             }
