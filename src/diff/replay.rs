@@ -81,7 +81,7 @@ fn plain(v: &Value) -> String {
 /// Both answers to a request for so many instructions.
 fn both(request: &Value, instructions: u64, engine: &str) -> Result<(Value, Value, Differences)> {
     let mut request = request.clone();
-    request["stop"] = json!({ "insns": instructions });
+    request["stop"]["insns"] = instructions.into();
     let (a, b) = (exec(&request, "interp")?, exec(&request, engine)?);
     let mut out = Vec::new();
     differences(&a, &b, "", &mut out);
@@ -133,7 +133,7 @@ fn alone(request: &Value, before: &Value) -> Option<Value> {
 }
 
 fn told(mut request: Value, n: u64, engine: &str, answers: (&Value, &Value), differs: Differences) -> Replayed {
-    request["stop"] = json!({ "insns": n });
+    request["stop"]["insns"] = n.into();
     let side = |d: &(String, String, String)| json!({ "what": d.0, "interp": d.1, engine: d.2 });
     let mut note = request["note"].clone();
     note["engines"] = json!(["interp", engine]);
@@ -147,7 +147,17 @@ fn told(mut request: Value, n: u64, engine: &str, answers: (&Value, &Value), dif
 /// The instructions from RIP on, as far as they follow each other.
 fn text_of(request: &Value, n: u64) -> Vec<String> {
     let number = |v: &Value| v.as_u64().or_else(|| u64::from_str_radix(v.as_str()?.trim_start_matches("0x"), 16).ok());
-    let Some(rip) = number(&request["regs"]["rip"]) else { return Vec::new() };
+    let bits = match request["mode"].as_str() {
+        Some("real16" | "prot16" | "compat16") => 16,
+        Some("prot32" | "compat32") => 32,
+        _ => 64,
+    };
+    let Some(ip) = number(&request["regs"]["rip"]) else { return Vec::new() };
+    // Only 64-bit code has no base; of a selector alone it is that of real mode.
+    let cs = &request["segs"]["cs"];
+    let real = || number(cs).filter(|_| request["mode"] == "real16").map(|sel| sel << 4);
+    let base = number(&cs["base"]).filter(|_| bits != 64).or_else(real).unwrap_or(0);
+    let rip = ip.wrapping_add(base);
     let holds = |m: &&Value| {
         let len = m["hex"].as_str().map_or(0, |h| h.len() as u64 / 2);
         number(&m["addr"]).is_some_and(|a| (a..a + len).contains(&rip))
@@ -155,7 +165,7 @@ fn text_of(request: &Value, n: u64) -> Vec<String> {
     let Some(chunk) = request["mem"].as_array().and_then(|m| m.iter().rev().find(holds)) else { return Vec::new() };
     let at = number(&chunk["addr"]).map_or(0, |a| (rip - a) as usize);
     let Ok(code) = crate::decode::parse_hex(chunk["hex"].as_str().unwrap_or_default()) else { return Vec::new() };
-    let mut decoder = Decoder::with_ip(64, &code[at..], rip, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(bits, &code[at..], ip, DecoderOptions::NONE);
     let mut formatter = IntelFormatter::new();
     let mut out = Vec::new();
     while decoder.can_decode() && (out.len() as u64) < n {

@@ -63,8 +63,8 @@ pub struct ExecArgs {
     /// For --moo: one JSON object a file.
     #[arg(long)]
     json: bool,
-    /// For --hex and --flat: real16, prot16, prot32, compat32 or long64.
-    #[arg(long, default_value = "long64", value_parser = ["real16", "prot16", "prot32", "compat32", "long64"])]
+    /// For --hex and --flat: real16, prot16, prot32, compat16, compat32 or long64.
+    #[arg(long, default_value = "long64", value_parser = ["real16", "prot16", "prot32", "compat16", "compat32", "long64"])]
     mode: String,
     /// For --hex, --flat and --example: the privilege level.
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=3))]

@@ -78,6 +78,7 @@ pub enum ModeName {
     Real16,
     Prot16,
     Prot32,
+    Compat16,
     Compat32,
     #[default]
     Long64,

@@ -1,7 +1,8 @@
 //! A request's registers: the presets of each mode, then what the request says.
 //!
 //! Presets: `real16`: CR0 0x10, segments 16 times the selector with 64 KiB limits, IDTR 0/0x3FF. `prot16`, `prot32`: CR0 PE|NE|ET, no
-//! paging, flat 4 GiB segments (D=0 or 1). `compat32`, `long64`: paging and long mode on; CS.L=0 D=1, or L=1. All: CPL as asked (default
+//! paging, flat 4 GiB segments (D=0 or 1). `compat16`,
+//! `compat32`, `long64`: paging and long mode on; CS.L=0 and D=0 or 1, or L=1. All: CPL as asked (default
 //! 0), CR4 OSFXSR|OSXMMEXCPT|OSXSAVE (and PAE in long mode), XCR0 all components of the host, FCW 0x37F, MXCSR 0x1F80, RFLAGS 2.
 
 use super::request::{Fpu, ModeName, Request, SegmentValue, System};
@@ -75,7 +76,7 @@ fn preset(mode: ModeName, cpl: u8) -> CpuState {
     s.gdtr = s.idtr;
     let data = Segment::data32(0x18 | u16::from(cpl), cpl);
     let code = 0x10 | u16::from(cpl);
-    let long = matches!(mode, ModeName::Compat32 | ModeName::Long64);
+    let long = matches!(mode, ModeName::Compat16 | ModeName::Compat32 | ModeName::Long64);
     if !long {
         s.cr0 = Cr0::PE | Cr0::ET | Cr0::NE | Cr0::MP;
         s.cr4 -= Cr4::PAE;
@@ -95,7 +96,7 @@ fn preset(mode: ModeName, cpl: u8) -> CpuState {
             s.seg[Seg::Cs as usize].attr = Attr::from_bits_retain(0x9b);
             s.idtr = Table { base: 0, limit: 0x3ff };
         }
-        ModeName::Prot16 => {
+        ModeName::Prot16 | ModeName::Compat16 => {
             for seg in &mut s.seg {
                 seg.attr -= Attr::DB;
             }

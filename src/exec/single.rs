@@ -88,7 +88,7 @@ pub fn given(args: &ExecArgs) -> bool {
 /// The request that the command line describes.
 pub fn request(args: &ExecArgs) -> Result<Value> {
     let bits = match args.mode.as_str() {
-        "real16" | "prot16" => 16,
+        "real16" | "prot16" | "compat16" => 16,
         "prot32" | "compat32" => 32,
         _ => 64,
     };

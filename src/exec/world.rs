@@ -1,6 +1,6 @@
 //! The memory and the ports of a case, kept from one case to the next: only pages that were written are put back.
 //!
-//! Without paging an address is physical. With paging and no CR3 in the request, every page named in `mem` is mapped user RWX at its
+//! Without paging an address is physical. With paging, of long mode or PAE, and no CR3 in the request, every page named in `mem` is mapped user RWX at its
 //! own address, with less rights if the entry says so: identically below [`IDENTITY`] bytes, else onto a page of the pool above. Page
 //! tables lie in the pool.
 
@@ -9,7 +9,7 @@ use super::number::{Hex, Num};
 use super::request::{Model, Range, Request, Rights, Unmapped};
 use super::response::{Bytes, IoOut};
 use bivisor_emulator::bus::Bus;
-use bivisor_emulator::cpu::{CpuState, Cr0, Efer};
+use bivisor_emulator::cpu::{CpuState, Cr0, Cr4, Efer};
 use bivisor_emulator::isa::Width;
 use bivisor_emulator::mem::{GuestMemory, PAGE_SIZE, Prot, Ram};
 use std::collections::BTreeMap;
@@ -57,6 +57,8 @@ pub struct World {
     /// Linear page to physical page, for pages in the pool.
     mapped: BTreeMap<u64, u64>,
     root: Option<u64>,
+    /// Of the page tables.
+    levels: u32,
     /// Pages written while the case was set up, as they were when it started.
     initial: BTreeMap<u64, Box<[u8; PAGE_SIZE as usize]>>,
 }
@@ -107,8 +109,13 @@ impl Bus for Ports {
     }
 }
 
-fn paged(s: &CpuState) -> bool {
-    s.cr0.contains(Cr0::PG) && s.efer.contains(Efer::LMA)
+/// Levels of the page tables that a case needs: 4 in long mode, 3 of PAE; those of 32-bit entries are not made here.
+fn levels(s: &CpuState) -> Option<u32> {
+    match s.cr0.contains(Cr0::PG) && s.cr4.contains(Cr4::PAE) {
+        true if s.efer.contains(Efer::LMA) => Some(4),
+        true => Some(3),
+        false => None,
+    }
 }
 
 impl World {
@@ -127,6 +134,7 @@ impl World {
             fill: 0,
             mapped: BTreeMap::new(),
             root: None,
+            levels: 4,
             initial: BTreeMap::new(),
         })
     }
@@ -153,7 +161,8 @@ impl World {
             *self.ports.answer.lock().expect("no panic under the lock") = r.io_in.clone().unwrap_or_default().0;
             return self.flat.get_or_insert_default().set_up(r, s, &contents);
         }
-        let own_tables = paged(s) && r.sys.cr3.is_none();
+        let levels = levels(s).filter(|_| r.sys.cr3.is_none());
+        let own_tables = levels.is_some();
         let highest = contents.iter().map(|c| c.addr.saturating_add(c.bytes.len() as u64)).max().unwrap_or(0);
         let needed = if own_tables { IDENTITY } else { highest };
         let pool = contents.iter().map(|c| c.bytes.len() as u64 + 4 * PAGE_SIZE).sum::<u64>() * 2 + POOL;
@@ -179,6 +188,7 @@ impl World {
         if own_tables {
             let root = self.allocate(0)?;
             self.root = Some(root);
+            self.levels = levels.unwrap_or(4);
             s.cr3 = root;
             if r.unmapped == Some(Unmapped::Ram) {
                 for at in (0..self.identity).step_by(2 << 20) {
@@ -251,14 +261,16 @@ impl World {
     fn map(&mut self, linear: u64, physical: u64, bits: u64) -> Result<(), String> {
         let large = bits & LARGE != 0;
         let mut table = self.root.expect("only called with a root");
-        for level in (if large { 2..=4 } else { 1..=4 }).rev() {
+        for level in (if large { 2 } else { 1 }..=self.levels).rev() {
             let slot = table + (linear >> (12 + 9 * (level - 1)) & 511) * 8;
             let entry = self.mem.load(slot, Width::Q).expect("tables lie in RAM");
             if level == if large { 2 } else { 1 } {
                 self.mem.store(slot, Width::Q, physical | bits);
             } else if entry & 1 == 0 {
                 table = self.allocate(0)?;
-                self.mem.store(slot, Width::Q, table | ALL);
+                // PAE's page-directory pointers have no rights (SDM 3A 4.4.2).
+                let rights = if level == self.levels && level == 3 { 1 } else { ALL };
+                self.mem.store(slot, Width::Q, table | rights);
             } else if entry & LARGE != 0 && level == 2 {
                 return Ok(()); // already in a large page
             } else {

@@ -1,5 +1,11 @@
 //! `bivisor diff` as built: the campaign's slice of every test run, shards, resuming, wrong use.
 
+use bivisor_emulator::cpu::CpuState;
+use bivisor_testsuite::campaign::case::{Case, Kind};
+use bivisor_testsuite::campaign::engine::Which;
+use bivisor_testsuite::campaign::modes::Modes;
+use bivisor_testsuite::campaign::tally::{Divergence, Tally};
+use iced_x86::{Code, Mnemonic};
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -193,6 +199,64 @@ fn repros_stay_mended() {
         let r: serde_json::Value = serde_json::from_str(line).expect("JSON");
         assert!(r["remark"].as_str().is_some_and(|w| w.starts_with("played back")), "{line}");
     }
+    std::fs::remove_dir_all(dir).expect("removed");
+}
+
+/// A difference in 16- and 32-bit code is a request that `exec` carries out and `diff replay` plays back. Here the bug is planted in the
+/// campaign's engine, so both do the same then, and it is what the judge did.
+#[test]
+fn differences_in_16_and_32_bit_code_are_played_back() {
+    if !has_xsave() {
+        return;
+    }
+    let dir = scratch("planted");
+    let mut files = Vec::new();
+    for (kind, mnemonic) in [
+        (Kind::Insn16, Mnemonic::Adc),
+        (Kind::Insn32, Mnemonic::Adc),
+        (Kind::Insn16, Mnemonic::Push),
+        (Kind::Insn32, Mnemonic::Lar),
+        (Kind::Block16, Mnemonic::INVALID),
+        (Kind::Block32, Mnemonic::INVALID),
+    ] {
+        let mut modes = Modes::new(&[Which::InterpPaged, Which::BtPaged], true).expect("engines");
+        let wrong = move |case: &Case, cpu: &mut CpuState| {
+            if !kind.is_single() || case.insn.mnemonic() == mnemonic {
+                cpu.gpr[3] ^= 4;
+            }
+        };
+        modes.engine(Which::BtPaged).expect("it is there").plant(Box::new(wrong));
+        if kind.is_single() {
+            modes.only(&Code::values().filter(|c| c.mnemonic() == mnemonic).collect::<Vec<_>>());
+        }
+        let good = |d: &&Divergence| d.part == "gpr" && d.repro["should"]["end"] == "Fault(Bp)";
+        let found = (0..200).find_map(|n| {
+            let mut tally = Tally::default();
+            modes.batch(kind, 1, n, &mut tally);
+            tally.divergences.iter().find(good).cloned()
+        });
+        let found = found.unwrap_or_else(|| panic!("{kind:?} {mnemonic:?}: not found"));
+        let file = dir.join(format!("{}-{mnemonic:?}.json", kind.name()));
+        std::fs::write(&file, serde_json::to_string(&found).expect("JSON")).expect("written");
+        let request = dir.join("request");
+        std::fs::write(&request, format!("{}\n", found.repro["request"])).expect("written");
+        for backend in ["interp", "bt"] {
+            let input = std::fs::File::open(&request).expect("there");
+            let mut exec = Command::new(env!("CARGO_BIN_EXE_bivisor"));
+            let out = exec.args(["exec", "--backend", backend]).stdin(input).output().expect("bivisor runs");
+            let answer = json(&out);
+            let number = |v: &serde_json::Value| u64::from_str_radix(&v.as_str().expect("a number")[2..], 16);
+            for (n, name) in ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"].into_iter().enumerate() {
+                let should = &found.repro["should"]["gpr"][n];
+                assert_eq!(number(&answer["regs"][name]), number(should), "{backend} {name}: {answer}\n{}", found.text);
+            }
+        }
+        files.push(file.to_string_lossy().into_owned());
+    }
+    let args: Vec<&str> = ["diff", "replay", "--json"].into_iter().chain(files.iter().map(String::as_str)).collect();
+    let output = bivisor(&args);
+    assert_eq!(output.status.code(), Some(0), "{}{}", text(&output.stdout), text(&output.stderr));
+    assert_eq!(text(&output.stdout).matches("\"remark\":\"played back").count(), files.len());
     std::fs::remove_dir_all(dir).expect("removed");
 }
 

@@ -1,6 +1,7 @@
 //! A case of a campaign: an instruction at an address, the registers before it, and the memory it may touch.
 
 use super::arena::{self, View};
+use super::modes::segments::segment;
 use super::outcome::NORMAL;
 use bivisor_emulator::cpu::XsaveArea;
 use iced_x86::Code;
@@ -120,6 +121,14 @@ impl Default for Case {
 }
 
 impl Case {
+    /// The linear address of its code.
+    pub fn linear(&self) -> u64 {
+        match self.kind.bits() {
+            64 => self.rip,
+            _ => self.rip.wrapping_add(segment(self.selectors[1]).map_or(0, |s| s.base)) & 0xffff_ffff,
+        }
+    }
+
     /// Adds the mapped part of a range to the windows.
     pub fn window(&mut self, start: u64, end: u64) {
         for (page, len, _) in arena::PAGES.into_iter().filter(|p| p.0 >= arena::DATA) {

@@ -1,6 +1,5 @@
 //! Counts of a campaign by instruction and engine, and what differed; they add up over workers, runs and machines.
 
-use super::engine::Which;
 use super::outcome::Part;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -106,8 +105,8 @@ impl Tally {
     }
 
     /// Is there room for another example of this kind?
-    pub fn wants(&self, which: Which, code: &str, part: Part) -> bool {
-        let same = |d: &&Divergence| d.engine == which.name() && d.code == code && d.part == part.name();
+    pub fn wants(&self, engine: &str, code: &str, part: Part) -> bool {
+        let same = |d: &&Divergence| d.engine == engine && d.code == code && d.part == part.name();
         self.divergences.iter().filter(same).count() < KEPT
     }
 

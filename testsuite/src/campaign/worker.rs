@@ -306,7 +306,7 @@ impl Worker {
     fn differs(&mut self, case: &Case, e: usize, part: Part, what: String, batch: u64, pristine: &[u8]) {
         let which = self.engines[e].which;
         let code = name(index(case));
-        if self.result.wants(which, &code, part) {
+        if self.result.wants(which.name(), &code, part) {
             // Zero is a safe address: nothing is there. What a string instruction reaches was chosen with care.
             let plain = case.insn.flow_control() == FlowControl::Next && facts(case.insn).class != Class::String;
             let small = self.oracle.is_some() && part != Part::Memory && (plain || case.kind == Kind::Block);
@@ -322,7 +322,7 @@ impl Worker {
                 seed: self.seed,
                 batch,
                 repro: serde_json::json!({
-                    "request": repro::request(case, pristine),
+                    "request": repro::request(case, pristine, None),
                     "is": repro::outcome(&self.outcome),
                     "should": repro::outcome(&self.judge),
                 }),

@@ -4,7 +4,7 @@
 use super::segments::{LDT, segment};
 use crate::campaign::arena::{self, IDT_AT, TABLES, View};
 use crate::campaign::case::Case;
-use crate::campaign::engine::Which;
+use crate::campaign::engine::{Planted, Which};
 use crate::campaign::outcome::{End, Outcome};
 use bivisor_emulator::bus::EmptyBus;
 use bivisor_emulator::cpu::cpuid::CpuModel;
@@ -28,12 +28,13 @@ pub struct Engine {
     pub view: View,
     mem: GuestMemory,
     template: CpuState,
+    planted: Option<Planted>,
 }
 
 /// More than any case needs: whoever runs longer hangs.
 const BUDGET: u64 = 20_000;
 /// ES, CS, SS, DS, FS, as a case names them.
-const ORDER: [Seg; 5] = [Seg::Es, Seg::Cs, Seg::Ss, Seg::Ds, Seg::Fs];
+pub const ORDER: [Seg; 5] = [Seg::Es, Seg::Cs, Seg::Ss, Seg::Ds, Seg::Fs];
 
 /// Linear addresses of the two descriptor tables: where no 32-bit code can look, as on Linux.
 const GDT: u64 = 0xffff_8000_0000_1000;
@@ -101,12 +102,22 @@ impl Engine {
             (template.cr3, template.gdtr.base, template.ldtr.base) = (POINTERS, LEGACY_GDT, LEGACY_GDT + 0x1000);
         }
         *vcpu.state() = template.clone();
-        Ok(Engine { which, legacy, vcpu, view, mem, template })
+        Ok(Engine { which, legacy, vcpu, view, mem, template, planted: None })
     }
 
     /// Its name.
     pub fn name(&self) -> &'static str {
         if self.legacy { "bt-pae" } else { self.which.name() }
+    }
+
+    /// Plants a bug.
+    pub fn plant(&mut self, planted: Planted) {
+        self.planted = Some(planted);
+    }
+
+    /// The system registers of its cases.
+    pub fn template(&self) -> &CpuState {
+        &self.template
     }
 
     /// Is the instruction of a case the same in its mode? Outside IA-32e mode descriptors and gates have other formats.
@@ -141,6 +152,9 @@ impl Engine {
         (s.interrupt_shadow, s.ss_shadow) = (false, false);
         let budget = if self.which == Which::InterpPaged { BUDGET } else { u64::MAX };
         let exit = self.vcpu.run(Board { mem: &self.mem, bus: &EmptyBus }, budget);
+        if let Some(planted) = &mut self.planted {
+            planted(case, self.vcpu.state());
+        }
         let s = self.vcpu.state();
         out.gpr = s.gpr.map(|v| v & 0xffff_ffff);
         out.rip = s.rip;

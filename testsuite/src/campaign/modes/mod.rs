@@ -24,6 +24,7 @@ use super::case::{Case, Kind};
 use super::engine::Which;
 use super::expected::Expected;
 use super::outcome::{Outcome, Part, compare, take_memory};
+use super::repro;
 use super::tally::{Divergence, Tally};
 use super::values::Pool;
 use crate::case::disassembly;
@@ -90,6 +91,11 @@ impl Modes {
         self.source.only(codes);
     }
 
+    /// An engine of these.
+    pub fn engine(&mut self, which: Which) -> Option<&mut Engine> {
+        self.engines.iter_mut().find(|e| e.which == which)
+    }
+
     /// Is the host CPU the judge?
     pub fn has_host(&self) -> bool {
         self.oracle.is_some()
@@ -100,8 +106,7 @@ impl Modes {
     /// # Errors
     /// An engine left in a way that no instruction of a case can cause.
     pub fn outcomes(&mut self, case: &Case, pristine: &[u8]) -> Result<Vec<(&'static str, Outcome)>, String> {
-        let cs = segments::segment(case.selectors[1]).map_or(0, |s| s.base);
-        let at = case.rip.wrapping_add(cs) & 0xffff_ffff;
+        let at = case.linear();
         let mut out = Vec::new();
         let fill = |view: View| {
             view.write(BASE, pristine);
@@ -208,7 +213,15 @@ impl Modes {
                             count.expected += 1;
                             *result.expected.entry(self.expected.0[row].what()).or_default() += 1;
                         }
-                        None => result.note(divergence(case, name, code, part, what, at)),
+                        None if !result.wants(&name, &code, part) => {}
+                        None => {
+                            let repro = serde_json::json!({
+                                "request": repro::request(case, pristine, Some(engine.template())),
+                                "is": repro::outcome(&self.outcome),
+                                "should": repro::outcome(&self.judge),
+                            });
+                            result.note(divergence(case, name, code, (part, what), at, repro));
+                        }
                     }
                 }
             }
@@ -216,7 +229,14 @@ impl Modes {
     }
 }
 
-fn divergence(case: &Case, engine: String, code: String, part: Part, what: String, at: (u64, u64)) -> Divergence {
+fn divergence(
+    case: &Case,
+    engine: String,
+    code: String,
+    (part, what): (Part, String),
+    at: (u64, u64),
+    repro: serde_json::Value,
+) -> Divergence {
     let hex = |b: &[u8]| b.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(" ");
     let text = match case.kind.is_single() {
         true => disassembly(case.kind.bits(), &case.code),
@@ -231,11 +251,6 @@ fn divergence(case: &Case, engine: String, code: String, part: Part, what: Strin
         what,
         seed: at.0,
         batch: at.1,
-        repro: serde_json::json!({
-            "bits": case.kind.bits(), "eip": format!("{:#x}", case.rip), "eflags": format!("{:#x}", case.rflags),
-            "gpr": case.gpr[..8].iter().map(|v| format!("{v:#x}")).collect::<Vec<_>>(),
-            "es, cs, ss, ds, fs": case.selectors.map(|s| format!("{s:#x}")),
-            "put": case.puts.iter().map(|(a, b)| format!("{a:#x}: {}", hex(b))).collect::<Vec<_>>(),
-        }),
+        repro,
     }
 }
