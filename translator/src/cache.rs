@@ -231,7 +231,7 @@ impl Cache {
         let archive = store.archive.clone()?;
         let adopted = store.stats.adopted;
         let few = if adopted < FEW_BLOCKS { 8 } else { adopted / 8 };
-        if store.worth_keeping() < adopted + few {
+        if store.made() < adopted + few || store.worth_keeping() < adopted + few {
             return None;
         }
         store.adopt_rest(&self.exits, &archive);

@@ -230,6 +230,11 @@ impl Store {
         Some((sum, if last == first { sum } else { known(last)? }))
     }
 
+    /// How many blocks were made since the program began.
+    pub fn made(&self) -> u64 {
+        self.blocks.len().saturating_sub(self.began) as u64
+    }
+
     /// How many of the blocks made since the program began can be kept.
     pub fn worth_keeping(&self) -> u64 {
         let others = self.with_constants();

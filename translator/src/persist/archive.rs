@@ -1,11 +1,11 @@
-//! The file: magic, key, a table of records, the records. All numbers are little-endian. Nothing in it is believed before its sum is
+//! The file: magic, key, a table of records by the sums of their pages, the records. All numbers are little-endian. Nothing in it is believed before its sum is
 //! right, and everything is looked at within bounds.
 
 use crate::persist::hash::{Sum, sum};
-use std::collections::HashMap;
+use std::cmp::Ordering;
 use std::ops::Range;
 
-const MAGIC: &[u8; 8] = b"bivisor\x01";
+const MAGIC: &[u8; 8] = b"bivisor\x02";
 /// Sum of the page, start and length of the record, its sum.
 const ROW: usize = 16 + 8 + 8 + 16;
 /// Bytes a file may have.
@@ -15,8 +15,8 @@ pub const MOST: usize = 64 << 20;
 #[derive(Default)]
 pub struct Archive {
     bytes: Vec<u8>,
-    /// By the sum of a page: where its record is, and the record's sum.
-    table: HashMap<Sum, (usize, usize, Sum)>,
+    /// Where the table is, in the order of the sums of pages.
+    table: Range<usize>,
 }
 
 fn number(bytes: &[u8], at: usize) -> Option<u64> {
@@ -39,18 +39,22 @@ impl Archive {
             return None;
         }
         let rows = number(rest, after)? as usize;
-        let mut table = HashMap::with_capacity(rows.min(1 << 16));
-        for i in 0..rows {
-            let row = after + 8 + i.checked_mul(ROW)?;
-            let field = |n: usize| number(rest, row + 8 * n);
-            let (start, len) = (field(2)? as usize, field(3)? as usize);
-            let end = start.checked_add(len)?;
-            if end > bytes.len() || row + ROW > head {
-                return None;
-            }
-            table.insert([field(0)?, field(1)?], (start, end, [field(4)?, field(5)?]));
-        }
-        Some(Archive { bytes, table })
+        let start = MAGIC.len() + after + 8;
+        let end = start.checked_add(rows.checked_mul(ROW)?)?;
+        (end <= MAGIC.len() + head).then_some(Archive { bytes, table: start..end })
+    }
+
+    /// The sum of a row's page, where its record is, the record's sum.
+    fn row(&self, i: usize) -> Option<(Sum, Range<usize>, Sum)> {
+        let row = self.bytes.get(self.table.clone())?.get(i * ROW..(i + 1) * ROW)?;
+        let field = |n: usize| number(row, 8 * n);
+        let start = field(2)? as usize;
+        let end = start.checked_add(field(3)? as usize)?;
+        Some(([field(0)?, field(1)?], start..end, [field(4)?, field(5)?]))
+    }
+
+    fn rows(&self) -> usize {
+        self.table.len() / ROW
     }
 
     /// About how many blocks there are.
@@ -60,8 +64,17 @@ impl Archive {
 
     /// Where the record of a page with this content is. A record that is not whole is none.
     pub fn place(&self, page: Sum) -> Option<Range<usize>> {
-        let &(start, end, kept) = self.table.get(&page)?;
-        (sum(self.bytes.get(start..end)?) == kept).then_some(start..end)
+        let (mut low, mut high) = (0, self.rows());
+        while low < high {
+            let middle = low + (high - low) / 2;
+            let (found, place, kept) = self.row(middle)?;
+            match found.cmp(&page) {
+                Ordering::Less => low = middle + 1,
+                Ordering::Greater => high = middle,
+                Ordering::Equal => return (sum(self.bytes.get(place.clone())?) == kept).then_some(place),
+            }
+        }
+        None
     }
 
     /// The record at such a place.
@@ -71,12 +84,16 @@ impl Archive {
 
     /// All records, whole or not.
     pub fn all(&self) -> impl Iterator<Item = (Sum, &[u8])> {
-        self.table.iter().filter_map(|(page, (start, end, _))| Some((*page, self.bytes.get(*start..*end)?)))
+        (0..self.rows()).filter_map(|i| {
+            let (page, place, _) = self.row(i)?;
+            Some((page, self.bytes.get(place)?))
+        })
     }
 
     /// The content of a file with these records.
     pub fn write<'a>(key: &[u8], records: impl Iterator<Item = (Sum, &'a [u8])>) -> Vec<u8> {
-        let records: Vec<(Sum, &[u8])> = records.collect();
+        let mut records: Vec<(Sum, &[u8])> = records.collect();
+        records.sort_unstable_by_key(|(page, _)| *page);
         let mut head = Vec::with_capacity(64 + key.len() + records.len() * ROW);
         let size = 16 + 8 + 8 + key.len() + 8 + records.len() * ROW;
         let mut put = |v: u64| head.extend_from_slice(&v.to_le_bytes());

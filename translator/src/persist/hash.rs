@@ -18,7 +18,19 @@ pub fn sum(bytes: &[u8]) -> Sum {
         a = fold(a ^ x, y ^ K[2]);
         b = (b ^ x).rotate_left(29).wrapping_mul(K[3]).wrapping_add(y) ^ a;
     };
-    let mut chunks = bytes.chunks_exact(16);
+    // Four chains at once: one waits for its multiplications.
+    let mut lines = bytes.chunks_exact(64);
+    let mut lanes = K;
+    for line in &mut lines {
+        for (i, (lane, c)) in lanes.iter_mut().zip(line.chunks_exact(16)).enumerate() {
+            *lane = fold(*lane ^ word(&c[..8]), word(&c[8..]) ^ K[3 - i]).wrapping_add(lane.rotate_left(23));
+        }
+    }
+    if bytes.len() >= 64 {
+        add(lanes[0], lanes[1]);
+        add(lanes[2], lanes[3]);
+    }
+    let mut chunks = lines.remainder().chunks_exact(16);
     for c in &mut chunks {
         add(word(&c[..8]), word(&c[8..]));
     }
