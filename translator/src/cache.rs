@@ -107,6 +107,8 @@ impl Cache {
     /// # Errors
     /// The host's, if it gives no executable memory.
     pub fn new(model: Arc<CpuModel>, policy: Policy, size: usize) -> std::io::Result<Arc<Cache>> {
+        // What is reserved behind a thread's block would otherwise lie between the code and the guest, which have to be near each other.
+        let _ = ThreadBlock::make();
         let buffer = CodeBuffer::new(size.max(4 * MAX_BLOCK))?;
         let range = (buffer.base(), buffer.base() + buffer.size() as u64);
         Ok(Arc::new(Cache {
