@@ -116,6 +116,23 @@ fn is_qcow2(file: &File) -> bool {
     file.read_exact_at(&mut magic, 0).is_ok() && magic == qcow2::MAGIC
 }
 
+#[cfg(test)]
+impl Disk {
+    /// From now on the host refuses: a raw image's file becomes one that is open for writing only, or for reading only. Gives what it was.
+    pub fn fail(&mut self, reads: bool) -> File {
+        let refuses = OpenOptions::new().read(!reads).write(reads).open("/dev/null").expect("every host has it");
+        self.mend(refuses)
+    }
+
+    /// Puts a raw image's file back.
+    pub fn mend(&mut self, file: File) -> File {
+        match &mut self.image {
+            Image::Raw(now) => std::mem::replace(now, file),
+            Image::Qcow2(_) => panic!("a raw image"),
+        }
+    }
+}
+
 impl Disk {
     /// Opens an image file.
     ///

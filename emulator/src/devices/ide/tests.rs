@@ -272,3 +272,58 @@ fn packets_by_the_bus_master() {
     assert_eq!(got, r.bytes[9 * 2048..11 * 2048]);
     assert_eq!((r.channel.irq(), r.channel.master.read(2), r.channel.read(7)), (true, 4, 0x50));
 }
+
+/// A host's file that cannot be read or written any more, in the middle: the guest gets the medium's error, and what it asked for comes when
+/// the file is there again.
+#[test]
+fn a_file_that_fails_in_mid_run_is_an_error_of_the_medium() {
+    let mut r = Rig::new(Kind::Disk, false);
+    let disk = r.channel.drives[0].as_ref().expect("a drive").disk.clone();
+    let disk = || disk.lock().expect("no panic under the lock");
+    let failed = |r: &mut Rig| (r.channel.read(7) & 0x89, r.channel.read(1));
+    // The second of three sectors.
+    r.issue(3, 5, 0x40, 0x20);
+    let file = disk().fail(true);
+    assert_eq!(r.data(512), r.bytes[5 * 512..6 * 512], "it was there already");
+    assert_eq!(failed(&mut r), (1, 0x40), "uncorrectable data");
+    // By DMA.
+    let mem = GuestMemory::Ram(Ram::new(1 << 20).expect("a MiB"));
+    let table: Vec<u8> = [0x5000u32, 0x8000_0000 | 512].iter().flat_map(|v| v.to_le_bytes()).collect();
+    mem.write(0x1000, &table).expect("RAM");
+    let dma = |r: &mut Rig, command: u8, direction: u8| {
+        r.issue(1, 20, 0x40, command);
+        for (n, byte) in 0x1000u32.to_le_bytes().into_iter().enumerate() {
+            r.channel.master.write(4 + n as u8, byte);
+        }
+        r.channel.master.write(2, 6);
+        r.channel.master.write(0, direction);
+        r.channel.run_master(&mem);
+        failed(r)
+    };
+    assert_eq!(dma(&mut r, 0xc8, 9), (1, 0x40));
+    disk().mend(file);
+    assert_eq!(dma(&mut r, 0xc8, 9).0, 0);
+    r.issue(1, 6, 0x40, 0x20);
+    assert_eq!(r.data(512), r.bytes[6 * 512..7 * 512]);
+    // Writes: the last word of a sector, DMA, a flush.
+    let file = disk().fail(false);
+    r.issue(1, 9, 0x40, 0x30);
+    (0..128).for_each(|_| r.channel.write_data(&[1; 4]));
+    assert_eq!(failed(&mut r), (1, 0x40));
+    assert_eq!(dma(&mut r, 0xca, 1), (1, 0x40));
+    r.issue(0, 0, 0x40, 0xe7);
+    assert_eq!(failed(&mut r), (1, 0x40), "what cannot be flushed");
+    disk().mend(file);
+    r.issue(0, 0, 0x40, 0xe7);
+    assert_eq!(failed(&mut r).0, 0);
+    assert_eq!(r.file(), r.bytes, "nothing was written");
+
+    let mut r = Rig::new(Kind::Cd, true);
+    let disk = r.channel.drives[0].as_ref().expect("a drive").disk.clone();
+    disk.lock().expect("no panic under the lock").fail(true);
+    r.packet(&[0x28, 0, 0, 0, 0, 3, 0, 0, 1], 2048);
+    assert_eq!(failed(&mut r).0, 1);
+    r.packet(&[0x03, 0, 0, 0, 18], 18);
+    let (sense, _) = r.parts();
+    assert_eq!((sense[2], sense[12]), (3, 0x11), "medium error: unrecovered read error");
+}

@@ -202,6 +202,25 @@ fn what_a_disk_cannot_do_is_an_error_of_the_request() {
     assert_eq!(request(&mut d, 1, 0, 512).0, ERROR);
 }
 
+/// A host's file that cannot be read or written any more, in the middle.
+#[test]
+fn a_file_that_fails_in_mid_run_is_an_error_of_the_request() {
+    let backing = disk(8, Options::default());
+    let mut d = Driver::new(Box::new(Block::new(backing.clone(), "")), 0, true);
+    assert_eq!(request(&mut d, 0, 3, 512).0, 0);
+    let disk = || backing.lock().expect("no panic under the lock");
+    let file = disk().fail(true);
+    assert_eq!(request(&mut d, 0, 4, 512).0, 1, "VIRTIO_BLK_S_IOERR");
+    disk().mend(file);
+    assert_eq!(request(&mut d, 0, 4, 512).0, 0);
+    assert_eq!(d.get::<512>(DATA), [4; 512]);
+    let file = disk().fail(false);
+    assert_eq!(request(&mut d, 1, 4, 512).0, 1);
+    assert_eq!(request(&mut d, 4, 0, 0).0, 1, "flush");
+    disk().mend(file);
+    assert_eq!((request(&mut d, 1, 4, 512).0, d.status()), (0, 0xf), "the device goes on");
+}
+
 /// A request of gigabytes, all of the same RAM, costs no time.
 #[test]
 fn a_request_is_not_larger_than_it_may_be() {
