@@ -12,7 +12,6 @@ use crate::emit::ALL_OF_IT;
 use crate::exits::Exits;
 use crate::fault::kick;
 use crate::jitdump;
-use crate::links::Live;
 use crate::lower::Leave;
 use crate::marks::{Home, Registers};
 use crate::persist::archive::MOST;
@@ -249,11 +248,6 @@ impl Cache {
         });
         let all: Vec<(Sum, &[u8])> = old.chain(new.iter().map(|(page, r)| (*page, &r[..]))).collect();
         Some(Archive::write(key, all.into_iter()))
-    }
-
-    /// The blocks at a guest address, and where their ways out lead at the moment.
-    pub fn live(&self, rip: u64) -> Vec<Live> {
-        self.lock().live(&self.exits, rip)
     }
 
     /// Host address, size and guest address of each block there is, a line each in perf(1)'s format for generated code

@@ -12,7 +12,6 @@
 //! | [`store`] | its content: blocks, links, landings, pages |
 //! | [`index`] | guest address to block |
 //! | [`exits`] | why translated code is left, by number |
-//! | [`links`] | which blocks lead where now, for people to read |
 //! | [`code_buffer`] | executable memory (unsafe) |
 //! | [`enter`] | the way in and out (unsafe) |
 //! | [`system`] | guest RAM behind page tables, all privilege levels |
@@ -34,7 +33,6 @@ pub mod explain;
 pub mod fault;
 pub mod index;
 pub mod jitdump;
-pub mod links;
 pub mod lower;
 pub mod marks;
 pub mod persist;

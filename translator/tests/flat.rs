@@ -8,8 +8,6 @@ use bivisor_emulator::isa::Gpr;
 use bivisor_emulator::mem::{FlatSpace, GuestMemory, Prot, Vma};
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Vcpu};
 use bivisor_translator::Translator;
-use bivisor_translator::links::Live;
-use bivisor_translator::lower::Leave;
 use iced_x86::code_asm::*;
 use std::sync::Arc;
 
@@ -116,31 +114,6 @@ fn a_loop_counts() {
     g.until_syscall();
     assert_eq!(g.reg(Gpr::Rax), 500_500);
     assert!(g.t.stats().entries < 10, "{:?}", g.t.stats());
-}
-
-#[test]
-fn chained_jumps_are_shown() {
-    let mut g = Guest::new();
-    let (top, end) = (g.code + 5, g.code + 0x40);
-    // mov ecx, 9; top: dec ecx; jne top; jmp end
-    put(g.code, &[0xb9, 9, 0, 0, 0, 0xff, 0xc9, 0x75, 0xfc, 0xeb, 0x35]);
-    // end: syscall
-    put(end, &[0x0f, 0x05]);
-    g.until_syscall();
-    let cache = g.t.cache().clone();
-    let one = |rip| match &cache.live(rip)[..] {
-        [live] => live.clone(),
-        all => panic!("{all:x?} at {rip:#x}"),
-    };
-    let (looped, last) = (one(top), one(end));
-    let ways = |live: &Live| live.ways.iter().map(|w| (w.leave, w.chained)).collect::<Vec<_>>();
-    assert_eq!(ways(&looped), [(Leave::To(top), Some(looped.body)), (Leave::To(end), Some(last.body))]);
-    // The first block, which goes on into the loop, jumps back there and on, too.
-    assert_eq!((looped.start, looped.len, looped.incoming), (top, 6, 2));
-    assert!(looped.host.contains(&looped.body) && !looped.landing);
-    assert!(ways(&last).contains(&(Leave::Syscall(end, 2), None)), "{last:x?}");
-    assert!(last.ways.iter().all(|w| w.chained.is_none()), "{last:x?}");
-    assert_eq!(cache.live(g.code + 7), []);
 }
 
 fn fib(a: &mut CodeAssembler) {
