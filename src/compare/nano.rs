@@ -34,13 +34,14 @@ pub struct Nano {
 }
 
 const VECTOR: u8 = 0x40;
+const KERNEL_GS_BASE: u32 = 0xc000_0102;
 
 /// mov rax, rsp; push 0x2b; push rax; pushfq; push 0x33; lea rax, [rip + 3]; push rax; iretq: with Linux's selectors for users.
 const IRET: &[u8] =
     &[0x48, 0x89, 0xe0, 0x6a, 0x2b, 0x50, 0x9c, 0x6a, 0x33, 0x48, 0x8d, 0x05, 3, 0, 0, 0, 0x50, 0x48, 0xcf];
 
 /// Operations of one instruction that can stand many times in a row; PUSHF and POPF move the stack by [`COPIES`] words a turn.
-const ALONE: [&str; 9] = ["in", "out", "cr8wr", "pushf", "popf", "cli", "sti", "cpuid", "rdtsc"];
+const ALONE: [&str; 11] = ["rdmsr", "wrmsr", "in", "out", "cr8wr", "pushf", "popf", "cli", "sti", "cpuid", "rdtsc"];
 const COPIES: u32 = 16;
 
 fn seq(
@@ -242,6 +243,37 @@ pub fn all() -> Vec<Nano> {
             None,
             Way::Code(&[0x0f, 0x31]),
             |a| seq(a, |a| a.rdtsc()),
+            false,
+        ),
+        n(
+            "rdmsr",
+            "RDMSR of IA32_KERNEL_GS_BASE",
+            "exits unless a bitmap says otherwise; software loads a variable",
+            Some(31),
+            None,
+            PRIVILEGED,
+            |a| {
+                seq(a, |a| {
+                    a.mov(ecx, KERNEL_GS_BASE)?;
+                    a.rdmsr()
+                })
+            },
+            false,
+        ),
+        n(
+            "wrmsr",
+            "WRMSR of IA32_KERNEL_GS_BASE",
+            "exits unless a bitmap says otherwise; software checks and stores a variable",
+            Some(32),
+            None,
+            PRIVILEGED,
+            |a| {
+                seq(a, |a| {
+                    a.mov(ecx, KERNEL_GS_BASE)?;
+                    a.xor(edx, edx)?;
+                    a.wrmsr()
+                })
+            },
             false,
         ),
         n(

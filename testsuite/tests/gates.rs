@@ -116,6 +116,20 @@ fn kernel() -> Result<Vec<u8>, IcedError> {
     a.shl(r9, 16)?;
     a.or(r8, r9)?;
     a.mov(qword_ptr(r12 + 24), r8)?;
+    // IA32_TSC_AUX by WRMSR, seen by RDTSCP and RDMSR.
+    a.mov(r8, rcx)?;
+    a.mov(ecx, 0xc000_0103u32)?;
+    a.lea(eax, ptr(rbx * 4 + 5))?;
+    a.xor(edx, edx)?;
+    a.wrmsr()?;
+    a.rdtscp()?;
+    a.mov(edi, ecx)?;
+    a.mov(ecx, 0xc000_0103u32)?;
+    a.rdmsr()?;
+    a.add(rdi, rax)?;
+    a.shl(rdi, 32)?;
+    a.add(qword_ptr(r12 + 24), rdi)?;
+    a.mov(rcx, r8)?;
     a.test(esi, esi)?;
     a.jne(end)?;
     // In every second round ports in all widths; RAX keeps what is above.

@@ -325,7 +325,7 @@ impl Known {
     }
 }
 
-/// Registers that are written in the cache: bases, which need only be canonical.
+/// Registers whose writes need only be canonical.
 fn is_base(n: u32) -> bool {
     matches!(n, index::FS_BASE | index::GS_BASE | index::KERNEL_GS_BASE)
 }
@@ -335,7 +335,7 @@ fn by_value(iced: &Instruction, mode: Mode, routes: &Routes, known: &Known) -> O
     let [eax, ecx] = known.0;
     match iced.code() {
         Code::Rdmsr if !mode.user() => ecx.filter(|n| is_base(*n) || Msrs::plain(*n).is_some()).map(Way::ReadMsr),
-        Code::Wrmsr if !mode.user() => ecx.filter(|n| is_base(*n)).map(Way::WriteMsr),
+        Code::Wrmsr if !mode.user() => ecx.filter(|n| is_base(*n) || *n == index::TSC_AUX).map(Way::WriteMsr),
         Code::Cpuid => routes.cpuid(eax?).map(Way::Identify),
         _ => None,
     }

@@ -127,9 +127,19 @@ impl Lower<'_> {
         Some(true)
     }
 
-    /// WRMSR of a base, which must be canonical.
+    /// WRMSR of a base, which must be canonical, or of IA32_TSC_AUX, whose upper half must be 0.
     pub(super) fn write_msr(&mut self, item: &Item, n: u32) -> Option<bool> {
-        let slot = base_slot(n)?;
+        let Some(slot) = base_slot(n) else {
+            let offset = offset_of!(CpuState, msr) + Msrs::plain(n).filter(|_| n == index::TSC_AUX)?;
+            let t = self.scratch(item, false)?;
+            self.give_up_flags(item);
+            // test edx, edx
+            self.e.rr(W::D, &[0x85], Gpr::Rdx as u8, Gpr::Rdx, &[]);
+            self.leave_if(&JNE, item, Kind::Step, self.block.rip(item), self.n);
+            self.e.load(t, At::slot(at::CPU));
+            self.e.rm(W::D, &[0x89], Gpr::Rax as u8, At::base(t, offset as i32), &[]);
+            return Some(true);
+        };
         let (v, t) = (self.scratch(item, false)?, self.scratch(item, false)?);
         self.give_up_flags(item);
         self.e.copy(v, Gpr::Rdx);
