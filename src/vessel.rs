@@ -25,7 +25,19 @@ const PTRACE_SYSEMU_SINGLESTEP: u32 = 32;
 const PTRACE_GETREGSET: u32 = 0x4204;
 const PTRACE_SETREGSET: u32 = 0x4205;
 const NT_X86_XSTATE: usize = 0x202;
+const PTRACE_GET_RSEQ_CONFIGURATION: u32 = 0x420f;
 const RSEQ_SIGNATURE: u32 = 0x5305_3053;
+
+/// What PTRACE_GET_RSEQ_CONFIGURATION tells (ptrace(2)).
+#[repr(C)]
+#[derive(Default)]
+struct Rseq {
+    address: u64,
+    size: u32,
+    signature: u32,
+    flags: u32,
+    pad: u32,
+}
 
 /// Why the child stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,6 +101,7 @@ impl Vessel {
                 "the host refuses ptrace(2): is it forbidden by a container's rules? Allow it (for Docker: --cap-add SYS_PTRACE)"
             );
         }
+        vessel.forget_rseq()?;
         for (start, end) in [(0, STUB), (STUB + PAGE, TOP)] {
             vessel.call(libc::SYS_munmap, [start, end - start, 0, 0, 0, 0])?;
         }
@@ -118,6 +131,17 @@ impl Vessel {
         };
         // A word that is read may be any.
         if r == -1 && last().raw_os_error() != Some(0) { Err(last()) } else { Ok(r) }
+    }
+
+    /// In a program that is linked statically the child cannot know where the C library has registered restartable sequences.
+    fn forget_rseq(&mut self) -> Result<()> {
+        let mut rseq = Rseq::default();
+        let known = self.ptrace(PTRACE_GET_RSEQ_CONFIGURATION, size_of::<Rseq>(), &raw mut rseq as usize).is_ok();
+        if known && rseq.address != 0 {
+            let arguments = [rseq.address, rseq.size.into(), 1, rseq.signature.into(), 0, 0];
+            self.call(libc::SYS_rseq, arguments)?;
+        }
+        Ok(())
     }
 
     fn wait(&mut self) -> Result<Stop> {
