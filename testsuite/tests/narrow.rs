@@ -11,6 +11,7 @@ use bivisor_translator::Translator;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Linear addresses: of code, of data, of the first page and of the last. Physical ones of the last two are others.
 const CODE: u64 = 0x8000;
@@ -33,7 +34,7 @@ enum Under {
 }
 
 fn memory(under: Under) -> GuestMemory {
-    let mem = GuestMemory::Ram(Ram::new(1 << 20).expect("1 MiB"));
+    let mem = GuestMemory::Ram(Ram::shared(1 << 20).expect("1 MiB"));
     let put = |at: u64, v: u64, w| mem.store(at, w, v).expect("inside RAM");
     const RIGHTS: u64 = 0x67;
     let pages = [(0, FIRST_AT), (CODE, CODE), (DATA, DATA), (LAST, LAST_AT)];
@@ -92,7 +93,23 @@ struct Case {
     end: Fault,
 }
 
-const CASES: [Case; 12] = [
+const CASES: [Case; 13] = [
+    Case {
+        name: "x87 with operands in memory",
+        code: |a| {
+            a.fild(dword_ptr(ebx))?;
+            a.fadd(dword_ptr(0x9010))?;
+            a.fistp(qword_ptr(ebx + ecx * 4))?;
+            a.fnstcw(word_ptr(0x9020))?;
+            a.mov(eax, dword_ptr(0x9008))?;
+            a.mov(edx, dword_ptr(0x9020))
+        },
+        before: &[(Gpr::Rbx, 0xffff_fffc), (Gpr::Rcx, 0x2403)],
+        // 2000_0FFC and 0.0, to the nearest; the control word of FNINIT.
+        after: &[(Gpr::Rax, 0x2000_0ffc), (Gpr::Rdx, 0x37f)],
+        memory: &[(DATA + 8, 0x2000_0ffc), (DATA + 12, 0)],
+        end: Fault::Bp,
+    },
     Case {
         name: "a POP that takes ESP to 0, and what is below it",
         code: |a| {
@@ -287,10 +304,13 @@ fn addresses_have_32_bits() {
         for under in [Under::Legacy, Under::Compat] {
             for (cpl, budget) in [(0, u64::MAX), (3, u64::MAX), (3, 100)] {
                 check(case, "interp", &mut Interpreter::new(model.clone()), under, cpl, budget);
-                let mut bt = Translator::new(model.clone()).expect("executable memory");
-                check(case, "bt", &mut bt, under, cpl, budget);
-                let blocks = bt.machine_cache().map_or(0, |c| c.blocks);
-                assert!(blocks > 0, "{}: nothing was translated", case.name);
+                for (name, mirror) in [("bt", None), ("bt with the mirror", Some(Duration::ZERO))] {
+                    let mut bt = Translator::new(model.clone()).expect("executable memory");
+                    bt.set_mirror_after(mirror);
+                    check(case, name, &mut bt, under, cpl, budget);
+                    let blocks = bt.machine_cache().map_or(0, |c| c.blocks);
+                    assert!(blocks > 0, "{}: nothing was translated", case.name);
+                }
             }
         }
     }

@@ -204,7 +204,9 @@ fn holds(when: &str, about: Option<(&Case, &Outcome, &Outcome)>) -> Option<bool>
             matches!((is.end, should.end), (End::Fault(_), End::Fault(_))) && (edge(is) || edge(should))
         }
         ("in a block", Some((case, is, should))) => {
-            case.kind == Kind::Block && is.xsave.fip() == should.xsave.fip() && is.xsave.fop() == should.xsave.fop()
+            matches!(case.kind, Kind::Block | Kind::Block32)
+                && is.xsave.fip() == should.xsave.fip()
+                && is.xsave.fop() == should.xsave.fop()
         }
         ("the modrm byte of fop", Some((_, is, should))) => {
             let (a, b) = (&is.xsave, &should.xsave);

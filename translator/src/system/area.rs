@@ -100,6 +100,8 @@ pub mod at {
     pub const TARGET_BITS: usize = SLOTS + 0x3c0;
     /// Where the indirect branch of code goes that is to be left: host address.
     pub const LOOKED: usize = SLOTS + 0x3c8;
+    /// The offset that the last x87 instruction of 32-bit code with a memory operand accessed since the image was up to date, or all ones.
+    pub const X87_DATA: usize = SLOTS + 0x3d0;
     /// TSC offset.
     pub const TSC_OFFSET: usize = SLOTS + 0x110;
     /// XMM0 to XMM15.

@@ -563,13 +563,13 @@ pub(super) fn is_bit_string(iced: &Instruction) -> bool {
         && iced.op1_kind() == OpKind::Register
 }
 
-fn is_x87(iced: &Instruction) -> bool {
+pub(super) fn is_x87(iced: &Instruction) -> bool {
     let x87 = |f: &CpuidFeature| matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387);
     iced.cpuid_features().iter().any(x87)
 }
 
 /// May x87 and SIMD instructions of this encoding run as the mode is?
-fn native(iced: &Instruction, mode: Mode) -> bool {
+pub(super) fn native(iced: &Instruction, mode: Mode) -> bool {
     let level = match iced.encoding() {
         EncodingKind::VEX | EncodingKind::XOP => 2,
         EncodingKind::EVEX => 3,

@@ -7,7 +7,7 @@
 use crate::route::{Route, Routes};
 use crate::system::Mode;
 use crate::system::access::{Access, Segment};
-use crate::system::block::{Way, copied, is_bit_string, operand, operand_of};
+use crate::system::block::{Way, copied, is_bit_string, is_x87, native, operand, operand_of};
 use bivisor_emulator::cpu::{Attr, CpuState};
 use bivisor_emulator::isa::{Class, Gpr, Seg, facts};
 use iced_x86::{Code, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};
@@ -183,9 +183,51 @@ pub(super) fn way(iced: &Instruction, mode: Mode, routes: &Routes) -> Way {
         Route::JumpIndirect if code == Code::Jmp_rm32 => Way::JumpIndirect,
         Route::CallIndirect if code == Code::Call_rm32 && iced.op0_register() != Register::ESP => Way::CallIndirect,
         Route::Copy if facts(code).class == Class::String => string(iced, mode),
+        // 64-bit code has SSE instead.
+        Route::Copy if is_x87(iced) && has_memory(iced) && has_own_data(iced) => {
+            if native(iced, mode) {
+                Way::Memory
+            } else {
+                Way::Asleep
+            }
+        }
         Route::Copy => copied(iced, facts(code).class, mode),
         _ => Way::Step,
     }
+}
+
+/// An x87 instruction that loads, stores or computes with its operand in memory, or a control word.
+fn has_own_data(iced: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(
+        iced.mnemonic(),
+        M::Fld
+            | M::Fst
+            | M::Fstp
+            | M::Fild
+            | M::Fist
+            | M::Fistp
+            | M::Fisttp
+            | M::Fadd
+            | M::Fsub
+            | M::Fsubr
+            | M::Fmul
+            | M::Fdiv
+            | M::Fdivr
+            | M::Fcom
+            | M::Fcomp
+            | M::Fiadd
+            | M::Fisub
+            | M::Fisubr
+            | M::Fimul
+            | M::Fidiv
+            | M::Fidivr
+            | M::Ficom
+            | M::Ficomp
+            | M::Fldcw
+            | M::Fnstcw
+            | M::Fnstsw
+    )
 }
 
 fn counts_in_ecx(code: Code) -> bool {

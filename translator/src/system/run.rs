@@ -5,6 +5,7 @@
 
 mod calls;
 mod gates;
+mod image;
 mod mirror;
 
 use crate::emit::slot;
@@ -125,6 +126,7 @@ impl System {
         let mut cache = Cache::new(t.cache.model().clone(), t.cache.policy())?;
         cache.flush(&area);
         enter::prepare(&area);
+        area.set(at::X87_DATA, u64::MAX);
         let tlb = Tlb::new(&area);
         Ok(System {
             area,
@@ -559,17 +561,6 @@ impl System {
         None
     }
 
-    fn sync(&mut self, t: &mut Translator) {
-        enter::sync(&self.area, &mut t.cpu);
-        // FIP, where the host keeps it, names the last x87 instruction in the cache: the guest's is meant (SDM 1 8.1.8).
-        let image = &mut t.cpu.xsave;
-        if image.xstate_bv() & component::X87 != 0
-            && let Some((block, point)) = self.cache.point(image.fip())
-        {
-            image.set_fip(block.rip.wrapping_add(point.at.into()));
-        }
-    }
-
     /// Into the code at block `b` and out again, with all misses of the TLB in between: what to do next, and how many instructions of
     /// a counted block were done.
     fn once(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, block: &ThreadBlock, b: u32) -> (Next, u16) {
@@ -606,7 +597,8 @@ impl System {
             if id == KICKED {
                 let to = self.cache.fast_target(self.area.get(at::TARGET)).expect("fast tables lead to ways in");
                 t.cpu.rip = to;
-                self.mend(&mut t.cpu, board, 0, Flags::Host, None);
+                let resident = Mode::of(&t.cpu, 0).map_or(0, Mode::resident);
+                self.mend(&mut t.cpu, board, resident, Flags::Host, None);
                 return (Next::Go(Via::Start), 0);
             }
             if !counted && let Some(next) = self.quick(t, board, ram, block, id) {

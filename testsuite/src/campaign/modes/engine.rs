@@ -16,13 +16,24 @@ use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Vcpu};
 use bivisor_translator::Translator;
 use iced_x86::{Code, Mnemonic};
 use std::sync::Arc;
+use std::time::Duration;
+
+/// Where an engine runs the cases.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In compatibility mode.
+    Compat,
+    /// Outside IA-32e mode, behind PAE paging; the translator looks each access up.
+    Pae,
+    /// There, and accesses go to the mirror.
+    PaeMirror,
+}
 
 /// An engine with its memory.
 pub struct Engine {
     /// Which.
     pub which: Which,
-    /// Outside IA-32e mode, behind PAE paging?
-    legacy: bool,
+    place: Place,
     vcpu: Box<dyn Vcpu>,
     /// The arena as it sees it.
     pub view: View,
@@ -76,17 +87,26 @@ fn tables(mem: &GuestMemory, legacy: bool) -> Option<()> {
 }
 
 impl Engine {
-    /// Makes an engine; `legacy`: outside IA-32e mode.
+    /// Makes an engine.
     ///
     /// # Errors
     /// A sentence: it is not to be had here.
-    pub fn new(which: Which, legacy: bool) -> Result<Engine, String> {
+    pub fn new(which: Which, place: Place) -> Result<Engine, String> {
         let model = Arc::new(CpuModel::host());
         let mut vcpu: Box<dyn Vcpu> = match which {
             Which::InterpPaged => Box::new(Interpreter::new(model)),
-            Which::BtPaged => Box::new(Translator::new(model).map_err(|e| format!("no executable memory: {e}"))?),
+            Which::BtPaged => {
+                let mut t = Translator::new(model).map_err(|e| format!("no executable memory: {e}"))?;
+                match place {
+                    Place::Compat => {}
+                    Place::Pae => t.set_mirror_after(None),
+                    Place::PaeMirror => t.set_mirror_after(Some(Duration::ZERO)),
+                }
+                Box::new(t)
+            }
             other => return Err(format!("{} does not run 16- and 32-bit code", other.name())),
         };
+        let legacy = place != Place::Compat;
         let (view, mem) = arena::ram()?;
         tables(&mem, legacy).ok_or("no room for the tables")?;
         vcpu.set_intercepts(Intercepts::EXCEPTIONS | Intercepts::SYSCALL);
@@ -102,12 +122,16 @@ impl Engine {
             (template.cr3, template.gdtr.base, template.ldtr.base) = (POINTERS, LEGACY_GDT, LEGACY_GDT + 0x1000);
         }
         *vcpu.state() = template.clone();
-        Ok(Engine { which, legacy, vcpu, view, mem, template, planted: None })
+        Ok(Engine { which, place, vcpu, view, mem, template, planted: None })
     }
 
     /// Its name.
     pub fn name(&self) -> &'static str {
-        if self.legacy { "bt-pae" } else { self.which.name() }
+        match self.place {
+            Place::Compat => self.which.name(),
+            Place::Pae => "bt-pae",
+            Place::PaeMirror => "bt-pae-mirror",
+        }
     }
 
     /// Plants a bug.
@@ -124,7 +148,7 @@ impl Engine {
     pub fn takes(&self, case: &Case) -> bool {
         let f = facts(case.insn);
         let plain = f.sensitivity == Sensitivity::Innocuous && !matches!(f.class, Class::Segment | Class::System);
-        !self.legacy || !case.kind.is_single() || plain && !is_far(case.insn)
+        self.place == Place::Compat || !case.kind.is_single() || plain && !is_far(case.insn)
     }
 
     /// The code in memory was changed from outside.

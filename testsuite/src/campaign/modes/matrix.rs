@@ -76,7 +76,7 @@ const INTRODUCTION: &str = "
 `insn32`, `insn16`, `block32` and `block16` are the same in 32-bit user code and in 16-bit protected-mode user code. The host CPU runs it
 in compatibility mode; segments are Linux's flat ones and those of a local descriptor table (modify_ldt(2)) with bases, limits, expand-down,
 read-only, execute-only and absent ones, 16-bit stacks included. The engines run it behind page tables; the translator takes 32-bit code with
-flat segments, here and outside IA-32e mode (bt-pae), and leaves the rest to the interpreter. What follows an instruction is INT3, so every case ends with an exception, and the vector, error code, CR2, all registers,
+flat segments, here and outside IA-32e mode (bt-pae, bt-pae-mirror), and leaves the rest to the interpreter. What follows an instruction is INT3, so every case ends with an exception, and the vector, error code, CR2, all registers,
 segments and memory at that moment are compared. Not done here: loads of GS, which is the host thread's own, and FOP and the pointers where
 the list above says so. Code at CPL 0, real mode and virtual-8086 mode have no such judge; real mode has the 80286's recorded cases.
 

@@ -29,7 +29,7 @@ use super::tally::{Divergence, Tally};
 use super::values::Pool;
 use crate::case::disassembly;
 use crate::random::Random;
-use engine::Engine;
+use engine::{Engine, Place};
 use iced_x86::Code;
 use oracle::Oracle;
 use source::{BLOCKS, SLOTS, Slot, Source};
@@ -75,9 +75,10 @@ impl Modes {
             oracle,
             engines: wanted
                 .iter()
-                .map(|w| (*w, false))
-                .chain(wanted.iter().filter(|w| **w == Which::BtPaged).map(|w| (*w, true)))
-                .map(|(w, legacy)| Engine::new(w, legacy))
+                .map(|w| (*w, Place::Compat))
+                .chain(wanted.contains(&Which::BtPaged).then_some((Which::BtPaged, Place::Pae)))
+                .chain(wanted.contains(&Which::BtPaged).then_some((Which::BtPaged, Place::PaeMirror)))
+                .map(|(w, place)| Engine::new(w, place))
                 .collect::<Result<_, _>>()?,
             expected: Expected::default(),
             judge: Outcome::default(),

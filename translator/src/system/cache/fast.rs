@@ -79,7 +79,7 @@ impl Cache {
         self.exits.push(Exit {
             kind: Kind::To,
             rip,
-            spilled: 0,
+            spilled: self.blocks[b as usize].mode.resident(),
             flags: Flags::Host,
             told: None,
             recipe: None,

@@ -179,7 +179,7 @@ impl Lower<'_> {
         self.exits[exit].spilled = self.spilled;
         let calls = item.way == Way::CallIndirect;
         // LOOP has only an 8-bit displacement, and a branch that is not taken is best.
-        let far = 9 * self.spilled.count_ones() + if calls { 100 } else { 40 } > 120;
+        let far = 9 * (self.spilled & !self.block.mode.resident()).count_ones() + if calls { 100 } else { 40 } > 120;
         let short = if far {
             self.e.bytes.extend_from_slice(&[LOOP, 2, 0xeb, 5]);
             let site = self.branch(&[0xe9]);
@@ -259,7 +259,7 @@ impl Lower<'_> {
         let target = self.load_target(item, &item.access?)?;
         if let Some(table) = self.around.fast {
             let miss = self.look_up_fast(item, target, table)?;
-            self.move_stack(8 + i32::from(more));
+            self.move_stack(self.word_len() + i32::from(more));
             self.dispatch_fast(&miss)?;
             return Some(false);
         }

@@ -4,6 +4,7 @@
 //! is a miss.
 
 use super::asm::{Assembler, At, W};
+use super::narrow::notes_data;
 use super::scratch::{Window, bit};
 use super::{Cold, Flags, Kind, Lower};
 use crate::system::area::at;
@@ -296,7 +297,11 @@ impl Lower<'_> {
         let host = self.reach(item, &a)?;
         self.check_divisor(item, Some(host));
         self.flags_for(item)?;
-        self.with_operand(item, item.iced, host)
+        self.with_operand(item, item.iced, host)?;
+        if self.block.mode.is_narrow() && notes_data(&item.iced) {
+            self.note_data(item, &a)?;
+        }
+        Some(true)
     }
 
     /// The instruction with another operand.

@@ -69,7 +69,7 @@ impl Lower<'_> {
     }
 
     /// A register with the distance of a slot.
-    fn distance_of(&mut self, item: &Item, slot: u8) -> Option<Gpr> {
+    pub(super) fn distance_of(&mut self, item: &Item, slot: u8) -> Option<Gpr> {
         let found = self.windows.iter().find(|w| w.slot == Some(slot) && !(item.high && w.delta as u8 >= 8));
         if let Some(w) = found {
             self.busy |= bit(w.delta);
@@ -112,6 +112,9 @@ impl Lower<'_> {
     }
 
     pub(super) fn place_mirrored(&mut self, item: &Item, a: &Access) -> Option<Host> {
+        if self.block.mode.is_narrow() {
+            return self.mirrored_narrow(item, a);
+        }
         if let Some(address) = a.constant() {
             return self.mirrored_constant(item, address);
         }
@@ -408,8 +411,9 @@ impl Lower<'_> {
         }
         let segment = match a.segment {
             Segment::Flat => None,
-            Segment::Fs | Segment::Fs32 => Some(at::FS_BASE),
-            Segment::Gs | Segment::Gs32 => Some(at::GS_BASE),
+            Segment::Fs => Some(at::FS_BASE),
+            Segment::Gs => Some(at::GS_BASE),
+            Segment::Fs32 | Segment::Gs32 => return None,
         };
         if let Some(slot) = segment {
             self.e.load(delta, At::slot(slot));

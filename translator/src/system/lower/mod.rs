@@ -129,6 +129,8 @@ pub struct Point {
     pub divides: bool,
     /// What it accesses in the mirror.
     pub access: Option<Access>,
+    /// The guest's x87 opcode (SDM 1 8.1.9) where the host's has another operand, else 0.
+    pub fop: u16,
     /// It only makes sure of a slot: that of a register, or of the access.
     pub checks: Option<Option<Gpr>>,
 }
@@ -538,6 +540,7 @@ impl Lower<'_> {
             told: self.told,
             divides: matches!(item.iced.mnemonic(), Mnemonic::Div | Mnemonic::Idiv),
             access,
+            fop: if self.block.mode.is_narrow() { narrow::fop(item, self.block.code(item)) } else { 0 },
             checks: None,
         });
     }

@@ -27,7 +27,7 @@ pub(super) struct Round {
 
 /// The conditional branch of a block to its own start, if rounds are made there.
 pub(super) fn find(block: &GuestBlock) -> Option<usize> {
-    let mirrored = block.mode.is_mirrored() && !block.mode.is_counted();
+    let mirrored = block.mode.is_mirrored() && !block.mode.is_counted() && !block.mode.is_narrow();
     let back = |i: &Item| i.way == Way::Conditional && i.iced.near_branch_target() == block.start;
     block.items.iter().position(back).filter(|_| mirrored)
 }

@@ -69,7 +69,7 @@ impl System {
             () => 1,
         };
         let mode = self.control.get_or_insert_with(|| Control::of(cpu)).as_ref()?.mode(cpu, most)?;
-        Some(if mode.user() && !mode.is_narrow() && self.mirroring.decide() { mode.mirrored() } else { mode })
+        Some(if mode.user() && self.mirroring.decide() { mode.mirrored() } else { mode })
     }
 
     /// SYSCALL and SYSRET leave until it is known where they go.

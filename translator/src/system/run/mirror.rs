@@ -122,6 +122,10 @@ impl System {
         }
         let mirror = self.mirroring.mirror.as_mut()?;
         let last = laddr.checked_add(u64::from(access.len) - 1).filter(|last| *last < END)?;
+        if last >> 32 != 0 && t.cpu.mode() != bivisor_emulator::cpu::Mode::Long64 {
+            // A sum that wraps.
+            return None;
+        }
         let kind = if access.write { Access::Write } else { Access::Read };
         let mut progress = false;
         for at in [Some(laddr), (laddr / PAGE_SIZE != last / PAGE_SIZE).then_some(last)].into_iter().flatten() {
