@@ -1,5 +1,6 @@
 //! `bivisor boot`: guests of our own print the same on each engine, and what cannot be booted is said in a line.
 
+use bivisor_testsuite::guest::bzimage;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -252,11 +253,7 @@ fn a_software_kvm_is_no_place_for_linux() {
         println!("SKIPPED: {}", probe.reason);
         return;
     }
-    let mut image = vec![0; 1024];
-    image[0x1fe..0x206].copy_from_slice(b"\x55\xaaxxHdrS");
-    image[0x206] = 0x0f;
-    image[0x207] = 0x02;
-    let kernel = file("bzImage", &image);
+    let kernel = file("bzImage", &bzimage(1024, &[]));
     let output = boot(&["--backend", "kvm", "--kernel", &kernel]);
     let said = text(&output.stderr);
     assert_eq!((output.status.code(), said.lines().count()), (Some(1), 1), "{said}");
@@ -346,20 +343,8 @@ fn what_is_inside_a_kernel_is_unpacked() {
     let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
     gzip.write_all(&elf).expect("memory");
     let packed = gzip.finish().expect("memory");
-    let mut image = vec![0x90; 0x1000];
-    let mut put = |at: usize, v: u64, n: usize| image[at..at + n].copy_from_slice(&v.to_le_bytes()[..n]);
-    put(0x1f1, 1, 1);
-    put(0x1f4, 0, 4);
-    put(0x1fe, 0xaa55, 2);
-    put(0x200, 0x5372_6448_6aeb, 6);
-    for (at, v, n) in [(0x206, 0x20f, 2), (0x211, 1, 1), (0x22c, 0x7fff_ffff, 4), (0x236, 1, 2), (0x238, 0x7ff, 4)] {
-        put(at, v, n);
-    }
-    for (at, v, n) in
-        [(0x248, 0x400, 4), (0x24c, packed.len() as u64, 4), (0x258, 0x100_0000, 8), (0x260, 0x10_0000, 4)]
-    {
-        put(at, v, n);
-    }
+    let payload = [(0x248, 0x400, 4), (0x24c, packed.len() as u64, 4), (0x258, 0x100_0000, 8), (0x260, 0x10_0000, 4)];
+    let mut image = bzimage(0x1000, &payload);
     image[0x600..0x608].copy_from_slice(&says(b'P'));
     image[0x800..0x800 + packed.len()].copy_from_slice(&packed);
     let whole = file("packed", &image);

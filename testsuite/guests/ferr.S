@@ -1,17 +1,14 @@
 # A program of real mode with CR0.NE clear: x87 exceptions come as interrupt 13 of the 8259 pair, vector 0x75. Twice its handler clears the
 # exception (E), and the third time it only writes port 0xF0, after which the instruction that waits ignores it (I). After each, K is sent
 # by the instruction behind WAIT. Ends by the debug-exit port with status 5.
+#include "real.inc"
     .set DEBUG, 0xe9
     .set EXIT, 0xf4
     .text
     .code16
     .globl _start
 _start:
-    cli
-    xor %ax, %ax
-    mov %ax, %ds
-    mov %ax, %ss
-    mov $0x7c00, %sp
+    real_mode
     movw $handler, 0x75 * 4
     movw %ax, 0x75 * 4 + 2
     # Vectors 0x08 and 0x70, the second 8259 on line 2 of the first; all masked but that and 13.

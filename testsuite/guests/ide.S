@@ -1,17 +1,13 @@
 # A program of real mode: reads sector 1 of the first IDE disk and block 1 of the CD that is first on the second channel, both by PIO, sends
 # what is there up to a newline to the debug console, writes sector 2 of the disk, and ends by the debug-exit port.
+#include "real.inc"
     .set DEBUG, 0xe9
     .set EXIT, 0xf4
     .text
     .code16
     .globl _start
 _start:
-    xor %ax, %ax
-    mov %ax, %ds
-    mov %ax, %es
-    mov %ax, %ss
-    mov $0x7c00, %sp
-    cld
+    real_mode
 
     # READ SECTORS, one, block address 1.
     mov $0x1f0, %bx

@@ -1,15 +1,11 @@
 # A 16-bit program at 0000:7C00: prints on the serial port from real mode, counts interrupts of the 8254 through the vector table, uses
 # the far corner of a segment, and writes its verdict to the debug-exit port.
+#include "real.inc"
 #include "timer.inc"
     .code16
     .globl _start
 _start:
-    cli
-    xor %ax, %ax
-    mov %ax, %ds
-    mov %ax, %es
-    mov %ax, %ss
-    mov $0x7c00, %sp
+    real_mode
     mov $text, %si
     call print
     movw $tick, 0x20

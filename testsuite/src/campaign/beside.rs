@@ -22,6 +22,74 @@ pub struct Beside {
 /// What came out of a case, by name: the first is the judge's.
 pub type Outcomes = Vec<(&'static str, Outcome)>;
 
+/// An engine that cases can be run on.
+pub trait Runs {
+    /// As outcomes call it.
+    fn name(&self) -> &'static str;
+    /// The arena as it sees it.
+    fn view(&self) -> View;
+    /// All code in the arena was changed from outside.
+    fn all_changed(&mut self);
+    /// Runs a case whose memory is set up.
+    ///
+    /// # Errors
+    /// The engine left in a way that no instruction of a case can cause.
+    fn run(&mut self, case: &Case, out: &mut Outcome) -> Result<(), String>;
+}
+
+impl Runs for Engine {
+    fn name(&self) -> &'static str {
+        self.which.name()
+    }
+    fn view(&self) -> View {
+        self.view
+    }
+    fn all_changed(&mut self) {
+        let code = arena::PAGES.into_iter().filter(|p| p.2.contains(Prot::EXEC));
+        code.for_each(|p| self.code_changed(p.0..p.0 + p.1));
+        self.own_changed();
+    }
+    fn run(&mut self, case: &Case, out: &mut Outcome) -> Result<(), String> {
+        Engine::run(self, case, out)
+    }
+}
+
+/// What comes out of a case, with this `code` at its addresses, on the host CPU, if it is the judge, and on the engines, each on all memory set
+/// up anew.
+///
+/// # Errors
+/// As [`Runs::run`].
+pub fn on_each<'a, E: Runs + 'a>(
+    case: &Case,
+    pristine: &[u8],
+    code: &[(u64, &[u8])],
+    host: Option<(View, impl FnOnce(&Case, &mut Outcome))>,
+    engines: impl Iterator<Item = &'a mut E>,
+) -> Result<Outcomes, String> {
+    let fill = |view: View| {
+        view.write(BASE, pristine);
+        case.fill(view, pristine);
+        code.iter().for_each(|(at, bytes)| view.write(*at, bytes));
+    };
+    let mut out = Vec::new();
+    if let Some((view, run)) = host {
+        let mut o = Outcome::default();
+        fill(view);
+        run(case, &mut o);
+        take_memory(case, view, &mut o);
+        out.push(("host", o));
+    }
+    for engine in engines {
+        let mut o = Outcome::default();
+        fill(engine.view());
+        engine.all_changed();
+        engine.run(case, &mut o)?;
+        take_memory(case, engine.view(), &mut o);
+        out.push((engine.name(), o));
+    }
+    Ok(out)
+}
+
 impl Beside {
     /// Makes all of them.
     ///
@@ -59,33 +127,16 @@ impl Beside {
         if case.kind.bits() != 64 {
             return self.modes.outcomes(case, pristine);
         }
-        let mut out = Vec::new();
-        let fill = |view: View| {
-            view.write(BASE, pristine);
-            case.fill(view, pristine);
-            let end = case.rip + case.code.len() as u64;
-            view.write(case.rip, &case.code);
-            view.write(end, &tail(end));
+        let end = case.rip + case.code.len() as u64;
+        let code = [(case.rip, &case.code[..]), (end, &tail(end)[..])];
+        let host = match &mut self.oracle {
+            Some((oracle, view)) => {
+                local_table(false)?;
+                Some((*view, |case: &Case, o: &mut Outcome| oracle.run(case, o)))
+            }
+            None => None,
         };
-        if let Some((oracle, view)) = &mut self.oracle {
-            let mut o = Outcome::default();
-            local_table(false)?;
-            fill(*view);
-            oracle.run(case, &mut o);
-            take_memory(case, *view, &mut o);
-            out.push(("host", o));
-        }
-        for engine in &mut self.engines {
-            let mut o = Outcome::default();
-            fill(engine.view);
-            let code = arena::PAGES.into_iter().filter(|p| p.2.contains(Prot::EXEC));
-            code.for_each(|p| engine.code_changed(p.0..p.0 + p.1));
-            engine.own_changed();
-            engine.run(case, &mut o)?;
-            take_memory(case, engine.view, &mut o);
-            out.push((engine.which.name(), o));
-        }
-        Ok(out)
+        on_each(case, pristine, &code, host, self.engines.iter_mut())
     }
 
     /// How the engines differ from the judge, but for what is expected.

@@ -1,6 +1,7 @@
 //! What `boot` is given: mutated kernels (bzImage, ELF, multiboot 1 and 2) into the loaders, mutated qcow2 images opened, read and written.
 
 use super::{Target, elf, hex, mutate, quietly};
+use crate::guest;
 use crate::random::Random;
 use bivisor_emulator::cpu::CpuState;
 use bivisor_emulator::devices::disk::{Disk, Options};
@@ -65,23 +66,9 @@ impl Target for Kernels {
     }
 }
 
-/// The header of Linux's boot protocol 2.15 and a page of code.
+/// Linux's header and a page of code.
 fn bzimage() -> Vec<u8> {
-    let mut image = vec![0x90; 0x1400];
-    let mut put = |at: usize, v: u64, n: usize| image[at..at + n].copy_from_slice(&v.to_le_bytes()[..n]);
-    put(0x1f1, 1, 1);
-    put(0x1f4, 0x100, 4);
-    put(0x1fe, 0xaa55, 2);
-    put(0x200, 0x6aeb, 2);
-    put(0x202, u64::from(u32::from_le_bytes(*b"HdrS")), 4);
-    put(0x206, 0x20f, 2);
-    put(0x211, 1, 1);
-    put(0x214, 0x10_0000, 4);
-    put(0x22c, 0x7fff_ffff, 4);
-    put(0x236, 3, 2);
-    put(0x238, 0x7ff, 4);
-    put(0x260, 0x20_0000, 4);
-    image
+    guest::bzimage(0x1400, &[(0x1f4, 0x100, 4), (0x214, 0x10_0000, 4), (0x236, 3, 2), (0x260, 0x20_0000, 4)])
 }
 
 /// A multiboot 1 header with addresses (0.6.96, 3.1.3), for an image of a page at 1 MiB.

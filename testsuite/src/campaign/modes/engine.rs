@@ -3,6 +3,7 @@
 
 use super::segments::{LDT, segment};
 use crate::campaign::arena::{self, IDT_AT, TABLES, View};
+use crate::campaign::beside::Runs;
 use crate::campaign::case::Case;
 use crate::campaign::engine::{Planted, Which};
 use crate::campaign::outcome::{End, Outcome};
@@ -210,6 +211,21 @@ fn is_far(code: Code) -> bool {
         || code.is_call_far()
         || code.is_call_far_indirect()
         || matches!(code.mnemonic(), Mnemonic::Retf | Mnemonic::Iret | Mnemonic::Iretd | Mnemonic::Int | Mnemonic::Into)
+}
+
+impl Runs for Engine {
+    fn name(&self) -> &'static str {
+        Engine::name(self)
+    }
+    fn view(&self) -> View {
+        self.view
+    }
+    fn all_changed(&mut self) {
+        (0..arena::SIZE).step_by(0x1000).for_each(|page| self.code_changed(arena::BASE + page));
+    }
+    fn run(&mut self, case: &Case, out: &mut Outcome) -> Result<(), String> {
+        Engine::run(self, case, out)
+    }
 }
 
 /// What else changed: the hidden parts of segment registers, which must be those of their selectors, and system registers.

@@ -20,6 +20,7 @@ pub mod segments;
 pub mod source;
 
 use super::arena::{self, BASE, View};
+use super::beside::{Outcomes, on_each};
 use super::case::{Case, Kind};
 use super::engine::Which;
 use super::expected::Expected;
@@ -106,31 +107,16 @@ impl Modes {
     ///
     /// # Errors
     /// An engine left in a way that no instruction of a case can cause.
-    pub fn outcomes(&mut self, case: &Case, pristine: &[u8]) -> Result<Vec<(&'static str, Outcome)>, String> {
-        let at = case.linear();
-        let mut out = Vec::new();
-        let fill = |view: View| {
-            view.write(BASE, pristine);
-            case.fill(view, pristine);
-            view.write(at, &case.code);
+    pub fn outcomes(&mut self, case: &Case, pristine: &[u8]) -> Result<Outcomes, String> {
+        let host = match &mut self.oracle {
+            Some((oracle, view)) => {
+                oracle::local_table(true)?;
+                Some((*view, |case: &Case, o: &mut Outcome| oracle.run(case, o)))
+            }
+            None => None,
         };
-        if let Some((oracle, view)) = &mut self.oracle {
-            let mut o = Outcome::default();
-            oracle::local_table(true)?;
-            fill(*view);
-            oracle.run(case, &mut o);
-            take_memory(case, *view, &mut o);
-            out.push(("host", o));
-        }
-        for engine in self.engines.iter_mut().filter(|e| e.takes(case)) {
-            let mut o = Outcome::default();
-            fill(engine.view);
-            (0..arena::SIZE).step_by(0x1000).for_each(|page| engine.code_changed(BASE + page));
-            engine.run(case, &mut o)?;
-            take_memory(case, engine.view, &mut o);
-            out.push((engine.name(), o));
-        }
-        Ok(out)
+        let engines = self.engines.iter_mut().filter(|e| e.takes(case));
+        on_each(case, pristine, &[(case.linear(), &case.code)], host, engines)
     }
 
     /// Batch number `n` of a kind.
