@@ -63,6 +63,8 @@ pub fn fetched(bytes: &[u8], bitness: u32) -> Fetched {
         (0x0f, [0x20..=0x23, ..]) => (3, Some(Shape { modrm: false, immediate: 0 })),
         (0x0f, [0x38, ..]) => (3, Some(Shape { modrm: true, immediate: 0 })),
         (0x0f, [0x3a, ..]) => (3, Some(Shape { modrm: true, immediate: 1 })),
+        // Whole ones are VIA's to the decoder.
+        (0x0f, [0xa6 | 0xa7]) => return Fetched::Unknown,
         (0x0f, [second, ..]) => (2, legacy(before, &[0x0f, *second], bitness)),
         (first, _) => (1, legacy(before, &[*first], bitness)),
     };
@@ -96,6 +98,8 @@ fn legacy(before: &[u8], opcode: &[u8], bitness: u32) -> Option<Shape> {
     match opcode {
         // 3DNow! has its opcode behind all else.
         [0x0f, 0x0f] => return Some(Shape { modrm: true, immediate: 1 }),
+        // EXTRQ, INSERTQ, and as long as these without a prefix.
+        [0x0f, 0x78] if is_amd() => return Some(Shape { modrm: true, immediate: 2 }),
         // VIA's PadLock, which iced knows.
         [0x0f, 0xa6 | 0xa7] => return None,
         _ => {}
@@ -103,7 +107,8 @@ fn legacy(before: &[u8], opcode: &[u8], bitness: u32) -> Option<Shape> {
     // What changes an immediate's size: 66, and REX.W of the last prefix.
     let wide = before.contains(&0x66).then_some(0x66);
     let rex = before.last().copied().filter(|b| bitness == 64 && b & 0xf0 == 0x40);
-    let mandatory = [None, Some(0x66), Some(0xf3), Some(0xf2)];
+    let given = before.iter().rev().copied().find(|b| matches!(b, 0xf2 | 0xf3));
+    let mandatory = [given, None, Some(0x66), Some(0xf3), Some(0xf2)];
     let head = |m, rex| -> Vec<u8> { wide.into_iter().chain(m).chain(rex).chain(opcode.iter().copied()).collect() };
     let mut heads =
         [(bitness, rex), (32, None)].into_iter().flat_map(|(bits, rex)| mandatory.map(|m| (bits, head(m, rex))));
