@@ -2,7 +2,7 @@
 
 use bivisor_emulator::cpu::CpuState;
 use bivisor_emulator::cpu::cpuid::CpuModel;
-use bivisor_emulator::isa::{Class, Sensitivity, facts};
+use bivisor_emulator::isa::{Class, Sensitivity, StateImage, facts, state_image};
 use bivisor_emulator::vcpu::How;
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 use std::sync::Arc;
@@ -156,18 +156,8 @@ fn route(code: Code, policy: Policy) -> Route {
         M::Rdtsc | M::Rdtscp if policy.host_time => return Route::Copy,
         M::Rdrand | M::Rdseed if policy.host_random => return Route::Copy,
         // They would store the host's instruction pointer, or components the guest's XCR0 does not have.
-        M::Fnstenv
-        | M::Fnsave
-        | M::Fxsave
-        | M::Fxsave64
-        | M::Xsave
-        | M::Xsave64
-        | M::Xsavec
-        | M::Xsavec64
-        | M::Xsaveopt
-        | M::Xsaveopt64
-        | M::Xrstor
-        | M::Xrstor64 => return Route::Step,
+        M::Fnstenv | M::Fnsave => return Route::Step,
+        m if state_image(m).is_some_and(|i| i != StateImage::Fxrstor) => return Route::Step,
         _ => {}
     }
     if f.sensitivity == Sensitivity::Innocuous && f.privilege == bivisor_emulator::isa::Privilege::Anyone {

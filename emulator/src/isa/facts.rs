@@ -418,6 +418,30 @@ fn has_form(code: Code, form: Form) -> bool {
     }
 }
 
+/// The layout of an image of x87 and vector registers in memory (SDM 1 10.5, 13.4), and which way it goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StateImage {
+    /// FXSAVE.
+    Fxsave,
+    /// FXRSTOR.
+    Fxrstor,
+    /// XSAVE, XSAVEC, XSAVEOPT.
+    Xsave,
+    /// XRSTOR.
+    Xrstor,
+}
+
+/// Which image of registers an instruction stores or loads at CPL 3 too.
+pub fn state_image(mnemonic: M) -> Option<StateImage> {
+    Some(match mnemonic {
+        M::Fxsave | M::Fxsave64 => StateImage::Fxsave,
+        M::Fxrstor | M::Fxrstor64 => StateImage::Fxrstor,
+        M::Xsave | M::Xsave64 | M::Xsavec | M::Xsavec64 | M::Xsaveopt | M::Xsaveopt64 => StateImage::Xsave,
+        M::Xrstor | M::Xrstor64 => StateImage::Xrstor,
+        _ => return None,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -10,7 +10,7 @@ pub mod reg;
 pub mod width;
 
 pub use decode::{DecodeError, MAX_INSN_LEN, decode};
-pub use facts::{Class, Facts, Privilege, Sensitivity, facts};
+pub use facts::{Class, Facts, Privilege, Sensitivity, StateImage, facts, state_image};
 pub use insn::{Base, Insn, MemRef, Operand};
 pub use reg::{Gpr, Seg};
 pub use width::Width;

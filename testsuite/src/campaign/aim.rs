@@ -6,7 +6,7 @@ use super::case::Case;
 use super::far::{self, Far};
 use crate::random::Random;
 use bivisor_emulator::cpu::xsave::Layout;
-use bivisor_emulator::isa::{Gpr, Insn};
+use bivisor_emulator::isa::{Gpr, Insn, StateImage, state_image};
 use iced_x86::{CodeSize, FlowControl, InstructionInfoFactory, MemorySize, Mnemonic as M, OpKind, Register};
 
 /// One access to memory.
@@ -306,13 +306,20 @@ pub(super) fn indexes(r: &mut Random, case: &mut Case, register: usize, bytes: u
     case.xsave.set_zmm(register, line);
 }
 
+/// Bytes of an image of registers.
+pub(super) fn image_size(m: M) -> Option<u64> {
+    state_image(m).map(|image| match image {
+        StateImage::Xsave | StateImage::Xrstor => Layout::host().size as u64,
+        StateImage::Fxsave | StateImage::Fxrstor => 512,
+    })
+}
+
 /// Bytes of an access; for what iced does not say, what is enough.
 fn size(m: M, size: MemorySize) -> u64 {
+    if let Some(bytes) = image_size(m) {
+        return bytes;
+    }
     match m {
-        M::Xsave | M::Xsave64 | M::Xsavec | M::Xsavec64 | M::Xsaveopt | M::Xsaveopt64 | M::Xrstor | M::Xrstor64 => {
-            Layout::host().size as u64
-        }
-        M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64 => 512,
         M::Sgdt | M::Sidt => 10,
         M::Iret | M::Iretd | M::Iretq => 40,
         M::Retf => 16,

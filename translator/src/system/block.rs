@@ -7,7 +7,7 @@ use crate::system::{Mode, narrow};
 use bivisor_emulator::cpu::msr::{Msrs, index};
 use bivisor_emulator::isa::decode::{correct, options};
 use bivisor_emulator::isa::insn::memory_len;
-use bivisor_emulator::isa::{Class, Gpr, MAX_INSN_LEN, Sensitivity, facts};
+use bivisor_emulator::isa::{Class, Gpr, MAX_INSN_LEN, Sensitivity, facts, state_image};
 use bivisor_emulator::mem::{PAGE_SIZE, Ram};
 use iced_x86::{
     Code, CpuidFeature, Decoder, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind,
@@ -680,30 +680,10 @@ fn string(iced: &Instruction, mode: Mode) -> Way {
 pub(super) fn copied(iced: &Instruction, class: Class, mode: Mode) -> Way {
     match copied_awake(iced, class, mode) {
         // The interpreter does these in any case: the kernel need not have the vector registers for it.
-        Way::Memory if is_image(iced) => Way::Step,
+        Way::Memory if state_image(iced.mnemonic()).is_some() => Way::Step,
         Way::Plain | Way::Memory if class == Class::Native && !native(iced, mode) => Way::Asleep,
         way => way,
     }
-}
-
-/// Does it load or store the state of x87 and vector registers as a whole?
-fn is_image(iced: &Instruction) -> bool {
-    use Mnemonic as M;
-    matches!(
-        iced.mnemonic(),
-        M::Fxsave
-            | M::Fxsave64
-            | M::Fxrstor
-            | M::Fxrstor64
-            | M::Xsave
-            | M::Xsave64
-            | M::Xsavec
-            | M::Xsavec64
-            | M::Xsaveopt
-            | M::Xsaveopt64
-            | M::Xrstor
-            | M::Xrstor64
-    )
 }
 
 /// As [`copied`] where x87 and SIMD instructions may run.

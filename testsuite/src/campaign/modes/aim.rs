@@ -4,11 +4,10 @@
 //! Unlike in 64-bit mode nothing must be kept away from: all that compatibility mode reaches is the arena.
 
 use super::segments::{self, ANY, segment};
-use crate::campaign::aim::{at_pages, content, indexes};
+use crate::campaign::aim::{at_pages, content, image_size, indexes};
 use crate::campaign::arena::{BASE, CODE, DATA, HOLE};
 use crate::campaign::case::Case;
 use crate::random::Random;
-use bivisor_emulator::cpu::xsave::Layout;
 use bivisor_emulator::cpu::{Attr, Segment};
 use bivisor_emulator::isa::{Gpr, Insn, Seg};
 use iced_x86::{
@@ -303,9 +302,10 @@ fn is_own(m: M) -> bool {
 
 /// Bytes of an access; for what iced does not say, what is enough.
 fn size(m: M, size: MemorySize) -> u64 {
+    if let Some(bytes) = image_size(m) {
+        return bytes;
+    }
     match m {
-        M::Xsave | M::Xsavec | M::Xsaveopt | M::Xrstor => Layout::host().size as u64,
-        M::Fxsave | M::Fxrstor => 512,
         M::Sgdt | M::Sidt => 6,
         _ => (size.size() as u64).max(1),
     }

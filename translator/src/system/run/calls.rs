@@ -11,7 +11,7 @@ use bivisor_emulator::cpu::msr::index;
 use bivisor_emulator::cpu::{CpuState, Rflags};
 use bivisor_emulator::host::thread::ThreadBlock;
 use bivisor_emulator::interp::Prepared;
-use bivisor_emulator::isa::{Class, Gpr, Insn, Seg, Sensitivity, decode};
+use bivisor_emulator::isa::{Class, Gpr, Insn, Seg, Sensitivity, StateImage, decode, state_image};
 use bivisor_emulator::mem::Ram;
 use bivisor_emulator::vcpu::{Board, Exit};
 use iced_x86::{Code, Mnemonic, Register};
@@ -74,15 +74,7 @@ pub(super) fn is_quiet(insn: &Insn) -> bool {
             | M::Wrgsbase
             | M::Invlpg
             | M::Invpcid
-            | M::Xsave
-            | M::Xsave64
-            | M::Xsavec
-            | M::Xsavec64
-            | M::Xsaveopt
-            | M::Xsaveopt64
-            | M::Xrstor
-            | M::Xrstor64
-    );
+    ) || matches!(state_image(insn.iced.mnemonic()), Some(StateImage::Xsave | StateImage::Xrstor));
     // MOV of a segment register, of CR2 and of CR3.
     let mov = insn.iced.mnemonic() == M::Mov && {
         let (to, from) = (insn.iced.op0_register(), insn.iced.op1_register());
