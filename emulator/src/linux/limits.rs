@@ -1,6 +1,6 @@
 //! getrlimit(2), setrlimit(2), prlimit64(2): RLIMIT_AS of the process itself is kept here; all other limits are the host's.
 //!
-//! Bivisor reserves address space of its own ([`ThreadBlock`](crate::host::thread::ThreadBlock)), so the host's limit would leave nothing
+//! Bivisor reserves address space of its own ([`ThreadBlock`]), so the host's limit would leave nothing
 //! for the guest. Kept here, it counts the guest's mappings alone, also over an exec in the
 //! same host process; before the host's exec the host is told.
 
