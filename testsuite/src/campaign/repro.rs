@@ -33,7 +33,10 @@ pub fn request(case: &Case, pristine: &[u8], system: Option<&CpuState>) -> Value
     let near = |page: u64| touched.iter().any(|&(at, len)| page <= at + len && at < page + PAGE_SIZE);
     let own = (arena::OWN, 0x1000, Prot::all());
     let pages = PAGES.iter().copied().chain((bits != 64).then_some(own)).flat_map(|(start, len, prot)| {
-        (start..start + len).step_by(PAGE_SIZE as usize).filter(|p| near(*p)).map(move |p| (p, prot))
+        (start..start + len)
+            .step_by(PAGE_SIZE as usize)
+            .filter(|p| near(*p) || *p == arena::OWN)
+            .map(move |p| (p, prot))
     });
     // Behind 16- and 32-bit code stands INT3, the end.
     let fill = |prot: Prot| if bits != 64 && prot.contains(Prot::EXEC) { "cc" } else { "00" };

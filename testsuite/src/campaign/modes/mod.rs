@@ -136,6 +136,9 @@ impl Modes {
         let at = (seed, n);
         for i in 0..if kind.is_single() { SLOTS } else { BLOCKS } {
             let Some(slot) = self.source.slot(&mut r, kind, n, i) else { continue };
+            // No window is there: what a case stored there is not put back, and not every engine takes every instruction.
+            let own = (arena::OWN - BASE) as usize;
+            self.own(&pristine[own..own + 0x1000]);
             self.place(&slot, &slot.bytes[..slot.there]);
             for _ in 0..slot.states {
                 source::state(&mut r, &pool, &slot, &mut self.case);
@@ -144,6 +147,17 @@ impl Modes {
                 self.case = case;
             }
             self.place(&slot, &vec![0xcc; slot.there]);
+        }
+    }
+
+    /// Fills the page that can be written and executed in all memories.
+    fn own(&mut self, bytes: &[u8]) {
+        for e in &mut self.engines {
+            e.view.write(arena::OWN, bytes);
+            e.code_changed(arena::OWN);
+        }
+        if let Some((_, view)) = &self.oracle {
+            view.write(arena::OWN, bytes);
         }
     }
 
