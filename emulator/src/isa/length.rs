@@ -31,10 +31,12 @@ pub fn fetched(bytes: &[u8], bitness: u32) -> Fetched {
     let prefixes = bytes.iter().take_while(|b| is_prefix(**b, bitness)).count();
     let (before, rest) = bytes.split_at(prefixes);
     let [first, after @ ..] = rest else { return Fetched::Unknown };
+    // Behind REX they are LES, LDS and BOUND.
+    let rex = bitness == 64 && before.last().is_some_and(|b| b & 0xf0 == 0x40);
     let is_modrm_of_register = after.first().map(|b| b >> 6 == 3 || bitness == 64);
     let (opcode, shape) = match (first, after) {
         (0xc4 | 0xc5 | 0x62, []) => return Fetched::Unknown,
-        (0xc4 | 0xc5 | 0x62, [second, ..]) if is_modrm_of_register == Some(true) => {
+        (0xc4 | 0xc5 | 0x62, [second, ..]) if is_modrm_of_register == Some(true) && !rex => {
             let (len, map) = match first {
                 0xc5 => (3, 1),
                 0xc4 => (4, second & 0x1f),
@@ -48,7 +50,7 @@ pub fn fetched(bytes: &[u8], bitness: u32) -> Fetched {
                 // Conversions that only EVEX has.
                 (1, Some(0x7a | 0x7b)) if *first == 0x62 => (len, Some(Shape { modrm: true, immediate: 0 })),
                 (1, Some(opcode)) => (len, legacy(&[], &[0x0f, *opcode], bitness)),
-                _ => (len, Some(Shape { modrm: true, immediate: usize::from(map & 3 == 3) })),
+                _ => (len, Some(Shape { modrm: true, immediate: usize::from(map == 3 || *first == 0x62 && map == 7) })),
             }
         }
         // AMD's XOP, which its later processors no longer have.
@@ -188,6 +190,13 @@ mod tests {
             ("62 f1 7c 48 71 87", 11),
             ("62 f2 7c 48 ff c7", 6),
             ("62 f3 7c 48 ff 87", 11),
+            ("62 bf f7 df 5e a4", 12),
+            ("43 62 bf f7 df 5e a4", 7),
+            ("66 43 62 bf f7 df 5e a4", 8),
+            ("c4 e7 78 04 87", 9),
+            ("c4 eb 78 04 87", 9),
+            ("43 c4 e3 78 04 87", 3),
+            ("48 c5 f8 71 87", 3),
         ];
         for (bytes, len) in rows {
             assert_eq!(fetched(&hex(bytes), 64), Fetched::Whole(len), "{bytes}");
