@@ -281,7 +281,7 @@ fn landing(e: &mut Emitter, marks: &mut Vec<Mark>, guest: u64, next: u64, straig
         marks.push(Mark { at: e.len() as u16, what, home: Home::Slot });
     };
     // The field that is patched then never crosses a line, and Zen 4 tells the targets apart better: see bench/README.md.
-    e.align(16, 0xcc);
+    e.align(4, 0xcc);
     let not_meant = e.len();
     mark(e, marks, What::Comparing);
     dynasm!(e; .arch x64; mov rcx, r11);
@@ -328,7 +328,7 @@ pub fn emit_trampolines(e: &mut Emitter, marks: &mut Vec<Mark>) -> usize {
     let (leave, exit) = (gs(slot::LEAVE), gs(slot::EXIT));
     marks.push(Mark { at: e.len() as u16, what: What::Exiting, home: Home::Register });
     dynasm!(e; .arch x64; gs jmp QWORD [leave]);
-    e.align(16, 0xcc);
+    e.align(4, 0xcc);
     let miss = e.len();
     marks.push(Mark { at: miss as u16, what: What::Target, home: Home::Slot });
     dynasm!(e
