@@ -145,11 +145,9 @@ impl Engine {
         &self.template
     }
 
-    /// Is the instruction of a case the same in its mode? Outside IA-32e mode descriptors and gates have other formats.
+    /// Is the instruction of a case the same in its mode?
     pub fn takes(&self, case: &Case) -> bool {
-        let f = facts(case.insn);
-        let plain = f.sensitivity == Sensitivity::Innocuous && !matches!(f.class, Class::Segment | Class::System);
-        self.place == Place::Compat || !case.kind.is_single() || plain && !is_far(case.insn)
+        self.place == Place::Compat || !case.kind.is_single() || is_same_in_legacy_mode(case.insn)
     }
 
     /// The code in memory was changed from outside.
@@ -203,6 +201,12 @@ impl Engine {
             }
         }
     }
+}
+
+/// Does an instruction do the same outside IA-32e mode? Descriptors and gates have other formats there (SDM 3A 3.4.5, 5.8.3).
+pub fn is_same_in_legacy_mode(code: Code) -> bool {
+    let f = facts(code);
+    f.sensitivity == Sensitivity::Innocuous && !matches!(f.class, Class::Segment | Class::System) && !is_far(code)
 }
 
 fn is_far(code: Code) -> bool {

@@ -73,12 +73,14 @@ fn lines() -> Vec<(&'static str, &'static str, [u64; 5])> {
 const INTRODUCTION: &str = "
 ## 16- and 32-bit code
 
-`insn32`, `insn16`, `block32` and `block16` are the same in 32-bit user code and in 16-bit protected-mode user code. The host CPU runs it
-in compatibility mode; segments are Linux's flat ones and those of a local descriptor table (modify_ldt(2)) with bases, limits, expand-down,
-read-only, execute-only and absent ones, 16-bit stacks included. The engines run it behind page tables; the translator takes 32-bit code with
-flat segments, here and outside IA-32e mode (bt-pae, bt-pae-mirror), and leaves the rest to the interpreter. What follows an instruction is INT3, so every case ends with an exception, and the vector, error code, CR2, all registers,
-segments and memory at that moment are compared. Not done here: loads of GS, which is the host thread's own, and FOP and the pointers where
-the list above says so. Code at CPL 0, real mode and virtual-8086 mode have no such judge; real mode has the 80286's recorded cases.
+`insn32`, `insn16`, `block32` and `block16` are the same in 32-bit user code and in 16-bit protected-mode user code. The host CPU runs it in
+compatibility mode; segments are Linux's flat ones and those of a local descriptor table (modify_ldt(2)) with bases, limits, expand-down,
+read-only, execute-only and absent ones, 16-bit stacks included. The engines run it behind page tables; the translator takes 32-bit code
+with flat segments, here and outside IA-32e mode (bt-pae, bt-pae-mirror), and leaves the rest to the interpreter. bt-pae and bt-pae-mirror
+take the instructions that are the same outside that mode: no far transfers, no descriptors, nothing sensitive. What follows an instruction
+is INT3, so every case ends with an exception, and the vector, error code, CR2, all registers, segments and memory at that moment are
+compared. Not done here: loads of GS, which is the host thread's own, and FOP and the pointers where the list above says so. Code at CPL 0,
+real mode and virtual-8086 mode have no such judge; real mode has the 80286's recorded cases.
 
     bivisor diff --all --kinds insn32,insn16,block32,block16 --cases 10000000
 
@@ -131,7 +133,9 @@ pub fn section() -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::engine::is_same_in_legacy_mode;
     use super::*;
+    use iced_x86::Code;
 
     #[test]
     fn the_summary_adds_up_and_nothing_is_unexpected() {
@@ -142,8 +146,45 @@ mod tests {
         }
         let campaigns =
             SUMMARY.lines().filter_map(|l| l.strip_prefix("campaign ")?.split(' ').nth(2)?.parse::<u64>().ok());
-        let of = |prefix: &str| lines.iter().filter(|l| l.1.starts_with(prefix)).map(|l| l.2[1]).sum::<u64>();
-        assert_eq!(of("interp"), campaigns.sum::<u64>());
-        assert_eq!(of("interp"), of("bt"));
+        let of = |engine: &str| -> u64 {
+            lines.iter().filter(|l| l.1.split_once(':').is_some_and(|(e, _)| e == engine)).map(|l| l.2[1]).sum()
+        };
+        let all = campaigns.sum::<u64>();
+        assert_eq!((of("interp-paged"), of("bt-paged")), (all, all), "each case on both");
+    }
+
+    #[test]
+    fn outside_ia32e_mode_only_what_differs_there_is_left_out() {
+        let lines = lines();
+        let engines: BTreeSet<&str> = lines.iter().filter_map(|l| Some(l.1.split_once(':')?.0)).collect();
+        assert_eq!(engines, BTreeSet::from(["interp-paged", "bt-paged", "bt-pae", "bt-pae-mirror"]), "as checked here");
+        let by_mnemonic: BTreeMap<(&str, &str), [u64; 5]> = lines.iter().map(|l| ((l.0, l.1), l.2)).collect();
+        for bits in [32, 16] {
+            let mut forms: BTreeMap<String, [u64; 2]> = BTreeMap::new();
+            let has = |c: &Code| if bits == 32 { c.op_code().mode32() } else { c.op_code().mode16() };
+            for code in Code::values().filter(has) {
+                let [all, same] = forms.entry(format!("{:?}", code.mnemonic()).to_lowercase()).or_default();
+                *all += 1;
+                *same += u64::from(is_same_in_legacy_mode(code));
+            }
+            let mut left_out = 0;
+            for ((mnemonic, engine), n) in by_mnemonic.iter().filter(|((_, e), _)| *e == format!("interp-paged:{bits}"))
+            {
+                let on = |place: &str| {
+                    by_mnemonic.get(&(*mnemonic, &*format!("{place}:{bits}"))).copied().unwrap_or_default()
+                };
+                assert_eq!(on("bt-pae"), on("bt-pae-mirror"), "{mnemonic} on {engine}");
+                let legacy = on("bt-pae")[1];
+                match forms.get(*mnemonic) {
+                    Some([all, same]) if all == same => assert_eq!(legacy, n[1], "{mnemonic}"),
+                    Some([_, 0]) => assert_eq!(legacy, 0, "{mnemonic}"),
+                    Some(_) => assert!(0 < legacy && legacy < n[1], "{mnemonic}: {legacy} of {}", n[1]),
+                    None if mnemonic.starts_with("block") => assert_eq!(legacy, n[1], "{mnemonic}"),
+                    None => panic!("{mnemonic} is no instruction of {bits}-bit code"),
+                }
+                left_out += n[1] - legacy;
+            }
+            assert!(left_out > 0, "{bits}-bit code: far transfers and segment loads are left out");
+        }
     }
 }
