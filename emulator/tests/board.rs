@@ -6,7 +6,7 @@ use bivisor_emulator::devices::disk::{Disk, Options};
 use bivisor_emulator::devices::ide::Kind;
 use bivisor_emulator::devices::virtio::block::Block;
 use bivisor_emulator::interp::Interpreter;
-use bivisor_emulator::machine::{Config, Machine, Sink};
+use bivisor_emulator::machine::{Config, Machine};
 use proptest::prelude::*;
 use proptest::test_runner::{RngSeed, TestRunner};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -107,17 +107,11 @@ fn disk() -> Arc<Mutex<Disk>> {
 
 fn machine() -> Machine {
     let config = Config {
-        memory: 1 << 20,
-        epoch: 0,
-        counted_time: true,
-        serial: Sink::none(),
-        debugcon: vec![(0xe9, Sink::none())],
-        debug_exit: Some(0xf4),
-        test_device: true,
         rom: vec![0x90; 0x1_0000],
         ide: [Some((Kind::Disk, disk())), None, Some((Kind::Cd, disk())), None],
         firmware_files: vec![("genroms/some".into(), vec![0x55; 512])],
         virtio: vec![Box::new(Block::new(disk(), "disk"))],
+        ..Config::for_tests(1 << 20)
     };
     Machine::new(Box::<Interpreter>::default(), config).expect("a small machine")
 }

@@ -314,17 +314,10 @@ fn watch(backend: Backend) -> Result<(BTreeMap<usize, u32>, Vec<Count>)> {
     let target = Arc::new(Target::default());
     let watch = Arc::new(Watch { mem: OnceLock::new(), target: target.clone(), seen: Mutex::default() });
     let config = Config {
-        memory: RAM,
-        epoch: 0,
         counted_time: false,
-        serial: Sink::none(),
         debugcon: vec![(CONSOLE, Sink::new(Box::new(Ear(watch.clone()))))],
-        debug_exit: None,
-        test_device: false,
-        rom: Vec::new(),
         virtio: vec![Box::new(Balloon::new(target))],
-        ide: [const { None }; 4],
-        firmware_files: Vec::new(),
+        ..Config::bare(RAM)
     };
     let mut machine = Machine::new(vcpu, config).map_err(|why| anyhow!(why))?;
     machine.leave_firmware();

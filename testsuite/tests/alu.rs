@@ -6,7 +6,7 @@ use bivisor_emulator::interp::alu::{self, Vendor};
 use bivisor_emulator::isa::Width;
 use bivisor_testsuite::host::{Host, Regs};
 use bivisor_testsuite::random::Random;
-use iced_x86::{Decoder, DecoderOptions, RflagsBits};
+use iced_x86::{Decoder, DecoderOptions};
 
 /// RAX, RCX, RDX.
 type Values = [u64; 3];
@@ -191,16 +191,8 @@ fn has_width(name: &str, w: Width) -> bool {
 /// The flags worth comparing after an instruction on this host.
 fn compared(bitness: u32, bytes: &[u8]) -> u64 {
     let undefined = Decoder::new(bitness, bytes, DecoderOptions::NONE).decode().rflags_undefined();
-    let bits = [
-        (RflagsBits::OF, Rflags::OF),
-        (RflagsBits::SF, Rflags::SF),
-        (RflagsBits::ZF, Rflags::ZF),
-        (RflagsBits::AF, Rflags::AF),
-        (RflagsBits::CF, Rflags::CF),
-        (RflagsBits::PF, Rflags::PF),
-    ];
-    let masked = |bit: u32| Vendor::host() == Vendor::Intel && undefined & bit != 0;
-    bits.iter().filter(|(bit, _)| !masked(*bit)).map(|(_, f)| f.bits()).sum()
+    let masked = if Vendor::host() == Vendor::Intel { undefined } else { 0 };
+    (Rflags::STATUS - Rflags::status_from_iced(masked)).bits()
 }
 
 /// Runs one input on both; says what differs.

@@ -9,7 +9,7 @@ use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::interp::Interpreter;
 use bivisor_emulator::interp::sensitive::time::TimeSource;
 use bivisor_emulator::isa::Gpr;
-use bivisor_emulator::machine::{Config, Machine, Sink, boot};
+use bivisor_emulator::machine::{Config, Machine, boot};
 use bivisor_emulator::vcpu::Vcpu;
 use bivisor_testsuite::lockstep::machine::{Plan, run};
 use bivisor_translator::Translator;
@@ -49,20 +49,7 @@ fn code() -> Vec<u8> {
 }
 
 fn machine(vcpu: Box<dyn Vcpu + Send>) -> Result<Machine, String> {
-    let config = Config {
-        memory: 16 << 20,
-        epoch: 0,
-        counted_time: true,
-        serial: Sink::none(),
-        debugcon: Vec::new(),
-        debug_exit: None,
-        test_device: false,
-        rom: Vec::new(),
-        firmware_files: Vec::new(),
-        virtio: Vec::new(),
-        ide: Default::default(),
-    };
-    let mut machine = Machine::new(vcpu, config)?;
+    let mut machine = Machine::new(vcpu, Config::bare(16 << 20))?;
     let (mem, cpu) = machine.guest();
     boot::start_long(mem, cpu, &code(), CODE)?;
     Ok(machine)

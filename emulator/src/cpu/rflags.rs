@@ -47,6 +47,20 @@ bitflags::bitflags! {
 }
 
 impl Rflags {
+    /// The status flags of a set of iced-x86's: those that an instruction leaves undefined, say.
+    pub fn status_from_iced(bits: u32) -> Rflags {
+        use iced_x86::RflagsBits as B;
+        let names = [
+            (B::CF, Rflags::CF),
+            (B::PF, Rflags::PF),
+            (B::AF, Rflags::AF),
+            (B::ZF, Rflags::ZF),
+            (B::SF, Rflags::SF),
+            (B::OF, Rflags::OF),
+        ];
+        names.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, flag)| *flag).collect()
+    }
+
     /// The I/O privilege level, 0 to 3.
     pub fn iopl(self) -> u8 {
         (self.bits() >> 12) as u8 & 3

@@ -87,6 +87,31 @@ pub struct Config {
     pub firmware_files: Vec<(String, Vec<u8>)>,
 }
 
+impl Config {
+    /// So much RAM and the chips, nothing connected; time is counted.
+    pub fn bare(memory: u64) -> Config {
+        Config {
+            memory,
+            epoch: 0,
+            counted_time: true,
+            serial: Sink::none(),
+            debugcon: Vec::new(),
+            debug_exit: None,
+            test_device: false,
+            rom: Vec::new(),
+            virtio: Vec::new(),
+            ide: Default::default(),
+            firmware_files: Vec::new(),
+        }
+    }
+
+    /// The same with QEMU's devices for tests: the port 0xe9, isa-debug-exit at 0xf4, pc-testdev.
+    pub fn for_tests(memory: u64) -> Config {
+        let debugcon = vec![(0xe9, Sink::none())];
+        Config { debugcon, debug_exit: Some(0xf4), test_device: true, ..Config::bare(memory) }
+    }
+}
+
 /// The machine.
 pub struct Machine {
     vcpu: Box<dyn Vcpu + Send>,

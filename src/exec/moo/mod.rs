@@ -15,7 +15,7 @@ use bivisor_emulator::isa::Seg;
 use bivisor_emulator::mem::{GuestMemory, Ram};
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Vcpu};
 use format::{NAMES, Test};
-use iced_x86::{Decoder, DecoderOptions, RflagsBits};
+use iced_x86::{Decoder, DecoderOptions};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -221,16 +221,5 @@ impl Bench {
 fn undefined_flags(t: &Test) -> u16 {
     let bytes = t.bytes();
     let i = Decoder::new(16, &bytes, DecoderOptions::NONE).decode();
-    let bits = i.rflags_undefined();
-    [
-        (RflagsBits::CF, Rflags::CF),
-        (RflagsBits::PF, Rflags::PF),
-        (RflagsBits::AF, Rflags::AF),
-        (RflagsBits::ZF, Rflags::ZF),
-        (RflagsBits::SF, Rflags::SF),
-        (RflagsBits::OF, Rflags::OF),
-    ]
-    .iter()
-    .filter(|(b, _)| bits & b != 0)
-    .fold(0, |m, (_, f)| m | f.bits() as u16)
+    Rflags::status_from_iced(i.rflags_undefined()).bits() as u16
 }

@@ -7,6 +7,7 @@ use super::case::{Case, Kind};
 use super::values::Pool;
 use super::{encode, far};
 use crate::random::Random;
+use bivisor_emulator::cpu::Rflags;
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::interp::alu::Vendor;
 use bivisor_emulator::isa::{Class, Gpr, Insn, decode, facts};
@@ -338,10 +339,7 @@ pub(super) fn free(factory: &mut InstructionInfoFactory, insn: &Insn) -> [u64; 1
 
 /// Flags that Intel's manual leaves open and that nobody models.
 pub(super) fn undefined(insn: &Insn) -> u64 {
-    use iced_x86::RflagsBits as B;
-    let undefined = insn.iced.rflags_undefined();
-    let bits = [(B::CF, 1), (B::PF, 4), (B::AF, 0x10), (B::ZF, 0x40), (B::SF, 0x80), (B::OF, 0x800)];
-    bits.iter().filter(|(b, _)| undefined & b != 0).map(|(_, f)| *f).sum()
+    Rflags::status_from_iced(insn.iced.rflags_undefined()).bits()
 }
 
 /// Could the host not take these bytes for something that leaves the process? They are no instruction by our decoder.

@@ -13,7 +13,7 @@ use bivisor_emulator::devices::virtio::console::Console;
 use bivisor_emulator::devices::virtio::net::{Net, Wire};
 use bivisor_emulator::devices::virtio::rng::Rng;
 use bivisor_emulator::interp::Interpreter;
-use bivisor_emulator::machine::{Config, Machine, Pc, Remote, Sink};
+use bivisor_emulator::machine::{Config, Machine, Pc, Remote};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -124,17 +124,12 @@ impl Devices {
         ];
         let hard = |disk| Some((Kind::Disk, disk));
         let config = Config {
-            memory: RAM,
             epoch: 1_700_000_000,
-            counted_time: true,
-            serial: Sink::none(),
-            debugcon: vec![(0xe9, Sink::none())],
-            debug_exit: Some(0xf4),
-            test_device: true,
             rom: vec![0xf4; 0x1_0000],
             virtio: devices,
             ide: [hard(self.disk(false)?), None, Some((Kind::Cd, self.disk(true)?)), hard(self.disk(true)?)],
             firmware_files: vec![("genroms/fuzz".into(), vec![0x55; 700])],
+            ..Config::for_tests(RAM)
         };
         let mut machine = Machine::new(Box::<Interpreter>::default(), config)?;
         if !r.once_in(4) {

@@ -110,15 +110,7 @@ pub fn undefined<'a>(instructions: impl Iterator<Item = (u64, &'a [u8])>, bitnes
         let set = insn.rflags_modified() & !insn.rflags_undefined();
         open = (open & !set) | insn.rflags_undefined();
     }
-    let names = [
-        (iced_x86::RflagsBits::CF, Rflags::CF),
-        (iced_x86::RflagsBits::PF, Rflags::PF),
-        (iced_x86::RflagsBits::AF, Rflags::AF),
-        (iced_x86::RflagsBits::ZF, Rflags::ZF),
-        (iced_x86::RflagsBits::SF, Rflags::SF),
-        (iced_x86::RflagsBits::OF, Rflags::OF),
-    ];
-    names.iter().filter(|(bit, _)| open & bit != 0).fold(Rflags::empty(), |f, (_, flag)| f | *flag)
+    Rflags::status_from_iced(open)
 }
 
 #[cfg(test)]
