@@ -93,6 +93,9 @@ struct Case {
     end: Fault,
 }
 
+/// Changes nothing, and ends behind its code.
+const PLAIN: Case = Case { name: "", code: |_| Ok(()), before: &[], after: &[], memory: &[], end: Fault::Bp };
+
 const CASES: [Case; 14] = [
     Case {
         name: "a POP that takes ESP to 0, and only what it popped",
@@ -102,8 +105,7 @@ const CASES: [Case; 14] = [
         },
         before: &[(Gpr::Rsp, 0xffff_fffc)],
         after: &[(Gpr::Rax, 0x2000_0ffc), (Gpr::Rbx, 0x2000_0ffc), (Gpr::Rsp, 0)],
-        memory: &[],
-        end: Fault::Bp,
+        ..PLAIN
     },
     Case {
         name: "x87 with operands in memory",
@@ -119,7 +121,7 @@ const CASES: [Case; 14] = [
         // 2000_0FFC and 0.0, to the nearest; the control word of FNINIT.
         after: &[(Gpr::Rax, 0x2000_0ffc), (Gpr::Rdx, 0x37f)],
         memory: &[(DATA + 8, 0x2000_0ffc), (DATA + 12, 0)],
-        end: Fault::Bp,
+        ..PLAIN
     },
     Case {
         name: "a POP that takes ESP to 0, and what is below it",
@@ -130,8 +132,7 @@ const CASES: [Case; 14] = [
         },
         before: &[(Gpr::Rsp, 0xffff_fffc)],
         after: &[(Gpr::Rax, 0x2000_0ffc), (Gpr::Rbx, 0x2000_0ffc), (Gpr::Rcx, 0x1000_0000), (Gpr::Rsp, 0)],
-        memory: &[],
-        end: Fault::Bp,
+        ..PLAIN
     },
     Case {
         name: "a PUSH below 0, and a POP of it",
@@ -144,7 +145,7 @@ const CASES: [Case; 14] = [
         before: &[(Gpr::Rsp, 0), (Gpr::Rax, 0x77)],
         after: &[(Gpr::Rbx, 0x77), (Gpr::Rcx, 0x1000_0000), (Gpr::Rsp, 0xffff_fffc)],
         memory: &[(LAST_AT + 0xffc, 0x1234), (LAST_AT + 0xff8, 0x77)],
-        end: Fault::Bp,
+        ..PLAIN
     },
     Case {
         name: "a displacement over the end",
@@ -155,8 +156,7 @@ const CASES: [Case; 14] = [
         },
         before: &[(Gpr::Rbx, 0xffff_fff8)],
         after: &[(Gpr::Rax, 0x2000_0ff8), (Gpr::Rcx, 0x1000_0000), (Gpr::Rdx, 0x1000_0008)],
-        memory: &[],
-        end: Fault::Bp,
+        ..PLAIN
     },
     Case {
         name: "a displacement under the beginning",
@@ -168,7 +168,7 @@ const CASES: [Case; 14] = [
         before: &[(Gpr::Rbx, 4)],
         after: &[(Gpr::Rax, 0x1000_0004), (Gpr::Rcx, 0x2000_0ffc)],
         memory: &[(LAST_AT + 0xfe4, 4)],
-        end: Fault::Bp,
+        ..PLAIN
     },
     Case {
         name: "a base register that is moved over the end and back",
@@ -188,8 +188,7 @@ const CASES: [Case; 14] = [
             (Gpr::Rsi, 0x2000_0ffc),
             (Gpr::Rbx, 0xffff_fff8),
         ],
-        memory: &[],
-        end: Fault::Bp,
+        ..PLAIN
     },
     Case {
         name: "an index beyond the end, a displacement with its highest bit set",
@@ -200,16 +199,14 @@ const CASES: [Case; 14] = [
         },
         before: &[(Gpr::Rbx, 0xffff_ff00), (Gpr::Rcx, 0x21), (Gpr::Rsi, 0x14)],
         after: &[(Gpr::Rax, 0x1000_0008), (Gpr::Rdx, 0x2000_0024), (Gpr::Rdi, 0xc)],
-        memory: &[],
-        end: Fault::Bp,
+        ..PLAIN
     },
     Case {
         name: "an access over the end of the address space",
         code: |a| a.mov(eax, dword_ptr(ebx + 2)),
         before: &[(Gpr::Rbx, 0xffff_fffc)],
-        after: &[],
-        memory: &[],
         end: Fault::Gp(0),
+        ..PLAIN
     },
     Case {
         name: "a base that takes an offset over the end",
@@ -221,7 +218,7 @@ const CASES: [Case; 14] = [
         before: &[(Gpr::Rbx, 0x208)],
         after: &[(Gpr::Rax, 0x1000_0010), (Gpr::Rcx, 0x1000_0008)],
         memory: &[(FIRST_AT + 0xc, 0x208)],
-        end: Fault::Bp,
+        ..PLAIN
     },
     Case {
         name: "the last offset of a segment with a base",
@@ -231,8 +228,8 @@ const CASES: [Case; 14] = [
         },
         before: &[(Gpr::Rbx, 0xffff_fffc)],
         after: &[(Gpr::Rax, 0x2000_0dfc)],
-        memory: &[],
         end: Fault::Gp(0),
+        ..PLAIN
     },
     Case {
         name: "a repetition up to the end",
@@ -244,15 +241,14 @@ const CASES: [Case; 14] = [
         before: &[(Gpr::Rdi, 0xffff_fff0), (Gpr::Rcx, 4), (Gpr::Rax, 0x55)],
         after: &[(Gpr::Rdi, 0), (Gpr::Rcx, 0), (Gpr::Rdx, 0x1000_0000)],
         memory: &[(LAST_AT + 0xff0, 0x55), (LAST_AT + 0xffc, 0x55)],
-        end: Fault::Bp,
+        ..PLAIN
     },
     Case {
         name: "a bit before the beginning",
         code: |a| a.bts(dword_ptr(ebx), ecx),
         before: &[(Gpr::Rbx, 0), (Gpr::Rcx, 0xffff_ffe0)],
-        after: &[],
         memory: &[(LAST_AT + 0xffc, 0x2000_0ffd)],
-        end: Fault::Bp,
+        ..PLAIN
     },
     Case {
         name: "registers are cut, halves and bytes of them stay",
@@ -274,8 +270,7 @@ const CASES: [Case; 14] = [
             (Gpr::Rsi, 0xffff_ffff),
             (Gpr::Rdi, 0x9100),
         ],
-        memory: &[],
-        end: Fault::Bp,
+        ..PLAIN
     },
 ];
 

@@ -581,30 +581,57 @@ pub(super) fn native(iced: &Instruction, mode: Mode) -> bool {
     mode.vectors() >= level
 }
 
-fn way(iced: &Instruction, mode: Mode, routes: &Routes) -> Way {
-    if mode.is_narrow() {
-        return narrow::way(iced, mode, routes);
-    }
+/// How instructions are lowered that code of both widths has.
+fn of_both(iced: &Instruction, mode: Mode, routes: &Routes) -> Option<Way> {
     let code = iced.code();
-    let kernel = !mode.user();
-    let f = facts(code);
-    if !routes.supports(code) {
+    let (kernel, copied) = (!mode.user(), routes.base(code) == Route::Copy);
+    let from_register = |rs: &[Register]| rs.contains(&iced.op1_register()) && !iced.has_lock_prefix();
+    Some(match code {
+        Code::Cli if kernel => Way::Cli,
+        Code::Sti if kernel => Way::Sti,
+        Code::Stac | Code::Clac if kernel && !mode.is_counted() => match mode.alignment() {
+            Some(ac) if ac == (code == Code::Stac) => Way::Nop,
+            Some(_) => Way::ToggleAc,
+            None => Way::Step,
+        },
+        Code::Mov_r32_cr | Code::Mov_r64_cr
+            if kernel && from_register(&[Register::CR0, Register::CR2, Register::CR3, Register::CR4]) =>
+        {
+            Way::ReadControl
+        }
+        Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg if iced.op0_kind() == OpKind::Register => Way::ReadSelector,
+        Code::Rdtscp if mode.time() && copied => Way::ReadTimeAndId,
+        Code::Rdtsc if mode.time() && copied => Way::ReadTime,
+        Code::Cld if !mode.down() => Way::Nop,
+        Code::Endbr32 | Code::Endbr64 => Way::Nop,
+        // PREFETCHW of a register: AMD has #UD.
+        Code::Reservednop_rm16_r16_0F0D | Code::Reservednop_rm32_r32_0F0D | Code::Reservednop_rm64_r64_0F0D => {
+            Way::Step
+        }
+        _ => return None,
+    })
+}
+
+fn way(iced: &Instruction, mode: Mode, routes: &Routes) -> Way {
+    if !routes.supports(iced.code()) || mode.is_narrow() && !narrow::has(iced, mode) {
         return Way::Step;
     }
+    match of_both(iced, mode, routes) {
+        Some(way) => way,
+        None if mode.is_narrow() => narrow::way(iced, mode, routes),
+        None => wide(iced, mode, routes),
+    }
+}
+
+/// How an instruction of 64-bit code is lowered.
+fn wide(iced: &Instruction, mode: Mode, routes: &Routes) -> Way {
+    let code = iced.code();
+    let kernel = !mode.user();
     match code {
-        Code::Cli if kernel => return Way::Cli,
-        Code::Sti if kernel => return Way::Sti,
         Code::Verw_rm16 | Code::Verw_r32m16 | Code::Verw_r64m16
             if kernel && !mode.is_counted() && iced.op0_kind() == OpKind::Memory =>
         {
             return Way::VerifyWrite;
-        }
-        Code::Stac | Code::Clac if kernel && !mode.is_counted() => {
-            return match mode.alignment() {
-                Some(ac) if ac == (code == Code::Stac) => Way::Nop,
-                Some(_) => Way::ToggleAc,
-                None => Way::Step,
-            };
         }
         Code::Pushfq => return Way::PushFlags,
         Code::Popfq => return Way::PopFlags,
@@ -612,37 +639,17 @@ fn way(iced: &Instruction, mode: Mode, routes: &Routes) -> Way {
         Code::Push_rm64 if iced.op0_kind() == OpKind::Memory => return Way::PushMemory,
         Code::Pop_r64 => return Way::Pop,
         Code::Leaveq => return Way::Leave,
-        Code::Mov_r64_cr
-            if kernel
-                && matches!(iced.op1_register(), Register::CR0 | Register::CR2 | Register::CR3 | Register::CR4) =>
-        {
-            return Way::ReadControl;
-        }
         Code::Mov_r64_cr if kernel && iced.op1_register() == Register::CR8 && !iced.has_lock_prefix() => {
             return Way::ReadPriority;
         }
         Code::Mov_cr_r64 if kernel && iced.op0_register() == Register::CR8 && !iced.has_lock_prefix() => {
             return Way::WritePriority;
         }
-        Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg if iced.op0_kind() == OpKind::Register => {
-            return Way::ReadSelector;
-        }
-        Code::Rdtscp if mode.time() && routes.base(code) == Route::Copy => return Way::ReadTimeAndId,
         Code::Swapgs if kernel => return Way::SwapGs,
-        Code::Rdtsc if mode.time() && routes.base(code) == Route::Copy => return Way::ReadTime,
-        Code::Cld if !mode.down() => return Way::Nop,
-        Code::Endbr64 => return Way::Nop,
         Code::Syscall if !mode.is_counted() => return Way::Syscall,
         _ if !kernel || mode.is_counted() || mode.vectors() != 0 => {}
         Code::Sysretq => return Way::Sysret,
         _ if matches!(iced.mnemonic(), Mnemonic::In | Mnemonic::Out) => return Way::Port,
-        _ => {}
-    }
-    match code {
-        // PREFETCHW of a register: AMD has #UD.
-        Code::Reservednop_rm16_r16_0F0D | Code::Reservednop_rm32_r32_0F0D | Code::Reservednop_rm64_r64_0F0D => {
-            return Way::Step;
-        }
         _ => {}
     }
     let near = |w| if iced.op0_kind() == OpKind::NearBranch64 { w } else { Way::Step };
@@ -654,7 +661,7 @@ fn way(iced: &Instruction, mode: Mode, routes: &Routes) -> Way {
         Route::JumpIndirect if code == Code::Jmp_rm64 => Way::JumpIndirect,
         Route::CallIndirect if code == Code::Call_rm64 && iced.op0_register() != Register::RSP => Way::CallIndirect,
         Route::Return => Way::Return(if iced.op_count() == 0 { 0 } else { iced.immediate16() }),
-        Route::Copy => copied(iced, f.class, mode),
+        Route::Copy => copied(iced, facts(code).class, mode),
         _ => Way::Step,
     }
 }

@@ -514,9 +514,9 @@ impl Cache {
     /// Code that asks the map of code pages and goes to block `b`; gives its offset. Without an origin it is for indirect branches, and
     /// looks whether somebody wants the code to be left.
     fn way_in(&mut self, b: u32, save: bool, origin: Option<u32>, word: Option<(u32, Replay)>) -> u32 {
-        let (rip, cell, number, second, to) = {
+        let (cell, number, second, to) = {
             let t = &self.blocks[b as usize];
-            (t.rip, t.cell, t.number, t.second, word.map_or(t.entries.slot, |(at, _)| at))
+            (t.cell, t.number, t.second, word.map_or(t.entries.slot, |(at, _)| at))
         };
         let told = word.map(|(_, replay)| Told::Here(replay));
         let offset = self.buffer.next() as u32;
@@ -542,6 +542,27 @@ impl Cache {
             e.bytes.extend_from_slice(&[0x0f, 0x85, 0, 0, 0, 0]);
             leave = Some(e.len() - 4);
         }
+        let sites = [Some(miss), second, leave];
+        let id =
+            self.end_way_in(e, offset, b, to, &sites.into_iter().flatten().collect::<Vec<_>>(), (Flags::Slot, told));
+        if let Some(origin) = origin {
+            self.origins.insert(id, origin);
+        }
+        offset
+    }
+
+    /// Ends a way into block `b` that begins at `offset`, with the jump to `to` and what leaves for the block instead, which the jumps at
+    /// `sites` lead to; gives the number of that exit.
+    fn end_way_in(
+        &mut self,
+        mut e: Emitter,
+        offset: u32,
+        b: u32,
+        to: u32,
+        sites: &[usize],
+        (flags, told): (Flags, Option<Told>),
+    ) -> u32 {
+        let (rip, resident) = (self.blocks[b as usize].rip, self.blocks[b as usize].mode.resident());
         e.align_patch(1);
         e.push(0xe9);
         let jump = e.len();
@@ -549,9 +570,8 @@ impl Cache {
         e.set_rel32(jump, self.host(to));
         let stub = e.len();
         let here = e.here();
-        e.set_rel32(miss, here);
-        for site in [second, leave].into_iter().flatten() {
-            e.set_rel32(site, here);
+        for site in sites {
+            e.set_rel32(*site, here);
         }
         let id = self.exits.len() as u32;
         e.store_u32(At::slot(at::EXIT), id);
@@ -561,29 +581,11 @@ impl Cache {
         // Nobody looks at vector registers to find out whether the page is still the same.
         e.set_rel32(site, self.leave + 14);
         self.buffer.append(&e.bytes);
-        let stub = offset + stub as u32;
-        self.exits.push(Exit {
-            kind: Kind::To,
-            rip,
-            spilled: self.blocks[b as usize].mode.resident(),
-            flags: Flags::Slot,
-            told,
-            recipe: None,
-            done: 0,
-            site: None,
-            stub,
-            native: false,
-            toggles: false,
-            again: None,
-            block: b,
-        });
-        if let Some(origin) = origin {
-            self.origins.insert(id, origin);
-        }
-        let jump = offset + jump as u32;
+        let (stub, jump) = (offset + stub as u32, offset + jump as u32);
+        self.exits.push(Exit { told, stub, block: b, ..Exit::new(Kind::To, rip, resident, flags) });
         self.blocks[b as usize].incoming.push((jump, stub));
         self.ways_in.push(WayIn { at: offset, end: offset + e.len() as u32, jump, to, stub, target: b });
-        offset
+        id
     }
 
     /// Enters block `b` in the cache of branch targets; gives the host address of its way in, if it can have one.

@@ -125,49 +125,28 @@ fn is_gone(iced: &Instruction) -> bool {
     )
 }
 
-/// How an instruction is lowered.
+/// Can 64-bit code do what the instruction does, with operands that are not the interpreter's?
+pub(super) fn has(iced: &Instruction, mode: Mode) -> bool {
+    !is_elsewhere(iced, mode) && !is_gone(iced)
+}
+
+/// How an instruction is lowered that only 32-bit code has, or that is another in 64-bit code.
 pub(super) fn way(iced: &Instruction, mode: Mode, routes: &Routes) -> Way {
     let code = iced.code();
     let kernel = !mode.user();
-    if !routes.supports(code) || is_elsewhere(iced, mode) || is_gone(iced) {
-        return Way::Step;
-    }
     match code {
-        Code::Cli if kernel => return Way::Cli,
-        Code::Sti if kernel => return Way::Sti,
-        Code::Stac | Code::Clac if kernel && !mode.is_counted() => {
-            return match mode.alignment() {
-                Some(ac) if ac == (code == Code::Stac) => Way::Nop,
-                Some(_) => Way::ToggleAc,
-                None => Way::Step,
-            };
-        }
         Code::Pushfd => return Way::PushFlags,
         Code::Popfd => return Way::PopFlags,
         Code::Push_r32 | Code::Pushd_imm8 | Code::Pushd_imm32 => return Way::Push,
         Code::Push_rm32 if iced.op0_kind() == OpKind::Memory => return Way::PushMemory,
         Code::Pop_r32 => return Way::Pop,
         Code::Leaved => return Way::Leave,
-        Code::Mov_r32_cr
-            if kernel
-                && matches!(iced.op1_register(), Register::CR0 | Register::CR2 | Register::CR3 | Register::CR4)
-                && !iced.has_lock_prefix() =>
-        {
-            return Way::ReadControl;
-        }
-        Code::Mov_r32m16_Sreg if iced.op0_kind() == OpKind::Register => return Way::ReadSelector,
-        Code::Rdtscp if mode.time() && routes.base(code) == Route::Copy => return Way::ReadTimeAndId,
-        Code::Rdtsc if mode.time() && routes.base(code) == Route::Copy => return Way::ReadTime,
-        Code::Cld if !mode.down() => return Way::Nop,
-        Code::Endbr32 | Code::Endbr64 => return Way::Nop,
         Code::Retnd | Code::Retnd_imm16 => {
             return Way::Return(if iced.op_count() == 0 { 0 } else { iced.immediate16() });
         }
         Code::Lea_r32_m if iced.memory_base() == Register::None && iced.memory_index() == Register::None => {
             return Way::Constant(iced.memory_displacement64() & 0xffff_ffff);
         }
-        // PREFETCHW of a register: AMD has #UD.
-        Code::Reservednop_rm16_r16_0F0D | Code::Reservednop_rm32_r32_0F0D => return Way::Step,
         _ => {}
     }
     let port = matches!(iced.mnemonic(), Mnemonic::In | Mnemonic::Out);

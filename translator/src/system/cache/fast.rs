@@ -1,13 +1,11 @@
 //! Fast tables of branch targets, for code that uses the mirror: they hold only as long as mappings stay as they are. And how code is left
 //! in a hurry.
 
-use super::{Cache, Kind, WayIn};
+use super::Cache;
 use crate::emit::Emitter;
 use crate::system::Mode;
 use crate::system::area::{self, Area, at};
-use crate::system::lower::asm::{Assembler, At};
-use crate::system::lower::{Exit, Flags};
-use dynasmrt::DynasmApi;
+use crate::system::lower::Flags;
 use std::sync::atomic::Ordering;
 
 impl Cache {
@@ -61,39 +59,9 @@ impl Cache {
     /// Code that goes to block `b`, with the flags in EFLAGS; gives its offset.
     fn fast_way_in(&mut self, b: u32) -> u32 {
         let offset = self.buffer.next() as u32;
-        let (rip, to) = (self.blocks[b as usize].rip, self.blocks[b as usize].entries.host);
-        let mut e = Emitter::new(self.host(offset));
-        e.align_patch(1);
-        e.push(0xe9);
-        let jump = e.len();
-        e.push_u32(0);
-        e.set_rel32(jump, self.host(to));
-        let stub = offset + e.len() as u32;
-        let id = self.exits.len() as u32;
-        e.store_u32(At::slot(at::EXIT), id);
-        e.push(0xe9);
-        let site = e.len();
-        e.push_u32(0);
-        e.set_rel32(site, self.leave + 14);
-        self.buffer.append(&e.bytes);
-        self.exits.push(Exit {
-            kind: Kind::To,
-            rip,
-            spilled: self.blocks[b as usize].mode.resident(),
-            flags: Flags::Host,
-            told: None,
-            recipe: None,
-            done: 0,
-            site: None,
-            stub,
-            native: false,
-            toggles: false,
-            again: None,
-            block: b,
-        });
-        let jump = offset + jump as u32;
-        self.blocks[b as usize].incoming.push((jump, stub));
-        self.ways_in.push(WayIn { at: offset, end: offset + e.len() as u32, jump, to, stub, target: b });
+        let to = self.blocks[b as usize].entries.host;
+        let e = Emitter::new(self.host(offset));
+        self.end_way_in(e, offset, b, to, &[], (Flags::Host, None));
         offset
     }
 

@@ -138,20 +138,8 @@ impl Lower<'_> {
         self.miss(item, *a, (i64::from(from), high - low, write), retry);
         self.e.load(delta, At::table(self.around.tlb + tlb::ADDEND, delta));
         self.busy &= !bit(page);
-        self.windows.push(Window {
-            base: Some(base),
-            version,
-            low,
-            high,
-            write,
-            mirrored: false,
-            index: None,
-            index_version: 0,
-            anchor: moved,
-            added: false,
-            slot: None,
-            delta,
-        });
+        let window = Window::over(Some(base), version, delta);
+        self.windows.push(Window { low, high, write, mirrored: false, anchor: moved, ..window });
         Some(Host { base, index: Some((delta, 1)), disp, mirrored: false })
     }
 
@@ -202,20 +190,8 @@ impl Lower<'_> {
         self.e.compare(delta, At::slot(self.tag(a.write) + entry));
         self.miss(item, *a, (a.disp, i64::from(a.len), a.write), retry);
         self.e.add(delta, At::slot(self.around.tlb + tlb::ADDEND + entry));
-        self.windows.push(Window {
-            base: None,
-            version: 0,
-            low: page as i64,
-            high: 0,
-            write: a.write,
-            mirrored: false,
-            index: None,
-            index_version: 0,
-            anchor: 0,
-            added: false,
-            slot: None,
-            delta,
-        });
+        let window = Window::over(None, 0, delta);
+        self.windows.push(Window { low: page as i64, write: a.write, mirrored: false, ..window });
         Some(Host { base: delta, index: None, disp, mirrored: false })
     }
 

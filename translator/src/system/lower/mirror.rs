@@ -77,20 +77,7 @@ impl Lower<'_> {
         }
         let delta = self.scratch(item, item.high)?;
         self.e.load(delta, At::slot(at::DELTAS + 8 * usize::from(slot)));
-        self.windows.push(Window {
-            base: None,
-            version: 0,
-            index: None,
-            index_version: 0,
-            low: 0,
-            high: 0,
-            write: true,
-            mirrored: true,
-            anchor: 0,
-            added: false,
-            slot: Some(slot),
-            delta,
-        });
+        self.windows.push(Window { slot: Some(slot), ..Window::over(None, 0, delta) });
         Some(delta)
     }
 
@@ -154,20 +141,7 @@ impl Lower<'_> {
                     }
                 };
                 let (low, high) = (moved - REACH, moved + REACH);
-                self.windows.push(Window {
-                    base: Some(base),
-                    version,
-                    low,
-                    high,
-                    write: true,
-                    mirrored: true,
-                    index: None,
-                    index_version: 0,
-                    anchor: 0,
-                    added: false,
-                    slot: None,
-                    delta,
-                });
+                self.windows.push(Window { low, high, ..Window::over(Some(base), version, delta) });
                 delta
             }
         };
@@ -204,20 +178,7 @@ impl Lower<'_> {
                 self.e.constant(t, address);
                 self.e.lea(delta, At::sum(t, delta, 0));
                 self.busy &= !bit(t);
-                self.windows.push(Window {
-                    base: None,
-                    version: 0,
-                    low,
-                    high: 0,
-                    write: true,
-                    mirrored: true,
-                    index: None,
-                    index_version: 0,
-                    anchor: 0,
-                    added: false,
-                    slot: None,
-                    delta,
-                });
+                self.windows.push(Window { low, ..Window::over(None, 0, delta) });
                 (delta, low)
             }
         };
@@ -293,20 +254,8 @@ impl Lower<'_> {
                 };
                 let at = self.scratch(item, item.high)?;
                 self.e.lea(at, At::sum(base, delta, 0));
-                self.windows.push(Window {
-                    base: Some(base),
-                    version,
-                    index: None,
-                    index_version: 0,
-                    low: moved,
-                    high: moved,
-                    write: true,
-                    mirrored: true,
-                    anchor: 0,
-                    added: true,
-                    slot: None,
-                    delta: at,
-                });
+                let window = Window::over(Some(base), version, at);
+                self.windows.push(Window { low: moved, high: moved, added: true, ..window });
                 (at, moved)
             }
         };
@@ -360,20 +309,8 @@ impl Lower<'_> {
                     Some(base) => self.e.lea(at, At::sum(base, t, 0)),
                     None => self.e.copy(at, t),
                 }
-                self.windows.push(Window {
-                    base: a.base,
-                    version,
-                    index: a.index,
-                    index_version,
-                    anchor: 0,
-                    low: far,
-                    high: base_moved,
-                    write: true,
-                    mirrored: true,
-                    added: false,
-                    slot: None,
-                    delta: at,
-                });
+                let window = Window::over(a.base, version, at);
+                self.windows.push(Window { index: a.index, index_version, low: far, high: base_moved, ..window });
                 (at, base_moved)
             }
         };

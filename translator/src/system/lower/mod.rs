@@ -108,6 +108,27 @@ pub struct Exit {
     pub block: u32,
 }
 
+impl Exit {
+    /// That leaves for `rip` with all registers in place; its stub is still to be emitted.
+    pub fn new(kind: Kind, rip: u64, spilled: u16, flags: Flags) -> Exit {
+        Exit {
+            kind,
+            rip,
+            spilled,
+            flags,
+            told: None,
+            recipe: None,
+            done: 0,
+            site: None,
+            stub: 0,
+            native: false,
+            toggles: false,
+            again: None,
+            block: 0,
+        }
+    }
+}
+
 /// What the host may fault in.
 #[derive(Clone, Copy, Debug)]
 pub struct Point {
@@ -345,21 +366,8 @@ impl Lower<'_> {
 
     /// Defines an exit; gives its index.
     fn exit(&mut self, kind: Kind, rip: u64, flags: Flags, done: usize) -> usize {
-        self.exits.push(Exit {
-            kind,
-            rip,
-            spilled: self.block.mode.resident(),
-            flags,
-            told: self.told,
-            recipe: None,
-            done: done as u16,
-            site: None,
-            stub: 0,
-            native: false,
-            toggles: false,
-            again: None,
-            block: 0,
-        });
+        let exit = Exit::new(kind, rip, self.block.mode.resident(), flags);
+        self.exits.push(Exit { told: self.told, done: done as u16, ..exit });
         self.exits.len() - 1
     }
 

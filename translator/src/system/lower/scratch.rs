@@ -34,6 +34,26 @@ pub(super) struct Window {
     pub delta: Gpr,
 }
 
+impl Window {
+    /// In the mirror, for loads and stores, without an index.
+    pub(super) fn over(base: Option<Gpr>, version: u32, delta: Gpr) -> Window {
+        Window {
+            base,
+            version,
+            index: None,
+            index_version: 0,
+            low: 0,
+            high: 0,
+            anchor: 0,
+            write: true,
+            mirrored: true,
+            added: false,
+            slot: None,
+            delta,
+        }
+    }
+}
+
 pub(super) const fn bit(r: Gpr) -> u16 {
     1 << r as u16
 }
