@@ -97,7 +97,7 @@ struct AllArgs {
     engines: Vec<String>,
     /// What kinds of cases: insn (one instruction), block (several, with branches and loops), bytes and cpl0 (any bytes at CPL 3,
     /// sequences of a kernel at CPL 0: interpreter against translator, and kvm if it is hardware), insn32, insn16, block32 and block16 (32- and 16-bit user code
-    /// behind page tables).
+    /// behind page tables), cpl0-32, cpl0-16, real16 and v86 (one instruction of such code at CPL 0, in real and virtual-8086 mode).
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "insn,block")]
     kinds: Vec<String>,
     /// Worker processes; 0: one a CPU.

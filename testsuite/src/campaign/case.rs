@@ -25,12 +25,34 @@ pub enum Kind {
     Block32,
     /// Of 16-bit protected-mode user code.
     Block16,
+    /// A single instruction of 32-bit code at CPL 0.
+    Kernel32,
+    /// Of 16-bit protected-mode code at CPL 0.
+    Kernel16,
+    /// In real mode.
+    Real,
+    /// In virtual-8086 mode.
+    Virtual,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 8] =
-        [Kind::Insn, Kind::Block, Kind::Bytes, Kind::Cpl0, Kind::Insn32, Kind::Insn16, Kind::Block32, Kind::Block16];
+    pub const ALL: [Kind; 12] = [
+        Kind::Insn,
+        Kind::Block,
+        Kind::Bytes,
+        Kind::Cpl0,
+        Kind::Insn32,
+        Kind::Insn16,
+        Kind::Block32,
+        Kind::Block16,
+        Kind::Kernel32,
+        Kind::Kernel16,
+        Kind::Real,
+        Kind::Virtual,
+    ];
+    /// Those of code that a host CPU does not run for a user.
+    pub const SYSTEM: [Kind; 4] = [Kind::Kernel32, Kind::Kernel16, Kind::Real, Kind::Virtual];
 
     /// As options and reports call it.
     pub fn name(self) -> &'static str {
@@ -43,21 +65,30 @@ impl Kind {
             Kind::Insn16 => "insn16",
             Kind::Block32 => "block32",
             Kind::Block16 => "block16",
+            Kind::Kernel32 => "cpl0-32",
+            Kind::Kernel16 => "cpl0-16",
+            Kind::Real => "real16",
+            Kind::Virtual => "v86",
         }
     }
 
     /// 16, 32 or 64: what code.
     pub fn bits(self) -> u32 {
         match self {
-            Kind::Insn32 | Kind::Block32 => 32,
-            Kind::Insn16 | Kind::Block16 => 16,
+            Kind::Insn32 | Kind::Block32 | Kind::Kernel32 => 32,
+            Kind::Insn16 | Kind::Block16 | Kind::Kernel16 | Kind::Real | Kind::Virtual => 16,
             _ => 64,
         }
     }
 
     /// One instruction?
     pub fn is_single(self) -> bool {
-        matches!(self, Kind::Insn | Kind::Insn32 | Kind::Insn16)
+        matches!(self, Kind::Insn | Kind::Insn32 | Kind::Insn16) || self.is_system()
+    }
+
+    /// One of [`Kind::SYSTEM`]?
+    pub fn is_system(self) -> bool {
+        Kind::SYSTEM.contains(&self)
     }
 
     /// By name.

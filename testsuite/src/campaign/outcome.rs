@@ -173,7 +173,8 @@ pub fn compare(case: &Case, is: &Outcome, should: &Outcome) -> Option<(Part, Str
             return Some((Part::Memory, format!("byte at {addr:#x} is {a:#x}, not {b:#x}")));
         }
     }
-    (!is.other.is_empty()).then(|| (Part::Other, format!("changed besides: {}", is.other)))
+    let wrong = is.other != should.other || !is.other.is_empty() && !case.kind.is_system();
+    wrong.then(|| (Part::Other, format!("changed besides: {}", is.other)))
 }
 
 /// Are two images the same bytes where bytes mean something? If not they may still be equal as registers.

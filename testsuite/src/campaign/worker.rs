@@ -127,7 +127,7 @@ impl Worker {
                     self.all_of(batch, n);
                 }
                 Kind::Bytes | Kind::Cpl0 => self.sequences(kind, n),
-                Kind::Insn32 | Kind::Insn16 | Kind::Block32 | Kind::Block16 => {
+                _ => {
                     if let Some(modes) = &mut self.modes {
                         modes.batch(kind, self.seed, n, &mut self.result);
                     }

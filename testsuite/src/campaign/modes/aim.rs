@@ -4,9 +4,10 @@
 //! Unlike in 64-bit mode nothing must be kept away from: all that compatibility mode reaches is the arena.
 
 use super::segments::{self, ANY, segment};
+use super::system;
 use crate::campaign::aim::{at_pages, content, image_size, indexes};
 use crate::campaign::arena::{BASE, CODE, DATA, HOLE};
-use crate::campaign::case::Case;
+use crate::campaign::case::{Case, Kind};
 use crate::random::Random;
 use bivisor_emulator::cpu::{Attr, Segment};
 use bivisor_emulator::isa::{Gpr, Insn, Seg};
@@ -124,7 +125,7 @@ impl Plan {
             case.gpr[Gpr::Rcx as usize] = r.below(12);
         }
         if let Some(Far::Operand(Some(g))) = self.far {
-            case.gpr[g as usize] = case.gpr[g as usize] & !0xffff | u64::from(r.one_of(&ANY));
+            case.gpr[g as usize] = case.gpr[g as usize] & !0xffff | u64::from(any(r, case.kind));
         }
         let mut aimed = [false; 16];
         aimed[Gpr::Rsp as usize] = true;
@@ -170,9 +171,9 @@ impl Plan {
     /// What a memory operand of a branch or a load of a segment register finds.
     fn pointers(&self, r: &mut Random, case: &mut Case, at: u64, a: &Access, linear: u64) {
         match self.far {
-            Some(Far::Operand(None)) => case.put(linear, &r.one_of(&ANY).to_le_bytes()),
+            Some(Far::Operand(None)) => case.put(linear, &any(r, case.kind).to_le_bytes()),
             Some(Far::Pointer { offset, code }) if a.reads => {
-                let (to, s) = if code { far_place(r, at) } else { (r.edgy(), r.one_of(&ANY)) };
+                let (to, s) = if code { far_place(r, at, case.kind) } else { (r.edgy(), any(r, case.kind)) };
                 let mut bytes = to.to_le_bytes()[..offset].to_vec();
                 bytes.extend(s.to_le_bytes());
                 case.put(linear, &bytes);
@@ -192,12 +193,13 @@ impl Plan {
         let top = ss.base.wrapping_add(case.gpr[Gpr::Rsp as usize] & mask) & 0xffff_ffff;
         match self.far {
             Some(Far::Return(words, n)) => {
-                let (to, s) = far_place(r, at);
+                let (to, s) = far_place(r, at, case.kind);
                 let mut bytes = to.to_le_bytes()[..n].to_vec();
                 bytes.extend(&u64::from(s).to_le_bytes()[..n]);
                 if words == 3 {
                     // Flags without TF, whose trap comes after the next instruction, and without VM and AC.
-                    bytes.extend(&(r.next() & 0x20_ced5 | 2).to_le_bytes()[..n]);
+                    let to_v86 = if case.kind == Kind::Kernel32 && r.once_in(4) { 0x2_0000 } else { 0 };
+                    bytes.extend(&(r.next() & 0x20_ced5 | 2 | to_v86).to_le_bytes()[..n]);
                 }
                 case.put(top, &bytes);
             }
@@ -231,11 +233,18 @@ impl Plan {
 }
 
 /// Where a far transfer goes: a code segment and an offset in it, or any selector.
-pub fn far_place(r: &mut Random, at: u64) -> (u64, u16) {
+pub fn far_place(r: &mut Random, at: u64, kind: Kind) -> (u64, u16) {
     const CODES: [u16; 9] = [0x23, 0x23, 0x33, 7, 0x0f, 0x17, 0x1f, 0x27, 0x97];
     let selector = if r.once_in(3) { r.one_of(&ANY) } else { r.one_of(&CODES) };
     let base = segment(selector).map_or(0, |s| s.base);
-    (place(r, at).wrapping_sub(base) & 0xffff_ffff, selector)
+    let offset = place(r, at).wrapping_sub(base) & 0xffff_ffff;
+    (offset, system::selector(r, kind, selector))
+}
+
+/// Any selector.
+fn any(r: &mut Random, kind: Kind) -> u16 {
+    let selector = r.one_of(&ANY);
+    system::selector(r, kind, selector)
 }
 
 impl Access {
@@ -268,7 +277,7 @@ fn far(i: &Insn) -> Option<Far> {
     };
     Some(match (iced.mnemonic(), iced.code()) {
         (M::Lar | M::Lsl, _) => operand(1),
-        (M::Verr | M::Verw, _) => operand(0),
+        (M::Verr | M::Verw | M::Lldt | M::Ltr, _) => operand(0),
         (M::Mov, _) if iced.op0_register().is_segment_register() => operand(1),
         (M::Pop, _) if iced.op0_register().is_segment_register() => Far::Operand(None),
         (M::Lds | M::Les | M::Lfs | M::Lss, _) => Far::Pointer { offset: offset?, code: false },

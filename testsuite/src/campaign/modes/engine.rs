@@ -1,8 +1,9 @@
 //! The engines under test in 16- and 32-bit code: behind page tables, with Linux's global table and the cases' local one; the translator
 //! outside IA-32e mode too, where its 32-bit code is another.
 
-use super::segments::{LDT, segment};
-use crate::campaign::arena::{self, IDT_AT, TABLES, View};
+use super::segments::{FLAT_CODE, FLAT_DATA, LDT, segment};
+use super::system;
+use crate::campaign::arena::{self, IDT_AT, TABLES, TSS_AT, View};
 use crate::campaign::beside::Runs;
 use crate::campaign::case::Case;
 use crate::campaign::engine::{Planted, Which};
@@ -11,11 +12,13 @@ use bivisor_emulator::bus::EmptyBus;
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::cpu::{Attr, CpuState, Efer, Rflags, Segment, Table};
 use bivisor_emulator::interp::Interpreter;
+use bivisor_emulator::interp::sensitive::time::TimeSource;
 use bivisor_emulator::isa::{Class, Seg, Sensitivity, Width, facts};
 use bivisor_emulator::mem::GuestMemory;
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Vcpu};
 use bivisor_translator::Translator;
 use iced_x86::{Code, Mnemonic};
+use std::any::Any;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,6 +31,8 @@ pub enum Place {
     Pae,
     /// There, and accesses go to the mirror.
     PaeMirror,
+    /// At CPL 0 outside IA-32e mode, in real mode, in virtual-8086 mode, as the case says: see [`system`].
+    System,
 }
 
 /// An engine with its memory.
@@ -40,6 +45,8 @@ pub struct Engine {
     pub view: View,
     mem: GuestMemory,
     template: CpuState,
+    /// RAM behind the arena, which only cases of [`Place::System`] can change.
+    tables: Vec<u8>,
     planted: Option<Planted>,
 }
 
@@ -57,11 +64,11 @@ const LEGACY_GDT: u64 = 0xff20_0000;
 const POINTERS: u64 = TABLES + 0x7000;
 
 /// Puts the descriptor tables where they belong, and takes the kernel's pages out of the arena.
-fn tables(mem: &GuestMemory, legacy: bool) -> Option<()> {
+fn tables(mem: &GuestMemory, place: Place) -> Option<()> {
     const TABLE: u64 = TABLES + 0x7000;
     const WRITABLE: u64 = 0x63;
     let put = |at: u64, v: u64| mem.store(at, Width::Q, v);
-    if legacy {
+    if place != Place::Compat {
         // Pointers have neither rights nor marks (SDM 3A 4.4.2).
         let (directory, table) = (POINTERS + 0x1000, POINTERS + 0x2000);
         put(POINTERS, (TABLES + 0x2000) | 1)?;
@@ -80,9 +87,20 @@ fn tables(mem: &GuestMemory, legacy: bool) -> Option<()> {
         put(TABLES + 0x3000 + (page >> 12 & 0x1ff) * 8, 0)?;
     }
     arena::map_own(mem)?;
+    // Whose code they are for.
+    let level = if place == Place::System { 3 << 45 } else { 0 };
     for (n, e) in LDT.iter().enumerate() {
         // The page of an IDT, which these cases do not have.
-        put(IDT_AT as u64 + 8 * n as u64, e.descriptor().low)?;
+        put(IDT_AT as u64 + 8 * n as u64, e.descriptor().low & !level)?;
+    }
+    if place == Place::System {
+        for selector in [FLAT_CODE, FLAT_DATA] {
+            let at = TABLES + 0x4000 + u64::from(selector & !7);
+            put(at, mem.load(at, Width::Q)? & !level)?;
+        }
+        // The arena from 0 on, too. The page of a TSS, which these cases do not have either.
+        put(POINTERS + system::LOW_POINTERS, TSS_AT as u64 | 1)?;
+        put(TSS_AT as u64, (TABLES + 0x3000) | WRITABLE | 4)?;
     }
     Some(())
 }
@@ -99,7 +117,7 @@ impl Engine {
             Which::BtPaged => {
                 let mut t = Translator::new(model).map_err(|e| format!("no executable memory: {e}"))?;
                 match place {
-                    Place::Compat => {}
+                    Place::Compat | Place::System => {}
                     Place::Pae => t.set_mirror_after(None),
                     Place::PaeMirror => t.set_mirror_after(Some(Duration::ZERO)),
                 }
@@ -109,8 +127,9 @@ impl Engine {
         };
         let legacy = place != Place::Compat;
         let (view, mem) = arena::ram()?;
-        tables(&mem, legacy).ok_or("no room for the tables")?;
-        vcpu.set_intercepts(Intercepts::EXCEPTIONS | Intercepts::SYSCALL);
+        tables(&mem, place).ok_or("no room for the tables")?;
+        let syscall = if place == Place::System { Intercepts::empty() } else { Intercepts::SYSCALL };
+        vcpu.set_intercepts(Intercepts::EXCEPTIONS | syscall);
         let mut template = CpuState::long64(3);
         template.cr3 = arena::TABLES;
         template.tr.limit = 0;
@@ -123,7 +142,9 @@ impl Engine {
             (template.cr3, template.gdtr.base, template.ldtr.base) = (POINTERS, LEGACY_GDT, LEGACY_GDT + 0x1000);
         }
         *vcpu.state() = template.clone();
-        Ok(Engine { which, place, vcpu, view, mem, template, planted: None })
+        let mut tables = vec![0; mem.ram().map_or(0, |r| r.size() - arena::SIZE) as usize];
+        mem.read(arena::SIZE, &mut tables).ok_or("RAM cannot be read")?;
+        Ok(Engine { which, place, vcpu, view, mem, template, tables, planted: None })
     }
 
     /// Its name.
@@ -132,6 +153,8 @@ impl Engine {
             Place::Compat => self.which.name(),
             Place::Pae => "bt-pae",
             Place::PaeMirror => "bt-pae-mirror",
+            Place::System if self.which == Which::InterpPaged => "interp",
+            Place::System => "bt",
         }
     }
 
@@ -147,7 +170,12 @@ impl Engine {
 
     /// Is the instruction of a case the same in its mode?
     pub fn takes(&self, case: &Case) -> bool {
-        self.place == Place::Compat || !case.kind.is_single() || is_same_in_legacy_mode(case.insn)
+        match self.place {
+            Place::System => case.kind.is_system(),
+            _ if case.kind.is_system() => false,
+            Place::Compat => true,
+            _ => !case.kind.is_single() || is_same_in_legacy_mode(case.insn),
+        }
     }
 
     /// The code in memory was changed from outside.
@@ -157,11 +185,71 @@ impl Engine {
         }
     }
 
+    /// Makes all RAM what it was, with these bytes in the arena.
+    pub fn restore(&mut self, arena: &[u8]) {
+        for (n, wanted) in arena.chunks(0x1000).chain(self.tables.chunks(0x1000)).enumerate() {
+            let (at, mut is) = (n as u64 * 0x1000, [0; 0x1000]);
+            if self.mem.read(at, &mut is).is_some() && is != *wanted {
+                self.mem.write(at, wanted);
+                self.mem.ram().inspect(|ram| ram.wrote(at));
+            }
+        }
+    }
+
+    /// Runs a case at CPL 0, in real mode or virtual-8086 mode, whose memory is set up.
+    ///
+    /// # Errors
+    /// The engine left in a way that no instruction of the case can cause.
+    pub fn run_system(&mut self, case: &Case, out: &mut Outcome) -> Result<(), String> {
+        let judged = system::is_judged(case);
+        let any: &mut dyn Any = &mut *self.vcpu;
+        if let Some(interpreter) = any.downcast_mut::<Interpreter>() {
+            interpreter.env().time = TimeSource::deterministic(0);
+        } else if let Some(translator) = any.downcast_mut::<Translator>() {
+            translator.env().time = TimeSource::deterministic(0);
+        }
+        system::start(case, &self.template, self.vcpu.state()).ok_or("a selector of no segment")?;
+        let start = self.vcpu.state().clone();
+        let exit = self.vcpu.run(Board { mem: &self.mem, bus: &EmptyBus }, BUDGET);
+        if let Some(planted) = &mut self.planted {
+            planted(case, self.vcpu.state());
+        }
+        let s = self.vcpu.state();
+        out.gpr = s.gpr.map(|v| v & 0xffff_ffff);
+        out.rip = s.rip;
+        out.rflags = s.rflags.bits();
+        (out.fs_base, out.selectors) = (case.fs_base, case.selectors);
+        out.xsave.bytes.copy_from_slice(&s.xsave.bytes);
+        out.other.clear();
+        out.end = match exit {
+            Exit::Exception(fault) if judged => End::Fault(system::as_user(case.kind, fault)),
+            Exit::Exception(fault) => End::Fault(fault),
+            _ => End::Left,
+        };
+        if exit == Exit::Budget {
+            return Err(format!("{} does not come to an end", Engine::name(self)));
+        }
+        if !judged || out.end == End::Left {
+            let mut ram = vec![0; self.tables.len() + arena::SIZE as usize];
+            self.mem.read(0, &mut ram);
+            out.other = system::description(&exit, s, &ram);
+        } else {
+            out.rflags &= !Rflags::VM.bits();
+            if s.seg != start.seg || registers(s) != registers(&start) {
+                out.other = "segments, system registers or activity".into();
+            }
+        }
+        Ok(())
+    }
+
     /// Runs a case whose memory is set up.
     ///
     /// # Errors
     /// The engine left in a way that no instruction of a case can cause.
     pub fn run(&mut self, case: &Case, out: &mut Outcome) -> Result<(), String> {
+        if case.kind.is_system() {
+            return self.run_system(case, out);
+        }
         let s = self.vcpu.state();
         s.gpr = case.gpr;
         s.rip = case.rip;
@@ -244,10 +332,14 @@ fn others(template: &CpuState, s: &CpuState, selectors: [u16; 5]) -> String {
             return format!("{reg:?} is {is:x?}");
         }
     }
-    let system = |s: &CpuState| (s.cr0, s.cr3, s.cr4, s.cr8, s.xcr0, s.efer, s.dr, s.dr6, s.dr7, s.activity);
     // An INT3 behind POP SS is reported while the shadow still holds.
-    if system(s) != system(template) || s.ldtr != template.ldtr || s.tr != template.tr {
+    if registers(s) != registers(template) {
         return "system registers or activity".into();
     }
     String::new()
+}
+
+/// The system registers that user code leaves alone.
+fn registers(s: &CpuState) -> impl PartialEq + use<> {
+    (s.cr0, s.cr3, s.cr4, s.cr8, s.xcr0, s.efer, s.dr, s.dr6, s.dr7, (s.activity, s.ldtr, s.tr))
 }

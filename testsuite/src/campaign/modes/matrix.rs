@@ -79,8 +79,7 @@ read-only, execute-only and absent ones, 16-bit stacks included. The engines run
 with flat segments, here and outside IA-32e mode (bt-pae, bt-pae-mirror), and leaves the rest to the interpreter. bt-pae and bt-pae-mirror
 take the instructions that are the same outside that mode: no far transfers, no descriptors, nothing sensitive. What follows an instruction
 is INT3, so every case ends with an exception, and the vector, error code, CR2, all registers, segments and memory at that moment are
-compared. Not done here: loads of GS, which is the host thread's own, and FOP and the pointers where the list above says so. Code at CPL 0,
-real mode and virtual-8086 mode have no such judge; real mode has the 80286's recorded cases.
+compared. Not done here: loads of GS, which is the host thread's own, and FOP and the pointers where the list above says so.
 
     bivisor diff --all --kinds insn32,insn16,block32,block16 --cases 10000000
 

@@ -8,6 +8,7 @@
 //! | [`aim`] | memory operands, branch targets, selectors |
 //! | [`oracle`] | the host CPU (unsafe) |
 //! | [`engine`] | the engines |
+//! | [`system`] | CPL 0, real mode, virtual-8086 mode |
 //! | [`record`] | cases as text, with what the host CPU made of them |
 //! | [`matrix`] | the results on record |
 
@@ -18,6 +19,7 @@ pub mod oracle;
 pub mod record;
 pub mod segments;
 pub mod source;
+pub mod system;
 
 use super::arena::{self, BASE, View};
 use super::beside::{Outcomes, on_each};
@@ -30,6 +32,7 @@ use super::tally::{Divergence, Tally};
 use super::values::Pool;
 use crate::case::disassembly;
 use crate::random::Random;
+use bivisor_emulator::cpu::CpuState;
 use engine::{Engine, Place};
 use iced_x86::Code;
 use oracle::Oracle;
@@ -79,6 +82,7 @@ impl Modes {
                 .map(|w| (*w, Place::Compat))
                 .chain(wanted.contains(&Which::BtPaged).then_some((Which::BtPaged, Place::Pae)))
                 .chain(wanted.contains(&Which::BtPaged).then_some((Which::BtPaged, Place::PaeMirror)))
+                .chain(wanted.iter().map(|w| (*w, Place::System)))
                 .map(|(w, place)| Engine::new(w, place))
                 .collect::<Result<_, _>>()?,
             expected: Expected::default(),
@@ -96,6 +100,14 @@ impl Modes {
     /// An engine of these.
     pub fn engine(&mut self, which: Which) -> Option<&mut Engine> {
         self.engines.iter_mut().find(|e| e.which == which)
+    }
+
+    /// Plants a bug in the translator where it runs cases of this kind.
+    pub fn plant(&mut self, kind: Kind, wrong: impl Fn(&mut CpuState) + 'static) {
+        let probe = Case { kind, ..Case::default() };
+        if let Some(e) = self.engines.iter_mut().find(|e| e.which == Which::BtPaged && e.takes(&probe)) {
+            e.plant(Box::new(move |_, cpu| wrong(cpu)));
+        }
     }
 
     /// Is the host CPU the judge?
@@ -123,7 +135,12 @@ impl Modes {
     pub fn batch(&mut self, kind: Kind, seed: u64, n: u64, result: &mut Tally) {
         let mut r = Random::new(super::batch::mixed(seed ^ (kind as u64) << 56, n));
         let pool = Pool::new(&mut r);
-        let pristine = Source::pristine(&pool, &mut r);
+        let mut pristine = Source::pristine(&pool, &mut r);
+        if kind == Kind::Real {
+            // Each vector leads to its own INT3.
+            let vectors: Vec<u8> = (0..=255).flat_map(|n: u32| (0x2200 + n).to_le_bytes()).collect();
+            pristine[..vectors.len()].copy_from_slice(&vectors);
+        }
         for e in &mut self.engines {
             e.view.write(BASE, &pristine);
             arena::PAGES.iter().for_each(|p| (p.0..p.0 + p.1).step_by(0x1000).for_each(|page| e.code_changed(page)));
@@ -140,10 +157,13 @@ impl Modes {
             let own = (arena::OWN - BASE) as usize;
             self.own(&pristine[own..own + 0x1000]);
             self.place(&slot, &slot.bytes[..slot.there]);
+            let code = (slot.at - BASE) as usize;
+            let mut ram = pristine.clone();
+            ram[code..code + slot.there].copy_from_slice(&slot.bytes[..slot.there]);
             for _ in 0..slot.states {
                 source::state(&mut r, &pool, &slot, &mut self.case);
                 let case = std::mem::take(&mut self.case);
-                self.one(&case, &pristine, at, result);
+                self.one(&case, (&pristine, &ram), at, result);
                 self.case = case;
             }
             self.place(&slot, &vec![0xcc; slot.there]);
@@ -173,33 +193,56 @@ impl Modes {
         }
     }
 
-    fn one(&mut self, case: &Case, pristine: &[u8], at: (u64, u64), result: &mut Tally) {
+    fn one(&mut self, case: &Case, (pristine, ram): (&[u8], &[u8]), at: (u64, u64), result: &mut Tally) {
         result.cases += 1;
         let mut judged = false;
-        if let Some((oracle, view)) = &mut self.oracle {
+        let system = case.kind.is_system();
+        // A loop ends nowhere: only the host CPU can say that there is none.
+        let mut endless = false;
+        let mut now = if system { ram.to_vec() } else { Vec::new() };
+        for (at, bytes) in case.puts.iter().filter(|_| system) {
+            let at = (at - BASE) as usize;
+            now[at..at + bytes.len()].copy_from_slice(bytes);
+        }
+        if let Some((oracle, view)) = &mut self.oracle
+            && (!system || system::is_judged(case))
+        {
+            // The pages that are no windows and that earlier cases changed.
+            for page in [arena::NOTE, arena::CODE_NX + 0x1000, arena::OWN, arena::ROM].into_iter().filter(|_| system) {
+                view.write(page, &pristine[(page - BASE) as usize..][..0x1000]);
+            }
             case.fill(*view, pristine);
             oracle.run(case, &mut self.judge);
             take_memory(case, *view, &mut self.judge);
-            judged = true;
+            judged = system::can_be(case, &self.judge);
         }
         for engine in &mut self.engines {
-            // Some of it stays for later cases.
-            case.fill(engine.view, pristine);
+            if !system {
+                // Some of it stays for later cases.
+                case.fill(engine.view, pristine);
+            }
             if !engine.takes(case) {
                 continue;
+            }
+            if system {
+                engine.restore(&now);
             }
             let done = engine.run(case, &mut self.outcome);
             take_memory(case, engine.view, &mut self.outcome);
             if !judged {
                 std::mem::swap(&mut self.judge, &mut self.outcome);
-                judged = true;
+                (judged, endless) = (true, done.is_err());
                 continue;
             }
             let found = match done {
+                _ if endless => None,
                 Ok(()) => compare(case, &self.outcome, &self.judge),
                 Err(why) => Some((Part::Fault, why)),
             };
-            let name = format!("{}:{}", engine.name(), case.kind.bits());
+            let name = match system {
+                true => format!("{}:{}", engine.name(), case.kind.name()),
+                false => format!("{}:{}", engine.name(), case.kind.bits()),
+            };
             let code = match case.kind.is_single() {
                 true => format!("{:?}", case.insn),
                 false => case.kind.name().into(),
@@ -216,8 +259,10 @@ impl Modes {
                         }
                         None if !result.wants(&name, &code, part) => {}
                         None => {
+                            // No request says all of a kernel's world: seed and batch do.
+                            let request = (!system).then(|| repro::request(case, pristine, Some(engine.template())));
                             let repro = serde_json::json!({
-                                "request": repro::request(case, pristine, Some(engine.template())),
+                                "request": request,
                                 "is": repro::outcome(&self.outcome),
                                 "should": repro::outcome(&self.judge),
                             });

@@ -2,6 +2,7 @@
 
 use super::aim::{self, Plan};
 use super::segments::{self, SHORT_END, segment};
+use super::system;
 use crate::campaign::arena::{self, BASE, CODE, CODE_HOLE, CODE_NX, DATA, DATA2, NOTE};
 use crate::campaign::batch::{harmless, undefined};
 use crate::campaign::blocks::{Members, POINTERS_BELOW_8, ROOM};
@@ -63,6 +64,7 @@ impl Slot {
 /// What cases are made from.
 pub struct Source {
     codes: [Vec<(Code, &'static OpCodeInfo)>; 2],
+    system: [Vec<(Code, &'static OpCodeInfo)>; 2],
     members: [Option<Members>; 2],
     model: CpuModel,
     factory: InstructionInfoFactory,
@@ -89,9 +91,10 @@ fn index(bits: u32) -> usize {
 
 impl Default for Source {
     fn default() -> Source {
-        let with = |bits| codes(bits).0.into_iter().map(|c| (c, c.op_code())).collect();
+        let with = |codes: Vec<Code>| codes.into_iter().map(|c| (c, c.op_code())).collect();
         Source {
-            codes: [with(16), with(32)],
+            codes: [with(codes(16).0), with(codes(32).0)],
+            system: [with(system::codes(16)), with(system::codes(32))],
             members: [None, None],
             model: CpuModel::host(),
             factory: InstructionInfoFactory::new(),
@@ -103,7 +106,7 @@ impl Default for Source {
 impl Source {
     /// Only these instructions.
     pub fn only(&mut self, codes: &[Code]) {
-        self.codes.iter_mut().for_each(|of| of.retain(|c| codes.contains(&c.0)));
+        self.codes.iter_mut().chain(&mut self.system).for_each(|of| of.retain(|c| codes.contains(&c.0)));
     }
 
     /// The arena's contents before every case of a batch.
@@ -128,7 +131,8 @@ impl Source {
             let bytes = members.draw(r);
             return (bytes.len() <= ROOM).then(|| Slot::block(kind, CODE + 0x800 + r.below(0x100), bytes));
         }
-        let codes = &self.codes[index(bits)];
+        let codes = if kind.is_system() { &self.system } else { &self.codes };
+        let codes = &codes[index(bits)];
         let (code, op) = *codes.get(((n * SLOTS + i) % codes.len().max(1) as u64) as usize)?;
         let wild = r.once_in(24);
         for _ in 0..60 {
@@ -136,7 +140,8 @@ impl Source {
             match decode(&bytes, bits) {
                 Ok(insn) if insn.iced.code() == code || wild => {
                     let found = insn.iced.code();
-                    if !self.model.supports(found) || reason_against(found).is_some() {
+                    let unwanted = !kind.is_system() && reason_against(found).is_some();
+                    if !self.model.supports(found) || unwanted {
                         continue;
                     }
                     if let Some(slot) = self.valid(r, &mut bytes, insn, kind) {
@@ -168,7 +173,7 @@ impl Source {
     fn valid(&mut self, r: &mut Random, bytes: &mut [u8; 24], insn: Insn, kind: Kind) -> Option<Slot> {
         let bits = kind.bits();
         let len = u64::from(insn.len);
-        if far::loads_gs(&insn) {
+        if far::loads_gs(&insn) && !kind.is_system() {
             return None;
         }
         let at = match r.below(24) {
@@ -205,7 +210,7 @@ impl Source {
                 }
             }
             OpKind::FarBranch16 | OpKind::FarBranch32 => {
-                let (to, selector) = aim::far_place(r, at);
+                let (to, selector) = aim::far_place(r, at, kind);
                 let n = constants.immediate_size();
                 bytes[imm..imm + n].copy_from_slice(&to.to_le_bytes()[..n]);
                 let second = constants.immediate_offset2();
@@ -269,15 +274,27 @@ pub fn state(r: &mut Random, pool: &Pool, slot: &Slot, case: &mut Case) {
         case.xsave.set_xstate_bv(0);
         case.xsave.set_mxcsr(0x1f80);
     }
+    if slot.kind.is_system() {
+        // Alignment is checked at CPL 3 only.
+        case.rflags &= if slot.kind == Kind::Virtual { !0 } else { !0x4_0000 };
+        if !system::is_judged(case) && dice >> 45 & 1 == 0 {
+            // IOPL 3.
+            case.rflags |= 0x3000;
+        }
+    }
     let short = if bits == 32 { segments::selector(3) } else { segments::selector(4) };
     let cs = match slot.at {
+        _ if matches!(slot.kind, Kind::Real | Kind::Virtual) => segments::selector(0),
         // Near the end of the short segment in it.
         a if a < SHORT_END && a + 16 >= SHORT_END && !r.once_in(3) => short,
         a if a + 16 < SHORT_END => r.one_of(segments::code(bits)),
         _ => segments::code(bits)[if r.once_in(2) { 0 } else { 4 - usize::from(bits == 16) }],
     };
     let data = segments::data(bits);
-    case.selectors = if slot.kind.is_single() {
+    case.selectors = if matches!(slot.kind, Kind::Real | Kind::Virtual) {
+        let data = system::data(slot.kind);
+        [r.one_of(data), cs, segments::selector(5), r.one_of(data), r.one_of(data)]
+    } else if slot.kind.is_single() {
         [r.one_of(data), cs, r.one_of(segments::stack(bits)), r.one_of(data), r.one_of(data)]
     } else {
         // Blocks are about instructions, not segments.
@@ -322,6 +339,9 @@ pub fn state(r: &mut Random, pool: &Pool, slot: &Slot, case: &mut Case) {
     }
     if let Some(plan) = &slot.plan {
         plan.aim(r, case, slot.at);
+    }
+    if slot.kind.is_system() && !system::is_judged(case) {
+        system::aim(r, case);
     }
     keep_from_hanging(case);
 }
