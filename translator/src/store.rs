@@ -26,6 +26,12 @@ pub const MAX_BLOCK: usize = 16 << 10;
 /// The page of vsyscall(2) but for the bits that make it the kernel's.
 const LIKE_VSYSCALL: u64 = 0x7fff_ff60_0000;
 
+/// May a block at this address have a landing? Bit 47 is not compared there: what a call into vsyscall's page could be taken for is left
+/// to the dispatcher.
+fn may_land(start: u64) -> bool {
+    start & !(PAGE_SIZE - 1) != LIKE_VSYSCALL
+}
+
 /// End of a list.
 pub(crate) const NONE: u32 = u32::MAX;
 
@@ -217,7 +223,7 @@ impl Store {
 
     /// Lowers a block and adds it; gives its number and the code offset of its body.
     pub fn insert(&mut self, exits: &Exits, block: &GuestBlock, home: Home, landing: bool) -> (u32, u32) {
-        self.lower(block, home, landing, true);
+        self.lower(block, home, landing && may_land(block.start), true);
         let unit = std::mem::take(&mut self.unit);
         let found = self.enter(exits, (block.start, home), &unit);
         self.unit = unit;
@@ -363,12 +369,12 @@ impl Store {
 
     /// Makes a landing for a block that has none, apart from its body.
     pub fn add_landing(&mut self, b: u32) {
-        if self.blocks[b as usize].landing.is_some() || !self.buffer.fits(MAX_BLOCK) {
+        let block = &self.blocks[b as usize];
+        if block.landing.is_some() || !may_land(block.start) || !self.buffer.fits(MAX_BLOCK) {
             return;
         }
         let at = self.buffer.next();
         let base = self.buffer.base();
-        let block = &self.blocks[b as usize];
         let (start, body) = (block.start, base + u64::from(block.body));
         let mut e = Emitter::new(base + at as u64);
         let mut marks = Vec::new();
@@ -388,10 +394,6 @@ impl Store {
     pub(crate) fn register(&mut self, b: u32, l: Landing) {
         let block = &mut self.blocks[b as usize];
         block.landing = Some(l);
-        // Bit 47 is not compared: what a call into vsyscall's page could be taken for is left to the dispatcher.
-        if block.start & !(PAGE_SIZE - 1) == LIKE_VSYSCALL {
-            return;
-        }
         let entry = self.buffer.index(block.start);
         block.next_landing = self.landings.insert(entry, b).unwrap_or(0);
         self.stats.landings += 1;
