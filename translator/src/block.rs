@@ -107,9 +107,9 @@ pub trait CodeSource {
     fn read(&mut self, at: u64, to: &mut [u8]) -> bool;
     /// Raised when anything watched was written.
     fn epoch(&self) -> u64;
-    /// Is this page of a file or of the kernel, and cannot be written?
-    fn is_file(&self, _at: u64) -> bool {
-        false
+    /// Where the mapping of this page begins, if it is of a file or of the kernel and cannot be written.
+    fn file(&self, _at: u64) -> Option<u64> {
+        None
     }
     /// The eight bytes at `at` if they cannot be written; their page is watched from now on as one of code is.
     fn constant(&mut self, _at: u64) -> Option<u64> {
@@ -135,10 +135,10 @@ impl CodeSource for &GuestMemory {
     fn epoch(&self) -> u64 {
         self.code_epoch()
     }
-    fn is_file(&self, at: u64) -> bool {
+    fn file(&self, at: u64) -> Option<u64> {
         let file = |v: &Vma| v.backing.is_some() || &*v.name == "[vdso]";
-        let fixed = |v: Vma| file(&v) && !v.shared && !v.prot.contains(Prot::WRITE);
-        self.flat().and_then(|f| f.find(at)).is_some_and(fixed)
+        let fixed = |v: &Vma| file(v) && !v.shared && !v.prot.contains(Prot::WRITE);
+        self.flat()?.find(at).filter(fixed).map(|v| v.start)
     }
     fn constant(&mut self, at: u64) -> Option<u64> {
         let fixed = |v: Vma| v.prot.contains(Prot::READ) && !v.prot.contains(Prot::WRITE) && !v.shared;

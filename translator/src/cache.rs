@@ -14,8 +14,6 @@ use crate::fault::kick;
 use crate::jitdump;
 use crate::lower::Leave;
 use crate::marks::{Home, Registers};
-use crate::persist::archive::MOST;
-use crate::persist::hash::Sum;
 use crate::persist::{self, Archive};
 use crate::route::{Policy, Routes};
 use crate::stats::{CacheStats, Stats};
@@ -25,7 +23,6 @@ use bivisor_emulator::host::thread::ThreadBlock;
 use bivisor_emulator::mem::{GuestMemory, PAGE_SIZE};
 use bivisor_emulator::vcpu::Kicker;
 use iced_x86::Mnemonic;
-use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
@@ -214,6 +211,7 @@ impl Cache {
     /// written. The caller is the only thread, and outside.
     pub fn start_over(&self, text: &[Range<u64>]) {
         let mut store = self.lock();
+        store.taken.clear();
         // What is stale takes room; filling it up and throwing it away is cheaper than throwing little away each time.
         if store.buffer.used() > MOST_STALE {
             self.forget(&mut store);
@@ -228,26 +226,16 @@ impl Cache {
     /// What later runs may [remember](Cache::remember), as a file's content for `key`; `None` if that is not much more than this run
     /// remembered itself.
     pub fn keep(&self, key: &[u8]) -> Option<Vec<u8>> {
-        let mut store = self.lock();
+        let store = self.lock();
         let archive = store.archive.clone()?;
         let adopted = store.stats.adopted;
         let few = if adopted < FEW_BLOCKS { 8 } else { adopted / 8 };
         if store.made() < adopted + few || store.worth_keeping() < adopted + few {
             return None;
         }
-        store.adopt_rest(&self.exits, &archive);
-        let new = store.records(&self.exits);
+        let new = store.clusters(&self.exits);
         drop(store);
-        // Pages that were not met this time are kept as they are, as long as there is room.
-        let mut room = MOST.checked_sub(new.iter().map(|(_, r)| r.len()).sum())?;
-        let is_new: HashSet<Sum> = new.iter().map(|(page, _)| *page).collect();
-        let old = archive.all().filter(|(page, record)| {
-            let fits = !is_new.contains(page) && record.len() <= room;
-            room -= if fits { record.len() } else { 0 };
-            fits
-        });
-        let all: Vec<(Sum, &[u8])> = old.chain(new.iter().map(|(page, r)| (*page, &r[..]))).collect();
-        Some(Archive::write(key, all.into_iter()))
+        Archive::write(key, &new, &archive)
     }
 
     /// Host address, size and guest address of each block there is, a line each in perf(1)'s format for generated code
@@ -350,16 +338,32 @@ impl Cache {
                 drop(store);
                 let page = wanted & !(PAGE_SIZE - 1);
                 let epoch = source.epoch();
-                let found = persist::adopt::ask(archive, source, page);
+                let found = persist::adopt::content_of(source, page);
                 store = self.lock();
                 if source.epoch() == epoch {
-                    store.note_page(page, found);
+                    store.note_page(archive, page, found);
                 }
                 continue;
             }
             if let Some(archive) = &archive
-                && store.adopt(&self.exits, archive, rip, home)
+                && let Some((found, unknown)) = store.find_kept(archive, rip, home)
             {
+                let mut same = true;
+                if !unknown.is_empty() {
+                    drop(store);
+                    let epoch = source.epoch();
+                    let contents: Vec<_> =
+                        unknown.iter().map(|&page| (page, persist::adopt::content_of(source, page))).collect();
+                    store = self.lock();
+                    same = source.epoch() == epoch;
+                    // What is not there now may be there later, and nobody would tell.
+                    for (page, content) in contents.into_iter().filter(|(_, content)| same && content.is_some()) {
+                        store.note_page(archive, page, content);
+                    }
+                }
+                if same {
+                    store.adopt(&self.exits, archive, found);
+                }
                 continue;
             }
             drop(store);

@@ -114,6 +114,30 @@ impl Mark {
 }
 
 impl Packed {
+    /// Bytes of one in a file.
+    pub const SIZE: usize = 6;
+
+    /// As bytes.
+    pub fn bytes(self) -> [u8; Packed::SIZE] {
+        let ([a, b], [c, d]) = (self.at.to_le_bytes(), self.number.to_le_bytes());
+        [a, b, c, d, self.tag, self.register]
+    }
+
+    /// From bytes, if they say anything.
+    pub fn read([a, b, c, d, tag, register]: [u8; Packed::SIZE]) -> Option<Packed> {
+        let number = u16::from_le_bytes([c, d]);
+        What::unpack(tag & !REGISTER, register, number)?;
+        Some(Packed { at: u16::from_le_bytes([a, b]), number, tag, register })
+    }
+
+    /// Can it be one of a block with so many exits? The rest is of trampolines, or of code that compares.
+    pub fn is_of_block(self, exits: u16) -> bool {
+        match self.unpack(0).what {
+            What::Exit(n) => n < u32::from(exits),
+            what => !matches!(what, What::Exiting | What::Compare),
+        }
+    }
+
     /// In a piece of code whose first exit has this number.
     pub fn unpack(self, first_exit: u32) -> Mark {
         let what = match What::unpack(self.tag & !REGISTER, self.register, self.number).expect("it was packed") {

@@ -12,7 +12,6 @@ use crate::marks::{self, Home, Mark, Packed, Registers};
 use crate::persist::Archive;
 use crate::persist::adopt::Pages;
 use crate::persist::park::Group;
-use crate::persist::record::Kept;
 use crate::stats::CacheStats;
 use crate::system::hash::Map;
 use bivisor_emulator::isa::Gpr;
@@ -48,7 +47,7 @@ pub(crate) struct Block {
     pub(crate) first_exit: u32,
     pub(crate) landing: Option<Landing>,
     /// The next block whose landing has the same table entry.
-    next_landing: u32,
+    pub(crate) next_landing: u32,
     /// The first exit linked to it; the table of exits holds the rest of the list.
     pub(crate) incoming: u32,
     /// The next block made from its first and its last page.
@@ -68,6 +67,27 @@ pub(crate) fn key(rip: u64, home: Home) -> u64 {
 }
 
 impl Block {
+    /// A block at code offset `at`, the body of which is `body` bytes further on; of its guest nothing is known but where it begins
+    /// and what it was made from.
+    pub(crate) fn new((start, home): (u64, Home), (at, size, body): (usize, usize, u32), len: u16) -> Block {
+        Block {
+            start,
+            at: at as u32,
+            end: (at + size) as u32,
+            body: at as u32 + body,
+            marks: 0,
+            relocations: 0,
+            first_exit: 0,
+            landing: None,
+            next_landing: 0,
+            incoming: NONE,
+            next_in_page: [NONE; 2],
+            len,
+            live: true,
+            home,
+        }
+    }
+
     pub(crate) fn pages(&self) -> [u64; 2] {
         let page = |a: u64| a & !(PAGE_SIZE - 1);
         [page(self.start), page(self.start.wrapping_add(u64::from(self.len.max(1)) - 1))]
@@ -103,9 +123,10 @@ pub struct Store {
     pub(crate) index: Index,
     /// The bytes of blocks that compare them, and which of them have been seen to change.
     pub(crate) compared: HashMap<u64, (Vec<u8>, Vec<bool>)>,
-    pub(crate) kept: Kept,
     /// What earlier runs have left.
     pub(crate) archive: Option<Arc<Archive>>,
+    /// Its clusters that were adopted.
+    pub(crate) taken: HashSet<u32>,
     /// The number of the first block of this program; those before it are an earlier one's.
     pub(crate) began: usize,
     /// What that one has left.
@@ -143,7 +164,7 @@ impl Store {
             blocks: Vec::with_capacity(1 << 15),
             marks: Vec::with_capacity(1 << 16),
             relocations: Vec::new(),
-            kept: Kept::default(),
+            taken: HashSet::new(),
             archive: None,
             began: 1,
             parked: Vec::new(),
@@ -184,7 +205,7 @@ impl Store {
 
     fn push(
         &mut self,
-        (start, home): (u64, Home),
+        start: (u64, Home),
         at: usize,
         size: usize,
         body: u32,
@@ -192,20 +213,10 @@ impl Store {
         (marks, first_exit): (&[Mark], u32),
     ) -> u32 {
         self.blocks.push(Block {
-            start,
-            at: at as u32,
-            end: (at + size) as u32,
-            body: at as u32 + body,
             marks: self.marks.len() as u32,
             relocations: self.relocations.len() as u32,
             first_exit,
-            landing: None,
-            next_landing: 0,
-            incoming: NONE,
-            next_in_page: [NONE; 2],
-            len,
-            live: true,
-            home,
+            ..Block::new(start, (at, size, body), len)
         });
         self.marks.extend(marks.iter().map(|m| m.pack(first_exit)));
         self.blocks.len() as u32 - 1
@@ -244,12 +255,7 @@ impl Store {
         let b = self.append(exits, (start, home), unit);
         let body = self.blocks[b as usize].body;
         self.index.insert(key(start, home), b, body);
-        for (i, page) in self.blocks[b as usize].pages().into_iter().enumerate() {
-            let head = self.by_page.entry(page).or_insert(NONE);
-            if *head != b {
-                self.blocks[b as usize].next_in_page[i] = std::mem::replace(head, b);
-            }
-        }
+        self.enter_pages(b);
         for (id, exit) in (first_exit..).zip(&unit.exits) {
             if let (Leave::To(target), Some(_)) = (exit.leave, exit.linked)
                 && let Some((to, _)) = self.get(target, exit.home)
@@ -262,6 +268,16 @@ impl Store {
             self.register(b, l.moved(at));
         }
         (b, body)
+    }
+
+    /// Enters a block among those of its pages.
+    pub(crate) fn enter_pages(&mut self, b: u32) {
+        for (i, page) in self.blocks[b as usize].pages().into_iter().enumerate() {
+            let head = self.by_page.entry(page).or_insert(NONE);
+            if *head != b {
+                self.blocks[b as usize].next_in_page[i] = std::mem::replace(head, b);
+            }
+        }
     }
 
     /// Notes the bytes of a block that compares them, and tells it which have changed since it was noted last.
@@ -341,7 +357,7 @@ impl Store {
         b
     }
 
-    fn note_link(&mut self, exits: &Exits, exit: u32, to: u32) {
+    pub(crate) fn note_link(&mut self, exits: &Exits, exit: u32, to: u32) {
         let block = &mut self.blocks[to as usize];
         exits.set_linked(exit, Some(to), std::mem::replace(&mut block.incoming, exit));
     }
@@ -502,6 +518,7 @@ impl Store {
         self.constants.clear();
         self.relocations.clear();
         self.pages.iter_mut().for_each(Pages::clear);
+        self.taken.clear();
         self.compared.clear();
         self.parked.clear();
         self.began = 1;

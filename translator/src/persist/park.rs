@@ -6,7 +6,7 @@
 use crate::block::CodeSource;
 use crate::exits::Exits;
 use crate::lower::{Landing, Leave};
-use crate::persist::adopt::sum_of;
+use crate::persist::adopt::{Content, content_of};
 use crate::persist::hash::Sum;
 use crate::store::{Block, NONE, Store, key};
 use std::ops::Range;
@@ -22,7 +22,7 @@ pub struct Group {
 
 /// Is the content of these pages, watched from now on, what it was? No lock is held.
 pub fn is_same(source: &mut dyn CodeSource, pages: &[(u64, Sum)]) -> bool {
-    pages.iter().all(|&(page, sum)| sum_of(source, page) == Some(sum))
+    pages.iter().all(|&(page, sum)| content_of(source, page).is_some_and(|c| c.sum == sum))
 }
 
 impl Store {
@@ -45,7 +45,7 @@ impl Store {
         self.index.clear();
         self.compared.clear();
         for (page, head) in std::mem::take(&mut self.by_page) {
-            let sum = self.pages.as_ref().and_then(|pages| pages.get(&page)?.sum());
+            let sum = self.pages.as_ref().and_then(|pages| Some(pages.get(&page)?.content?.sum));
             let mut group = groups.iter_mut().find(|g| g.range.contains(&page)).filter(|_| sum.is_some());
             if let (Some(g), Some(sum)) = (&mut group, sum) {
                 g.pages.push((page, sum, head));
@@ -85,7 +85,7 @@ impl Store {
             Leave::To(rip) => range.contains(&rip) || exits.linked(id).is_none(),
             _ => true,
         };
-        self.sums(block).is_some() && (block.first_exit..end).all(inside)
+        self.contents(block).is_some() && (block.first_exit..end).all(inside)
     }
 
     /// The pages of the group at an address, if there is one.
@@ -104,7 +104,7 @@ impl Store {
             return;
         };
         for (page, sum, head) in group.pages {
-            pages.entry(page).or_default().set_sum(sum);
+            pages.entry(page).or_default().content = Some(Content { sum, mapping: group.range.start });
             self.by_page.insert(page, head);
         }
         for b in group.blocks {
