@@ -20,6 +20,8 @@ const USER: u64 = 0x11_0000;
 const NOTES: u64 = 0x12_0000;
 const TABLES: u64 = 0x3_0000;
 const STACK: u64 = 0x9_0000;
+/// XSAVE's image.
+const IMAGE: u64 = 0x8_0000;
 const ROUNDS: i32 = 600;
 const NOTE: u64 = 64;
 
@@ -93,8 +95,8 @@ fn user() -> Result<Vec<u8>, IcedError> {
 /// Goes to the user, and is called by it until RSI is not 0.
 fn kernel() -> Result<Vec<u8>, IcedError> {
     let mut a = CodeAssembler::new(64)?;
-    let (mut entry, mut plain, mut end, mut quiet) =
-        (a.create_label(), a.create_label(), a.create_label(), a.create_label());
+    let (mut entry, mut plain, mut end, mut quiet, mut quick) =
+        (a.create_label(), a.create_label(), a.create_label(), a.create_label(), a.create_label());
     msr(&mut a, 0xc000_0080, 0xd01)?;
     msr(&mut a, 0xc000_0081, 0x0018_0008_0000_0000)?;
     msr(&mut a, 0xc000_0084, 0x4_0601)?;
@@ -153,6 +155,20 @@ fn kernel() -> Result<Vec<u8>, IcedError> {
     a.mov(cr4, rax)?;
     a.paddq(xmm0, xmm1)?;
     a.set_label(&mut plain)?;
+    // In every fourth a call of the interpreter, in every 32nd one that takes the vector registers from memory.
+    a.test(ebx, 3)?;
+    a.jne(quick)?;
+    a.xor(r8d, r8d)?;
+    a.verr(r8w)?;
+    a.test(ebx, 31)?;
+    a.jne(quick)?;
+    a.mov(eax, 7)?;
+    a.xor(edx, edx)?;
+    a.mov(r8, IMAGE)?;
+    a.xsave(ptr(r8))?;
+    a.add(dword_ptr(r8 + 160), 3)?;
+    a.xrstor(ptr(r8))?;
+    a.set_label(&mut quick)?;
     // Other flags for the user.
     a.mov(eax, ebx)?;
     a.imul_3(eax, eax, 0x51)?;

@@ -214,6 +214,7 @@ fn kernel_at(bytes: &[u8], start: u64, model: Arc<CpuModel>, mode: system::Mode)
         leave: OUT,
         leave_light: OUT,
         port: OUT,
+        wake: OUT,
         fast: None,
         targets: at::TARGETS,
         tlb: at::TLB + mode.context() * system::tlb::TABLE,

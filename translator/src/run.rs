@@ -66,7 +66,7 @@ impl Translator {
     }
 
     /// So long a guest's mappings stay as they are before the code of its programs uses the host's page tables.
-    pub const MIRROR_AFTER: Duration = Duration::from_millis(3);
+    pub const MIRROR_AFTER: Duration = Duration::from_millis(1);
 
     /// The code of a machine's programs uses the host's page tables after mappings have stayed the same for so long; `None`: never. Before
     /// the first run; at first it is [`Translator::MIRROR_AFTER`].

@@ -49,6 +49,8 @@ pub struct Page {
     pub global: bool,
     /// The leaf's dirty flag.
     pub dirty: bool,
+    /// The accessed flags of all levels.
+    pub accessed: bool,
 }
 
 /// One form of paging.
@@ -134,7 +136,7 @@ fn look_up(cpu: &CpuState, mem: &GuestMemory, laddr: u64) -> Result<(Page, Path)
     let form = Form::of(cpu);
     let mut table = form.root(cpu.cr3);
     let mut path = Path { entries: [(0, 0); 5], len: 0 };
-    let (mut user, mut write, mut execute) = (true, true, true);
+    let (mut user, mut write, mut execute, mut accessed) = (true, true, true, true);
     for level in (1..=form.levels()).rev() {
         let at = table + form.index(laddr, level) * form.entry_width().bytes();
         // Where no RAM is the bus would answer all ones: reserved bits.
@@ -151,6 +153,7 @@ fn look_up(cpu: &CpuState, mem: &GuestMemory, laddr: u64) -> Result<(Page, Path)
             user &= entry & US != 0;
             write &= entry & RW != 0;
             execute &= entry & XD == 0 || form == Form::Bits32;
+            accessed &= entry & A != 0;
             path.entries[path.len] = (at, entry);
             path.len += 1;
         }
@@ -165,6 +168,7 @@ fn look_up(cpu: &CpuState, mem: &GuestMemory, laddr: u64) -> Result<(Page, Path)
                 execute,
                 global: entry & G != 0 && cpu.cr4.contains(Cr4::PGE),
                 dirty: entry & D != 0,
+                accessed,
             };
             return Ok((page, path));
         }
@@ -277,7 +281,7 @@ fn set_flags(cpu: &CpuState, mem: &GuestMemory, path: &Path, access: Access) -> 
     })
 }
 
-/// The page of a linear address, for debuggers: no rights are checked and nothing is changed.
+/// The page of a linear address as the tables have it: no rights are checked and nothing is changed.
 pub fn peek(cpu: &CpuState, mem: &GuestMemory, laddr: u64) -> Option<Page> {
     look_up(cpu, mem, laddr).ok().map(|(page, _)| page)
 }

@@ -53,9 +53,11 @@ impl Default for Tlb {
     }
 }
 
+/// A kernel has much at multiples of 4 MiB: bits above those that count the pages of such a piece are part of it.
 #[inline(always)]
 fn slot(context: usize, laddr: u64) -> usize {
-    (laddr / PAGE_SIZE) as usize % ENTRIES + context % CONTEXTS * ENTRIES
+    let page = (laddr / PAGE_SIZE) as usize;
+    (page ^ page >> 10) % ENTRIES + context % CONTEXTS * ENTRIES
 }
 
 impl Tlb {

@@ -180,7 +180,7 @@ impl Cache {
     pub fn new(model: Arc<CpuModel>, policy: Policy) -> std::io::Result<Cache> {
         let mut buffer = CodeBuffer::new(SIZE)?;
         let mut e = Emitter::new(buffer.base());
-        for to in [enter::leave(), enter::leave_light(), enter::port()] {
+        for to in [enter::leave(), enter::leave_light(), enter::port(), enter::wake()] {
             // jmp [rip + 0]
             e.bytes.extend_from_slice(&[0xff, 0x25, 0, 0, 0, 0]);
             e.push_u64(to);
@@ -333,6 +333,7 @@ impl Cache {
             leave: self.leave,
             leave_light: self.leave + 14,
             port: self.leave + 28,
+            wake: self.leave + 42,
             targets,
             fast,
             tlb: at::TLB + mode.context() * tlb::TABLE,
@@ -776,8 +777,8 @@ impl Cache {
     }
 }
 
-/// Where the code for [`enter::KICKED`] is, behind three jumps of 14 bytes.
-const KICKED_AT: u64 = 42;
+/// Where the code for [`enter::KICKED`] is, behind four jumps of 14 bytes.
+const KICKED_AT: u64 = 56;
 
 /// Stores to a code page that hit no code, before its blocks give way.
 const HARMLESS: u32 = 256;

@@ -48,8 +48,8 @@ macro_rules! load_callers {
 }
 
 global_asm!(
-    ".globl bivisor_system_enter, bivisor_system_from, bivisor_system_to, bivisor_system_abort, bivisor_system_leave, bivisor_system_leave_light, bivisor_system_sync, bivisor_system_settle, bivisor_system_port, bivisor_system_called, bivisor_system_returned, bivisor_system_give_up",
-    ".hidden bivisor_system_enter, bivisor_system_from, bivisor_system_to, bivisor_system_abort, bivisor_system_leave, bivisor_system_leave_light, bivisor_system_sync, bivisor_system_settle, bivisor_system_port, bivisor_system_called, bivisor_system_returned, bivisor_system_give_up",
+    ".globl bivisor_system_enter, bivisor_system_from, bivisor_system_to, bivisor_system_abort, bivisor_system_leave, bivisor_system_leave_light, bivisor_system_sync, bivisor_system_settle, bivisor_system_port, bivisor_system_called, bivisor_system_returned, bivisor_system_give_up, bivisor_system_wake",
+    ".hidden bivisor_system_enter, bivisor_system_from, bivisor_system_to, bivisor_system_abort, bivisor_system_leave, bivisor_system_leave_light, bivisor_system_sync, bivisor_system_settle, bivisor_system_port, bivisor_system_called, bivisor_system_returned, bivisor_system_give_up, bivisor_system_wake",
     ".p2align 4",
     // fn(rdi = entry, rsi = what to call for devices) -> eax = exit
     "bivisor_system_enter:",
@@ -184,6 +184,33 @@ global_asm!(
     "mov dword ptr gs:[{called}], 1",
     load_callers!(),
     "jmp bivisor_system_leave",
+    // From the cache: the vector registers were left where they are and are wanted now. Goes on at the address in the slot for going in,
+    // with all general registers as they were. Nothing is in EFLAGS.
+    ".p2align 4",
+    "bivisor_system_wake:",
+    "mov gs:[{caller}], rax",
+    "mov gs:[{caller} + 16], rdx",
+    "mov gs:[{rbx}], rbx",
+    "mov dword ptr gs:[{asleep}], 0",
+    "cmp dword ptr gs:[{vectors_at}], 0",
+    "jne 11f",
+    "mov rbx, gs:[{cpu}]",
+    "mov eax, dword ptr gs:[{components}]",
+    "mov edx, dword ptr gs:[{components} + 4]",
+    "xrstor64 [rbx + {xsave}]",
+    "jmp 12f",
+    "11:",
+    ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15",
+    "movups xmm\\i, gs:[{xmm} + 16*\\i]",
+    ".endr",
+    "cmp dword ptr gs:[{vectors_at}], 2",
+    "je 12f",
+    "ldmxcsr gs:[{guest_mxcsr}]",
+    "12:",
+    "mov rax, gs:[{caller}]",
+    "mov rdx, gs:[{caller} + 16]",
+    "mov rbx, gs:[{rbx}]",
+    "jmp qword ptr gs:[{entry}]",
     // The XMM registers are Rust's: back to the guest's values for XSAVE. fn(rdi = image)
     ".p2align 4",
     "bivisor_system_sync:",
@@ -238,6 +265,7 @@ unsafe extern "sysv64" {
     safe static bivisor_system_leave: u8;
     safe static bivisor_system_leave_light: u8;
     safe static bivisor_system_port: u8;
+    safe static bivisor_system_wake: u8;
     safe static bivisor_system_called: u8;
     safe static bivisor_system_returned: u8;
     safe static bivisor_system_give_up: u8;
@@ -264,6 +292,11 @@ pub fn give_up() -> u64 {
 /// Where generated code goes to have a device called.
 pub fn port() -> u64 {
     (&raw const bivisor_system_port) as u64
+}
+
+/// Where generated code goes to have the vector registers: see [`at::ASLEEP`].
+pub fn wake() -> u64 {
+    (&raw const bivisor_system_wake) as u64
 }
 
 /// What calls a device: takes an exit, gives the host address to go on at, or 0.

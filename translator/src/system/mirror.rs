@@ -10,9 +10,9 @@
 //! is loaded without the address, and a load beside it makes sure ([`area::CHECKED`]): bits 32 to 47 of the address lead it to
 //! the one page that is readable, or, if the slot is another, to one that is not.
 //!
-//! A fault maps the page if the guest may access it, for loads, or for stores too if its dirty flag is set and no store there needs care.
-//! Whatever takes pages from the inline TLB takes them from here. Pages are mapped one by one, which costs some microseconds, so only
-//! code of address spaces that have not changed for a while uses the mirror ([`Mode`](super::Mode)).
+//! A fault maps the page if the guest may access it, for loads, or for stores too if its dirty flag is set and no store there needs care,
+//! and those around it that the guest has accessed before. Whatever takes pages from the inline TLB takes them from here. A fault costs
+//! some microseconds, so only code of address spaces that have not changed for a while uses the mirror ([`Mode`](super::Mode)).
 #![allow(unsafe_code)]
 
 #[cfg(doc)]
@@ -52,6 +52,19 @@ struct Slot {
     host: u64,
     low: u64,
     high: u64,
+}
+
+/// Pages that lie one behind the other in linear and in guest-physical memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// An address in the first.
+    pub laddr: u64,
+    /// Its guest-physical address.
+    pub gpa: u64,
+    /// How many.
+    pub count: u64,
+    /// To be stored to as well?
+    pub write: bool,
 }
 
 /// The mirror of one virtual CPU.
@@ -107,31 +120,41 @@ impl Mirror {
         self.slots.last_mut()
     }
 
-    /// Maps the page of `laddr`, which is guest-physical `gpa`. False: it was there already, or cannot be.
-    pub fn map(&mut self, area: &Area, ram: &Ram, laddr: u64, gpa: u64, write: bool) -> bool {
+    /// Is the page of `laddr` there as guest-physical `gpa`, also for stores if they are asked for?
+    pub fn has(&self, laddr: u64, gpa: u64, write: bool) -> bool {
         let (page, to) = (laddr & !(PAGE_SIZE - 1), gpa & !(PAGE_SIZE - 1));
-        let there = self.pages.get(&page).is_some_and(|(old, writable)| *old == to && (*writable || !write));
-        if there || laddr >= END || !ram.contains(to) {
+        self.pages.get(&page).is_some_and(|(old, writable)| *old == to && (*writable || !write))
+    }
+
+    /// Maps `count` pages from that of `laddr`, which are one behind the other from guest-physical `gpa`, in one slot. False: the first was
+    /// there already, or they cannot be.
+    pub fn map(&mut self, area: &Area, ram: &Ram, run: Run) -> bool {
+        let Run { laddr, gpa, count, write } = run;
+        let (page, to, len) = (laddr & !(PAGE_SIZE - 1), gpa & !(PAGE_SIZE - 1), count * PAGE_SIZE);
+        if self.has(page, to, write) || page + len > END || !ram.contains(to) || !ram.contains(to + len - PAGE_SIZE) {
             return false;
         }
         let Some(file) = ram.file().map(AsRawFd::as_raw_fd) else { return false };
-        if self.pages.len() >= MOST_PAGES {
+        if self.pages.len() + count as usize > MOST_PAGES {
             self.clear();
         }
         let Some(slot) = self.slot(area, page >> SLOT_BITS) else { return false };
         let offset = page % SLOT;
+        if offset + len > SLOT {
+            return false;
+        }
         let host = slot.host + offset;
-        (slot.low, slot.high) = (slot.low.min(offset), slot.high.max(offset + PAGE_SIZE));
+        (slot.low, slot.high) = (slot.low.min(offset), slot.high.max(offset + len));
         let prot = if write { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
         let flags = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_POPULATE;
         // SAFETY: inside a reservation of our own, over which nothing in Rust has a reference.
-        let p = unsafe { libc::mmap(host as *mut _, PAGE_SIZE as usize, prot, flags, file, to as libc::off_t) };
+        let p = unsafe { libc::mmap(host as *mut _, len as usize, prot, flags, file, to as libc::off_t) };
         if p == libc::MAP_FAILED {
             // Too many mappings: what was there before is there no more, or unchanged.
             self.clear();
             return false;
         }
-        self.pages.insert(page, (to, write));
+        self.pages.extend((0..count).map(|n| n * PAGE_SIZE).map(|n| (page + n, (to + n, write))));
         true
     }
 
@@ -200,21 +223,27 @@ mod tests {
         for n in 0..4 {
             ram.write(n * PAGE_SIZE + 5, &[n as u8 + 1]).expect("RAM");
         }
+        let map = |m: &mut Mirror, laddr, gpa, count, write| m.map(&area, &ram, Run { laddr, gpa, count, write });
         let high = 0x7fff_ffff_f000;
-        assert!(mirror.map(&area, &ram, 0x1000, 0x2000, true));
-        assert!(mirror.map(&area, &ram, high + 7, PAGE_SIZE, false));
+        assert!(map(&mut mirror, 0x1000, 0x2000, 1, true));
+        assert!(map(&mut mirror, high + 7, PAGE_SIZE, 1, false));
         assert_eq!((read(&area, 0x1005), read(&area, high + 5)), (3, 2));
-        assert!(!mirror.map(&area, &ram, 0x1000, 0x2000, false), "it is there");
-        assert!(mirror.map(&area, &ram, 0x1000, 0x3000, false), "another physical page");
+        assert!(!map(&mut mirror, 0x1000, 0x2000, 1, false), "it is there");
+        assert!(map(&mut mirror, 0x1000, 0x3000, 1, false), "another physical page");
         assert_eq!(read(&area, 0x1005), 4);
-        assert!(!mirror.map(&area, &ram, 0x9000, 4 * PAGE_SIZE, false), "no RAM");
-        assert!(!mirror.map(&area, &ram, END, 0, false), "no user address");
-        assert!(mirror.map(&area, &ram, 0x5000, 0, true));
+        assert!(!map(&mut mirror, 0x9000, 4 * PAGE_SIZE, 1, false), "no RAM");
+        assert!(!map(&mut mirror, END, 0, 1, false), "no user address");
+        assert!(map(&mut mirror, 0x5000, 0, 1, true));
         mirror.forbid_stores(0);
-        assert!(mirror.map(&area, &ram, 0x5000, 0, false), "taken away, to be loaded from again");
+        assert!(map(&mut mirror, 0x5000, 0, 1, false), "taken away, to be loaded from again");
         mirror.clear_page(high);
-        assert!(mirror.map(&area, &ram, high, 0, false));
+        assert!(map(&mut mirror, high, 0, 1, false));
         assert_eq!(read(&area, high + 5), 1);
+        assert!(map(&mut mirror, 0x8000, 0x1000, 3, true), "three at once");
+        assert_eq!((read(&area, 0x8005), read(&area, 0x9005), read(&area, 0xa005)), (2, 3, 4));
+        mirror.clear_page(0x9000);
+        assert!(mirror.has(0x8000, 0x1000, true) && !mirror.has(0x9000, 0x2000, false));
+        assert!(!map(&mut mirror, 0xb000, 0x2000, 3, false), "the last of them is no RAM");
         mirror.clear();
         assert!(mirror.is_empty());
     }

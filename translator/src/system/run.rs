@@ -654,7 +654,12 @@ impl System {
             t.stats.tlb_misses += 1;
             let range = GuestAccess { disp: low, write, ..access };
             if self.fill(t, board, ram, &range, len) {
-                return (Next::Resume(self.cache.host(retry)), 0);
+                if !self.is_overtaken(t, exit.block) {
+                    return (Next::Resume(self.cache.host(retry)), 0);
+                }
+                t.cpu.rip = exit.rip;
+                self.mend(&mut t.cpu, board, exit.spilled, exit.flags, exit.told);
+                return (Next::Go(Via::Start), exit.done);
             }
             // Asked for too much at once: not again.
             let apart = self.address(&t.cpu, &range) % PAGE_SIZE + u64::from(len) > PAGE_SIZE;

@@ -8,8 +8,8 @@ use crate::system::area::{Area, at};
 use bivisor_emulator::host::thread::ENGINE_AREA_SIZE;
 use bivisor_emulator::mem::{PAGE_SIZE, Ram};
 
-/// Entries of a table.
-pub const ENTRIES: usize = 2048;
+/// Entries of a table: so many that a kernel's data of one CPU and its entry code, both at multiples of 4 MiB, have places of their own.
+pub const ENTRIES: usize = 8192;
 /// Bytes of an entry: read tag, write tag, addend, unused.
 pub const ENTRY: usize = 32;
 /// Bytes of a table.
@@ -22,7 +22,7 @@ pub const READ: usize = 0;
 pub const WRITE: usize = 8;
 /// Offset of the addend.
 pub const ADDEND: usize = 16;
-const _: () = assert!(at::TLB + CONTEXTS * TABLE <= ENGINE_AREA_SIZE);
+const _: () = assert!(at::TLB + CONTEXTS * TABLE <= ENGINE_AREA_SIZE && CONTEXTS * ENTRIES <= 1 << 16);
 
 /// Offset of the entry of a page in its table.
 pub const fn entry(laddr: u64) -> usize {
@@ -45,45 +45,43 @@ pub struct Found {
     pub global: bool,
 }
 
+/// In a list of filled entries: of pages that are not global, and of those that are.
+const LISTED: [u8; 2] = [1, 2];
+
 /// The tables, which lie in the area.
 #[derive(Debug)]
 pub struct Tlb {
-    used: [bool; CONTEXTS],
-    /// Entries that were filled with pages that are not global; at most [`MOST_LOCAL`].
-    local: Vec<u16>,
+    /// By entry: which lists it is in.
+    listed: Box<[u8]>,
+    /// Entries that were filled with pages that are not global, and with those that are.
+    filled: [Vec<u16>; 2],
 }
-
-/// So many pages are forgotten one by one.
-const MOST_LOCAL: usize = 2 * ENTRIES;
 
 impl Tlb {
     /// Empty.
     pub fn new(area: &Area) -> Tlb {
-        let mut tlb = Tlb { used: [true; CONTEXTS], local: Vec::new() };
-        tlb.clear(area);
-        tlb
+        area.fill(at::TLB..at::TLB + CONTEXTS * TABLE, 0xff);
+        Tlb { listed: vec![0; CONTEXTS * ENTRIES].into(), filled: [Vec::new(), Vec::new()] }
+    }
+
+    fn forget(&mut self, area: &Area, list: usize) {
+        for n in self.filled[list].drain(..) {
+            let e = at::TLB + usize::from(n) * ENTRY;
+            area.set(e + READ, NONE);
+            area.set(e + WRITE, NONE);
+            self.listed[usize::from(n)] &= !LISTED[list];
+        }
     }
 
     /// Forgets everything.
     pub fn clear(&mut self, area: &Area) {
-        self.local.clear();
-        for (n, used) in self.used.iter_mut().enumerate() {
-            if std::mem::take(used) {
-                area.fill(at::TLB + n * TABLE..at::TLB + (n + 1) * TABLE, 0xff);
-            }
-        }
+        self.forget(area, 0);
+        self.forget(area, 1);
     }
 
     /// Forgets all pages but global ones.
     pub fn clear_local(&mut self, area: &Area) {
-        if self.local.len() >= MOST_LOCAL {
-            return self.clear(area);
-        }
-        for n in self.local.drain(..) {
-            let e = at::TLB + usize::from(n) * ENTRY;
-            area.set(e + READ, NONE);
-            area.set(e + WRITE, NONE);
-        }
+        self.forget(area, 0);
     }
 
     /// Forgets one small page.
@@ -100,7 +98,7 @@ impl Tlb {
     /// From now on stores to the physical page of `gpa` need care.
     pub fn forbid_stores(&self, area: &Area, ram: &Ram, gpa: u64) {
         let host = (ram.host_base() as u64).wrapping_add(gpa & !(PAGE_SIZE - 1));
-        for e in (0..CONTEXTS * ENTRIES).filter(|n| self.used[n / ENTRIES]).map(|n| at::TLB + n * ENTRY) {
+        for e in self.filled.iter().flatten().map(|n| at::TLB + usize::from(*n) * ENTRY) {
             if area.get(e + READ).wrapping_add(area.get(e + ADDEND)) == host {
                 area.set(e + WRITE, NONE);
             }
@@ -115,9 +113,10 @@ impl Tlb {
         if !ram.contains(to) || write && ram.store_needs_care(to) {
             return false;
         }
-        self.used[context] = true;
-        if !global && self.local.len() < MOST_LOCAL {
-            self.local.push((context * ENTRIES + (laddr / PAGE_SIZE) as usize % ENTRIES) as u16);
+        let n = context * ENTRIES + (laddr / PAGE_SIZE) as usize % ENTRIES;
+        if self.listed[n] & LISTED[usize::from(global)] == 0 {
+            self.listed[n] |= LISTED[usize::from(global)];
+            self.filled[usize::from(global)].push(n as u16);
         }
         let e = at::TLB + context * TABLE + entry(laddr);
         if area.get(e + READ) != page {
@@ -150,10 +149,10 @@ mod tests {
         assert!(tlb.fill(&area, &ram, page(0x6000, PAGE_SIZE), false), "code may be read");
         assert!(!tlb.fill(&area, &ram, page(0x6000, PAGE_SIZE), true), "a store would make code stale");
         assert!(!tlb.fill(&area, &ram, page(0x7000, 2 * PAGE_SIZE), false), "no RAM");
-        assert!(tlb.fill(&area, &ram, page(0x80_5000, 0), false));
-        assert_eq!((at(5, READ), at(5, WRITE)), (0x80_5000, NONE), "the same slot, another page");
+        assert!(tlb.fill(&area, &ram, page(0x200_5000, 0), false));
+        assert_eq!((at(5, READ), at(5, WRITE)), (0x200_5000, NONE), "the same slot, another page");
         assert!(tlb.fill(&area, &ram, page(0xa000, 0), true));
-        tlb.clear_page(&area, 0x80_afff);
+        tlb.clear_page(&area, 0x200_afff);
         assert_eq!(at(10, READ), 0xa000, "another page in the same slot");
         tlb.clear_page(&area, 0xafff);
         assert_eq!((at(10, READ), at(10, WRITE)), (NONE, NONE));

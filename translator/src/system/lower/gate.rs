@@ -119,9 +119,8 @@ impl Lower<'_> {
         self.e.load(s, At::slot(at::SYSRET));
         self.e.rr(W::Q, &TEST, s as u8, s, &[]);
         self.leave_if(&JE, item, Kind::Step, rip, self.n);
-        // The vector registers must be where the user's code wants them.
-        self.e.load(t, At::slot(at::SYSRET_ASLEEP));
-        self.e.compare(t, At::slot(at::ASLEEP));
+        // Where the user's code has no use for vector registers they must not be loaded.
+        self.e.is_zero(At::slot(at::SYSRET_ASLEEP));
         self.leave_if(&JNE, item, Kind::Step, rip, self.n);
         for forbidden in [at::SYSRET_FORBIDDEN, at::PENDING] {
             self.e.load(t, At::slot(forbidden));
@@ -153,8 +152,25 @@ impl Lower<'_> {
         self.e.rr(W::D, &OR, s as u8, t, &[]);
         self.e.push(0x66);
         self.e.rm(W::D, &[0x89], s as u8, At::slot(at::STATUS), &[]);
+        self.wake(t);
         self.home();
         self.e.rm(W::D, &[0xff], 4, At::slot(at::TARGET), &[]);
         Some(false)
+    }
+
+    /// Loads the vector registers, if they are not. Nothing is in EFLAGS.
+    fn wake(&mut self, t: Gpr) {
+        self.e.is_zero(At::slot(at::ASLEEP));
+        let awake = self.branch(&JE);
+        // lea t, [rip + ..]
+        self.e.bytes.extend_from_slice(&[0x48 | t as u8 >> 3 << 2, 0x8d, (t as u8 & 7) << 3 | 5]);
+        let after = self.e.len();
+        self.e.push_u32(0);
+        self.e.store(At::slot(at::ENTRY), t);
+        let jump = self.branch(&[0xe9]);
+        self.e.set_rel32(jump, self.around.wake);
+        let here = self.e.here();
+        self.e.set_rel32(awake, here);
+        self.e.set_rel32(after, here);
     }
 }

@@ -210,6 +210,8 @@ pub struct Around {
     pub leave_light: u64,
     /// Host address of the way to a device.
     pub port: u64,
+    /// Host address of what loads the vector registers.
+    pub wake: u64,
     /// Offset of the cache of branch targets.
     pub targets: usize,
     /// Offset of the fast one, if there is one.

@@ -244,6 +244,10 @@ impl System {
             return Next::Go(via);
         }
         resume(&mut t.cpu);
+        // XRSTOR may have filled them, and SYSRET in the cache does not look.
+        if self.area.get(at::VECTORS_AT) == 0 && t.cpu.xsave.xstate_bv() & super::UPPER != 0 {
+            self.follow_upper(true);
+        }
         let Some(mode) = self.mode(&t.cpu) else { return Next::Go(via) };
         let Some(b) = self.find(t, board, ram, mode, via) else { return Next::Go(Via::Start) };
         if self.flushes != self.cache.counts.flushes {

@@ -72,6 +72,12 @@ impl System {
         Some(if mode.user() && self.mirroring.decide() { mode.mirrored() } else { mode })
     }
 
+    /// Shall user code of block `b` that has left go on in the mirror from now on?
+    pub(super) fn is_overtaken(&mut self, t: &Translator, b: u32) -> bool {
+        let mode = self.cache.block(b).mode;
+        t.cpu.cpl() == 3 && mode.user() && !mode.is_mirrored() && !mode.is_counted() && self.mirroring.decide()
+    }
+
     /// SYSCALL and SYSRET leave until it is known where they go.
     pub(super) fn close_gates(&self) {
         self.area.set(at::SYSCALL, 0);

@@ -5,9 +5,10 @@ use crate::run::Translator;
 use crate::system::area::{Area, at};
 use crate::system::block::Access as GuestAccess;
 use crate::system::lower::Flags;
-use crate::system::mirror::{END, Mirror, SLOT_BITS};
+use crate::system::mirror::{END, Mirror, Run, SLOT_BITS};
+use bivisor_emulator::cpu::CpuState;
 use bivisor_emulator::isa::Gpr;
-use bivisor_emulator::mem::{Access, PAGE_SIZE, Ram};
+use bivisor_emulator::mem::{Access, By, PAGE_SIZE, Ram, paging};
 use bivisor_emulator::vcpu::Board;
 use std::time::{Duration, Instant};
 
@@ -16,6 +17,9 @@ const LONGEST: Duration = Duration::from_secs(1);
 /// Faults that are always worth it; more must not come more often than one in [`SELDOM`].
 const FREE: u32 = 1024;
 const SELDOM: Duration = Duration::from_micros(200);
+
+/// Pages that a fault looks at: as many as lie together in one aligned piece.
+const AROUND: u64 = 64;
 
 /// Whether user code uses the mirror.
 pub(super) struct Mirroring {
@@ -88,6 +92,38 @@ impl Mirroring {
     }
 }
 
+/// Maps what lies around `laddr` as far as the guest's tables need no change for it: what has been loaded from before, and for stores too
+/// what has been stored to.
+fn map_around(mirror: &mut Mirror, area: &Area, (cpu, board, ram): (&CpuState, Board<'_>, &Ram), laddr: u64) {
+    let start = laddr & !(AROUND * PAGE_SIZE - 1);
+    let mut run: Option<Run> = None;
+    for at in (0..AROUND).map(|n| start + n * PAGE_SIZE) {
+        let page = paging::peek(cpu, board.mem, at)
+            .filter(|p| p.accessed && paging::allowed(cpu, p, Access::Read, By::User) && ram.contains(p.gpa));
+        let next = page.map(|p| {
+            let write = p.dirty && paging::allowed(cpu, &p, Access::Write, By::User) && !ram.store_needs_care(p.gpa);
+            Run { laddr: at, gpa: p.gpa, count: 1, write }
+        });
+        let next = next.filter(|n| !mirror.has(n.laddr, n.gpa, n.write));
+        match (&mut run, next) {
+            (Some(r), Some(n))
+                if n.gpa == r.gpa + r.count * PAGE_SIZE
+                    && (n.write, n.laddr) == (r.write, r.laddr + r.count * PAGE_SIZE) =>
+            {
+                r.count += 1;
+            }
+            (_, next) => {
+                if let Some(r) = std::mem::replace(&mut run, next) {
+                    mirror.map(area, ram, r);
+                }
+            }
+        }
+    }
+    if let Some(r) = run {
+        mirror.map(area, ram, r);
+    }
+}
+
 impl System {
     /// Mappings have changed.
     pub(super) fn clear_mirror(&mut self) {
@@ -133,7 +169,11 @@ impl System {
             if access.write && ram.store_needs_care(gpa) {
                 return None;
             }
-            progress |= mirror.map(&self.area, ram, at, gpa, access.write);
+            let run = Run { laddr: at, gpa, count: 1, write: access.write };
+            if mirror.map(&self.area, ram, run) {
+                progress = true;
+                map_around(mirror, &self.area, (&t.cpu, board, ram), at);
+            }
         }
         if !progress {
             let base = access.base.map_or(0, |r: Gpr| t.cpu.gpr[r as usize]);
