@@ -3,7 +3,7 @@
 use crate::lower::Leave;
 use crate::marks::Home;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 const CHUNK: usize = 256;
 const CHUNKS: usize = 128;
@@ -28,17 +28,31 @@ pub struct Place {
 
 #[derive(Default)]
 struct Record {
-    rip: AtomicU64,
+    /// 56 bits of RIP, of which user code has less, and the kind: 0, to a block; 1, step; 2, changed code; else 3 + length of SYSCALL. Of
+    /// a short displacement, which leads to a block, instead of the kind: from it to the jump to the stub. In halves: eight bytes at once
+    /// would make each exit four bytes larger.
+    rip_and_kind: [AtomicU32; 2],
     /// Its highest two bits are [`SHORT`] and [`REGISTER`].
     site: AtomicU32,
     /// The number of the block it is linked to, plus one.
     linked: AtomicU32,
     /// The next exit linked to the same block.
     next: AtomicU32,
-    /// Of a short displacement: from it to the jump to the stub.
-    step: AtomicU16,
-    /// 0: to a block; 1: step; 2: changed code; else 3 + length of SYSCALL.
-    kind: AtomicU8,
+}
+
+impl Record {
+    fn rip(&self) -> u64 {
+        let half = |i: usize| i64::from(self.rip_and_kind[i].load(Ordering::Relaxed));
+        ((half(1) << 40) >> 8 | half(0)) as u64
+    }
+
+    fn kind(&self) -> u8 {
+        (self.rip_and_kind[1].load(Ordering::Relaxed) >> 24) as u8
+    }
+
+    fn is_short(&self) -> bool {
+        self.site.load(Ordering::Relaxed) & SHORT != 0
+    }
 }
 
 /// Parts of the table that exist when they are needed.
@@ -73,8 +87,9 @@ impl Exits {
     /// Why this exit is taken.
     pub fn leave(&self, id: u32) -> Leave {
         let r = self.record(id);
-        let rip = r.rip.load(Ordering::Relaxed);
-        match r.kind.load(Ordering::Relaxed) {
+        let rip = r.rip();
+        match r.kind() {
+            _ if r.is_short() => Leave::To(rip),
             0 => Leave::To(rip),
             1 => Leave::Step(rip),
             2 => Leave::Changed(rip),
@@ -84,7 +99,7 @@ impl Exits {
 
     /// RIP of the guest that takes it.
     pub fn rip(&self, id: u32) -> u64 {
-        self.record(id).rip.load(Ordering::Relaxed)
+        self.record(id).rip()
     }
 
     /// Where R11 is when it is taken.
@@ -99,8 +114,8 @@ impl Exits {
     pub fn place(&self, id: u32, stub: usize) -> Place {
         let r = self.record(id);
         let word = r.site.load(Ordering::Relaxed);
-        let (site, short) = ((word & !(SHORT | REGISTER)) as usize, word & SHORT != 0);
-        Place { site, short, stub: if short { site + usize::from(r.step.load(Ordering::Relaxed)) } else { stub } }
+        let (site, short) = ((word & !(SHORT | REGISTER)) as usize, r.is_short());
+        Place { site, short, stub: if short { site + usize::from(r.kind()) } else { stub } }
     }
 
     /// The block it is linked to.
@@ -129,14 +144,41 @@ impl Exits {
             Leave::Changed(rip) => (rip, 2),
             Leave::Syscall(rip, len) => (rip, 3 + len),
         };
-        r.rip.store(rip, Ordering::Relaxed);
-        r.kind.store(kind, Ordering::Relaxed);
+        // A displacement of 8 bits reaches it.
+        let kind = if place.short { (place.stub - place.site) as u8 } else { kind };
+        r.rip_and_kind[0].store(rip as u32, Ordering::Relaxed);
+        r.rip_and_kind[1].store((rip >> 32) as u32 & 0xff_ffff | u32::from(kind) << 24, Ordering::Relaxed);
         let short = if place.short { SHORT } else { 0 };
         let home = if home == Home::Register { REGISTER } else { 0 };
         r.site.store(place.site as u32 | short | home, Ordering::Relaxed);
-        if place.short {
-            r.step.store((place.stub - place.site) as u16, Ordering::Relaxed);
-        }
         r.linked.store(0, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_set_is_there_whatever_the_address() {
+        let exits = Exits::default();
+        let mut id = 0;
+        for rip in [0, 0x40_1000, 0x7fff_ffff_f000, 0x8000_7fff_f123, u64::MAX - 0x7fff_ffff, u64::MAX] {
+            for leave in
+                [Leave::To(rip), Leave::Step(rip), Leave::Changed(rip), Leave::Syscall(rip, 2), Leave::Syscall(rip, 15)]
+            {
+                for home in [Home::Slot, Home::Register] {
+                    exits.set(id, leave, home, Place { site: 0x3fff_ff00, short: false, stub: 7 });
+                    exits.set(id + 1, Leave::To(rip), home, Place { site: 77, short: true, stub: 77 + 128 });
+                    for (id, leave) in [(id, leave), (id + 1, Leave::To(rip))] {
+                        assert_eq!((exits.leave(id), exits.rip(id), exits.home(id)), (leave, rip, home));
+                    }
+                    assert_eq!(exits.place(id, 9), Place { site: 0x3fff_ff00, short: false, stub: 9 });
+                    assert_eq!(exits.place(id + 1, 9), Place { site: 77, short: true, stub: 205 });
+                    id += 2;
+                }
+            }
+        }
+        assert_eq!(Exits::EACH, 20);
     }
 }

@@ -1,12 +1,13 @@
 //! From guest address to block: open addressing with linear probing, one cache line a lookup, few for a function.
 
-/// Guest address; block number and code offset. Zeros take no memory until they are written.
-type Slot = [u64; 2];
+/// Block number, and 32 bits that the guest address gives: whether a block that has them is the one, its own address says. Zeros take
+/// no memory until they are written.
+type Slot = [u32; 2];
 
-const EMPTY: u64 = 0;
-const GONE: u64 = u64::MAX;
+const EMPTY: u32 = 0;
+const GONE: u32 = u32::MAX;
 
-/// The table. Block numbers are neither 0 nor 2^32 - 1.
+/// The table. Block numbers are neither 0 nor 2^32 - 1. It does not hold addresses: who asks says by `rip_of` where a block begins.
 pub struct Index {
     slots: Vec<Slot>,
     /// Slots not [`EMPTY`].
@@ -17,9 +18,14 @@ pub struct Index {
 
 const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// Neighbours lie together, as they are asked for together: 256 bytes of code have 16 slots in four cache lines.
+/// Neighbours lie together, as they are asked for together: 256 bytes of code have 16 slots in two cache lines.
 fn group(rip: u64) -> usize {
     ((rip >> 8).wrapping_mul(MIX) >> 32) as usize
+}
+
+/// Differs for addresses of which the low 32 bits differ.
+fn tag(rip: u64) -> u32 {
+    rip.wrapping_mul(MIX) as u32
 }
 
 impl Default for Index {
@@ -30,7 +36,7 @@ impl Default for Index {
 
 impl Index {
     fn with_slots(slots: usize) -> Index {
-        Index { slots: vec![[0, EMPTY]; slots], used: 0, filter: vec![0; slots / 8] }
+        Index { slots: vec![[EMPTY; 2]; slots], used: 0, filter: vec![0; slots / 8] }
     }
 
     /// Bytes it takes.
@@ -47,44 +53,44 @@ impl Index {
         (group(rip) << 4 | (rip >> 4 & 15) as usize) & (self.slots.len() - 1)
     }
 
-    fn position(&self, rip: u64) -> Option<usize> {
+    /// The slot of the address of which `is` says that it is the one.
+    fn position(&self, rip: u64, is: impl Fn(u32) -> bool) -> Option<usize> {
         let mut i = self.start(rip);
         loop {
             match self.slots[i] {
-                [_, EMPTY] => return None,
-                [at, found] if at == rip && found != GONE => return Some(i),
+                [EMPTY, _] => return None,
+                [block, found] if found == tag(rip) && block != GONE && is(block) => return Some(i),
                 _ => i = (i + 1) & (self.slots.len() - 1),
             }
         }
     }
 
-    /// The number of the block at `rip` and the code offset of its body.
+    /// The number of the block at `rip`.
     #[inline]
-    pub fn get(&self, rip: u64) -> Option<(u32, u32)> {
+    pub fn get(&self, rip: u64, rip_of: impl Fn(u32) -> u64) -> Option<u32> {
         let (word, bit) = self.filter_bit(rip);
         if self.filter[word] & bit == 0 {
             return None;
         }
-        self.position(rip).map(|i| ((self.slots[i][1] >> 32) as u32, self.slots[i][1] as u32))
+        self.position(rip, |b| rip_of(b) == rip).map(|i| self.slots[i][0])
     }
 
     /// Adds a block; there must be none at `rip`.
-    pub fn insert(&mut self, rip: u64, block: u32, body: u32) {
-        self.put([rip, u64::from(block) << 32 | u64::from(body)]);
+    pub fn insert(&mut self, rip: u64, block: u32, rip_of: impl Fn(u32) -> u64) {
+        if self.used * 3 >= self.slots.len() * 2 {
+            self.grow(rip_of);
+        }
+        self.put(rip, block);
     }
 
-    fn put(&mut self, slot: Slot) {
-        let rip = slot[0];
-        if self.used * 3 >= self.slots.len() * 2 {
-            self.grow();
-        }
+    fn put(&mut self, rip: u64, block: u32) {
         let (word, bit) = self.filter_bit(rip);
         self.filter[word] |= bit;
         let mut i = self.start(rip);
-        while self.slots[i][1] != EMPTY {
+        while self.slots[i][0] != EMPTY {
             i = (i + 1) & (self.slots.len() - 1);
         }
-        self.slots[i] = slot;
+        self.slots[i] = [block, tag(rip)];
         self.used += 1;
     }
 
@@ -95,12 +101,10 @@ impl Index {
         }
     }
 
-    /// Takes the block at `rip` out if it is this one.
+    /// Takes the block out that was put in for `rip`, if it is there.
     pub fn remove(&mut self, rip: u64, block: u32) {
-        if let Some(i) = self.position(rip)
-            && self.slots[i][1] >> 32 == u64::from(block)
-        {
-            self.slots[i][1] = GONE;
+        if let Some(i) = self.position(rip, |b| b == block) {
+            self.slots[i][0] = GONE;
         }
     }
 
@@ -110,22 +114,17 @@ impl Index {
             *self = Index::default();
             return;
         }
-        for i in 0..self.slots.len() {
-            if self.slots[i][1] != EMPTY {
-                let (word, _) = self.filter_bit(self.slots[i][0]);
-                self.filter[word] = 0;
-                self.slots[i][1] = EMPTY;
-            }
-        }
+        self.slots.fill([EMPTY; 2]);
+        self.filter.fill(0);
         self.used = 0;
     }
 
     /// Twice the size, or the same if many were taken out.
-    fn grow(&mut self) {
-        let live: Vec<Slot> = self.slots.iter().filter(|s| s[1] != EMPTY && s[1] != GONE).copied().collect();
+    fn grow(&mut self, rip_of: impl Fn(u32) -> u64) {
+        let live: Vec<u32> = self.slots.iter().map(|s| s[0]).filter(|&b| b != EMPTY && b != GONE).collect();
         let size = if live.len() * 4 >= self.slots.len() { self.slots.len() * 2 } else { self.slots.len() };
         *self = Index::with_slots(size);
-        live.into_iter().for_each(|s| self.put(s));
+        live.into_iter().for_each(|b| self.put(rip_of(b), b));
     }
 }
 
@@ -136,21 +135,24 @@ mod tests {
 
     #[test]
     fn agrees_with_a_hash_map() {
-        let (mut index, mut map) = (Index::default(), HashMap::new());
+        let (mut index, mut map, mut rips) = (Index::default(), HashMap::new(), vec![0]);
         let mut x = 1u64;
         for n in 1..60_000u32 {
             x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            let rip = 0x7f00_0000_0000 + (x >> 48);
+            // Of two addresses the low 32 bits are the same.
+            let rip = 0x7f00_0000_0000 + (x >> 49) + (x & 1 << 32);
+            rips.push(rip);
+            let rip_of = |b: u32| rips[b as usize];
             if let Some(&b) = map.get(&rip) {
                 index.remove(rip, b);
                 map.remove(&rip);
             } else {
-                index.insert(rip, n, n * 2);
+                index.insert(rip, n, rip_of);
                 map.insert(rip, n);
             }
         }
-        for rip in 0x7f00_0000_0000..0x7f00_0001_0000u64 {
-            assert_eq!(index.get(rip), map.get(&rip).map(|&n| (n, n * 2)));
+        for rip in (0x7f00_0000_0000..0x7f00_0000_8000u64).flat_map(|rip| [rip, rip + (1 << 32)]) {
+            assert_eq!(index.get(rip, |b| rips[b as usize]), map.get(&rip).copied());
         }
     }
 }

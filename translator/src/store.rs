@@ -67,6 +67,11 @@ pub(crate) fn key(rip: u64, home: Home) -> u64 {
 }
 
 impl Block {
+    /// See [`key`].
+    pub(crate) fn key(&self) -> u64 {
+        key(self.start, self.home)
+    }
+
     /// A block at code offset `at`, the body of which is `body` bytes further on; of its guest nothing is known but where it begins
     /// and what it was made from.
     pub(crate) fn new((start, home): (u64, Home), (at, size, body): (usize, usize, u32), len: u16) -> Block {
@@ -224,7 +229,14 @@ impl Store {
 
     /// The block at `rip` and the code offset of its body.
     pub fn get(&self, rip: u64, home: Home) -> Option<(u32, u32)> {
-        self.index.get(key(rip, home))
+        let b = self.index.get(key(rip, home), |b| self.blocks[b as usize].key())?;
+        Some((b, self.blocks[b as usize].body))
+    }
+
+    /// Makes a block be found by its address.
+    pub(crate) fn enter_index(&mut self, b: u32) {
+        let key_of = |b: u32| self.blocks[b as usize].key();
+        self.index.insert(key_of(b), b, key_of);
     }
 
     /// Might the next block not fit?
@@ -254,7 +266,7 @@ impl Store {
         let first_exit = self.exits_used;
         let b = self.append(exits, (start, home), unit);
         let body = self.blocks[b as usize].body;
-        self.index.insert(key(start, home), b, body);
+        self.enter_index(b);
         self.enter_pages(b);
         for (id, exit) in (first_exit..).zip(&unit.exits) {
             if let (Leave::To(target), Some(_)) = (exit.leave, exit.linked)
@@ -488,7 +500,7 @@ impl Store {
         if !std::mem::replace(&mut block.live, false) {
             return;
         }
-        let key = key(block.start, block.home);
+        let key = block.key();
         let mut exit = std::mem::replace(&mut block.incoming, NONE);
         self.stats.stale += 1;
         self.index.remove(key, b);

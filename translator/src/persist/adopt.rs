@@ -8,7 +8,7 @@ use crate::marks::Home;
 use crate::persist::Archive;
 use crate::persist::cluster::{Cluster, Row};
 use crate::persist::hash::{Sum, sum};
-use crate::store::{Block, Store, key};
+use crate::store::{Block, Store};
 use crate::system::hash::Map;
 use bivisor_emulator::mem::PAGE_SIZE;
 use std::collections::HashSet;
@@ -179,19 +179,19 @@ impl Adoption {
                 relocations: of_file,
                 ..Block::new((start, row.home), (at, row.size.into(), row.body.into()), row.len)
             };
-            let (body, pages) = (block.body, block.pages());
+            let pages = block.pages();
             store.blocks.push(block);
             let bytes = &mut code[self.pad + at - self.at..][..row.size.into()];
-            let (place, moves, key) = (base + at as u64, (self.host_by, self.move_by), key(start, row.home));
+            let (place, moves) = (base + at as u64, (self.host_by, self.move_by));
             let stands = if pages.iter().any(|p| self.bad.contains(p)) {
                 None
-            } else if let Some((old, _)) = store.index.get(key) {
+            } else if let Some((old, _)) = store.get(start, row.home) {
                 Some(old)
             } else if move_code(bytes, &relocations, moves, place, (stubs, first_exit)) {
                 if row.landing {
                     self.land(store, (b, &row), (start, place), bytes, &mut landing);
                 }
-                store.index.insert(key, b, body);
+                store.enter_index(b);
                 store.enter_pages(b);
                 Some(b)
             } else {

@@ -8,7 +8,7 @@ use crate::exits::Exits;
 use crate::lower::{Landing, Leave};
 use crate::persist::adopt::{Content, content_of};
 use crate::persist::hash::Sum;
-use crate::store::{Block, NONE, Store, key};
+use crate::store::{Block, NONE, Store};
 use std::ops::Range;
 
 /// The code of a mapping that is gone.
@@ -108,8 +108,7 @@ impl Store {
             self.by_page.insert(page, head);
         }
         for b in group.blocks {
-            let block = &self.blocks[b as usize];
-            self.index.insert(key(block.start, block.home), b, block.body);
+            self.enter_index(b);
         }
         for (b, landing) in group.landings {
             self.register(b, landing);
