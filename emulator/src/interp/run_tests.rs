@@ -1,11 +1,11 @@
 //! The loop: fetch across pages, code that changes, events at the boundary (SDM 3A 6.9, 8.1.3; 3B 17).
 
 use crate::bus::Bus;
-use crate::cpu::{Activity, Fault, Rflags};
+use crate::cpu::{Activity, Efer, Fault, Rflags};
 use crate::interp::testing::{CODE, DATA, Machine, STACK, TABLES};
 use crate::isa::{Gpr, Width};
 use crate::vcpu::{Board, Exit, Intercepts, Vcpu};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 const RAX: usize = Gpr::Rax as usize;
 
@@ -226,6 +226,87 @@ fn hlt_waits_for_an_interrupt() {
     assert_eq!(go(&mut m), Exit::Budget);
     assert_eq!((m.cpu().rip, m.cpu().activity), (0x9001, Activity::Active));
     assert_eq!(m.load(0x7000 - 6, Width::W), CODE + 1);
+}
+
+/// NMIs that wait to be taken.
+struct Nmis(AtomicU32);
+
+impl Bus for Nmis {
+    fn read_port(&self, _: u16, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn write_port(&self, _: u16, _: &[u8]) {}
+    fn read_mmio(&self, _: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn write_mmio(&self, _: u64, _: &[u8]) {}
+    fn take_interrupt(&self) -> Option<u8> {
+        None
+    }
+    fn nmi_pending(&self) -> bool {
+        self.0.load(Ordering::Relaxed) > 0
+    }
+    fn take_nmi(&self) -> bool {
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_ok()
+    }
+}
+
+/// SDM 3A 6.7: whatever IF is; the next only behind IRET; they end HLT; not behind MOV SS.
+#[test]
+fn nmis_wait_for_iret_and_end_hlt() {
+    // mov ss, ax; nop; hlt; nop; the handler: inc bx; nop; iret
+    let mut m = Machine::real(&[0x8e, 0xd0, 0x90, 0xf4, 0x90]);
+    m.vcpu.set_intercepts(Intercepts::empty());
+    m.mem.store(4 * 2, Width::D, 0x0000_9000).expect("in RAM");
+    m.mem.write(0x9000, &[0x43, 0x90, 0xcf]).expect("in RAM");
+    let line = Nmis(AtomicU32::new(0));
+    let go = |m: &mut Machine| m.vcpu.run(Board { mem: &m.mem, bus: &line }, 1);
+    assert_eq!(go(&mut m), Exit::Budget);
+    line.0.store(2, Ordering::Relaxed);
+    let mut seen = Vec::new();
+    for _ in 0..7 {
+        assert_eq!(go(&mut m), Exit::Budget);
+        seen.push(m.cpu().rip);
+    }
+    // The NOP in the shadow, the handler, and at once, behind its IRET, the handler again.
+    assert_eq!(seen, [CODE + 3, 0x9001, 0x9002, CODE + 3, 0x9001, 0x9002, CODE + 3]);
+    assert_eq!((m.cpu().gpr[3], m.cpu().nmi_blocked), (2, false));
+    assert_eq!(go(&mut m), Exit::Halt);
+    line.0.store(1, Ordering::Relaxed);
+    assert_eq!((go(&mut m), m.cpu().rip, m.cpu().activity), (Exit::Budget, 0x9001, Activity::Active));
+    assert_eq!(m.load(0x7000 - 6, Width::W), CODE + 4);
+    assert!(m.cpu().nmi_blocked);
+}
+
+/// SDM 3B 17.3.2: the trap comes behind the instruction that began with TF; SYSCALL and INT n clear it first; nothing comes behind MOV SS.
+#[test]
+fn single_steps_of_instructions_that_change_tf() {
+    let db = Exit::Exception(Fault::Db(1 << 14));
+    // popfq that sets TF; nop
+    let mut m = Machine::long64(3, &[0x9d, 0x90]);
+    m.mem.store(STACK, Width::Q, 0x102).expect("in RAM");
+    assert_eq!((m.run(1), m.run(1), m.cpu().rip), (Exit::Budget, db, CODE + 2));
+    // mov ss, eax; nop: one trap, behind both.
+    let mut m = Machine::long64(0, &[0x8e, 0xd0, 0x90]);
+    m.cpu().rflags |= Rflags::TF;
+    assert_eq!((m.run(2), m.cpu().rip), (db, CODE + 3));
+    // syscall with TF in FMASK, and without
+    for (mask, end) in [(0x100, Exit::Budget), (0, db)] {
+        let mut m = Machine::long64(3, &[0x0f, 0x05]);
+        m.cpu().rflags |= Rflags::TF;
+        m.cpu().efer |= Efer::SCE;
+        (m.cpu().msr.fmask, m.cpu().msr.lstar, m.cpu().msr.star) = (mask, CODE + 0x100, 0x0018_0008 << 32);
+        assert_eq!((m.run(1), m.cpu().rip), (end, CODE + 0x100), "FMASK {mask:#x}");
+        assert_eq!(m.cpu().gpr[11] & 0x100, 0x100);
+    }
+    // int 0x40 in real mode: TF is in the image and clear in the handler.
+    let mut m = Machine::real(&[0xcd, 0x40]);
+    m.vcpu.set_intercepts(Intercepts::empty());
+    (m.cpu().rflags, m.cpu().idtr.limit) = (Rflags::FIXED | Rflags::TF, 0x3ff);
+    m.mem.store(4 * 0x40, Width::D, 0x0000_9000).expect("in RAM");
+    m.mem.write(0x9000, &[0x90, 0x90]).expect("in RAM");
+    assert_eq!((m.run(2), m.cpu().rip), (Exit::Budget, 0x9001));
+    assert_eq!(m.load(0x7000 - 2, Width::W), 0x102);
 }
 
 #[test]

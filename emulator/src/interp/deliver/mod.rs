@@ -92,13 +92,17 @@ pub fn deliver(x: &mut Exec<'_>, event: Event) -> Result<(), Stop> {
                 {
                     return Err(stop);
                 }
-                Why::Fault(second) => match combine(event, second) {
-                    Some(fault) => event = Event::Fault(fault),
-                    None => {
+                Why::Fault(second) => {
+                    // SDM 3A 6.15 of #PF: the second one's address is in CR2, also where it becomes a double fault.
+                    if let Fault::Pf { addr, .. } = second {
+                        x.cpu.cr2 = addr;
+                    }
+                    let Some(fault) = combine(event, second) else {
                         x.cpu.activity = Activity::Shutdown;
                         return Err(Stop::exit(Exit::Shutdown));
-                    }
-                },
+                    };
+                    event = Event::Fault(fault);
+                }
                 Why::Exit(_) => return Err(stop),
             },
         }

@@ -136,6 +136,64 @@ fn a_benign_exception_makes_no_double_fault() {
     assert_eq!(m.load(STACK - 48, Width::Q), 6 * 8 + 3);
 }
 
+/// SDM 3A table 6-5: what becomes of a second exception while the first is delivered.
+#[test]
+fn the_table_of_double_faults() {
+    // The first: #UD, benign; #GP(0), contributory; #PF.
+    let firsts: [(u64, &[u8]); 3] = [(6, &[0x0f, 0x0b]), (13, &[0xf4]), (14, &[0xa0, 0, 0, 0, 0x40, 0, 0, 0, 0])];
+    // The second: #NP because its gate is absent, #PF because its stack is.
+    for (first, code) in firsts {
+        for second in [11, 14] {
+            let mut m = delivering(3, code);
+            for vector in [8, 11, 14] {
+                set_gate(&m, vector, KERNEL_CODE, 0x8e, 0);
+            }
+            set_gate(&m, first, KERNEL_CODE, if second == 11 { 0x0e } else { 0x8e }, 1);
+            m.mem.store(TSS_BASE + 0x24, Width::Q, 8 << 20).expect("in RAM");
+            let name = format!("{second} behind {first}");
+            if (first, second) == (14, 14) {
+                // #DF has another stack, so it is delivered.
+                set_gate(&m, 8, KERNEL_CODE, 0x8e, 2);
+                m.mem.store(TSS_BASE + 0x2c, Width::Q, RSP0).expect("in RAM");
+            }
+            assert_eq!(m.run(1), Exit::Budget, "{name}");
+            let error = match (first, second) {
+                (6 | 13, 14) => 2,
+                (6, _) => first * 8 + 3,
+                // Contributory behind contributory or #PF, #PF behind #PF.
+                _ => 0,
+            };
+            assert_eq!(frame(&m, RSP0 - 48, 2), [error, CODE], "{name}");
+            let cr2 = if second == 14 {
+                (8 << 20) - 8
+            } else if first == 14 {
+                0x4000_0000
+            } else {
+                0
+            };
+            assert_eq!(m.cpu().cr2, cr2, "{name}");
+        }
+    }
+}
+
+/// SDM 3B 17.3.1.1: RF is set in the image that a fault pushes, so that its instruction is not stopped at again; not in that of a trap or INT n.
+#[test]
+fn rf_in_the_pushed_flags() {
+    for (vector, code, rf) in [
+        (6, &[0x0f, 0x0b][..], true),
+        (13, &[0xf4], true),
+        (14, &[0xa0, 0, 0, 0, 0x40, 0, 0, 0, 0], true),
+        (3, &[0xcc], false),
+        (0x40, &[0xcd, 0x40], false),
+    ] {
+        let mut m = delivering(3, code);
+        set_gate(&m, vector, KERNEL_CODE, 0xee, 0);
+        assert_eq!(m.run(1), Exit::Budget);
+        let flags = RSP0 - 24;
+        assert_eq!(m.load(flags, Width::Q) & Rflags::RF.bits() != 0, rf, "vector {vector}");
+    }
+}
+
 #[test]
 fn a_stack_without_room_leaves_all_as_it_was() {
     // RSP0 is not mapped: #PF, then #DF with the same stack: shutdown. CR2 is the lowest slot's page.
