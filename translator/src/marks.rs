@@ -3,8 +3,9 @@
 //! Every rewritten sequence can be undone to the start of its instruction until it has had an effect, and done to its end afterwards,
 //! from the slots alone. So any signal finds a guest state at an instruction boundary, wherever it comes.
 
+use crate::block::MAX_INSNS;
 use crate::emit::slot;
-use bivisor_emulator::isa::Gpr;
+use bivisor_emulator::isa::{Gpr, MAX_INSN_LEN};
 
 /// How the guest's state is found at a host PC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,49 +54,49 @@ pub struct Mark {
     pub home: Home,
 }
 
-/// A mark as it is kept: half as large. Exits are counted from the first of their piece of code.
+/// A mark as it is kept, in 32 bits: where, a number, the kind, where R11 is. Exits are counted from the first of their piece of code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Packed {
-    at: u16,
-    number: u16,
-    /// With [`REGISTER`] if R11 is in the host's register.
-    tag: u8,
-    register: u8,
-}
+pub struct Packed(u32);
 
-const REGISTER: u8 = 0x80;
+/// Bits of the number, which is an exit's or a distance in the guest's code of one block.
+const NUMBER: u32 = 10;
+/// R11 is in the host's register.
+const REGISTER: u32 = 1 << 31;
+/// The first kind of [`What::Undo`]; there is one for each register.
+const UNDO: u32 = 16;
+const _: () = assert!(MAX_INSNS * MAX_INSN_LEN < 1 << NUMBER);
 
 impl What {
-    /// A tag, a register and a number.
-    pub fn pack(self) -> (u8, u8, u16) {
+    /// A kind, which has five bits, and a number.
+    fn pack(self) -> (u32, u32) {
         match self {
-            What::Copied(d) => (0, 0, d),
-            What::At(d) => (1, 0, d),
-            What::Undo(d, r) => (2, r as u8, d),
-            What::Probe(d) => (5, 0, d),
-            What::Target => (7, 0, 0),
-            What::Comparing => (8, 0, 0),
-            What::Exit(n) => (10, 0, n as u16),
-            What::Exiting => (11, 0, 0),
-            What::Compare => (12, 0, 0),
-            What::Called(d) => (13, 0, d),
+            What::Copied(d) => (0, d.into()),
+            What::At(d) => (1, d.into()),
+            What::Probe(d) => (2, d.into()),
+            What::Called(d) => (3, d.into()),
+            What::Compare => (4, 0),
+            What::Target => (5, 0),
+            What::Comparing => (6, 0),
+            What::Exit(n) => (7, n),
+            What::Exiting => (8, 0),
+            What::Undo(d, r) => (UNDO + r as u32, d.into()),
         }
     }
 
     /// What they say, if anything.
-    pub fn unpack(tag: u8, r: u8, d: u16) -> Option<What> {
-        Some(match tag {
+    fn unpack(kind: u32, number: u32) -> Option<What> {
+        let d = number as u16;
+        Some(match kind {
             0 => What::Copied(d),
             1 => What::At(d),
-            2 => What::Undo(d, *Gpr::ALL.get(usize::from(r))?),
-            5 => What::Probe(d),
-            7 => What::Target,
-            8 => What::Comparing,
-            10 => What::Exit(u32::from(d)),
-            11 => What::Exiting,
-            12 => What::Compare,
-            13 => What::Called(d),
-            _ => return None,
+            2 => What::Probe(d),
+            3 => What::Called(d),
+            4 => What::Compare,
+            5 => What::Target,
+            6 => What::Comparing,
+            7 => What::Exit(number),
+            8 => What::Exiting,
+            _ => What::Undo(d, *Gpr::ALL.get(kind.checked_sub(UNDO)? as usize)?),
         })
     }
 }
@@ -107,27 +108,26 @@ impl Mark {
             What::Exit(id) => What::Exit(id - first_exit),
             what => what,
         };
-        let (tag, register, number) = what.pack();
-        let tag = if self.home == Home::Register { tag | REGISTER } else { tag };
-        Packed { at: self.at, number, tag, register }
+        let (kind, number) = what.pack();
+        assert!(number < 1 << NUMBER, "more exits than a block can have");
+        let home = if self.home == Home::Register { REGISTER } else { 0 };
+        Packed(u32::from(self.at) | number << 16 | kind << (16 + NUMBER) | home)
     }
 }
 
 impl Packed {
     /// Bytes of one in a file.
-    pub const SIZE: usize = 6;
+    pub const SIZE: usize = 4;
 
     /// As bytes.
     pub fn bytes(self) -> [u8; Packed::SIZE] {
-        let ([a, b], [c, d]) = (self.at.to_le_bytes(), self.number.to_le_bytes());
-        [a, b, c, d, self.tag, self.register]
+        self.0.to_le_bytes()
     }
 
     /// From bytes, if they say anything.
-    pub fn read([a, b, c, d, tag, register]: [u8; Packed::SIZE]) -> Option<Packed> {
-        let number = u16::from_le_bytes([c, d]);
-        What::unpack(tag & !REGISTER, register, number)?;
-        Some(Packed { at: u16::from_le_bytes([a, b]), number, tag, register })
+    pub fn read(bytes: [u8; Packed::SIZE]) -> Option<Packed> {
+        let packed = Packed(u32::from_le_bytes(bytes));
+        packed.what().map(|_| packed)
     }
 
     /// Can it be one of a block with so many exits? The rest is of trampolines, or of code that compares.
@@ -138,19 +138,27 @@ impl Packed {
         }
     }
 
+    fn at(self) -> u16 {
+        self.0 as u16
+    }
+
+    fn what(self) -> Option<What> {
+        What::unpack((self.0 & !REGISTER) >> (16 + NUMBER), self.0 >> 16 & ((1 << NUMBER) - 1))
+    }
+
     /// In a piece of code whose first exit has this number.
     pub fn unpack(self, first_exit: u32) -> Mark {
-        let what = match What::unpack(self.tag & !REGISTER, self.register, self.number).expect("it was packed") {
+        let what = match self.what().expect("it was packed") {
             What::Exit(n) => What::Exit(n + first_exit),
             what => what,
         };
-        Mark { at: self.at, what, home: if self.tag & REGISTER == 0 { Home::Slot } else { Home::Register } }
+        Mark { at: self.at(), what, home: if self.0 & REGISTER == 0 { Home::Slot } else { Home::Register } }
     }
 }
 
 /// The last mark not behind `at`.
 fn mark_at(marks: &[Packed], at: usize) -> Option<Packed> {
-    let i = marks.partition_point(|m| usize::from(m.at) <= at);
+    let i = marks.partition_point(|m| usize::from(m.at()) <= at);
     marks.get(i.checked_sub(1)?).copied()
 }
 
@@ -260,5 +268,22 @@ mod tests {
         assert_eq!(recover(&marks, (0x400000, 3), 30, &mut f, &exits), 1000 + slot::TARGET as u64);
         assert_eq!(f.0[Gpr::Rcx as usize], 0x123);
         assert_eq!(f.0[Gpr::R11 as usize], 1000 + slot::R11 as u64);
+    }
+
+    #[test]
+    fn what_is_packed_comes_back() {
+        let mut all: Vec<What> = Gpr::ALL.iter().map(|&r| What::Undo(960, r)).collect();
+        all.extend([What::Copied(0), What::At(960), What::Probe(7), What::Called(2), What::Compare, What::Target]);
+        all.extend([What::Comparing, What::Exit(100 + 1023), What::Exiting]);
+        for what in all {
+            for home in [Home::Slot, Home::Register] {
+                let mark = Mark { at: u16::MAX, what, home };
+                let packed = mark.pack(100);
+                assert_eq!((packed.unpack(100), Packed::read(packed.bytes())), (mark, Some(packed)));
+            }
+        }
+        for kind in 9..16u32 {
+            assert_eq!(Packed::read((kind << 26).to_le_bytes()), None, "no such kind");
+        }
     }
 }
