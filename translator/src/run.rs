@@ -20,7 +20,7 @@ use bivisor_emulator::interp::{Core, Env};
 use bivisor_emulator::isa::{Gpr, Insn, MAX_INSN_LEN, Seg, decode};
 use bivisor_emulator::mem::{GuestMemory, PAGE_SIZE};
 use bivisor_emulator::vcpu::{Board, DIRECT_CALLS, Exit, Intercepts, Kicker, Vcpu};
-use iced_x86::{Code, Decoder, DecoderOptions, Instruction};
+use iced_x86::{Code, CodeSize, Decoder, DecoderOptions, Instruction, MemoryOperand, Register};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -397,24 +397,15 @@ impl Translator {
         self.core.step(&mut self.cpu, board)
     }
 
-    /// CPUID or XGETBV at RIP, which C libraries begin with: a short program of which all else is kept from earlier runs needs no
-    /// decoder, whose tables take longer to make than everything it does.
+    /// The instruction at RIP if it is one that [`without_decoder`] knows.
     fn known(&self, board: Board<'_>) -> Option<Insn> {
-        let mut bytes = [0; 3];
+        let mut bytes = [0; 5];
         let looked = self.translatable(false) && board.mem.flat().is_some();
         looked.then(|| board.mem.read(self.cpu.rip, &mut bytes))??;
-        let (code, len) = match bytes {
-            [0x0f, 0xa2, _] => (Code::Cpuid, 2),
-            [0x0f, 0x01, 0xd0] => (Code::Xgetbv, 3),
-            _ => return None,
-        };
+        let iced = without_decoder(bytes)?;
         // What can be read may still not be executed.
-        if !(board.mem.may_execute(self.cpu.rip) && board.mem.may_execute(self.cpu.rip + len - 1)) {
-            return None;
-        }
-        let mut iced = Instruction::with(code);
-        iced.set_len(len as usize);
-        Some(Insn::new(iced))
+        let last = self.cpu.rip + iced.len() as u64 - 1;
+        (board.mem.may_execute(self.cpu.rip) && board.mem.may_execute(last)).then(|| Insn::new(iced))
     }
 
     /// The host raised an exception for the guest's instruction at RIP.
@@ -605,5 +596,46 @@ impl Vcpu for Translator {
 impl Drop for Translator {
     fn drop(&mut self) {
         self.cache.part(&self.member);
+    }
+}
+
+/// CPUID or XGETBV, which C libraries begin with, XSAVEC or XRSTOR near the stack pointer, by which the dynamic linker looks up functions
+/// that are called for the first time: a short program of which all else is kept from earlier runs needs no decoder, whose tables take
+/// longer to make than everything it does.
+fn without_decoder(bytes: [u8; 5]) -> Option<Instruction> {
+    let at = |displacement: u8| {
+        MemoryOperand::with_base_displ_size(Register::RSP, i64::from(displacement as i8), u32::from(displacement != 0))
+    };
+    let (mut iced, len) = match bytes {
+        [0x0f, 0xa2, ..] => (Instruction::with(Code::Cpuid), 2),
+        [0x0f, 0x01, 0xd0, ..] => (Instruction::with(Code::Xgetbv), 3),
+        [0x0f, 0xc7, 0x64, 0x24, d] => (Instruction::with1(Code::Xsavec_mem, at(d)).ok()?, 5),
+        [0x0f, 0xae, 0x6c, 0x24, d] => (Instruction::with1(Code::Xrstor_mem, at(d)).ok()?, 5),
+        _ => return None,
+    };
+    iced.set_code_size(CodeSize::Code64);
+    iced.set_len(len);
+    iced.set_next_ip(len as u64);
+    Some(iced)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_needs_no_decoder_is_what_the_decoder_says() {
+        let all = [
+            [0x0f, 0xa2, 1, 2, 3],
+            [0x0f, 0x01, 0xd0, 0, 0],
+            [0x0f, 0xc7, 0x64, 0x24, 0x40],
+            [0x0f, 0xae, 0x6c, 0x24, 0x80],
+        ];
+        for bytes in all {
+            let iced = without_decoder(bytes).unwrap_or_else(|| panic!("{bytes:02x?}"));
+            let decoded = Decoder::new(64, &bytes, DecoderOptions::NONE).decode();
+            assert!(iced.eq_all_bits(&decoded), "{iced:?}, not {decoded:?}");
+        }
+        assert!(without_decoder([0x0f, 0xc7, 0x6c, 0x24, 0x40]).is_none());
     }
 }
