@@ -88,6 +88,11 @@ impl GuestBlock {
     }
 }
 
+/// Can code of a process be there?
+pub(crate) fn is_user(target: &u64) -> bool {
+    target >> 47 == 0
+}
+
 /// What became of a page that code is to be fetched from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Opened {
@@ -212,7 +217,7 @@ impl Scratch {
             && iced.segment_prefix() != Register::FS
         {
             let at = iced.ip_rel_memory_address();
-            let target = source.constant(at).filter(|&t| t >> 47 == 0);
+            let target = source.constant(at).filter(is_user);
             self.block.constant = target.map(|target| Constant { at, target });
         }
         !self.block.items.is_empty()

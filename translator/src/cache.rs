@@ -346,23 +346,21 @@ impl Cache {
                 continue;
             }
             if let Some(archive) = &archive
-                && let Some((found, unknown)) = store.find_kept(archive, rip, home)
+                && let Some(mut found) = store.find_kept(archive, rip, home)
             {
                 let mut same = true;
-                if !unknown.is_empty() {
+                if !found.is_known() {
                     drop(store);
                     let epoch = source.epoch();
-                    let contents: Vec<_> =
-                        unknown.iter().map(|&page| (page, persist::adopt::content_of(source, page))).collect();
+                    let contents = found.look(source);
                     store = self.lock();
                     same = source.epoch() == epoch;
-                    // What is not there now may be there later, and nobody would tell.
-                    for (page, content) in contents.into_iter().filter(|(_, content)| same && content.is_some()) {
-                        store.note_page(archive, page, content);
+                    for (page, content) in contents.into_iter().filter(|_| same) {
+                        store.note_page(archive, page, Some(content));
                     }
                 }
                 if same {
-                    store.adopt(&self.exits, archive, found);
+                    store.adopt(&self.exits, archive, &found);
                 }
                 continue;
             }

@@ -124,17 +124,17 @@ impl Packed {
         self.0.to_le_bytes()
     }
 
-    /// From bytes, if they say anything.
-    pub fn read(bytes: [u8; Packed::SIZE]) -> Option<Packed> {
-        let packed = Packed(u32::from_le_bytes(bytes));
-        packed.what().map(|_| packed)
+    /// From bytes; [`Packed::is_of_block`] says whether they are one.
+    pub fn read(bytes: [u8; Packed::SIZE]) -> Packed {
+        Packed(u32::from_le_bytes(bytes))
     }
 
-    /// Can it be one of a block with so many exits? The rest is of trampolines, or of code that compares.
+    /// Is it a mark, and one of a block with so many exits? The rest is of trampolines, or of code that compares.
     pub fn is_of_block(self, exits: u16) -> bool {
-        match self.unpack(0).what {
-            What::Exit(n) => n < u32::from(exits),
-            what => !matches!(what, What::Exiting | What::Compare),
+        match self.what() {
+            Some(What::Exit(n)) => n < u32::from(exits),
+            Some(what) => !matches!(what, What::Exiting | What::Compare),
+            None => false,
         }
     }
 
@@ -279,11 +279,11 @@ mod tests {
             for home in [Home::Slot, Home::Register] {
                 let mark = Mark { at: u16::MAX, what, home };
                 let packed = mark.pack(100);
-                assert_eq!((packed.unpack(100), Packed::read(packed.bytes())), (mark, Some(packed)));
+                assert_eq!((packed.unpack(100), Packed::read(packed.bytes())), (mark, packed));
             }
         }
         for kind in 9..16u32 {
-            assert_eq!(Packed::read((kind << 26).to_le_bytes()), None, "no such kind");
+            assert!(!Packed::read((kind << 26).to_le_bytes()).is_of_block(9), "no such kind");
         }
     }
 }

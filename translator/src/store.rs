@@ -1,6 +1,6 @@
 //! The content of a code cache, under its lock: blocks, the links between them, the landings, what was made from which page.
 
-use crate::block::GuestBlock;
+use crate::block::{Constant, GuestBlock};
 use crate::code_buffer::CodeBuffer;
 use crate::emit::{Emitter, slot};
 use crate::exits::{Exits, MAX_EXITS, Place};
@@ -140,8 +140,8 @@ pub struct Store {
     pub(crate) pages: Option<Pages>,
     /// The first block of a page.
     pub(crate) by_page: Map<u64, u32>,
-    /// Blocks in which something of a page is a constant: see [`crate::block::Constant`]. What earlier runs knew of it is not asked.
-    pub(crate) constants: Map<u64, Vec<u32>>,
+    /// Blocks in which something of a page is a constant.
+    pub(crate) constants: Map<u64, Vec<(u32, Constant)>>,
     /// For table entries the first block whose landing is tried; 0, which is the trampolines, for none.
     landings: Map<u16, u32>,
     /// Is there any landing?
@@ -197,7 +197,8 @@ impl Store {
         fn bytes<T>(all: &[T]) -> usize {
             size_of_val(all)
         }
-        let constants: usize = self.constants.values().map(|all| size_of::<(u64, Vec<u32>)>() + 4 * all.len()).sum();
+        let constants: usize =
+            self.constants.values().map(|all| size_of::<(u64, Vec<u32>)>() + size_of_val(&**all)).sum();
         let maps =
             self.by_page.len() * size_of::<(u64, u32)>() + constants + self.landings.len() * size_of::<(u16, u32)>();
         let pages = self.pages.as_ref().map_or(0, |p| p.len() * size_of::<(u64, crate::persist::adopt::Page)>());
@@ -251,14 +252,14 @@ impl Store {
         let found = self.enter(exits, (block.start, home), &unit);
         self.unit = unit;
         if let Some(c) = block.constant {
-            self.constants.entry(c.at & !(PAGE_SIZE - 1)).or_default().push(found.0);
+            self.note_constant(found.0, c);
         }
         found
     }
 
-    /// The blocks that know something of pages other than their own.
-    pub(crate) fn with_constants(&self) -> HashSet<u32> {
-        self.constants.values().flatten().copied().collect()
+    /// Notes that a block knows something of a page other than its own.
+    pub(crate) fn note_constant(&mut self, b: u32, c: Constant) {
+        self.constants.entry(c.at & !(PAGE_SIZE - 1)).or_default().push((b, c));
     }
 
     /// Adds a lowered block; gives its number and the code offset of its body.
@@ -481,7 +482,7 @@ impl Store {
             pages.remove(&page);
         }
         let constants = self.constants.remove(&page);
-        for &b in constants.iter().flatten() {
+        for &(b, _) in constants.iter().flatten() {
             self.kill(exits, b);
         }
         let Some(mut b) = self.by_page.remove(&page) else { return constants.is_some() };

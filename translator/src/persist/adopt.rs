@@ -1,6 +1,6 @@
 //! Blocks that were made in an earlier run enter the store, a cluster at a time.
 
-use crate::block::{CodeSource, Opened};
+use crate::block::{CodeSource, Constant, Opened, is_user};
 use crate::emit::Emitter;
 use crate::exits::{Exits, MAX_EXITS, Place};
 use crate::lower::{Landing, Leave, STUB, emit_landing, emit_stub, move_code, stub_before};
@@ -50,11 +50,31 @@ pub fn content_of(source: &mut dyn CodeSource, page: u64) -> Option<Content> {
 }
 
 /// A cluster that has a block that is wanted.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Found {
     cluster: u32,
     /// By how much its blocks lie further on than they did.
     move_by: u64,
+    /// Those of its pages of which nothing is known.
+    unknown: Vec<u64>,
+    /// Where addresses lie that its blocks jump to, and these addresses.
+    constants: Vec<(u64, Option<u64>)>,
+}
+
+impl Found {
+    /// Finds out what the store has to know before it can adopt it; no lock is held.
+    pub fn look(&mut self, source: &mut dyn CodeSource) -> Vec<(u64, Content)> {
+        for (at, target) in &mut self.constants {
+            *target = source.constant(*at).filter(is_user);
+        }
+        // What is not there now may be there later, and nobody would tell.
+        self.unknown.iter().filter_map(|&page| Some((page, content_of(source, page)?))).collect()
+    }
+
+    /// Need not the source be looked at?
+    pub fn is_known(&self) -> bool {
+        self.unknown.is_empty() && self.constants.is_empty()
+    }
 }
 
 impl Store {
@@ -77,8 +97,8 @@ impl Store {
         pages.insert(page, Page { content, asked: true, blocks });
     }
 
-    /// The cluster of the block at `rip`, if there is one that was not adopted already, and of which of its pages nothing is known.
-    pub fn find_kept(&self, archive: &Archive, rip: u64, home: Home) -> Option<(Found, Vec<u64>)> {
+    /// The cluster of the block at `rip`, if there is one that was not adopted already.
+    pub fn find_kept(&self, archive: &Archive, rip: u64, home: Home) -> Option<Found> {
         let pages = self.pages.as_ref()?;
         let page = page_of(rip);
         let (cluster, nth) = archive.find(&pages.get(&page)?.blocks, rip, home)?;
@@ -88,23 +108,25 @@ impl Store {
         let c = archive.pages_of(cluster)?;
         let move_by = page.wrapping_sub(c.pages().nth(nth)?.0);
         let unknown = |page: &u64| pages.get(page).is_none_or(|p| !p.asked);
-        Some((Found { cluster, move_by }, c.pages().map(|(p, _)| p.wrapping_add(move_by)).filter(unknown).collect()))
+        let unknown = c.pages().map(|(p, _)| p.wrapping_add(move_by)).filter(unknown).collect();
+        let constants = c.constants().map(|at| (at.wrapping_add(move_by), None)).collect();
+        Some(Found { cluster, move_by, unknown, constants })
     }
 
     /// Adopts a cluster. Blocks come in the order in which they were first executed, as if translated now: code that is executed together
     /// lies together. Those of pages that have changed, or are not there, are left out.
-    pub fn adopt(&mut self, exits: &Exits, archive: &Archive, found: Found) {
+    pub fn adopt(&mut self, exits: &Exits, archive: &Archive, found: &Found) {
         if !self.taken.insert(found.cluster) {
             return;
         }
         if let Some((cluster, _)) = archive.cluster(found.cluster) {
-            Adoption::of(self, &cluster, found.move_by).run(self, exits, &cluster);
+            Adoption::of(self, &cluster, found).run(self, exits, &cluster);
         }
     }
 }
 
 /// A cluster on its way into a store.
-struct Adoption {
+struct Adoption<'a> {
     /// By how much its blocks lie further on in the guest.
     move_by: u64,
     /// And on the host.
@@ -118,10 +140,15 @@ struct Adoption {
     /// Pages that are not what they were.
     bad: Vec<u64>,
     landings: Vec<(u32, Landing)>,
+    /// The blocks that jump to an address that lies in memory, and where.
+    bound: Vec<(u32, Constant)>,
+    /// Where they do.
+    constants: std::slice::Iter<'a, (u64, Option<u64>)>,
 }
 
-impl Adoption {
-    fn of(store: &Store, c: &Cluster<'_>, move_by: u64) -> Adoption {
+impl Adoption<'_> {
+    fn of<'a>(store: &Store, c: &Cluster<'_>, found: &'a Found) -> Adoption<'a> {
+        let move_by = found.move_by;
         let next = store.buffer.base() + store.buffer.next() as u64;
         let pad = (c.host.wrapping_sub(next) % 64) as usize;
         let known = |page: u64| store.pages.as_ref()?.get(&page)?.content.map(|c| c.sum);
@@ -135,6 +162,8 @@ impl Adoption {
             stands: Vec::with_capacity(c.rows().len()),
             bad: moved.filter(|(page, sum)| known(*page) != Some(*sum)).map(|(page, _)| page).collect(),
             landings: Vec::new(),
+            bound: Vec::new(),
+            constants: found.constants.iter(),
         }
     }
 
@@ -156,6 +185,9 @@ impl Adoption {
         store.exits_used += c.exits().len() as u32;
         for (b, landing) in self.landings {
             store.register(b, landing);
+        }
+        for (b, constant) in self.bound {
+            store.note_constant(b, constant);
         }
     }
 
@@ -183,7 +215,9 @@ impl Adoption {
             store.blocks.push(block);
             let bytes = &mut code[self.pad + at - self.at..][..row.size.into()];
             let (place, moves) = (base + at as u64, (self.host_by, self.move_by));
-            let stands = if pages.iter().any(|p| self.bad.contains(p)) {
+            let constant = if row.constant { self.constants.next() } else { None };
+            let constant = constant.and_then(|&(at, target)| Some(Constant { at, target: target? }));
+            let stands = if pages.iter().any(|p| self.bad.contains(p)) || row.constant && constant.is_none() {
                 None
             } else if let Some((old, _)) = store.get(start, row.home) {
                 Some(old)
@@ -193,6 +227,7 @@ impl Adoption {
                 }
                 store.enter_index(b);
                 store.enter_pages(b);
+                self.bound.extend(constant.map(|c| (b, c)));
                 Some(b)
             } else {
                 None
@@ -241,13 +276,16 @@ impl Adoption {
         let (first, count) = (store.exits_used, c.exits().len());
         let mut stubs = vec![0; count * STUB];
         let mut all = (first..).zip(c.exits());
+        let mut bound = self.bound.iter().peekable();
         for (b, row) in (self.first_block..).zip(c.rows()) {
             let (at, live) = (store.blocks[b as usize].at as usize, store.blocks[b as usize].live);
+            let end_of_block = store.blocks[b as usize].first_exit + u32::from(row.exits);
+            let constant = bound.next_if(|(with, _)| *with == b).map(|(_, c)| Leave::To(c.target));
             for (id, exit) in all.by_ref().take(row.exits.into()) {
                 let stub = stub_before(end, id);
                 let last = count - (id - first) as usize;
                 stubs[(last - 1) * STUB..last * STUB].copy_from_slice(&emit_stub(base + stub, id, base));
-                let leave = moved(exit.leave, self.move_by);
+                let leave = constant.filter(|_| id + 1 == end_of_block).unwrap_or(moved(exit.leave, self.move_by));
                 let Leave::To(target) = leave else {
                     exits.set(id, leave, exit.home, Place { site: 0, short: false, stub: stub as usize });
                     continue;

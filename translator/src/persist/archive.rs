@@ -215,6 +215,7 @@ mod tests {
             relocations: 0,
             home: Home::Slot,
             landing: false,
+            constant: false,
         };
         let rows: Vec<Row> = starts.iter().map(row).collect();
         let code = vec![0xcc; 4 * rows.len()];

@@ -13,7 +13,7 @@ pub const FULL: usize = 16 << 10;
 const MOST_CODE: usize = 64 << 10;
 
 /// Bytes of each table's rows.
-const HEAD: usize = 28;
+const HEAD: usize = 32;
 const PAGE: usize = 24;
 const ROW: usize = 24;
 const EXIT: usize = 16;
@@ -40,6 +40,9 @@ pub struct Row {
     pub home: Home,
     /// It was the target of an indirect branch: a landing has its place before the body, and is made anew.
     pub landing: bool,
+    /// It ends with a branch through memory that does not change, made a jump to where that leads: its last exit, which leads there
+    /// wherever that is now.
+    pub constant: bool,
 }
 
 /// An exit of a block. Offsets count from the start of the block's code.
@@ -81,8 +84,9 @@ fn leave_in(kind: u8, rip: u64) -> Leave {
 const REGISTER: u8 = 1;
 const LANDING: u8 = 2;
 const SHORT: u8 = 4;
+const CONSTANT: u8 = 8;
 
-fn flags(all: [(bool, u8); 2]) -> u8 {
+fn flags<const N: usize>(all: [(bool, u8); N]) -> u8 {
     all.into_iter().filter(|(set, _)| *set).map(|(_, bit)| bit).sum()
 }
 
@@ -105,6 +109,8 @@ pub struct Making {
     pub marks: Vec<Packed>,
     /// See [`crate::lower::move_code`].
     pub relocations: Vec<Relocation>,
+    /// Of each block that has one: where the address lies that it jumps to.
+    pub constants: Vec<u64>,
     /// The code.
     pub code: Vec<u8>,
 }
@@ -117,7 +123,8 @@ impl Making {
             all.extend_from_slice(&v);
         }
         put(&mut all, self.host.to_le_bytes());
-        let counts = [self.code.len(), self.pages.len(), self.rows.len(), self.exits.len(), self.marks.len()];
+        let [pages, rows, exits] = [self.pages.len(), self.rows.len(), self.exits.len()];
+        let counts = [self.code.len(), pages, rows, exits, self.marks.len(), self.constants.len()];
         counts.into_iter().for_each(|n| put(&mut all, (n as u32).to_le_bytes()));
         for (page, sum) in &self.pages {
             [*page, sum[0], sum[1]].into_iter().for_each(|v| put(&mut all, v.to_le_bytes()));
@@ -126,7 +133,8 @@ impl Making {
             put(&mut all, r.start.to_le_bytes());
             let sizes = [r.size, r.body, r.len, r.marks, r.exits, r.relocations];
             sizes.into_iter().for_each(|v| put(&mut all, v.to_le_bytes()));
-            put(&mut all, [flags([(r.home == Home::Register, REGISTER), (r.landing, LANDING)]), 0, 0, 0]);
+            let home = (r.home == Home::Register, REGISTER);
+            put(&mut all, [flags([home, (r.landing, LANDING), (r.constant, CONSTANT)]), 0, 0, 0]);
         }
         for e in &self.exits {
             let (kind, rip) = leave_out(e.leave);
@@ -135,6 +143,7 @@ impl Making {
             put(&mut all, [kind, flags([(e.home == Home::Register, REGISTER), (e.short, SHORT)])]);
         }
         self.marks.iter().for_each(|m| put(&mut all, m.bytes()));
+        self.constants.iter().for_each(|c| put(&mut all, c.to_le_bytes()));
         for r in &self.relocations {
             [r.at, r.depends.pack()].into_iter().for_each(|v| put(&mut all, v.to_le_bytes()));
         }
@@ -154,6 +163,7 @@ pub struct Cluster<'a> {
     rows: &'a [[u8; ROW]],
     exits: &'a [[u8; EXIT]],
     marks: &'a [[u8; Packed::SIZE]],
+    constants: &'a [[u8; 8]],
     relocations: &'a [[u8; RELOCATION]],
 }
 
@@ -181,9 +191,11 @@ impl<'a> Cluster<'a> {
         let host = u64_at(head, 0);
         let (pages, rows) = (take(&mut rest, count(1))?, take(&mut rest, count(2))?);
         let (exits, marks) = (take(&mut rest, count(3))?, take(&mut rest, count(4))?);
+        let constants = take(&mut rest, count(5))?;
         let tables = rest.len().checked_sub(count(0))?;
         let relocations = take(&mut rest, tables / RELOCATION)?;
-        (tables % RELOCATION == 0).then_some(Cluster { host, code: rest, pages, rows, exits, marks, relocations })
+        let all = Cluster { host, code: rest, pages, rows, exits, marks, constants, relocations };
+        (tables % RELOCATION == 0).then_some(all)
     }
 
     /// The pages that its blocks lie in, with the addresses and the sums they had.
@@ -203,6 +215,7 @@ impl<'a> Cluster<'a> {
             relocations: u16_at(r, 18),
             home: home_in(r[20]),
             landing: r[20] & LANDING != 0,
+            constant: r[20] & CONSTANT != 0,
         })
     }
 
@@ -218,9 +231,14 @@ impl<'a> Cluster<'a> {
         })
     }
 
-    /// The marks of all blocks; none from the first on that is none.
-    pub fn marks(&self) -> impl Iterator<Item = Packed> + 'a {
-        self.marks.iter().map_while(|m| Packed::read(*m))
+    /// The marks of all blocks, if it is sound.
+    pub fn marks(&self) -> impl ExactSizeIterator<Item = Packed> + 'a {
+        self.marks.iter().map(|m| Packed::read(*m))
+    }
+
+    /// Where the addresses lie that blocks with [`Row::constant`] jump to.
+    pub fn constants(&self) -> impl ExactSizeIterator<Item = u64> + 'a {
+        self.constants.iter().map(|c| u64::from_le_bytes(*c))
     }
 
     /// The relocations of all blocks.
@@ -231,30 +249,43 @@ impl<'a> Cluster<'a> {
 
     /// Do all offsets lie inside the code of their block, where a jump can be patched, and all ordinals name what there is?
     pub fn is_sound(&self) -> bool {
-        let (mut exits, mut marks, mut relocations) = (self.exits(), self.marks(), self.relocations());
-        let mut at = 0;
+        let (mut exits, mut marks, mut relocations) = (self.exits(), self.marks, self.relocations());
+        let (mut at, mut constants) = (0, 0);
         let rows = self.rows().all(|r| {
             let inside = |offset: u16, size: usize| usize::from(offset) + size <= usize::from(r.size);
             let place = self.host.wrapping_add(at);
             at += u64::from(r.size);
-            let exits = (0..r.exits).all(|_| match exits.next() {
-                Some(KeptExit { leave: Leave::To(_), short: true, site, step, .. }) => site <= step && inside(step, 1),
-                Some(KeptExit { leave: Leave::To(_), site, inside: to, .. }) => {
-                    let crosses = place.wrapping_add(u64::from(site)) % 64 > 60;
-                    inside(site, 4) && !crosses && to.is_none_or(|n| usize::from(n) < self.rows.len())
+            constants += usize::from(r.constant);
+            let mut last = None;
+            let exits = (0..r.exits).all(|_| {
+                last = exits.next();
+                match last {
+                    Some(KeptExit { leave: Leave::To(_), short: true, site, step, .. }) => {
+                        site <= step && inside(step, 1)
+                    }
+                    Some(KeptExit { leave: Leave::To(_), site, inside: to, .. }) => {
+                        let crosses = place.wrapping_add(u64::from(site)) % 64 > 60;
+                        inside(site, 4) && !crosses && to.is_none_or(|n| usize::from(n) < self.rows.len())
+                    }
+                    Some(KeptExit { leave: Leave::Changed(_), .. }) | None => false,
+                    Some(_) => true,
                 }
-                Some(KeptExit { leave: Leave::Changed(_), .. }) | None => false,
-                Some(_) => true,
             });
-            let marks = (0..r.marks).all(|_| marks.next().is_some_and(|m| m.is_of_block(r.exits)));
+            let bound = matches!(last, Some(KeptExit { leave: Leave::To(_), short: false, inside: None, .. }));
+            let Some((now, rest)) = marks.split_at_checked(r.marks.into()) else { return false };
+            marks = rest;
+            let marks = now.iter().all(|m| Packed::read(*m).is_of_block(r.exits));
             let relocations = (0..r.relocations).all(|_| match relocations.next() {
                 Some(Relocation { depends: Depends::Stub(n), .. }) => n < r.exits,
                 found => found.is_some(),
             });
-            exits && marks && relocations && r.body <= r.size && r.len > 0
+            exits && marks && relocations && (bound || !r.constant) && r.body <= r.size && r.len > 0
         });
-        let whole = exits.len() == 0 && marks.next().is_none() && relocations.next().is_none();
-        rows && whole && at == self.code.len() as u64 && self.code.len() + self.exits.len() * STUB <= MOST_CODE
+        let whole = exits.len() == 0 && marks.is_empty() && relocations.next().is_none();
+        rows && whole
+            && constants == self.constants.len()
+            && at == self.code.len() as u64
+            && self.code.len() + self.exits.len() * STUB <= MOST_CODE
     }
 }
 
@@ -274,19 +305,22 @@ mod tests {
             relocations: exits,
             home: Home::Register,
             landing,
+            constant: !landing,
         };
         let exit = |leave, site, short, inside| KeptExit { leave, site, short, step: 9, home: Home::Slot, inside };
         Making {
             host: 0x7000_0000,
             pages: vec![(0x40_0000, [1, 2]), (0x40_3000, [3, 4])],
-            rows: vec![row(0x40_0123, 16, 2, true), row(0x40_3fff, 12, 1, false)],
+            rows: vec![row(0x40_0123, 16, 3, true), row(0x40_3fff, 12, 1, false)],
             exits: vec![
                 exit(Leave::To(0x40_3fff), 4, false, Some(1)),
                 exit(Leave::To(0x40_0123), 8, true, Some(0)),
                 exit(Leave::Syscall(0x40_4003, 2), 0, false, None),
+                exit(Leave::To(0x50_0000), 4, false, None),
             ],
             marks: [What::Exit(1), What::Copied(3)].map(|what| Mark { at: 3, what, home: Home::Slot }.pack(0)).to_vec(),
-            relocations: [Depends::Guest, Depends::Stub(1), Depends::Distance]
+            constants: vec![0x40_8010],
+            relocations: [Depends::Guest, Depends::Stub(2), Depends::Distance, Depends::Fixed]
                 .map(|depends| Relocation { at: 4, depends })
                 .to_vec(),
             code: (0..28).collect(),
@@ -303,12 +337,13 @@ mod tests {
         assert_eq!(c.rows().collect::<Vec<_>>(), made.rows);
         assert_eq!(c.exits().collect::<Vec<_>>(), made.exits);
         assert_eq!(c.marks().collect::<Vec<_>>(), made.marks);
+        assert_eq!(c.constants().collect::<Vec<_>>(), made.constants);
         assert_eq!(c.relocations().collect::<Vec<_>>(), made.relocations);
     }
 
     #[test]
     fn offsets_and_ordinals_that_lead_outside_are_seen() {
-        let bad: [fn(&mut Making); 12] = [
+        let bad: [fn(&mut Making); 16] = [
             |m| m.code.truncate(27),
             |m| m.rows[0].size = 17,
             |m| m.rows[1].body = 13,
@@ -319,8 +354,12 @@ mod tests {
             |m| m.host += 57,
             |m| m.exits[0].inside = Some(2),
             |m| m.exits[1].step = 16,
-            |m| m.relocations[1].depends = Depends::Stub(2),
-            |m| m.marks[0] = Mark { at: 3, what: What::Exit(2), home: Home::Slot }.pack(0),
+            |m| m.relocations[1].depends = Depends::Stub(3),
+            |m| m.marks[0] = Mark { at: 3, what: What::Exit(3), home: Home::Slot }.pack(0),
+            |m| m.marks[1] = Mark { at: 3, what: What::Compare, home: Home::Slot }.pack(0),
+            |m| m.constants.clear(),
+            |m| m.rows[0].constant = true,
+            |m| m.exits[3].inside = Some(0),
         ];
         for (i, change) in bad.iter().enumerate() {
             let mut made = sample();

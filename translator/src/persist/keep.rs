@@ -1,5 +1,6 @@
 //! What is in the store becomes clusters.
 
+use crate::block::Constant;
 use crate::emit::Emitter;
 use crate::exits::Exits;
 use crate::lower::{Depends, Leave, Relocation, emit_landing, move_code};
@@ -9,7 +10,7 @@ use crate::persist::archive::{Name, within};
 use crate::persist::cluster::{FULL, KeptExit, MOST_BLOCKS, Making, Row};
 use crate::store::{Block, Store, key};
 use crate::system::hash::Map;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 impl Store {
     fn content(&self, address: u64) -> Option<Content> {
@@ -30,51 +31,53 @@ impl Store {
 
     /// How many of the blocks made since the program began can be kept.
     pub fn worth_keeping(&self) -> u64 {
-        let others = self.with_constants();
-        let kept = |(n, b): &(usize, &Block)| self.contents(b).is_some() && !others.contains(&(*n as u32));
-        self.blocks.iter().enumerate().skip(self.began).filter(kept).count() as u64
+        self.blocks.iter().skip(self.began).filter(|b| self.contents(b).is_some()).count() as u64
     }
 
     /// All that can be kept, in the order in which it was first executed; a cluster for each stretch of a mapping's.
     pub fn clusters(&self, exits: &Exits) -> Vec<Vec<u8>> {
-        let others = self.with_constants();
+        let constants: Map<u32, Constant> = self.constants.values().flatten().copied().collect();
         // The same content twice: one is enough.
         let mut seen: HashSet<Name> = HashSet::new();
-        let mut open: Map<u64, (Vec<usize>, usize)> = Map::default();
+        // What knows constants is wanted later: when these do not change any more.
+        let mut open: HashMap<(u64, bool), (Vec<usize>, usize)> = HashMap::new();
         let mut clusters = Vec::new();
         for (n, b) in self.blocks.iter().enumerate().skip(1) {
-            let Some([first, last]) = self.contents(b).filter(|_| !others.contains(&(n as u32))) else { continue };
+            let Some([first, last]) = self.contents(b) else { continue };
             if first.mapping != last.mapping || !seen.insert((first.sum, within(b.start, b.home))) {
                 continue;
             }
-            let (blocks, size) = open.entry(first.mapping).or_default();
+            let (blocks, size) = open.entry((first.mapping, constants.contains_key(&(n as u32)))).or_default();
             blocks.push(n);
             *size += (b.end - b.at) as usize;
             if blocks.len() == MOST_BLOCKS || *size > FULL {
-                clusters.push(self.cluster(exits, blocks).bytes());
+                clusters.push(self.cluster(exits, blocks, &constants).bytes());
                 (*blocks, *size) = (Vec::new(), 0);
             }
         }
         let rest = open.into_values().filter(|(blocks, _)| !blocks.is_empty());
-        clusters.extend(rest.map(|(blocks, _)| self.cluster(exits, &blocks).bytes()));
+        clusters.extend(rest.map(|(blocks, _)| self.cluster(exits, &blocks, &constants).bytes()));
         clusters
     }
 
     /// A cluster of these blocks, but for those that cannot lie near enough.
-    fn cluster(&self, exits: &Exits, blocks: &[usize]) -> Making {
+    fn cluster(&self, exits: &Exits, blocks: &[usize], constants: &Map<u32, Constant>) -> Making {
         let mut made = Making { host: self.buffer.base(), ..Making::default() };
         let mut ordinals = Map::default();
         for &n in blocks {
             let ordinal = made.rows.len() as u16;
-            if self.add(exits, n, &mut made) {
+            if self.add(exits, n, constants.get(&(n as u32)), &mut made) {
                 ordinals.insert(key(self.blocks[n].start, self.blocks[n].home), ordinal);
             }
         }
         let mut all = made.exits.iter_mut();
         let (mut at, bodies) = (0, bodies(&made.rows));
         for row in &made.rows {
-            for exit in all.by_ref().take(row.exits.into()) {
+            for (i, exit) in all.by_ref().take(row.exits.into()).enumerate() {
                 let Leave::To(target) = exit.leave else { continue };
+                if row.constant && i + 1 == usize::from(row.exits) {
+                    continue;
+                }
                 exit.inside = ordinals.get(&key(target, exit.home)).copied();
                 let site = at + usize::from(exit.site);
                 if let Some(to) = exit.inside.map(|n| bodies[usize::from(n)]) {
@@ -93,7 +96,7 @@ impl Store {
     }
 
     /// Adds a block; false if it cannot be.
-    fn add(&self, exits: &Exits, n: usize, made: &mut Making) -> bool {
+    fn add(&self, exits: &Exits, n: usize, constant: Option<&Constant>, made: &mut Making) -> bool {
         let b = &self.blocks[n];
         let Some(contents) = self.contents(b) else { return false };
         let after = self.blocks.get(n + 1);
@@ -110,6 +113,12 @@ impl Store {
         }
         let inside = |at: usize| (at - b.body as usize) as u16;
         let mut kept: Vec<KeptExit> = ids.map(|id| self.kept(exits, id, &inside)).collect();
+        // A block that ends before the branch does not know where it leads.
+        let last = kept.last().copied();
+        let constant = constant.filter(|c| last.is_some_and(|e| e.leave == Leave::To(c.target)));
+        if constant.is_some_and(|_| last.is_some_and(|e| e.short)) {
+            return false;
+        }
         e.nops(padding(&kept, base + u64::from(b.body), e.here()));
         let body = e.len() as u16;
         let place = e.here();
@@ -130,6 +139,7 @@ impl Store {
         let of_body = marks.iter().map(|m| m.unpack(0)).filter(|m| m.at >= old);
         let marks: Vec<Mark> =
             landing_marks.into_iter().chain(of_body.map(|m| Mark { at: m.at - old + body, ..m })).collect();
+        made.constants.extend(constant.map(|c| c.at));
         made.rows.push(Row {
             start: b.start,
             size: e.len() as u16,
@@ -140,6 +150,7 @@ impl Store {
             relocations: relocations.len() as u16,
             home: b.home,
             landing: b.landing.is_some(),
+            constant: constant.is_some(),
         });
         for (page, content) in b.pages().into_iter().zip(contents) {
             if !made.pages.iter().any(|(known, _)| *known == page) {

@@ -32,7 +32,7 @@ impl Store {
             old.blocks.into_iter().for_each(|b| self.kill(exits, b));
         }
         // What they know of other pages may not hold there.
-        for b in std::mem::take(&mut self.constants).into_values().flatten() {
+        for (b, _) in std::mem::take(&mut self.constants).into_values().flatten() {
             self.kill(exits, b);
         }
         let group = |range: &Range<u64>| Group {
