@@ -367,6 +367,85 @@ fn a_triple_fault_says_where() {
     // lidt [zero]; ud2
     let program = file("triple", &[0x0f, 0x01, 0x1e, 0x10, 0x7c, 0x0f, 0x0b]);
     fails(&["--flat", &format!("{program}@0x7c00")], 122, &["triple fault", "0000:0x7c05"]);
+    // ud2, without an IDT
+    let program = file("triple-2", &[0x90, 0x0f, 0x0b]);
+    for mode in ["prot", "long"] {
+        fails(&["--flat", &format!("{program}@0x10000"), "--mode", mode], 122, &["triple fault", "0x10001"]);
+    }
+}
+
+/// Bytes on the port 0xe9, and the status.
+fn says(args: &[&str], program: &str, expected: &str, status: i32) {
+    for engine in ENGINES {
+        let flat = format!("{program}@0x10000");
+        let common = ["--backend", engine, "--flat", &flat, "--debugcon", "0xe9=stdio", "--serial", "none"];
+        let output = boot(&[&common[..], &["--debug-exit", "0xf4"], args].concat());
+        let said = (text(&output.stdout), output.status.code());
+        assert_eq!(said, (expected.into(), Some(status)), "{engine} {args:?}: {}", text(&output.stderr));
+    }
+}
+
+/// The same bytes mean something else in each mode.
+#[test]
+fn flat_code_starts_in_the_mode_that_is_wanted() {
+    // mov al, '0'; inc ax, inc eax or a REX prefix, and nop
+    // add eax, 02040000; or add ax, 0 and add al, 2; out e9, al; mov al, 3; out f4, al
+    let code = [0xb0, b'0', 0x40, 0x90, 0x66, 0x05, 0, 0, 0x04, 0x02, 0xe6, 0xe9, 0xb0, 3, 0xe6, 0xf4];
+    let program = file("modes", &code);
+    for (mode, expected) in [("real", "1"), ("prot", "3"), ("long", "2")] {
+        says(&["--mode", mode], &program, expected, 7);
+    }
+}
+
+#[test]
+fn the_offered_cpu_is_the_one_named() {
+    // mov eax, 1; cpuid; shr ecx, 23; mov al, cl; and al, 1; add al, '0'; out e9, al; mov al, 3; out f4, al: CPUID.POPCNT
+    let code = [
+        &[0xb8, 1, 0, 0, 0, 0x0f, 0xa2, 0xc1, 0xe9, 23][..],
+        &[0x88, 0xc8, 0x24, 1, 0x04, b'0', 0xe6, 0xe9, 0xb0, 3, 0xe6, 0xf4],
+    ]
+    .concat();
+    let program = file("cpuid", &code);
+    says(&["--mode", "prot", "--cpu", "max"], &program, "1", 7);
+    says(&["--mode", "prot", "--cpu", "max,-popcnt"], &program, "0", 7);
+    fails(&["--flat", &format!("{program}@0x10000"), "--cpu", "pentium-9"], 1, &["pentium-9"]);
+}
+
+/// QEMU's pc-testdev keeps what is stored at 0xe0; fw_cfg says how many processors there are, and how much RAM.
+#[test]
+fn the_test_device_and_fw_cfg() {
+    let code = [
+        // mov al, 'T'; out e0, al; in al, e0; out e9, al
+        &[0xb0, b'T', 0xe6, 0xe0, 0xe4, 0xe0, 0xe6, 0xe9][..],
+        // mov dx, 510; mov ax, 5; out dx, ax; inc dx; in al, dx; add al, '0'; out e9, al
+        &[0x66, 0xba, 0x10, 5, 0x66, 0xb8, 5, 0, 0x66, 0xef, 0x66, 0x42, 0xec, 0x04, b'0', 0xe6, 0xe9],
+        // mov dx, 510; mov ax, 3; out dx, ax; inc dx; in al, dx four times: the fourth byte of 64 MiB is 4; add al, '0'; out e9, al
+        &[
+            0x66, 0xba, 0x10, 5, 0x66, 0xb8, 3, 0, 0x66, 0xef, 0x66, 0x42, 0xec, 0xec, 0xec, 0xec, 0x04, b'0', 0xe6,
+            0xe9,
+        ],
+        &[0xb0, 3, 0xe6, 0xf4],
+    ]
+    .concat();
+    let program = file("testdev", &code);
+    says(&["--mode", "prot", "--testdev", "--memory", "64"], &program, "T14", 7);
+}
+
+/// A reset starts the machine again, or with --no-reboot ends it well.
+#[test]
+fn a_reset_starts_again_or_ends() {
+    // mov al, 'x'; out e9, al; mov al, fe; out 64, al; cli; hlt
+    let program = file("reset", &[0xb0, b'x', 0xe6, 0xe9, 0xb0, 0xfe, 0xe6, 0x64, 0xfa, 0xf4]);
+    says(&["--no-reboot"], &program, "x", 0);
+    for engine in ENGINES {
+        let flat = format!("{program}@0x10000");
+        let args = ["boot", "--backend", engine, "--flat", &flat, "--debugcon", "0xe9=stdio", "--serial", "none"];
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bivisor"));
+        command.args(args).args(["--timeout", "1"]).stdin(Stdio::null());
+        let output = command.output().expect("bivisor starts");
+        assert_eq!(output.status.code(), Some(124), "{engine}: {}", text(&output.stderr));
+        assert!(text(&output.stdout).starts_with("xx"), "{engine}: {}", text(&output.stdout));
+    }
 }
 
 /// With interrupts off nothing in the guest ends a loop: the host's clock does.
