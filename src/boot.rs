@@ -9,7 +9,7 @@ use crate::machine_stats;
 use crate::net;
 use crate::pty::Pty;
 use crate::stats::Format;
-use crate::terminal::{Input, Terminal};
+use crate::terminal::{self, Input, Terminal};
 use anyhow::{Context, Result, anyhow, bail};
 use bivisor_emulator::cpu::CpuState;
 use bivisor_emulator::cpu::cpuid::CpuModel;
@@ -474,7 +474,11 @@ fn virtio_devices(
     let mut devices: Vec<_> = inputs.drives.virtio.iter().enumerate().map(virtio_disk).collect();
     devices.extend(wire.map(|wire| Box::new(Net::new(net::MAC, wire)) as Box<dyn virtio::Device>));
     if let Some(place) = &args.virtio_console {
-        devices.push(Box::new(Console::new(Box::new(sink("--virtio-console", place)?))));
+        let console = Console::new(Box::new(sink("--virtio-console", place)?));
+        devices.push(Box::new(match terminal::size().filter(|_| args.on_console()) {
+            Some((columns, rows)) => console.on_terminal(columns, rows),
+            None => console,
+        }));
     }
     if args.rng {
         let source: Box<dyn std::io::Read + Send> = match args.deterministic {

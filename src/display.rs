@@ -1,5 +1,6 @@
 //! The machine's text screen on standard output: drawn in place on a terminal, else row by row as rows change.
 
+use crate::terminal;
 use bivisor_emulator::machine::{Remote, Screen};
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write};
@@ -41,14 +42,20 @@ impl Drop for Display {
 
 fn show(machine: &Remote, off: &AtomicBool) {
     let mut out = std::io::stdout();
-    let terminal = out.is_terminal();
+    let drawn = out.is_terminal();
     let mut before: Option<Screen> = None;
+    let mut size = terminal::size();
     loop {
+        // Another size: what is on the terminal is no longer what was drawn.
+        let resized = terminal::size();
+        if drawn && std::mem::replace(&mut size, resized) != resized {
+            before = None;
+        }
         // One more look after the end.
         let last = off.load(Ordering::Relaxed);
         let now = machine.screen();
         if let Some(screen) = now.filter(|s| before.as_ref() != Some(s)) {
-            let text = if terminal { draw(before.as_ref(), &screen) } else { print(before.as_ref(), &screen) };
+            let text = if drawn { draw(before.as_ref(), &screen) } else { print(before.as_ref(), &screen) };
             let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
             before = Some(screen);
         }
@@ -57,7 +64,7 @@ fn show(machine: &Remote, off: &AtomicBool) {
         }
         std::thread::sleep(PAUSE);
     }
-    if let Some(screen) = before.filter(|_| terminal) {
+    if let Some(screen) = before.filter(|_| drawn) {
         let _ = write!(out, "\x1b[{};1H\x1b[0m\x1b[?25h\r\n", screen.rows().count()).and_then(|()| out.flush());
     }
 }

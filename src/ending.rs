@@ -1,8 +1,9 @@
 //! SIGINT, SIGTERM and SIGHUP while a machine runs: they end the machine, so that what waits is written and the terminal is as before, and
 //! then the program, which dies of the signal as it would have at once (signal(7), sigwait(3)). A second one does not wait for that.
+//! SIGWINCH: the terminal has another size, and the virtio console is told.
 #![allow(unsafe_code)]
 
-use crate::terminal::Attached;
+use crate::terminal::{Attached, tell_size};
 use bivisor_emulator::machine::{End, Remote};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -20,10 +21,8 @@ impl Ending {
     /// Takes them, but for those that are ignored (nohup(1)). Before there are other threads, which inherit that they are blocked.
     pub fn watch() -> Ending {
         let ending = Ending { machine: Arc::default(), came: Arc::default() };
-        let taken: Vec<i32> = SIGNALS.into_iter().filter(|s| !is_ignored(*s)).collect();
-        if taken.is_empty() {
-            return ending;
-        }
+        let mut taken: Vec<i32> = SIGNALS.into_iter().filter(|s| !is_ignored(*s)).collect();
+        taken.push(libc::SIGWINCH);
         let set = set(&taken);
         mask(libc::SIG_BLOCK, &set);
         let (machine, came) = (ending.machine.clone(), ending.came.clone());
@@ -31,6 +30,11 @@ impl Ending {
             let mut signal = 0;
             // SAFETY: both are ours and live; the signals are blocked in all threads.
             while unsafe { libc::sigwait(&raw const set, &raw mut signal) } == 0 {
+                if signal == libc::SIGWINCH {
+                    let machine = machine.clone();
+                    std::thread::spawn(move || tell_size(&machine.wait()));
+                    continue;
+                }
                 if came.swap(signal, Ordering::AcqRel) != 0 {
                     die(signal);
                 }

@@ -2,7 +2,7 @@
 
 use crate::keyboard;
 use bivisor_emulator::machine::{End, Remote, Screen};
-use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
+use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
 use std::io::{Read, Write};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
@@ -80,6 +80,8 @@ impl Terminal {
 
     /// From now on what is typed goes to this machine.
     pub fn attach(&self, machine: Remote) {
+        // It may have changed while there was no machine.
+        tell_size(&machine);
         self.machine.set(Some(machine));
     }
 
@@ -107,6 +109,18 @@ fn send(machine: &Remote, input: Input, typed: &[u8]) {
         Input::Console => machine.type_console(typed),
         Input::Keyboard => machine.press_keys(&keyboard::scan_codes(typed)),
     }
+}
+
+/// Tells the machine's virtio console the size of the terminal, if that has one.
+pub fn tell_size(machine: &Remote) {
+    if let Some((columns, rows)) = size() {
+        machine.resize_console(columns, rows);
+    }
+}
+
+/// Columns and rows of the terminal on standard input.
+pub fn size() -> Option<(u16, u16)> {
+    tcgetwinsize(std::io::stdin()).ok().map(|s| (s.ws_col, s.ws_row))
 }
 
 fn say(text: &str) {

@@ -2,7 +2,7 @@
 
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::{Termios, tcgetattr};
+use rustix::termios::{Termios, Winsize, tcgetattr, tcsetwinsize};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::process::ExitStatusExt;
@@ -63,7 +63,13 @@ fn program(name: &str, bytes: &[u8]) -> String {
 
 /// Bivisor on a terminal: the child, our end, and the terminal itself.
 fn on_terminal(args: &[&str]) -> (Child, File, Reader, File) {
+    on_terminal_of((80, 25), args)
+}
+
+/// Its size is so many columns and rows.
+fn on_terminal_of((columns, rows): (u16, u16), args: &[&str]) -> (Child, File, Reader, File) {
     let (ours, theirs) = pair();
+    resized(&theirs, columns, rows);
     let end = || Stdio::from(theirs.try_clone().expect("cloned"));
     let mut command = Command::new(env!("CARGO_BIN_EXE_bivisor"));
     command.args(["boot", "--timeout", "60"]).args(args);
@@ -157,12 +163,45 @@ fn a_guest_that_loops_for_ever_can_be_left() {
     }
 }
 
+fn resized(terminal: &File, columns: u16, rows: u16) {
+    let size = Winsize { ws_col: columns, ws_row: rows, ws_xpixel: 0, ws_ypixel: 0 };
+    tcsetwinsize(terminal, size).expect("a terminal");
+}
+
+/// A program that writes the console's columns and rows to a port whenever they change sees each size of the terminal.
+#[test]
+fn the_size_of_the_terminal_is_the_consoles() {
+    // PCI function 0:4.0, BAR 0: mov eax, 80002010; mov edx, cf8; out dx, eax; mov eax, fe000000; mov dl, fc; out dx, eax
+    let bar = [0xb8, 0x10, 0x20, 0, 0x80, 0xba, 0xf8, 0x0c, 0, 0, 0xef, 0xb8, 0, 0, 0, 0xfe, 0xb2, 0xfc, 0xef];
+    // Its command register: mov eax, 80002004; mov dl, f8; out dx, eax; mov eax, 2; mov dl, fc; out dx, eax
+    let command = [0xb8, 0x04, 0x20, 0, 0x80, 0xb2, 0xf8, 0xef, 0xb8, 2, 0, 0, 0, 0xb2, 0xfc, 0xef];
+    // mov ebp, fe002000; xor ebx, ebx; mov eax, [ebp]; cmp eax, ebx; je -7
+    let see = [0xbd, 0, 0x20, 0, 0xfe, 0x31, 0xdb, 0x8b, 0x45, 0, 0x39, 0xd8, 0x74, 0xf9];
+    // mov ebx, eax; out e9, al; shr eax, 16; out e9, al; mov al, a; out e9, al; jmp -22
+    let say = [0x89, 0xc3, 0xe6, 0xe9, 0xc1, 0xe8, 16, 0xe6, 0xe9, 0xb0, 0x0a, 0xe6, 0xe9, 0xeb, 0xea];
+    let flat = program("size", &[&bar[..], &command, &see, &say].concat()).replace("@0x7c00", "@0x10000");
+    for engine in ["interp", "bt"] {
+        let args = ["--backend", engine, "--mode", "prot", "--flat", &flat, "--debugcon", "0xe9=stdio"];
+        let console = ["--virtio-console", "stdio", "--serial", "none"];
+        let (mut child, mut keys, mut seen, theirs) = on_terminal_of((65, 66), &[&args[..], &console].concat());
+        seen.wait("AB");
+        resized(&theirs, 67, 68);
+        kill_process(Pid::from_child(&child), Signal::WINCH).expect("sent");
+        seen.wait("CD");
+        keys.write_all(b"\x01x").expect("typed");
+        assert_eq!(child.wait().expect("ended").code(), Some(0), "{engine}");
+    }
+}
+
 /// mov ax, b800; mov es, ax; mov es:[0], 'H' on blue; cli; jmp $
 #[test]
 fn the_text_screen_is_drawn() {
     let code = [0xb8, 0, 0xb8, 0x8e, 0xc0, 0x26, 0xc7, 6, 0, 0, b'H', 0x1f, 0xfa, 0xeb, 0xfe];
     let flat = program("screen", &code);
-    let (mut child, mut keys, mut seen, _theirs) = on_terminal(&["--flat", &flat, "--display", "text"]);
+    let (mut child, mut keys, mut seen, theirs) = on_terminal(&["--flat", &flat, "--display", "text"]);
+    seen.wait("97;44mH");
+    // Anew, when the terminal has another size.
+    resized(&theirs, 100, 40);
     seen.wait("97;44mH");
     keys.write_all(b"\x01x").expect("typed");
     assert_eq!(child.wait().expect("ended").code(), Some(0));

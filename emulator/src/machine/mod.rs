@@ -156,14 +156,21 @@ impl Remote {
     /// Bytes for the virtio console, if there is one.
     pub fn type_console(&self, bytes: &[u8]) {
         let mut chips = self.pc.lock();
-        chips.input(VIRTIO_ID_CONSOLE as u16, bytes);
+        chips.with_virtio(VIRTIO_ID_CONSOLE as u16, |console| console.input(bytes));
+        self.pc.publish_from_outside(&mut chips);
+    }
+
+    /// The terminal behind the virtio console, if there is one, has so many columns and rows now.
+    pub fn resize_console(&self, columns: u16, rows: u16) {
+        let mut chips = self.pc.lock();
+        chips.with_virtio(VIRTIO_ID_CONSOLE as u16, |console| console.resize(columns, rows));
         self.pc.publish_from_outside(&mut chips);
     }
 
     /// The network has frames for the virtio network card.
     pub fn frames_arrived(&self) {
         let mut chips = self.pc.lock();
-        chips.input(VIRTIO_ID_NET as u16, &[]);
+        chips.with_virtio(VIRTIO_ID_NET as u16, |net| net.input(&[]));
         self.pc.publish_from_outside(&mut chips);
     }
 

@@ -207,10 +207,10 @@ impl Chips {
         self.virtio.get_mut(usize::from(n)).filter(|_| function & 7 == 0)
     }
 
-    /// Bytes from outside for the virtio device of a kind.
-    pub(super) fn input(&mut self, kind: u16, bytes: &[u8]) {
+    /// Does something from outside to the virtio device of a kind.
+    pub(super) fn with_virtio(&mut self, kind: u16, what: impl FnOnce(&mut VirtioPci)) {
         if let Some(device) = self.virtio.iter_mut().find(|v| v.kind() == kind) {
-            device.input(bytes);
+            what(device);
             self.wire_virtio();
             self.settle();
         }

@@ -9,6 +9,8 @@ use virtio_queue::{Reader, Writer};
 
 /// Communication controller, other.
 const CLASS: u32 = 0x07_8000;
+/// Columns and rows are in the configuration (5.3.3).
+const VIRTIO_CONSOLE_F_SIZE: u64 = 1;
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
 /// Bytes from outside that wait at most; what is more is lost, as on a line.
@@ -20,12 +22,19 @@ const PIECE: usize = 4096;
 pub struct Console {
     to: Box<dyn Write + Send>,
     waiting: VecDeque<u8>,
+    /// Columns and rows of the terminal behind it, if it is one.
+    size: Option<(u16, u16)>,
 }
 
 impl Console {
     /// With a way out for what the guest writes.
     pub fn new(to: Box<dyn Write + Send>) -> Console {
-        Console { to, waiting: VecDeque::new() }
+        Console { to, waiting: VecDeque::new(), size: None }
+    }
+
+    /// The way out is a terminal of so many columns and rows.
+    pub fn on_terminal(self, columns: u16, rows: u16) -> Console {
+        Console { size: Some((columns, rows)), ..self }
     }
 
     fn receive(&mut self, queue: &mut Virtqueue, ram: &Ram) -> Result<(), Broken> {
@@ -72,16 +81,22 @@ impl Device for Console {
     }
 
     fn features(&self) -> u64 {
-        0
+        if self.size.is_some() { VIRTIO_CONSOLE_F_SIZE } else { 0 }
     }
 
     fn queues(&self) -> &'static [u16] {
         &[64, 64]
     }
 
-    /// Columns, rows, ports, emergency write: none is offered.
+    /// Columns, rows; ports and emergency write are not offered.
     fn config(&self) -> Vec<u8> {
-        vec![0; 12]
+        let (columns, rows) = self.size.unwrap_or_default();
+        [columns, rows, 0, 0, 0, 0].into_iter().flat_map(u16::to_le_bytes).collect()
+    }
+
+    fn resize(&mut self, columns: u16, rows: u16) -> bool {
+        let size = self.size.map(|_| (columns, rows));
+        std::mem::replace(&mut self.size, size) != size
     }
 
     fn notified(&mut self, n: usize, queues: &mut [Virtqueue], ram: &Ram) -> Result<(), Broken> {

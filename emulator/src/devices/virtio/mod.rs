@@ -50,6 +50,10 @@ pub trait Device: Send {
     fn input(&mut self, _bytes: &[u8], _queues: &mut [Virtqueue], _ram: &Ram) -> Result<(), Broken> {
         Ok(())
     }
+    /// The terminal behind it has so many columns and rows now: did that change the configuration?
+    fn resize(&mut self, _columns: u16, _rows: u16) -> bool {
+        false
+    }
     /// The device is reset.
     fn reset(&mut self) {}
 }

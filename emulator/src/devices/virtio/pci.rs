@@ -297,6 +297,13 @@ impl VirtioPci {
         self.work(|device, queues, ram| device.input(bytes, queues, ram));
     }
 
+    /// The terminal behind it has another size.
+    pub fn resize(&mut self, columns: u16, rows: u16) {
+        if self.device.resize(columns, rows) {
+            self.config_changed();
+        }
+    }
+
     fn read_structures(&mut self, offset: u64, data: &mut [u8]) {
         match offset & !0xfff {
             COMMON => {

@@ -133,6 +133,24 @@ fn a_console_speaks_and_listens() {
     assert_eq!((d.used(0), d.messages(), d.get::<1>(DATA)), (Some((0, 1)), vec![(0xfee0_0000, 0x41)], *b"!"));
 }
 
+/// Virtual I/O Device 1.2, 5.3.4: with VIRTIO_CONSOLE_F_SIZE the configuration has columns and rows, and a change is told.
+#[test]
+fn a_console_tells_the_size_of_its_terminal() {
+    let mut d = Driver::new(Box::new(Console::new(Box::new(std::io::sink())).on_terminal(80, 25)), 1, true);
+    assert_eq!(d.read(BASE + 0x2000, 4), 25 << 16 | 80);
+    let generation = d.read(BASE + 0x15, 1);
+    d.pci.resize(80, 25);
+    assert_eq!((d.read(BASE + 0x15, 1), d.messages().len()), (generation, 0), "the same size");
+    d.pci.resize(132, 43);
+    assert_eq!(d.read(BASE + 0x2000, 4), 43 << 16 | 132);
+    assert_ne!(d.read(BASE + 0x15, 1), generation);
+    assert_eq!(d.messages(), [(0xfee0_0000, 0x40)]);
+    // Where there is no terminal nothing is offered, and nothing changes.
+    let mut d = Driver::new(Box::new(Console::new(Box::new(std::io::sink()))), 0, true);
+    d.pci.resize(132, 43);
+    assert_eq!((d.read(BASE + 0x2000, 4), d.messages().len()), (0, 0));
+}
+
 #[test]
 fn a_balloon_gives_pages_back() {
     let target = Arc::new(Target::default());
