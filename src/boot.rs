@@ -286,9 +286,10 @@ pub fn run(args: &BootArgs) -> Result<i32> {
     if args.smp != 1 {
         bail!("--smp {}: a machine has one processor", args.smp);
     }
-    let model = Arc::new(CpuModel::from_name(&args.cpu).map_err(anyhow::Error::msg)?);
+    let model = CpuModel::from_name(&args.cpu).map_err(anyhow::Error::msg)?;
     let start = start(args)?;
     let (backend, why) = engine::choose(args.backend, start.purpose()).map_err(anyhow::Error::msg)?;
+    let model = Arc::new(if backend == Backend::Kvm { model } else { model.in_software() });
     if args.verbose || backend == Backend::Kvm && !bivisor_kvm_backend::host().usable_for_machine {
         eprintln!("bivisor: {why}");
     }
@@ -374,7 +375,7 @@ pub fn run(args: &BootArgs) -> Result<i32> {
 pub fn pair(mut args: BootArgs) -> Result<impl FnMut() -> Result<(Machine, Machine)>> {
     args.deterministic = true;
     args.serial = Some("none".into());
-    let model = Arc::new(CpuModel::from_name(&args.cpu).map_err(anyhow::Error::msg)?);
+    let model = Arc::new(CpuModel::from_name(&args.cpu).map_err(anyhow::Error::msg)?.in_software());
     let initrd = args.initrd.as_ref().map(|path| read(path, "--initrd")).transpose()?;
     let backend = Backend::Interp;
     if args.net != Network::None {

@@ -34,6 +34,8 @@ enum By {
     Avx512,
     /// Our software: offered whatever the host has.
     Us,
+    /// The way the interpreter and the translator run machines: see [`CpuModel::in_software`].
+    Software,
 }
 
 /// First of the named models that has it; `HOST`: only `host` and `max`, if the host has it; `MAX`: only `max`.
@@ -147,6 +149,7 @@ const ROWS: &[Row] = &[
     Row("xsaveerptr",      &[],                    0x8000_0008,         0, Ebx,  2, By::Host, HOST),
     Row("lfence_rdtsc",    &[],                    0x8000_0021,         0, Eax,  2, By::Host, HOST),
     Row("null_sel_clr_base",&[],                   0x8000_0021,         0, Eax,  6, By::Host, HOST),
+    Row("srso_no",         &[],                    0x8000_0021,         0, Eax, 29, By::Software, HOST),
     Row("x2apic",          &[],                             1,          0, Ecx, 21, By::Us, HOST),
     Row("tsc_deadline_timer",&[],                           1,          0, Ecx, 24, By::Us, HOST),
     Row("arat",            &[],                             6,          0, Eax,  2, By::Us, HOST),
@@ -193,6 +196,18 @@ impl CpuModel {
         // Each CPUID may be an exit to a hypervisor below us.
         static MODEL: OnceLock<CpuModel> = OnceLock::new();
         MODEL.get_or_init(|| CpuModel::build("host", HOST, |_, in_host| in_host)).clone()
+    }
+
+    /// As the interpreter and the translator offer it to a machine: a guest's RET is no RET of the host's, so nothing in a guest can make the
+    /// host's return stack mispredict one (SRSO; AMD64 APM 3 appendix E.4.15), and kernels need no detour for each.
+    #[must_use]
+    pub fn in_software(self) -> CpuModel {
+        let more: Vec<_> =
+            ROWS.iter().filter(|r| r.6 == By::Software && !self.name.contains(r.0)).map(|r| r.0).collect();
+        if self.intel || more.is_empty() {
+            return self;
+        }
+        CpuModel::build(&self.name, u8::MAX, |row, _| self.names.contains(&row.0) || more.contains(&row.0))
     }
 
     /// What the host has and we support, and what we can do without the host.
@@ -520,7 +535,7 @@ impl Host {
 
     fn has(&self, row: &Row) -> bool {
         let enabled = match row.6 {
-            By::Host | By::Us => true,
+            By::Host | By::Us | By::Software => true,
             By::Avx => Layout::host().components & component::AVX != 0,
             By::Avx512 => Layout::host().components & component::AVX512 == component::AVX512,
         };
@@ -540,6 +555,16 @@ impl Host {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn machines_in_software_have_a_return_stack_of_their_own() {
+        let model = CpuModel::host().in_software();
+        assert_eq!(model.offers("srso_no"), !model.is_intel() || CpuModel::host().offers("srso_no"));
+        assert_eq!(model.leaves().len(), CpuModel::host().leaves().len());
+        assert_eq!((model.name(), model.xcr0()), ("host", CpuModel::host().xcr0()));
+        let without = CpuModel::from_name("host,-srso_no").expect("a feature").in_software();
+        assert!(!without.offers("srso_no"), "unless it is asked not to");
+    }
 
     #[test]
     fn levels_contain_each_other() {
