@@ -18,6 +18,9 @@ use iced_x86::{
 pub const MAX_INSNS: usize = 48;
 /// Most conditional branches in a block.
 const MAX_BRANCHES: usize = 4;
+/// The same of code that uses the mirror: it has run for a while, and each block borrows registers and finds distances anew.
+pub const MAX_MIRRORED: usize = 96;
+const MAX_MIRRORED_BRANCHES: usize = 12;
 
 /// All status flags, as iced numbers them.
 pub const STATUS: u8 =
@@ -249,13 +252,15 @@ pub fn decode(
     most: usize,
 ) -> Option<(GuestBlock, bool)> {
     let rest = (PAGE_SIZE - start % PAGE_SIZE) as usize;
-    let mut bytes = vec![0; rest.min(256)];
+    let (branches_at_most, window) =
+        if mode.is_mirrored() { (MAX_MIRRORED_BRANCHES, 512) } else { (MAX_BRANCHES, 256) };
+    let mut bytes = vec![0; rest.min(window)];
     source.ram.read(source.gpa, &mut bytes)?;
     let mut items: Vec<Item> = Vec::with_capacity(16);
     let mut factory = InstructionInfoFactory::new();
     let (mut at, mut branches, mut crossing) = (0, 0, false);
     let mut known = Known::default();
-    while items.len() < most && branches < MAX_BRANCHES {
+    while items.len() < most && branches < branches_at_most {
         let bits = if mode.is_narrow() { 32 } else { 64 };
         let mut decoder = Decoder::with_ip(bits, &bytes[at..], start.wrapping_add(at as u64), options());
         let mut iced = Instruction::default();

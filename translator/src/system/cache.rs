@@ -7,7 +7,7 @@ use crate::emit::{Emitter, slot};
 use crate::route::{Policy, Routes};
 use crate::system::Mode;
 use crate::system::area::{self, Area, at};
-use crate::system::block::{GuestBlock, MAX_INSNS, Source, decode};
+use crate::system::block::{GuestBlock, MAX_INSNS, MAX_MIRRORED, Source, decode};
 use crate::system::hash::Map;
 use crate::system::lower::asm::{Assembler, At};
 use crate::system::lower::{Around, Entries, Exit, Flags, Guess, Kind, Point, Replay, Told, Unit, lower};
@@ -22,7 +22,7 @@ use std::sync::atomic::AtomicU32;
 /// Bytes of code.
 const SIZE: usize = 64 << 20;
 /// More than one block can need.
-const MAX_BLOCK: usize = 64 << 10;
+const MAX_BLOCK: usize = 128 << 10;
 /// Exits there can be between two flushes.
 const MAX_EXITS: usize = 4 << 20;
 /// Bytes of a jump.
@@ -315,7 +315,11 @@ impl Cache {
         let (rip, gpa, mode) = key;
         let targets = self.targets(mode)?;
         let fast = self.fast(mode);
-        let most = if mode.is_single() { 1 } else { MAX_INSNS };
+        let most = match () {
+            () if mode.is_single() => 1,
+            () if mode.is_mirrored() => MAX_MIRRORED,
+            () => MAX_INSNS,
+        };
         let mut second = None;
         let mut next = || {
             second = next();

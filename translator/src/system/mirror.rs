@@ -67,6 +67,13 @@ pub struct Run {
     pub write: bool,
 }
 
+impl Run {
+    /// In bytes.
+    pub fn bytes(&self) -> u64 {
+        self.count * PAGE_SIZE
+    }
+}
+
 /// The mirror of one virtual CPU.
 #[derive(Debug)]
 pub struct Mirror {
@@ -130,7 +137,7 @@ impl Mirror {
     /// there already, or they cannot be.
     pub fn map(&mut self, area: &Area, ram: &Ram, run: Run) -> bool {
         let Run { laddr, gpa, count, write } = run;
-        let (page, to, len) = (laddr & !(PAGE_SIZE - 1), gpa & !(PAGE_SIZE - 1), count * PAGE_SIZE);
+        let (page, to, len) = (laddr & !(PAGE_SIZE - 1), gpa & !(PAGE_SIZE - 1), run.bytes());
         if self.has(page, to, write) || page + len > END || !ram.contains(to) || !ram.contains(to + len - PAGE_SIZE) {
             return false;
         }

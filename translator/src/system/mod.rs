@@ -11,7 +11,7 @@
 //! | [`cache`] | blocks by address and mode, links, invalidation; `fast`: branch targets of code that uses the mirror |
 //! | [`enter`] | the way in and out (unsafe) |
 //! | `narrow` | 32-bit code: when it is translated, and what is different about its instructions |
-//! | [`run`] | the dispatch loop; `calls`: instructions that the interpreter does; `gates`: SYSCALL, SYSRET, IN and OUT that stay in the cache; `image`: the x87 and vector state |
+//! | [`run`] | the dispatch loop; `calls`: instructions that the interpreter does; `gates`: SYSCALL, SYSRET, IN and OUT that stay in the cache; `image`: the x87 and vector state; `mirror`: when it is used; `miss`: what the inline TLB does not have |
 //!
 //! One virtual CPU has one cache, and only its thread touches it, so nothing is locked.
 //!

@@ -14,6 +14,9 @@ use crate::system::block::{GuestBlock, Item, Way};
 /// What may be added to an address in a round.
 const STEP: i64 = 1 << 20;
 
+/// Bytes of a cache line.
+const LINE: u64 = 64;
+
 /// What held where the branch to the next round was met.
 #[derive(Debug)]
 pub(super) struct Round {
@@ -82,6 +85,9 @@ impl Lower<'_> {
         let windows: Vec<_> = self.windows.iter().copied().filter(|w| w.mirrored && small(self, w)).collect();
         self.windows = windows;
         self.follow();
+        // A loop that fits takes one line of the cache of decoded instructions.
+        let past = (self.e.here() % LINE) as usize;
+        self.e.nops((LINE as usize - past) % LINE as usize);
         let (start, spilled, windows) = (self.e.len() as u32, self.spilled, self.windows.clone());
         let block = self.block;
         for n in 0..first.n {

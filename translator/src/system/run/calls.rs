@@ -249,6 +249,9 @@ impl System {
             self.follow_upper(true);
         }
         let Some(mode) = self.mode(&t.cpu) else { return Next::Go(via) };
+        if mode.is_mirrored() {
+            self.map_wanted(t, board, ram);
+        }
         let Some(b) = self.find(t, board, ram, mode, via) else { return Next::Go(Via::Start) };
         if self.flushes != self.cache.counts.flushes {
             return Next::Go(Via::Start);

@@ -18,6 +18,11 @@ const LONGEST: Duration = Duration::from_secs(1);
 const FREE: u32 = 1024;
 const SELDOM: Duration = Duration::from_micros(200);
 
+/// So long no page fault of the guest's must have come: while a program touches memory for the first time the inline TLB is cheaper.
+const SETTLED: Duration = Duration::from_micros(20);
+/// Page faults that come sooner one after the other, and end the use of the mirror.
+const UNSETTLED: u32 = 8;
+
 /// Pages that a fault looks at: as many as lie together in one aligned piece.
 const AROUND: u64 = 64;
 
@@ -30,12 +35,26 @@ pub(super) struct Mirroring {
     /// `None`: never.
     quiet: Option<Duration>,
     faults: u32,
+    /// When the guest's last page fault in user mode was, and how many came soon after the one before.
+    faulted: Option<Instant>,
+    soon: u32,
+    /// What it was for, in the mirror: likely there when user code goes on.
+    wanted: Option<u64>,
 }
 
 impl Mirroring {
     /// It is to be used when mappings have stayed as they are for `quiet`.
     pub(super) fn new(quiet: Option<Duration>) -> Mirroring {
-        Mirroring { mirror: None, on: false, since: Instant::now(), quiet, faults: 0 }
+        Mirroring {
+            mirror: None,
+            on: false,
+            since: Instant::now(),
+            quiet,
+            faults: 0,
+            faulted: None,
+            soon: 0,
+            wanted: None,
+        }
     }
 
     /// The slots in use, as bits.
@@ -53,8 +72,15 @@ impl Mirroring {
     /// Shall user code use it?
     #[inline]
     pub(super) fn decide(&mut self) -> bool {
-        if !self.on && self.mirror.is_some() && self.quiet.is_some_and(|quiet| self.since.elapsed() >= quiet) {
-            (self.on, self.since, self.faults) = (true, Instant::now(), 0);
+        if !self.on
+            && self.mirror.is_some()
+            && let Some(quiet) = self.quiet
+        {
+            let now = Instant::now();
+            let settled = self.faulted.is_none_or(|at| now - at >= SETTLED.min(quiet));
+            if settled && now - self.since >= quiet {
+                (self.on, self.since, self.faults, self.soon) = (true, now, 0, 0);
+            }
         }
         self.on
     }
@@ -80,6 +106,16 @@ impl Mirroring {
         }
     }
 
+    /// User code has met a page fault of the guest's. True if there are so many that the mirror is given up until they end.
+    pub(super) fn page_fault(&mut self) -> bool {
+        let now = Instant::now();
+        let soon = self.faulted.replace(now).is_some_and(|at| now - at < SETTLED);
+        self.soon = if soon { self.soon + 1 } else { 0 };
+        let unsettled = self.on && self.soon >= UNSETTLED && self.quiet.is_some_and(|quiet| !quiet.is_zero());
+        self.on &= !unsettled;
+        unsettled
+    }
+
     /// Counts a fault. True if there are so many that the mirror is given up for a while.
     fn fault(&mut self) -> bool {
         self.faults += 1;
@@ -92,35 +128,38 @@ impl Mirroring {
     }
 }
 
-/// Maps what lies around `laddr` as far as the guest's tables need no change for it: what has been loaded from before, and for stores too
-/// what has been stored to.
-fn map_around(mirror: &mut Mirror, area: &Area, (cpu, board, ram): (&CpuState, Board<'_>, &Ram), laddr: u64) {
+/// What surroundings a mapping depends on.
+type Tables<'a> = (&'a CpuState, Board<'a>, &'a Ram);
+
+/// The page of `at` as far as the guest's tables need no change for it, if it is not in the mirror: for loads if it has been loaded from
+/// before, and for stores too if it has been stored to.
+fn known(mirror: &Mirror, (cpu, board, ram): Tables<'_>, at: u64) -> Option<Run> {
+    let page = paging::peek(cpu, board.mem, at)?;
+    let may = |access| paging::allowed(cpu, &page, access, By::User);
+    let write = page.dirty && may(Access::Write) && !ram.store_needs_care(page.gpa);
+    let fits = page.accessed && may(Access::Read) && ram.contains(page.gpa);
+    (fits && !mirror.has(at, page.gpa, write)).then_some(Run { laddr: at, gpa: page.gpa, count: 1, write })
+}
+
+/// Maps what lies around `laddr`.
+fn map_around(mirror: &mut Mirror, area: &Area, tables: Tables<'_>, laddr: u64) {
     let start = laddr & !(AROUND * PAGE_SIZE - 1);
     let mut run: Option<Run> = None;
     for at in (0..AROUND).map(|n| start + n * PAGE_SIZE) {
-        let page = paging::peek(cpu, board.mem, at)
-            .filter(|p| p.accessed && paging::allowed(cpu, p, Access::Read, By::User) && ram.contains(p.gpa));
-        let next = page.map(|p| {
-            let write = p.dirty && paging::allowed(cpu, &p, Access::Write, By::User) && !ram.store_needs_care(p.gpa);
-            Run { laddr: at, gpa: p.gpa, count: 1, write }
-        });
-        let next = next.filter(|n| !mirror.has(n.laddr, n.gpa, n.write));
+        let next = known(mirror, tables, at);
         match (&mut run, next) {
-            (Some(r), Some(n))
-                if n.gpa == r.gpa + r.count * PAGE_SIZE
-                    && (n.write, n.laddr) == (r.write, r.laddr + r.count * PAGE_SIZE) =>
-            {
+            (Some(r), Some(n)) if n == (Run { laddr: r.laddr + r.bytes(), gpa: r.gpa + r.bytes(), count: 1, ..*r }) => {
                 r.count += 1;
             }
             (_, next) => {
                 if let Some(r) = std::mem::replace(&mut run, next) {
-                    mirror.map(area, ram, r);
+                    mirror.map(area, tables.2, r);
                 }
             }
         }
     }
     if let Some(r) = run {
-        mirror.map(area, ram, r);
+        mirror.map(area, tables.2, r);
     }
 }
 
@@ -156,7 +195,6 @@ impl System {
             self.close_gates();
             return Some(self.again(t, board, pc));
         }
-        let mirror = self.mirroring.mirror.as_mut()?;
         let last = laddr.checked_add(u64::from(access.len) - 1).filter(|last| *last < END)?;
         if last >> 32 != 0 && t.cpu.mode() != bivisor_emulator::cpu::Mode::Long64 {
             // A sum that wraps.
@@ -165,7 +203,14 @@ impl System {
         let kind = if access.write { Access::Write } else { Access::Read };
         let mut progress = false;
         for at in [Some(laddr), (laddr / PAGE_SIZE != last / PAGE_SIZE).then_some(last)].into_iter().flatten() {
-            let gpa = t.core.mmu.translate(&t.cpu, board.mem, at, kind, by(&t.cpu)).ok()?;
+            let Ok(gpa) = t.core.mmu.translate(&t.cpu, board.mem, at, kind, by(&t.cpu)) else {
+                self.mirroring.wanted = Some(at);
+                if self.mirroring.page_fault() {
+                    self.close_gates();
+                }
+                return None;
+            };
+            let mirror = self.mirroring.mirror.as_mut()?;
             if access.write && ram.store_needs_care(gpa) {
                 return None;
             }
@@ -187,6 +232,16 @@ impl System {
             self.area.set(at::STATUS, self.area.get(at::EXIT_STATUS));
         }
         Some(Next::Resume(pc))
+    }
+
+    /// Before user code goes on in the mirror: maps what it met a page fault for, if that is there now.
+    pub(super) fn map_wanted(&mut self, t: &Translator, board: Board<'_>, ram: &Ram) {
+        if let Some(at) = self.mirroring.wanted.take()
+            && let Some(mirror) = &mut self.mirroring.mirror
+            && let Some(run) = known(mirror, (&t.cpu, board, ram), at)
+        {
+            mirror.map(&self.area, ram, run);
+        }
     }
 
     /// The state as it was before the instruction that faulted at `pc`.

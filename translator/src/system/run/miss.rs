@@ -1,0 +1,75 @@
+//! Accesses that the inline TLB does not have, and stores that need care.
+
+use super::{System, by};
+use crate::run::Translator;
+use crate::system::area::at;
+use crate::system::block::Access as GuestAccess;
+use crate::system::tlb::Found;
+use bivisor_emulator::cpu::{CpuState, Rflags};
+use bivisor_emulator::mem::{Access, By, PAGE_SIZE, Ram};
+use bivisor_emulator::vcpu::Board;
+
+impl System {
+    /// Enters the page of an access that missed. False: the interpreter does the instruction.
+    pub(super) fn fill(
+        &mut self,
+        t: &mut Translator,
+        board: Board<'_>,
+        ram: &Ram,
+        access: &GuestAccess,
+        len: u16,
+    ) -> bool {
+        let laddr = self.address(&t.cpu, access);
+        let canonical = ((laddr << 16) as i64 >> 16) as u64 == laddr;
+        // Sums that wrap in 32-bit code are the interpreter's.
+        let narrow = laddr >> 32 != 0 && t.cpu.mode() != bivisor_emulator::cpu::Mode::Long64;
+        if !canonical || narrow || laddr % PAGE_SIZE + u64::from(len) > PAGE_SIZE {
+            return false;
+        }
+        let kind = if access.write { Access::Write } else { Access::Read };
+        let by = by(&t.cpu);
+        // STAC, CLAC and SYSCALL in the code leave it to the slot.
+        let ac = self.area.get(at::FLAGS) & Rflags::AC.bits() != 0;
+        t.cpu.rflags.set(Rflags::AC, ac);
+        let context = self.context(t);
+        match t.core.mmu.translate(&t.cpu, board.mem, laddr, kind, by) {
+            Ok(gpa) => {
+                let global = t.core.mmu.is_global(context, laddr);
+                self.tlb.fill(&self.area, ram, Found { context, laddr, gpa, global }, access.write)
+            }
+            Err(_) => {
+                if by == By::User && self.mirroring.page_fault() {
+                    self.close_gates();
+                }
+                false
+            }
+        }
+    }
+
+    pub(super) fn address(&self, cpu: &CpuState, access: &GuestAccess) -> u64 {
+        access.address(|r| cpu.gpr[r as usize], self.area.get(at::FS_BASE), self.area.get(at::GS_BASE))
+    }
+
+    /// Which TLB the code asks.
+    pub(super) fn context(&self, t: &Translator) -> usize {
+        let flags = Rflags::from_bits_retain(self.area.get(at::FLAGS));
+        match (t.cpu.cpl(), flags.contains(Rflags::AC)) {
+            (3, _) => 0,
+            (_, true) if t.cpu.cr4.contains(bivisor_emulator::cpu::Cr4::SMAP) => 2,
+            _ => 1,
+        }
+    }
+
+    /// Of a store that the interpreter is about to do it is known what it hits, should that be a page with code.
+    pub(super) fn store_carefully(&mut self, t: &mut Translator, board: Board<'_>, access: &GuestAccess) {
+        if !access.write {
+            return;
+        }
+        let (laddr, by, len) = (self.address(&t.cpu, access), by(&t.cpu), u64::from(access.len));
+        if laddr % PAGE_SIZE + len <= PAGE_SIZE
+            && let Ok(gpa) = t.core.mmu.translate(&t.cpu, board.mem, laddr, Access::Write, by)
+        {
+            self.store = Some((gpa, len));
+        }
+    }
+}
