@@ -172,6 +172,35 @@ fn each_chip_programmed_at_random() {
     }
 }
 
+/// Ticks of the 8254 that came while one waited are given when that is taken, one behind the other; those that nobody wanted are not.
+#[test]
+fn ticks_that_came_while_one_waited_are_made_up_for() {
+    let taken = |ticks: u64, masked: bool, reprogrammed: bool| {
+        let mut machine = machine();
+        machine.leave_firmware();
+        let (bus, remote) = (machine.board(), machine.remote());
+        let out = |port: u16, v: u8| bus.write_port(port, &[v]);
+        // ICW1 to ICW4: vector 0x20, the end of an interrupt by itself; input 0 unmasked or not.
+        for (port, v) in [(0x20, 0x11), (0x21, 0x20), (0x21, 4), (0x21, 3), (0x21, if masked { 0xff } else { 0xfe })] {
+            out(port, v);
+        }
+        let start = || [(0x43, 0x34), (0x40, 0xa9), (0x40, 4)].into_iter().for_each(|(port, v)| out(port, v));
+        start();
+        for _ in 0..ticks {
+            remote.pass_time(1_000_000);
+        }
+        if reprogrammed {
+            start();
+        }
+        out(0x21, 0xfe);
+        std::iter::from_fn(|| bus.take_interrupt()).inspect(|v| assert_eq!(*v, 0x20)).count()
+    };
+    assert_eq!([1, 2, 10].map(|ticks| taken(ticks, false, false)), [1, 2, 10]);
+    assert_eq!(taken(40, false, false), 17, "no more than 16 besides");
+    // A masked input remembers one edge.
+    assert_eq!((taken(10, true, false), taken(10, false, true)), (1, 1));
+}
+
 /// By ports, memory and interrupts alone: the way of a system's driver.
 #[test]
 fn a_disk_is_found_on_pci_reads_and_interrupts() {

@@ -70,6 +70,11 @@ impl IoApic {
         self.lines = if level { self.lines | bit } else { self.lines & !bit };
     }
 
+    /// The vector of a pin that takes edges and is not masked, with delivery mode fixed or lowest priority.
+    pub fn edge_vector(&self, pin: usize) -> Option<u8> {
+        self.entries.get(pin).filter(|e| **e & (LEVEL | MASKED | 0x600) == 0).map(|e| *e as u8)
+    }
+
     /// The next message to send.
     pub fn take_message(&mut self) -> Option<Message> {
         if self.lines | self.edges == 0 {

@@ -242,6 +242,11 @@ impl Lapic {
         if self.tpr >> 4 >= serving >> 4 { self.tpr } else { serving & 0xf0 }
     }
 
+    /// Does this vector wait to be taken?
+    pub fn is_requested(&self, vector: u8) -> bool {
+        self.irr.has(vector)
+    }
+
     /// The vector that the processor is to take.
     pub fn pending(&self) -> Option<u8> {
         let v = self.irr.highest()?;

@@ -186,6 +186,11 @@ impl Pic {
         self.master.set_line(CASCADE, level);
     }
 
+    /// Does the master have an unmasked request of this input?
+    pub fn has_request(&self, n: u8) -> bool {
+        self.master.irr & !self.master.imr & 1 << (n & 7) != 0
+    }
+
     /// The INT pin to the processor.
     pub fn is_pending(&self) -> bool {
         self.master.request(true).is_some()

@@ -304,8 +304,8 @@ impl Pit {
         self.counters[0].next_change(ticks(now)).map(time_of)
     }
 
-    /// Did the output of counter 0 rise between two times? For a clock that makes long steps.
-    pub fn rose(&self, from: Ns, to: Ns) -> bool {
+    /// How often the output of counter 0 rose between two times. For a clock that makes long steps.
+    pub fn rises(&self, from: Ns, to: Ns) -> u64 {
         let (from, to) = (ticks(from), ticks(to));
         let c = &self.counters[0];
         let mut at = from;
@@ -314,14 +314,15 @@ impl Pit {
             match c.next_change(at) {
                 Some(t) if t <= to => {
                     if c.output(t) && !c.output(t - 1) {
-                        return true;
+                        let periodic = matches!(c.mode, 2 | 3);
+                        return 1 + if periodic { (to - t) / c.period().max(1) } else { 0 };
                     }
                     at = t;
                 }
-                _ => return false,
+                _ => return 0,
             }
         }
-        false
+        0
     }
 }
 
@@ -351,7 +352,7 @@ mod tests {
         assert_eq!(read(&mut p, time_of(1000)), 1000);
         assert!(p.output(0, time_of(998)) && !p.output(0, time_of(999)) && p.output(0, time_of(1000)));
         assert_eq!(p.next(time_of(5)), Some(time_of(999)));
-        assert!(p.rose(time_of(5), time_of(1000)) && !p.rose(time_of(5), time_of(999)));
+        assert_eq!([999, 1000, 1001, 1999, 2000, 5500].map(|to| p.rises(time_of(5), time_of(to))), [0, 1, 1, 1, 2, 5]);
     }
 
     #[test]

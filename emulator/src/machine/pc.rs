@@ -67,6 +67,9 @@ pub struct Chips {
     pub(super) traffic: Traffic,
     pub(super) pic: Pic,
     pub(super) pit: Pit,
+    /// Ticks of its counter 0 that came while another waited, because the host let the processor wait: given later, one behind the other, as
+    /// a kernel that counts them in a loop by the time-stamp counter (Linux, `timer_irq_works`) would take them for missing.
+    ticks_owed: u64,
     pub(super) cmos: Cmos,
     pub(super) com1: Uart,
     pub(super) keyboard: I8042,
@@ -110,6 +113,9 @@ pub struct Chips {
     pub(super) armed: Ns,
 }
 
+/// More ticks than that are not made up for: enough for a processor that waited for 64 ms of ticks at 250 Hz.
+const MOST_OWED: u64 = 16;
+
 /// The board: [`Bus`] for engines.
 pub struct Pc {
     chips: Mutex<Chips>,
@@ -142,6 +148,7 @@ impl Chips {
             traffic: Traffic::default(),
             pic: Pic::default(),
             pit: Pit::default(),
+            ticks_owed: 0,
             cmos: Cmos::new(epoch),
             com1: Uart::default(),
             keyboard: I8042::default(),
@@ -321,18 +328,31 @@ impl Chips {
         self.wire(1, self.keyboard.irq());
     }
 
+    /// An edge of the 8254's, also when it is low and high again in between.
+    fn tick(&mut self) {
+        self.wire(0, false);
+        self.settle();
+        self.wire(0, true);
+        self.settle();
+    }
+
+    /// Is there a tick that the processor has not yet taken, but would? Another one would be lost.
+    fn tick_waits(&self) -> bool {
+        let requested = |v| self.lapic.is_requested(v);
+        self.pic.has_request(0) || self.ioapic.edge_vector(gsi(0)).is_some_and(requested)
+    }
+
     /// Carries out what the timers have due up to `now`.
     pub(super) fn advance(&mut self, now: Ns) {
         let from = std::mem::replace(&mut self.seen, now);
         self.lapic.advance(now);
         self.cmos.advance(now);
         self.pm.advance(now);
-        if self.pit.rose(from, now) {
-            // Also when it is low and high again in between.
-            self.wire(0, false);
-            self.settle();
-            self.wire(0, true);
-            self.settle();
+        let ticks = self.pit.rises(from, now);
+        if ticks > 0 {
+            let lost = if self.tick_waits() { ticks } else { ticks - 1 };
+            self.ticks_owed = self.ticks_owed.saturating_add(lost).min(MOST_OWED);
+            self.tick();
         }
         self.feed_serial();
         self.feed_keyboard();
@@ -395,7 +415,11 @@ impl Chips {
     fn write_byte(&mut self, port: u16, v: u8, now: Ns) {
         match port {
             0x20 | 0x21 => self.pic.write(false, port & 1 != 0, v),
-            0x40..=0x43 => self.pit.write(port as u8 & 3, v, now),
+            0x40..=0x43 => {
+                self.pit.write(port as u8 & 3, v, now);
+                // What counter 0 had lost is no longer wanted.
+                self.ticks_owed = if matches!(port, 0x40 | 0x43) { 0 } else { self.ticks_owed };
+            }
             0x60 => self.keyboard.write_data(v),
             0x61 => {
                 self.pit.set_gate(v & 1 != 0, now);
@@ -665,6 +689,7 @@ impl Bus for Pc {
 
     fn take_interrupt(&self) -> Option<u8> {
         let mut chips = self.lock();
+        let ticked = chips.ticks_owed > 0 && chips.tick_waits();
         let vector = match chips.lapic.acknowledge() {
             Some(v) => Some(v),
             None if chips.lint0 && chips.lapic.passes_external() => Some(chips.pic.acknowledge()),
@@ -672,6 +697,10 @@ impl Bus for Pc {
         };
         chips.traffic.interrupts += u64::from(vector.is_some());
         chips.settle();
+        if ticked && !chips.tick_waits() {
+            chips.ticks_owed -= 1;
+            chips.tick();
+        }
         self.publish(&mut chips);
         vector
     }
