@@ -119,11 +119,12 @@ pub fn report(tally: &Tally) {
 
 /// How many instructions were met, and which were not.
 fn coverage(tally: &Tally) {
-    let modes = [32, 16].map(|bits| (bits, modes::coverage(tally, bits)));
-    let only = modes.iter().any(|m| m.1.is_some());
-    for (bits, found) in modes {
-        let Some(c) = found else { continue };
-        say(&format!("{bits}-bit instructions"), (c.met, c.all, c.thousand), c.without);
+    let user = modes::USER.coverage(tally).into_iter().map(|(bits, c)| (format!("{bits}-bit instructions"), c));
+    let system = modes::SYSTEM.coverage(tally).into_iter().map(|(kind, c)| (format!("instructions of {kind}"), c));
+    let modes: Vec<_> = user.chain(system).collect();
+    let only = !modes.is_empty();
+    for (what, c) in modes {
+        say(&what, (c.met, c.all, c.thousand), c.without);
     }
     let c = Coverage::of(tally);
     if c.met > 0 || !only {

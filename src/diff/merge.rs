@@ -36,9 +36,11 @@ pub fn run(files: &[PathBuf], json: bool, summary: Option<&str>) -> Result<i32> 
     }
     if let Some(revision) = summary {
         // 16- and 32-bit code has lines of its own.
-        let modes = joined.iter().flat_map(|s| s.tally.counts.keys()).any(|e| modes::is_mode(e));
-        let make = if modes { modes::summary } else { matrix::summary };
-        print!("{}", make(&joined, revision));
+        let text = match joined.iter().flat_map(|s| s.tally.counts.keys()).find_map(|e| modes::of(e)) {
+            Some(record) => record.summary(&joined, revision),
+            None => matrix::summary(&joined, revision),
+        };
+        print!("{text}");
         return Ok(joined.iter().map(|s| status(&s.tally)).max().unwrap_or(0));
     }
     let Some(all) = joined.pop() else { bail!("no file") };

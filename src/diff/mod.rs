@@ -64,7 +64,7 @@ enum Sub {
         /// One JSON object.
         #[arg(long)]
         json: bool,
-        /// The lines of testsuite/fidelity.txt, or of fidelity-modes.txt if the results are of 16- and 32-bit code, from which
+        /// The lines of testsuite/fidelity.txt, or of fidelity-modes.txt or fidelity-system.txt if the results are of 16- and 32-bit code, from which
         /// docs/fidelity.md is made; REVISION is what was run.
         #[arg(long, conflicts_with = "json", value_name = "REVISION")]
         summary: Option<String>,
