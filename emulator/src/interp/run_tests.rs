@@ -178,14 +178,6 @@ struct Line {
 }
 
 impl Bus for Line {
-    fn read_port(&self, _: u16, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn write_port(&self, _: u16, _: &[u8]) {}
-    fn read_mmio(&self, _: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn write_mmio(&self, _: u64, _: &[u8]) {}
     fn interrupt_pending(&self) -> bool {
         self.pending.load(Ordering::Relaxed)
     }
@@ -232,17 +224,6 @@ fn hlt_waits_for_an_interrupt() {
 struct Nmis(AtomicU32);
 
 impl Bus for Nmis {
-    fn read_port(&self, _: u16, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn write_port(&self, _: u16, _: &[u8]) {}
-    fn read_mmio(&self, _: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn write_mmio(&self, _: u64, _: &[u8]) {}
-    fn take_interrupt(&self) -> Option<u8> {
-        None
-    }
     fn nmi_pending(&self) -> bool {
         self.0.load(Ordering::Relaxed) > 0
     }

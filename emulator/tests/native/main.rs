@@ -48,8 +48,6 @@ const BUS_GPA: u64 = 0x4000_0000;
 struct Window(Mutex<Vec<u8>>);
 
 impl Bus for Window {
-    fn read_port(&self, _: u16, _: &mut [u8]) {}
-    fn write_port(&self, _: u16, _: &[u8]) {}
     fn read_mmio(&self, gpa: u64, data: &mut [u8]) {
         let at = (gpa - BUS_GPA) as usize;
         data.copy_from_slice(&self.0.lock().expect("no panic")[at..at + data.len()]);
@@ -57,9 +55,6 @@ impl Bus for Window {
     fn write_mmio(&self, gpa: u64, data: &[u8]) {
         let at = (gpa - BUS_GPA) as usize;
         self.0.lock().expect("no panic")[at..at + data.len()].copy_from_slice(data);
-    }
-    fn take_interrupt(&self) -> Option<u8> {
-        None
     }
 }
 

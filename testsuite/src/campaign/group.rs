@@ -31,11 +31,9 @@ impl Bus for Line {
     fn read_port(&self, port: u16, data: &mut [u8]) {
         data.fill(port as u8 ^ 0x5a);
     }
-    fn write_port(&self, _: u16, _: &[u8]) {}
     fn read_mmio(&self, gpa: u64, data: &mut [u8]) {
         data.fill((gpa >> 4) as u8 ^ 0xa5);
     }
-    fn write_mmio(&self, _: u64, _: &[u8]) {}
     fn interrupt_pending(&self) -> bool {
         self.0.load(Ordering::Relaxed) != NOTHING
     }

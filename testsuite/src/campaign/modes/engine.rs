@@ -215,11 +215,8 @@ impl Engine {
             planted(case, self.vcpu.state());
         }
         let s = self.vcpu.state();
-        out.gpr = s.gpr.map(|v| v & 0xffff_ffff);
-        out.rip = s.rip;
-        out.rflags = s.rflags.bits();
+        take_registers(s, out);
         (out.fs_base, out.selectors) = (case.fs_base, case.selectors);
-        out.xsave.bytes.copy_from_slice(&s.xsave.bytes);
         out.other.clear();
         out.end = match exit {
             Exit::Exception(fault) if judged => End::Fault(system::as_user(case.kind, fault)),
@@ -267,11 +264,8 @@ impl Engine {
             planted(case, self.vcpu.state());
         }
         let s = self.vcpu.state();
-        out.gpr = s.gpr.map(|v| v & 0xffff_ffff);
-        out.rip = s.rip;
-        out.rflags = s.rflags.bits();
+        take_registers(s, out);
         out.fs_base = s.seg[Seg::Fs as usize].base;
-        out.xsave.bytes.copy_from_slice(&s.xsave.bytes);
         out.selectors = ORDER.map(|g| s.seg[g as usize].selector);
         out.other = others(&self.template, s, out.selectors);
         if !out.other.is_empty() {
@@ -289,6 +283,13 @@ impl Engine {
             }
         }
     }
+}
+
+/// The registers that 16- and 32-bit code has whatever the mode.
+fn take_registers(s: &CpuState, out: &mut Outcome) {
+    out.gpr = s.gpr.map(|v| v & 0xffff_ffff);
+    (out.rip, out.rflags) = (s.rip, s.rflags.bits());
+    out.xsave.bytes.copy_from_slice(&s.xsave.bytes);
 }
 
 /// Does an instruction do the same outside IA-32e mode? Descriptors and gates have other formats there (SDM 3A 3.4.5, 5.8.3).
