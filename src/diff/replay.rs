@@ -228,5 +228,13 @@ fn read(file: &Path) -> Result<Value> {
     let value: Value = serde_json::from_str(&text).with_context(|| file.display().to_string())?;
     // As the campaign writes them.
     let inner = value.get("repro").and_then(|r| r.get("request")).or_else(|| value.get("request"));
+    if inner.is_none()
+        && let (Some(kind), Some(seed)) = (value["code"].as_str(), value.get("seed").and_then(Value::as_u64))
+    {
+        bail!(
+            "{}: what differs is no single request but a sequence of kind {kind}: run bivisor diff --all --kinds {kind} --seed {seed} again",
+            file.display()
+        );
+    }
     Ok(inner.cloned().unwrap_or(value))
 }

@@ -202,6 +202,21 @@ fn repros_stay_mended() {
     std::fs::remove_dir_all(dir).expect("removed");
 }
 
+/// What `--repro` writes of a sequence says how to see it again.
+#[test]
+fn a_sequence_is_not_played_back_but_drawn_again() {
+    let dir = scratch("sequence");
+    let file = dir.join("000-bt-paged-cpl0.json");
+    let report =
+        r#"{"engine":"bt-paged","code":"cpl0","seed":88,"batch":63,"repro":{"sequence":"Sequence { kernel: true }"}}"#;
+    std::fs::write(&file, report).expect("written");
+    let output = bivisor(&["diff", "replay", file.to_str().expect("text")]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("diff --all --kinds cpl0 --seed 88"), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
+}
+
 /// A difference in 16- and 32-bit code is a request that `exec` carries out and `diff replay` plays back. Here the bug is planted in the
 /// campaign's engine, so both do the same then, and it is what the judge did.
 #[test]

@@ -138,8 +138,9 @@ pub fn text(s: &Sequence) -> String {
 /// FNSTENV or FNSAVE that the translator leaves its code for stores zeros for them, as natively behind a switch of threads.
 pub fn known(s: &Sequence, what: &str) -> Option<&'static str> {
     let stores = |i: &[u8]| decode(i, 64).is_ok_and(|i| matches!(i.iced.mnemonic(), M::Fnstenv | M::Fnsave));
-    let holds =
-        Vendor::host() == Vendor::Amd && what.starts_with("byte at ") && blocks::instructions(&s.code, 64).any(stores);
+    // Handlers go on at any byte.
+    let any = (0..s.code.len()).any(|at| stores(&s.code[at..]));
+    let holds = Vendor::host() == Vendor::Amd && what.starts_with("byte at ") && any;
     holds.then_some("fnstenv fnsave on bt-paged: memory, in a sequence")
 }
 
