@@ -34,11 +34,17 @@ pub fn summary(states: &[State], revision: &str) -> String {
     for (why, codes) in c.without {
         let _ = writeln!(out, "without {why}: {}", codes.join(" "));
     }
+    write_rows(&mut out, &t, |_| true);
+    out
+}
+
+/// The lines `expected` of a summary, and a line for each mnemonic and each engine that `has`.
+pub fn write_rows(out: &mut String, t: &Tally, has: impl Fn(&str) -> bool) {
     for (row, n) in &t.expected {
         let _ = writeln!(out, "expected {n} {row}");
     }
     let mut rows: BTreeMap<(String, &str), [u64; 5]> = BTreeMap::new();
-    for (engine, counts) in &t.counts {
+    for (engine, counts) in t.counts.iter().filter(|(e, _)| has(e)) {
         for (code, c) in counts {
             let found = iced_x86::Code::values().find(|k| format!("{k:?}") == *code);
             let mnemonic = found.map_or(code.to_lowercase(), |k| format!("{:?}", k.mnemonic()).to_lowercase());
@@ -51,7 +57,6 @@ pub fn summary(states: &[State], revision: &str) -> String {
     for ((mnemonic, engine), n) in rows {
         let _ = writeln!(out, "{mnemonic} {engine} {} {} {} {} {}", n[0], n[1], n[2], n[3], n[4]);
     }
-    out
 }
 
 /// How many instructions a campaign met.

@@ -3,7 +3,7 @@
 use super::{source, system};
 use crate::campaign::case::Kind;
 use crate::campaign::coordinator::State;
-use crate::campaign::matrix::Coverage;
+use crate::campaign::matrix::{Coverage, write_rows};
 use crate::campaign::tally::Tally;
 use iced_x86::Code;
 use std::collections::{BTreeMap, BTreeSet};
@@ -66,23 +66,7 @@ impl Record {
                 let _ = writeln!(out, "without {tail} {why}: {}", codes.join(" "));
             }
         }
-        for (row, n) in &t.expected {
-            let _ = writeln!(out, "expected {n} {row}");
-        }
-        let mut rows: BTreeMap<(String, &str), [u64; 5]> = BTreeMap::new();
-        for (engine, counts) in t.counts.iter().filter(|(e, _)| self.has(e)) {
-            for (code, c) in counts {
-                let found = Code::values().find(|k| format!("{k:?}") == *code);
-                let mnemonic = found.map_or(code.to_lowercase(), |k| format!("{:?}", k.mnemonic()).to_lowercase());
-                let sum = rows.entry((mnemonic, engine)).or_default();
-                for (to, n) in sum.iter_mut().zip([1, c.cases, c.equal, c.expected, c.different()]) {
-                    *to += n;
-                }
-            }
-        }
-        for ((mnemonic, engine), n) in rows {
-            let _ = writeln!(out, "{mnemonic} {engine} {} {} {} {} {}", n[0], n[1], n[2], n[3], n[4]);
-        }
+        write_rows(&mut out, &t, |e| self.has(e));
         out
     }
 
