@@ -29,7 +29,7 @@ pub fn setup(r: &mut Random, bitness: u32, model: &CpuModel) -> Option<Setup> {
     };
     setup.gpr[Gpr::Rsp as usize] = STACK + 0x1000 + r.below(0x100);
     if iced.is_invalid() {
-        // LOCK MOV CR0 is CR8 on AMD's CPUs (AltMovCr8), which is not offered; system instructions may be the hypervisor's under us.
+        // LOCK MOV CR0 is CR8 on AMD's CPUs (AltMovCr8); system instructions may be the hypervisor's under us.
         if bytes.windows(2).any(|w| matches!(w, [0x0f, 0x00 | 0x01 | 0x20 | 0x22])) {
             return None;
         }

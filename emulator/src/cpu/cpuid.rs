@@ -139,6 +139,8 @@ const ROWS: &[Row] = &[
     Row("xsaveopt",        &[F::XSAVEOPT],                0xd,          1, Eax,  0, By::Avx, HOST),
     Row("xsavec",          &[F::XSAVEC],                  0xd,          1, Eax,  1, By::Avx, HOST),
     Row("xgetbv1",         &[],                           0xd,          1, Eax,  2, By::Avx, HOST),
+    // AltMovCr8: LOCK MOV of CR0 is MOV of CR8, which no bit takes from a host that has it (AMD64 APM 3 MOV CRn).
+    Row("cr8_legacy",      &[],                    0x8000_0001,         0, Ecx,  4, By::Host, HOST),
     Row("sse4a",           &[F::SSE4A],            0x8000_0001,         0, Ecx,  6, By::Host, HOST),
     Row("misalignsse",     &[],                    0x8000_0001,         0, Ecx,  7, By::Host, HOST),
     Row("3dnowprefetch",   &[],                    0x8000_0001,         0, Ecx,  8, By::Host, HOST),

@@ -84,15 +84,8 @@ fn without_tables(bytes: &[u8], bitness: u32) -> Option<Instruction> {
 
 /// For those who use iced's decoder themselves: makes of an instruction what processors make of its bytes, which `window` begins with.
 pub fn correct(iced: &mut Instruction, window: &[u8]) {
-    match iced.code() {
-        Code::Pause => xchg_r8_not_pause(iced, window),
-        // AMD's other name for CR8, of which iced takes the prefix away: without AltMovCr8 it is #UD, as with any control register (SDM 2B
-        // MOV; AMD64 APM 3 MOV CRn).
-        Code::Mov_r32_cr | Code::Mov_r64_cr | Code::Mov_cr_r32 | Code::Mov_cr_r64 => {
-            let [prefixes @ .., _, _, _] = &window[..iced.len()] else { return };
-            iced.set_has_lock_prefix(prefixes.contains(&0xf0));
-        }
-        _ => {}
+    if iced.code() == Code::Pause {
+        xchg_r8_not_pause(iced, window);
     }
 }
 
@@ -142,17 +135,13 @@ mod tests {
         assert_eq!((i.len, i.width), if amd { (4, crate::isa::Width::W) } else { (6, crate::isa::Width::Q) });
     }
 
-    /// LOCK MOV of a control register keeps its prefix, by which it is #UD: also CR0, which is CR8 where AltMovCr8 is offered.
+    /// AltMovCr8 (AMD64 APM 3 MOV CRn): on AMD's CPUs LOCK MOV of CR0 is MOV of CR8, at CPL 3 #GP, not #UD, as natively; elsewhere LOCK stays.
     #[test]
-    fn locked_moves_of_control_registers_stay_locked() {
-        for (bytes, locked) in [
-            (&[0xf0, 0x0f, 0x20, 0xc0][..], true),
-            (&[0xf0, 0x0f, 0x22, 0xc0], true),
-            (&[0x66, 0xf0, 0x41, 0x0f, 0x20, 0xc0], true),
-            (&[0x44, 0x0f, 0x20, 0xc0], false),
-        ] {
-            let ud = decode(bytes, 64).map_or(true, |i| i.iced.has_lock_prefix());
-            assert_eq!(ud, locked, "{bytes:02x?}");
+    fn lock_mov_cr0_is_cr8_on_amd() {
+        for (bytes, operand) in [(&[0xf0, 0x0f, 0x20, 0xc2][..], 1), (&[0xf0, 0x0f, 0x22, 0xc2], 0)] {
+            let found =
+                decode(bytes, 64).ok().filter(|i| !i.iced.has_lock_prefix()).map(|i| i.iced.op_register(operand));
+            assert_eq!(found, is_amd().then_some(Register::CR8), "{bytes:02x?}");
         }
     }
 
