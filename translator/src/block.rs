@@ -11,6 +11,11 @@ pub const MAX_INSNS: usize = 64;
 /// Most conditional branches in a block: what follows them is translated before it is known to run.
 pub const MAX_BRANCHES: usize = 4;
 
+/// The page of an address.
+pub(crate) fn page_of(address: u64) -> u64 {
+    address & !(PAGE_SIZE - 1)
+}
+
 /// One instruction of a block.
 #[derive(Clone, Copy, Debug)]
 pub struct Item {
@@ -83,8 +88,7 @@ impl GuestBlock {
 
     /// The one or two pages it lies in.
     pub fn pages(&self) -> [u64; 2] {
-        let page = |a: u64| a & !(PAGE_SIZE - 1);
-        [page(self.start), page(self.end().wrapping_sub(1))]
+        [page_of(self.start), page_of(self.end().wrapping_sub(1))]
     }
 }
 
@@ -183,7 +187,7 @@ impl Scratch {
         let old = bytes.len();
         let at = self.block.start.wrapping_add(old as u64);
         if old == 0 || at.is_multiple_of(PAGE_SIZE) {
-            let now = source.identity().map(|id| (at & !(PAGE_SIZE - 1), source.epoch(), id));
+            let now = source.identity().map(|id| (page_of(at), source.epoch(), id));
             if now.is_none() || now != self.known {
                 let opened = source.open(at);
                 (self.known, self.opened) = (now, Some(opened));

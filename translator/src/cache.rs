@@ -6,7 +6,7 @@
 //! Order of locks: the watched pages of `FlatSpace`, then the one here. So pages are watched before the lock is taken, and the epoch
 //! tells whether something became stale in between.
 
-use crate::block::{CodeSource, MAX_INSNS, Scratch};
+use crate::block::{CodeSource, MAX_INSNS, Scratch, page_of};
 use crate::code_buffer::{CodeBuffer, ForkMark};
 use crate::emit::ALL_OF_IT;
 use crate::exits::Exits;
@@ -20,7 +20,7 @@ use crate::stats::{CacheStats, Stats};
 use crate::store::{Apart, MAX_BLOCK, Store};
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::host::thread::ThreadBlock;
-use bivisor_emulator::mem::{GuestMemory, PAGE_SIZE};
+use bivisor_emulator::mem::GuestMemory;
 use bivisor_emulator::vcpu::Kicker;
 use iced_x86::Mnemonic;
 use std::ops::Range;
@@ -336,7 +336,7 @@ impl Cache {
                 && !store.was_asked(wanted)
             {
                 drop(store);
-                let page = wanted & !(PAGE_SIZE - 1);
+                let page = page_of(wanted);
                 let epoch = source.epoch();
                 let found = persist::adopt::content_of(source, page);
                 store = self.lock();

@@ -28,9 +28,8 @@ pub struct Place {
 
 #[derive(Default)]
 struct Record {
-    /// 56 bits of RIP, of which user code has less, and the kind: 0, to a block; 1, step; 2, changed code; else 3 + length of SYSCALL. Of
-    /// a short displacement, which leads to a block, instead of the kind: from it to the jump to the stub. In halves: eight bytes at once
-    /// would make each exit four bytes larger.
+    /// 56 bits of RIP, of which user code has less, and the kind of [`Leave::pack`]. Of a short displacement, which leads to a block,
+    /// instead of the kind: from it to the jump to the stub. In halves: eight bytes at once would make each exit four bytes larger.
     rip_and_kind: [AtomicU32; 2],
     /// Its highest two bits are [`SHORT`] and [`REGISTER`].
     site: AtomicU32,
@@ -88,13 +87,7 @@ impl Exits {
     pub fn leave(&self, id: u32) -> Leave {
         let r = self.record(id);
         let rip = r.rip();
-        match r.kind() {
-            _ if r.is_short() => Leave::To(rip),
-            0 => Leave::To(rip),
-            1 => Leave::Step(rip),
-            2 => Leave::Changed(rip),
-            n => Leave::Syscall(rip, n - 3),
-        }
+        if r.is_short() { Leave::To(rip) } else { Leave::unpack(r.kind(), rip) }
     }
 
     /// RIP of the guest that takes it.
@@ -138,12 +131,7 @@ impl Exits {
     /// Defines an exit.
     pub fn set(&self, id: u32, leave: Leave, home: Home, place: Place) {
         let r = self.record(id);
-        let (rip, kind) = match leave {
-            Leave::To(rip) => (rip, 0),
-            Leave::Step(rip) => (rip, 1),
-            Leave::Changed(rip) => (rip, 2),
-            Leave::Syscall(rip, len) => (rip, 3 + len),
-        };
+        let (kind, rip) = leave.pack();
         // A displacement of 8 bits reaches it.
         let kind = if place.short { (place.stub - place.site) as u8 } else { kind };
         r.rip_and_kind[0].store(rip as u32, Ordering::Relaxed);

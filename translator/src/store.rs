@@ -1,6 +1,6 @@
 //! The content of a code cache, under its lock: blocks, the links between them, the landings, what was made from which page.
 
-use crate::block::{Constant, GuestBlock};
+use crate::block::{Constant, GuestBlock, page_of};
 use crate::code_buffer::CodeBuffer;
 use crate::emit::{Emitter, slot};
 use crate::exits::{Exits, MAX_EXITS, Place};
@@ -15,7 +15,6 @@ use crate::persist::park::Group;
 use crate::stats::CacheStats;
 use crate::system::hash::Map;
 use bivisor_emulator::isa::Gpr;
-use bivisor_emulator::mem::PAGE_SIZE;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
@@ -28,7 +27,7 @@ const LIKE_VSYSCALL: u64 = 0x7fff_ff60_0000;
 /// May a block at this address have a landing? Bit 47 is not compared there: what a call into vsyscall's page could be taken for is left
 /// to the dispatcher.
 fn may_land(start: u64) -> bool {
-    start & !(PAGE_SIZE - 1) != LIKE_VSYSCALL
+    page_of(start) != LIKE_VSYSCALL
 }
 
 /// End of a list.
@@ -94,8 +93,7 @@ impl Block {
     }
 
     pub(crate) fn pages(&self) -> [u64; 2] {
-        let page = |a: u64| a & !(PAGE_SIZE - 1);
-        [page(self.start), page(self.start.wrapping_add(u64::from(self.len.max(1)) - 1))]
+        [page_of(self.start), page_of(self.start.wrapping_add(u64::from(self.len.max(1)) - 1))]
     }
 }
 
@@ -259,7 +257,7 @@ impl Store {
 
     /// Notes that a block knows something of a page other than its own.
     pub(crate) fn note_constant(&mut self, b: u32, c: Constant) {
-        self.constants.entry(c.at & !(PAGE_SIZE - 1)).or_default().push((b, c));
+        self.constants.entry(page_of(c.at)).or_default().push((b, c));
     }
 
     /// Adds a lowered block; gives its number and the code offset of its body.

@@ -7,11 +7,13 @@ use bivisor_emulator::bus::EmptyBus;
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::cpu::{CpuState, Fault, Rflags, Table};
 use bivisor_emulator::interp::Interpreter;
+use bivisor_emulator::interp::sensitive::time::TimeSource;
 use bivisor_emulator::isa::{Gpr, Seg};
 use bivisor_emulator::mem::{GuestMemory, Prot};
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Vcpu};
 use bivisor_kvm_backend::KvmVm;
 use bivisor_translator::Translator;
+use std::any::Any;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -203,4 +205,14 @@ fn others(template: &mut CpuState, s: &mut CpuState, out: &mut Outcome) {
     let gpr = s.gpr[Gpr::Rax as usize];
     *s = template.clone();
     s.gpr[Gpr::Rax as usize] = gpr;
+}
+
+/// Time that repeats, from its start, for an engine that has a time of its own.
+pub fn restart_time(vcpu: &mut dyn Vcpu, seed: u64) {
+    let any: &mut dyn Any = vcpu;
+    if let Some(interpreter) = any.downcast_mut::<Interpreter>() {
+        interpreter.env().time = TimeSource::deterministic(seed);
+    } else if let Some(translator) = any.downcast_mut::<Translator>() {
+        translator.env().time = TimeSource::deterministic(seed);
+    }
 }

@@ -2,7 +2,7 @@
 //! host CPU to ask.
 
 use super::arena::{self, BASE, CODE, CODE_HOLE, CODE_NX, DATA, GDT, GDT_LIMIT, IDT, TABLES, TSS};
-use super::engine::Which;
+use super::engine::{Which, restart_time};
 use super::outcome::image;
 use super::sequence::{ROOM, Sequence, Source};
 use super::values::Pool;
@@ -12,13 +12,11 @@ use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::cpu::{Attr, CpuState, Rflags, Segment, Table};
 use bivisor_emulator::interp::Interpreter;
 use bivisor_emulator::interp::alu::Vendor;
-use bivisor_emulator::interp::sensitive::time::TimeSource;
 use bivisor_emulator::isa::{Gpr, Seg, decode};
 use bivisor_emulator::mem::GuestMemory;
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Vcpu};
 use bivisor_kvm_backend::KvmVm;
 use bivisor_translator::Translator;
-use std::any::Any;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 
@@ -66,12 +64,7 @@ impl Contestant {
 
     fn run(&mut self, s: &Sequence, start: &CpuState, image: &[u8]) -> Option<()> {
         self.mem.write(0, image)?;
-        let any: &mut dyn Any = &mut *self.vcpu;
-        if let Some(interpreter) = any.downcast_mut::<Interpreter>() {
-            interpreter.env().time = TimeSource::deterministic(s.seed);
-        } else if let Some(translator) = any.downcast_mut::<Translator>() {
-            translator.env().time = TimeSource::deterministic(s.seed);
-        }
+        restart_time(&mut *self.vcpu, s.seed);
         let stops = if s.kernel { Intercepts::empty() } else { Intercepts::EXCEPTIONS | Intercepts::SYSCALL };
         self.vcpu.set_intercepts(stops);
         *self.vcpu.state() = start.clone();

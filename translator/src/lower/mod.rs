@@ -35,6 +35,34 @@ pub enum Leave {
     Changed(u64),
 }
 
+impl Leave {
+    /// As a kind and an address: 0, to a block; 1, step; 2, changed code; else 3 + length of SYSCALL.
+    pub fn pack(self) -> (u8, u64) {
+        match self {
+            Leave::To(rip) => (0, rip),
+            Leave::Step(rip) => (1, rip),
+            Leave::Changed(rip) => (2, rip),
+            Leave::Syscall(rip, len) => (3 + len, rip),
+        }
+    }
+
+    /// What [`Leave::pack`] made.
+    pub fn unpack(kind: u8, rip: u64) -> Leave {
+        match kind {
+            0 => Leave::To(rip),
+            1 => Leave::Step(rip),
+            2 => Leave::Changed(rip),
+            n => Leave::Syscall(rip, n - 3),
+        }
+    }
+
+    /// The same of a guest that lies further on.
+    pub fn moved(self, by: u64) -> Leave {
+        let (kind, rip) = self.pack();
+        Leave::unpack(kind, rip.wrapping_add(by))
+    }
+}
+
 /// One exit of a piece of code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Exit {

@@ -1,6 +1,6 @@
 //! Blocks that were made in an earlier run enter the store, a cluster at a time.
 
-use crate::block::{CodeSource, Constant, Opened, is_user};
+use crate::block::{CodeSource, Constant, Opened, is_user, page_of};
 use crate::emit::Emitter;
 use crate::exits::{Exits, MAX_EXITS, Place};
 use crate::lower::{Landing, Leave, STUB, emit_landing, emit_stub, move_code, stub_before};
@@ -36,10 +36,6 @@ pub struct Content {
 
 /// Pages by address.
 pub type Pages = Map<u64, Page>;
-
-pub(crate) fn page_of(address: u64) -> u64 {
-    address & !(PAGE_SIZE - 1)
-}
 
 /// What is in a page, if it cannot be written and is watched from now on. No lock is held.
 pub fn content_of(source: &mut dyn CodeSource, page: u64) -> Option<Content> {
@@ -285,7 +281,7 @@ impl Adoption<'_> {
                 let stub = stub_before(end, id);
                 let last = count - (id - first) as usize;
                 stubs[(last - 1) * STUB..last * STUB].copy_from_slice(&emit_stub(base + stub, id, base));
-                let leave = constant.filter(|_| id + 1 == end_of_block).unwrap_or(moved(exit.leave, self.move_by));
+                let leave = constant.filter(|_| id + 1 == end_of_block).unwrap_or(exit.leave.moved(self.move_by));
                 let Leave::To(target) = leave else {
                     exits.set(id, leave, exit.home, Place { site: 0, short: false, stub: stub as usize });
                     continue;
@@ -312,15 +308,5 @@ impl Adoption<'_> {
             }
         }
         store.buffer.append_cold(&stubs);
-    }
-}
-
-/// Why an exit is taken, by a guest that lies further on.
-fn moved(leave: Leave, by: u64) -> Leave {
-    match leave {
-        Leave::To(rip) => Leave::To(rip.wrapping_add(by)),
-        Leave::Step(rip) => Leave::Step(rip.wrapping_add(by)),
-        Leave::Changed(rip) => Leave::Changed(rip.wrapping_add(by)),
-        Leave::Syscall(rip, len) => Leave::Syscall(rip.wrapping_add(by), len),
     }
 }

@@ -1,6 +1,7 @@
 //! The file: magic, key, what blocks there are by the sums of their pages, a table of clusters, the clusters. All numbers are
 //! little-endian. Nothing in it is believed before its sum is right, and everything is looked at within bounds.
 
+use crate::block::page_of;
 use crate::marks::Home;
 use crate::persist::cluster::Cluster;
 use crate::persist::hash::{Sum, sum};
@@ -45,7 +46,7 @@ pub type Name = (Sum, u16);
 fn names(c: &Cluster<'_>) -> Vec<(Name, u16)> {
     let pages: Vec<(u64, Sum)> = c.pages().collect();
     let name = |(start, home): (u64, Home)| {
-        let i = pages.iter().position(|(page, _)| *page == start & !(PAGE_SIZE - 1))?;
+        let i = pages.iter().position(|(page, _)| *page == page_of(start))?;
         Some(((pages[i].1, within(start, home)), i as u16))
     };
     c.rows().filter_map(|r| name((r.start, r.home))).collect()

@@ -62,25 +62,6 @@ pub struct KeptExit {
     pub inside: Option<u16>,
 }
 
-/// Why an exit is taken, as a number and an address.
-fn leave_out(leave: Leave) -> (u8, u64) {
-    match leave {
-        Leave::To(rip) => (0, rip),
-        Leave::Step(rip) => (1, rip),
-        Leave::Changed(rip) => (2, rip),
-        Leave::Syscall(rip, len) => (3 + len, rip),
-    }
-}
-
-fn leave_in(kind: u8, rip: u64) -> Leave {
-    match kind {
-        0 => Leave::To(rip),
-        1 => Leave::Step(rip),
-        2 => Leave::Changed(rip),
-        n => Leave::Syscall(rip, n - 3),
-    }
-}
-
 const REGISTER: u8 = 1;
 const LANDING: u8 = 2;
 const SHORT: u8 = 4;
@@ -137,7 +118,7 @@ impl Making {
             put(&mut all, [flags([home, (r.landing, LANDING), (r.constant, CONSTANT)]), 0, 0, 0]);
         }
         for e in &self.exits {
-            let (kind, rip) = leave_out(e.leave);
+            let (kind, rip) = e.leave.pack();
             put(&mut all, rip.to_le_bytes());
             [e.site, e.step, e.inside.map_or(0, |n| n + 1)].into_iter().for_each(|v| put(&mut all, v.to_le_bytes()));
             put(&mut all, [kind, flags([(e.home == Home::Register, REGISTER), (e.short, SHORT)])]);
@@ -222,7 +203,7 @@ impl<'a> Cluster<'a> {
     /// The exits of all blocks.
     pub fn exits(&self) -> impl ExactSizeIterator<Item = KeptExit> + 'a {
         self.exits.iter().map(|e| KeptExit {
-            leave: leave_in(e[14], u64_at(e, 0)),
+            leave: Leave::unpack(e[14], u64_at(e, 0)),
             site: u16_at(e, 8),
             step: u16_at(e, 10),
             inside: u16_at(e, 12).checked_sub(1),

@@ -1,11 +1,11 @@
 //! What is in the store becomes clusters.
 
-use crate::block::Constant;
+use crate::block::{Constant, page_of};
 use crate::emit::Emitter;
 use crate::exits::Exits;
 use crate::lower::{Depends, Leave, Relocation, emit_landing, move_code};
 use crate::marks::Mark;
-use crate::persist::adopt::{Content, page_of};
+use crate::persist::adopt::Content;
 use crate::persist::archive::{Name, within};
 use crate::persist::cluster::{FULL, KeptExit, MOST_BLOCKS, Making, Row};
 use crate::store::{Block, Store, key};

@@ -6,19 +6,17 @@ use super::system;
 use crate::campaign::arena::{self, IDT_AT, TABLES, TSS_AT, View};
 use crate::campaign::beside::Runs;
 use crate::campaign::case::Case;
-use crate::campaign::engine::{Planted, Which};
+use crate::campaign::engine::{Planted, Which, restart_time};
 use crate::campaign::outcome::{End, Outcome};
 use bivisor_emulator::bus::EmptyBus;
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::cpu::{Attr, CpuState, Efer, Rflags, Segment, Table};
 use bivisor_emulator::interp::Interpreter;
-use bivisor_emulator::interp::sensitive::time::TimeSource;
 use bivisor_emulator::isa::{Class, Seg, Sensitivity, Width, facts};
 use bivisor_emulator::mem::GuestMemory;
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Vcpu};
 use bivisor_translator::Translator;
 use iced_x86::{Code, Mnemonic};
-use std::any::Any;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -202,12 +200,7 @@ impl Engine {
     /// The engine left in a way that no instruction of the case can cause.
     pub fn run_system(&mut self, case: &Case, out: &mut Outcome) -> Result<(), String> {
         let judged = system::is_judged(case);
-        let any: &mut dyn Any = &mut *self.vcpu;
-        if let Some(interpreter) = any.downcast_mut::<Interpreter>() {
-            interpreter.env().time = TimeSource::deterministic(0);
-        } else if let Some(translator) = any.downcast_mut::<Translator>() {
-            translator.env().time = TimeSource::deterministic(0);
-        }
+        restart_time(&mut *self.vcpu, 0);
         system::start(case, &self.template, self.vcpu.state()).ok_or("a selector of no segment")?;
         let start = self.vcpu.state().clone();
         let exit = self.vcpu.run(Board { mem: &self.mem, bus: &EmptyBus }, BUDGET);
