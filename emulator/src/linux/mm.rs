@@ -18,6 +18,9 @@ pub const TASK_SIZE: u64 = 0x7fff_ffff_f000;
 /// The name of the vDSO's mapping; it and the variables it reads are shared with the host's C library.
 const SHARED_WITH_HOST: [&str; 3] = ["[vdso]", "[vvar]", "[vvar_vclock]"];
 
+/// Mappings of memory from this size on, in bytes, are backed with huge pages.
+const LARGE: u64 = 4 << 20;
+
 const ENOMEM: i64 = err(libc::ENOMEM);
 const EINVAL: i64 = err(libc::EINVAL);
 const EFAULT: i64 = err(libc::EFAULT);
@@ -62,6 +65,18 @@ fn shared_with_host(v: &Vma) -> bool {
 impl Default for AddressSpace {
     fn default() -> AddressSpace {
         AddressSpace::new()
+    }
+}
+
+/// Asks the host for huge pages where a guest maps much memory at once: a miss of the host's TLB is then as cheap as it can be, which
+/// makes up for what the translator's tables take of it (transparent_hugepage(7): no difference where that is `always` or `never`). Not
+/// for stacks, nor for memory that is reserved beyond need, of which few pages are ever used.
+fn back_with_huge_pages(m: &Mapping<'_>, start: u64) {
+    const PLAIN: u64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+    const SPARSE: u64 = (libc::MAP_NORESERVE | libc::MAP_STACK | libc::MAP_GROWSDOWN | libc::MAP_HUGETLB) as u64;
+    const WRITE: u64 = libc::PROT_WRITE as u64;
+    if m.len >= LARGE && m.flags & (PLAIN | SPARSE) == PLAIN && m.prot & WRITE != 0 {
+        host_call(libc::SYS_madvise as u64, [start, m.len, libc::MADV_HUGEPAGE as u64, 0, 0, 0]);
     }
 }
 
@@ -174,6 +189,7 @@ impl AddressSpace {
             return at;
         }
         let start = at as u64;
+        back_with_huge_pages(m, start);
         let kind = flags & libc::MAP_TYPE as u64;
         let shared = kind == libc::MAP_SHARED as u64 || kind == libc::MAP_SHARED_VALIDATE as u64;
         // A huge-page mapping is rounded up to its page size; the guest's munmap will name it.
@@ -532,6 +548,36 @@ mod tests {
             (hex(from)..hex(to)).contains(&addr)
         });
         line.map_or_else(|| "none".into(), |l| l.split(' ').nth(1).unwrap().to_string())
+    }
+
+    /// Is the mapping advised to lie in huge pages (proc_pid_smaps(5), VmFlags)? `None` if the host tells no flags.
+    fn advised_huge(addr: u64) -> Option<bool> {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let of = smaps.split_once(&format!("{addr:x}-")).expect("a mapping starts there").1;
+        let flags = of.lines().find_map(|l| l.strip_prefix("VmFlags:"))?;
+        Some(flags.split_whitespace().any(|f| f == "hg"))
+    }
+
+    #[test]
+    fn much_memory_lies_in_huge_pages_but_what_is_sparse_does_not() {
+        if !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
+            eprintln!("SKIPPED: the host's kernel has no transparent huge pages");
+            return;
+        }
+        let space = AddressSpace::new();
+        let pages = LARGE / PAGE_SIZE;
+        let reserved = libc::MAP_NORESERVE as u64;
+        let cases = [(pages, RW, 0, true), (pages - 1, RW, 0, false), (pages, RW, reserved, false), (pages, 1, 0, false)];
+        // Far from each other, so that the host joins no two of them.
+        for (n, (pages, prot, more, huge)) in cases.into_iter().enumerate() {
+            let at = anon(&space, place(40 + n as u64), pages, prot, more) as u64;
+            let Some(is) = advised_huge(at) else {
+                eprintln!("SKIPPED: /proc/self/smaps has no VmFlags");
+                return;
+            };
+            assert_eq!(is, huge, "{pages} pages, rights {prot}, flags {more:#x}");
+            assert_eq!(space.unmap(at, pages * PAGE_SIZE), 0);
+        }
     }
 
     #[test]
