@@ -50,7 +50,7 @@ fn boot(directory: &Path) {
             guest.answer(answer).expect("the guest reads");
         }
     }
-    assert_eq!(guest.status(), Some(0));
+    assert_eq!(guest.status(), Ok(Some(0)));
     let all = guest.text();
     // The shell's bracketed-paste sequence stands before the first line of what a command prints.
     let sum =

@@ -172,7 +172,7 @@ fn run(guest: &Guest, folder: &str, engine: &str) -> Result<f64, String> {
     for words in guest.prints {
         session.wait(words)?;
     }
-    if guest.status.is_some() && session.status() != guest.status {
+    if guest.status.is_some() && session.status()? != guest.status {
         return Err(format!("the status is not {:?}:\n{}", guest.status, session.text()));
     }
     Ok(session.seconds())
