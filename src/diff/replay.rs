@@ -133,9 +133,13 @@ fn alone(request: &Value, before: &Value) -> Option<Value> {
 }
 
 fn told(mut request: Value, n: u64, engine: &str, answers: (&Value, &Value), differs: Differences) -> Replayed {
-    request["stop"]["insns"] = n.into();
+    request["stop"] = json!({ "insns": n });
     let side = |d: &(String, String, String)| json!({ "what": d.0, "interp": d.1, engine: d.2 });
-    let mut note = request["note"].clone();
+    // What people wrote is text.
+    let mut note = match request["note"].take() {
+        note @ (Value::Object(_) | Value::Null) => note,
+        said => json!({ "said": said }),
+    };
     note["engines"] = json!(["interp", engine]);
     note["text"] = text_of(&request, n).into();
     note["differs"] = differs.iter().map(side).collect::<Vec<_>>().into();
@@ -237,4 +241,22 @@ fn read(file: &Path) -> Result<Value> {
         );
     }
     Ok(inner.cloned().unwrap_or(value))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Requests are written by people, too.
+    #[test]
+    fn a_note_may_be_text() {
+        let request = json!({"note": "in words", "stop": {"insns": 9}, "regs": {"rip": "0x10"}, "mem": [{"addr": "0x10", "hex": "90f4"}]});
+        let differs = vec![("rax".to_owned(), "0x1".to_owned(), "0x2".to_owned())];
+        let told = told(request, 1, "bt", (&json!({"stop": "insns"}), &json!({"stop": "insns"})), differs);
+        let note = &told.request["note"];
+        assert_eq!(
+            (&note["said"], &note["differs"][0]["bt"], &told.request["stop"]["insns"]),
+            (&json!("in words"), &json!("0x2"), &json!(1))
+        );
+    }
 }

@@ -79,8 +79,8 @@ pub struct Msrs {
     pub mc: [u64; 4 * MC_BANKS as usize],
     /// AMD's event selectors and counters, which count nothing.
     pub k7_counters: [u64; 2 * K7_COUNTERS as usize],
-    /// AMD's SYSCFG, HWCR and DE_CFG.
-    pub amd: [u64; 3],
+    /// AMD's SYSCFG, HWCR, DE_CFG and NB_CFG.
+    pub amd: [u64; 4],
 }
 
 impl Msrs {
@@ -126,7 +126,7 @@ impl Default for Msrs {
             mcg_status: 0,
             mc: [0; 4 * MC_BANKS as usize],
             k7_counters: [0; 2 * K7_COUNTERS as usize],
-            amd: [0; 3],
+            amd: [0; 4],
         }
     }
 }

@@ -34,6 +34,8 @@ pub struct Access {
     pub len: u8,
     /// A store, or a load and a store.
     pub write: bool,
+    /// Its instruction faults if the address is no multiple of the length, before the page is looked at.
+    pub aligned: bool,
     /// The register with the bit offset of BT and the like, which may lead beyond the operand.
     pub bit: Option<Gpr>,
 }
@@ -42,7 +44,17 @@ impl Access {
     /// Eight bytes of the stack.
     pub const fn stack(disp: i64, write: bool) -> Access {
         let segment = Segment::Flat;
-        Access { base: Some(Gpr::Rsp), index: None, disp, segment, narrow: false, len: 8, write, bit: None }
+        Access {
+            base: Some(Gpr::Rsp),
+            index: None,
+            disp,
+            segment,
+            narrow: false,
+            len: 8,
+            write,
+            aligned: false,
+            bit: None,
+        }
     }
 
     /// How far the operand with the bit is from the address, given the register (SDM 2A BT).

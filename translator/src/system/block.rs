@@ -9,6 +9,7 @@ use bivisor_emulator::isa::decode::{correct, options};
 use bivisor_emulator::isa::insn::memory_len;
 use bivisor_emulator::isa::{Class, Gpr, MAX_INSN_LEN, Sensitivity, facts, state_image};
 use bivisor_emulator::mem::{PAGE_SIZE, Ram};
+use bivisor_emulator::native::{Needs, kind};
 use iced_x86::{
     Code, CpuidFeature, Decoder, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind,
     Register, RflagsBits,
@@ -390,7 +391,7 @@ fn item(
                 Some(a) if is_bit_string(iced) => {
                     access = Some(Access { bit: Gpr::from_iced(iced.op1_register()), ..a });
                 }
-                Some(a) => access = Some(a),
+                Some(a) => access = Some(Access { aligned: a.len >= 16 && demands_alignment(iced), ..a }),
                 None => way = Way::Step,
             }
         }
@@ -509,7 +510,7 @@ pub(super) fn operand_of(iced: &Instruction, len: u8, write: bool) -> Option<Acc
     };
     if iced.is_ip_rel_memory_operand() {
         let disp = iced.ip_rel_memory_address() as i64;
-        let a = Access { base: None, index: None, disp, segment, narrow: false, len, write, bit: None };
+        let a = Access { base: None, index: None, disp, segment, narrow: false, len, write, aligned: false, bit: None };
         return Some(a);
     }
     let (base, index) = (gpr(iced.memory_base())?, gpr(iced.memory_index())?);
@@ -521,7 +522,12 @@ pub(super) fn operand_of(iced: &Instruction, len: u8, write: bool) -> Option<Acc
     if narrow && base.is_none() && index.is_none() {
         disp &= 0xffff_ffff;
     }
-    Some(Access { base, index, disp, segment, narrow, len, write, bit: None })
+    Some(Access { base, index, disp, segment, narrow, len, write, aligned: false, bit: None })
+}
+
+/// Is a misaligned operand #GP?
+fn demands_alignment(iced: &Instruction) -> bool {
+    kind::needs(iced).intersects(Needs::ALIGNED | Needs::ALIGNED_UNLESS_MM)
 }
 
 /// The one access of an instruction with a memory operand; `None` if there is none, or more.

@@ -103,6 +103,8 @@ fn stored(msr: &mut Msrs, n: u32) -> Option<&mut u64> {
         0xc001_0010 => Some(&mut msr.amd[0]),
         0xc001_0015 => Some(&mut msr.amd[1]),
         0xc001_1029 => Some(&mut msr.amd[2]),
+        // Linux sets a bit of it on every processor of AMD's (arch/x86/pci/amd_bus.c).
+        0xc001_001f => Some(&mut msr.amd[3]),
         _ => {
             if let Some(i) = within(index::MTRR_VARIABLE, 2 * MTRR_RANGES) {
                 msr.mtrr_variable.get_mut(i)
@@ -316,6 +318,10 @@ mod tests {
         assert_eq!(write_read(index::MC_BANKS + 16, 0), Err(GP));
         assert_eq!(write_read(index::MISC_ENABLE, 0x4_00c5_1889), Ok(0x4_00c5_0009));
         assert_eq!(write_read(0, 0), Err(GP));
+        // What AMD's processors have and Linux writes: kept.
+        for n in [0xc001_0010, 0xc001_0015, 0xc001_1029, 0xc001_001f] {
+            assert_eq!(write_read(n, 1 << 46), Ok(1 << 46), "{n:#x}");
+        }
     }
 
     #[test]

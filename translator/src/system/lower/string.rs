@@ -18,7 +18,17 @@ impl Lower<'_> {
     /// An element at a register.
     fn at(&self, base: Gpr, len: u8, write: bool) -> Access {
         let narrow = self.block.mode.is_compat();
-        Access { base: Some(base), index: None, disp: 0, segment: Segment::Flat, narrow, len, write, bit: None }
+        Access {
+            base: Some(base),
+            index: None,
+            disp: 0,
+            segment: Segment::Flat,
+            narrow,
+            len,
+            write,
+            aligned: false,
+            bit: None,
+        }
     }
 
     fn advance(&mut self, r: Gpr, len: u8) {

@@ -26,6 +26,10 @@ impl System {
         if !canonical || narrow || laddr % PAGE_SIZE + u64::from(len) > PAGE_SIZE {
             return false;
         }
+        // It faults, and then leaves the page's flags alone.
+        if self.is_misaligned(t, access) {
+            return false;
+        }
         let kind = if access.write { Access::Write } else { Access::Read };
         let by = by(&t.cpu);
         // STAC, CLAC and SYSCALL in the code leave it to the slot.
@@ -46,6 +50,11 @@ impl System {
         }
     }
 
+    /// Is it #GP before anything of the page is looked at?
+    fn is_misaligned(&self, t: &Translator, access: &GuestAccess) -> bool {
+        access.aligned && !self.address(&t.cpu, access).is_multiple_of(access.len.into())
+    }
+
     pub(super) fn address(&self, cpu: &CpuState, access: &GuestAccess) -> u64 {
         access.address(|r| cpu.gpr[r as usize], self.area.get(at::FS_BASE), self.area.get(at::GS_BASE))
     }
@@ -62,7 +71,7 @@ impl System {
 
     /// Of a store that the interpreter is about to do it is known what it hits, should that be a page with code.
     pub(super) fn store_carefully(&mut self, t: &mut Translator, board: Board<'_>, access: &GuestAccess) {
-        if !access.write {
+        if !access.write || self.is_misaligned(t, access) {
             return;
         }
         let (laddr, by, len) = (self.address(&t.cpu, access), by(&t.cpu), u64::from(access.len));
