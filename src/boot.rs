@@ -324,6 +324,9 @@ pub fn run(args: &BootArgs) -> Result<i32> {
         };
         let mut machine = build(args, &inputs, wire, pty.as_ref())?;
         let clocks = machine_stats::Start::now();
+        if args.stats.is_some() {
+            machine.measure();
+        }
         if let Some(pty) = &pty {
             pty.set(Some(machine.remote()));
         }

@@ -4,7 +4,7 @@ use crate::guest;
 use crate::stats::Format;
 use bivisor_emulator::isa::exits::reason_name;
 use bivisor_emulator::machine::Machine;
-use bivisor_emulator::vcpu::Vcpu;
+use bivisor_emulator::vcpu::{Cost, Vcpu};
 use bivisor_translator::Translator;
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
@@ -32,6 +32,12 @@ struct Row {
     times: u64,
 }
 
+/// What one class of exits, or one kind of accesses to the chips, cost.
+struct Spent {
+    place: &'static str,
+    cost: Cost,
+}
+
 impl Start {
     /// Now.
     pub fn now() -> Start {
@@ -39,12 +45,17 @@ impl Start {
     }
 
     /// The report of a machine that was started then and has stopped.
-    pub fn report(&self, machine: &mut Machine, engine: &str, format: Format) -> String {
+    pub fn report(&self, machine: &mut Machine, engine: &'static str, format: Format) -> String {
         let (wall, cpu) = (self.wall.elapsed(), processor_time().saturating_sub(self.cpu));
         let (guest, slept) = (machine.time(), machine.slept());
-        let board = board(machine);
+        let (board, chips) = (board(machine), machine.costs());
         let vcpu: &mut (dyn Vcpu + 'static) = machine.vcpu();
         let instructions = vcpu.instructions();
+        let measured = vcpu.measured();
+        let spent: Vec<Spent> = [(engine, measured.costs.clone()), ("board", chips)]
+            .into_iter()
+            .flat_map(|(place, costs)| costs.into_iter().map(move |cost| Spent { place, cost }))
+            .collect();
         let any: &dyn Any = vcpu;
         let left: Vec<Row> =
             guest::ledger(any).into_iter().map(|((reason, what), times)| Row { reason, what, times }).collect();
@@ -58,6 +69,8 @@ impl Start {
             let value = json!({
                 "engine": engine, "instructions": instructions, "entries": entries, "translated": translated,
                 "left": rows(&left), "board": rows(&board),
+                "costs": spent.iter().map(Spent::json).collect::<Vec<_>>(),
+                "tlb": {"hits": measured.tlb_hits, "misses": measured.tlb_misses},
                 "seconds": {
                     "guest": guest.as_secs_f64(), "wall": wall.as_secs_f64(), "halted": slept.as_secs_f64(),
                     "processor": cpu.as_secs_f64(),
@@ -83,6 +96,14 @@ impl Start {
             }
             rows.iter().for_each(|row| row.text(&mut out));
         }
+        if let Some(misses) = measured.tlb_misses {
+            let hits = measured.tlb_hits.map(|n| format!("{n} accesses found their page, ")).unwrap_or_default();
+            let _ = writeln!(out, "  TLB          {hits}{misses} did not");
+        }
+        if !spent.is_empty() {
+            let _ = writeln!(out, "  it took");
+        }
+        spent.iter().for_each(|s| s.text(&mut out));
         let s = Duration::as_secs_f64;
         let _ = write!(
             out,
@@ -97,13 +118,46 @@ impl Start {
 }
 
 impl Row {
+    /// KVM's number and name for it, where it comes to the monitor.
+    fn kvm(&self) -> Option<(u32, &str)> {
+        let named = self.what.rsplit_once('(').and_then(|(_, name)| name.strip_suffix(')'));
+        let own = named.and_then(|name| bivisor_kvm_backend::number(name).map(|n| (n, name)));
+        own.or_else(|| bivisor_kvm_backend::returned(self.reason?))
+    }
+
     fn json(&self) -> Value {
-        json!({"vtx_reason": self.reason, "vtx_name": self.reason.map(reason_name), "what": self.what, "times": self.times})
+        let (number, name) = self.kvm().unzip();
+        json!({
+            "vtx_reason": self.reason, "vtx_name": self.reason.map(reason_name), "kvm_reason": number, "kvm_name": name,
+            "what": self.what, "times": self.times,
+        })
     }
 
     fn text(&self, out: &mut String) {
-        let intel = self.reason.map(|n| format!("  [{n} {}]", reason_name(n))).unwrap_or_default();
-        let _ = writeln!(out, "    {:>12}  {}{intel}", self.times, self.what);
+        let intel = self.reason.map(|n| format!("{n} {}", reason_name(n)));
+        let kvm = self.kvm().map(|(n, name)| format!("{name} {n}"));
+        let both: Vec<String> = intel.into_iter().chain(kvm).collect();
+        let both = if both.is_empty() { String::new() } else { format!("  [{}]", both.join("; ")) };
+        let _ = writeln!(out, "    {:>12}  {}{both}", self.times, self.what);
+    }
+}
+
+impl Spent {
+    fn json(&self) -> Value {
+        let Spent { place, cost } = self;
+        json!({"where": place, "class": cost.class, "times": cost.times, "nanoseconds": cost.time.as_nanos() as u64})
+    }
+
+    fn text(&self, out: &mut String) {
+        let Spent { place, cost } = self;
+        let each = cost.time.as_nanos() / u128::from(cost.times.max(1));
+        let _ = writeln!(
+            out,
+            "    {:>10.3} ms  {place}: {}, {} times, {each} ns each",
+            cost.time.as_secs_f64() * 1e3,
+            cost.class,
+            cost.times
+        );
     }
 }
 

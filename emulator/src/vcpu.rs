@@ -3,6 +3,7 @@
 use crate::bus::Bus;
 use crate::cpu::{CpuState, Fault};
 pub use crate::host::kicker::Kicker;
+pub use crate::host::stopwatch::Cost;
 use crate::mem::GuestMemory;
 
 /// What a virtual CPU is plugged into.
@@ -73,6 +74,17 @@ pub enum Exit {
     },
 }
 
+/// What an engine has measured since [`Vcpu::measure`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Measured {
+    /// What leaving the guest cost, by class of reason.
+    pub costs: Vec<Cost>,
+    /// Accesses that found their page in the TLB, where the engine can count them.
+    pub tlb_hits: Option<u64>,
+    /// Accesses that did not.
+    pub tlb_misses: Option<u64>,
+}
+
 /// An engine: one virtual CPU. It can be asked as [`std::any::Any`] which one it is, for counters that only that one has.
 pub trait Vcpu: std::any::Any {
     /// Runs at most `budget` instructions (`u64::MAX`: no limit; an engine that cannot count exactly when the budget is large may
@@ -121,6 +133,12 @@ pub trait Vcpu: std::any::Any {
     fn instructions(&self) -> Option<u64> {
         None
     }
+    /// From now on measures what takes time to measure.
+    fn measure(&mut self) {}
+    /// What it has measured of machines.
+    fn measured(&self) -> Measured {
+        Measured::default()
+    }
 }
 
 impl<V: Vcpu + ?Sized> Vcpu for Box<V> {
@@ -153,6 +171,12 @@ impl<V: Vcpu + ?Sized> Vcpu for Box<V> {
     }
     fn instructions(&self) -> Option<u64> {
         (**self).instructions()
+    }
+    fn measure(&mut self) {
+        (**self).measure();
+    }
+    fn measured(&self) -> Measured {
+        (**self).measured()
     }
 }
 

@@ -42,6 +42,22 @@ const RETURNS: [(u32, Counter); 10] = [
 
 const OTHER: Counter = counter("KVM_EXIT", None, "to the monitor: another reason");
 
+/// What a reason for which KVM_RUN returns is called.
+pub(crate) fn name(reason: u32) -> &'static str {
+    RETURNS.iter().find(|(r, _)| *r == reason).map_or(OTHER.name, |(_, c)| c.name)
+}
+
+/// KVM's number and name of the exit to the monitor that one with this basic exit reason of VT-x becomes, if it does: KVM handles the others.
+pub fn returned(vtx: u16) -> Option<(u32, &'static str)> {
+    // Of exceptions only debuggers are told; KVM_EXIT_INTR is of signals.
+    RETURNS.iter().find(|(_, c)| !matches!(vtx, 0 | 1) && c.vtx == Some(vtx)).map(|(n, c)| (*n, c.name))
+}
+
+/// The number of one of KVM's exits by its name.
+pub fn number(name: &str) -> Option<u32> {
+    RETURNS.iter().find(|(_, c)| c.name == name).map(|(n, _)| *n)
+}
+
 /// How often KVM_RUN returned, by reason.
 #[derive(Default)]
 pub(crate) struct Returns([u64; RETURNS.len() + 1]);

@@ -14,7 +14,7 @@ pub mod sample;
 mod space;
 mod vm;
 
-pub use counts::Counter;
+pub use counts::{Counter, number, returned};
 pub use exit::how;
 pub use host::{HostKvm, Kind, host};
 pub use run::{KvmVcpu, KvmVm};

@@ -13,6 +13,7 @@ use crate::regs;
 use crate::run::{Extended, Hardware, KvmVcpu};
 use crate::vm::{TSS_ADDRESS, Vm, host_error, immediate_exit, set_tsc_offset};
 use bivisor_emulator::cpu::{Activity, CpuState, Cr0, Cr4, Efer, Mode, Rflags};
+use bivisor_emulator::host::stopwatch::Stopwatch;
 use bivisor_emulator::interp::deliver::Event;
 use bivisor_emulator::isa::{Class, Insn, Seg, decode};
 use bivisor_emulator::mem::{Access, GuestMemory, PAGE_SIZE, Ram};
@@ -55,6 +56,8 @@ pub(crate) struct Machine {
     hidden: Option<bivisor_emulator::cpu::Table>,
     stepping: bool,
     returns: Returns,
+    /// Of the time between two KVM_RUNs.
+    pub watch: Stopwatch,
 }
 
 impl Machine {
@@ -87,6 +90,7 @@ impl Machine {
                 hidden: None,
                 stepping: false,
                 returns: Returns::default(),
+                watch: Stopwatch::default(),
             })
         };
         make().map_err(|e| format!("KVM: no virtual machine: {e}"))
@@ -120,6 +124,7 @@ impl Machine {
 
     /// KVM_RUN, once.
     fn enter(&mut self, wiring: Wiring<'_>) -> Left {
+        self.watch.back();
         let left = exit::run(&mut self.fd, wiring);
         let reason = match left {
             // EINTR leaves an older reason there.
@@ -127,6 +132,7 @@ impl Machine {
             _ => self.fd.get_kvm_run().exit_reason,
         };
         self.returns.note(reason);
+        self.watch.out(|| counts::name(reason));
         left
     }
 
@@ -285,7 +291,10 @@ impl KvmVcpu {
             self.run_freely(board, &kickable, budget)
         };
         let written = match &mut self.hardware {
-            Hardware::Machine(m) => m.collect_writes(ram),
+            Hardware::Machine(m) => {
+                m.watch.back();
+                m.collect_writes(ram)
+            }
             _ => Ok(()),
         };
         match exit.and_then(|e| written.map(|()| e)) {
@@ -317,7 +326,11 @@ impl KvmVcpu {
         let fits = matches!(&self.hardware, Hardware::Machine(m) if m.ram == place);
         if !fits {
             self.hardware = Hardware::None;
-            self.hardware = Hardware::Machine(Box::new(Machine::new(self, ram)?));
+            let mut machine = Box::new(Machine::new(self, ram)?);
+            if self.measures {
+                machine.watch.start();
+            }
+            self.hardware = Hardware::Machine(machine);
         }
         if let Hardware::Machine(m) = &mut self.hardware
             && ram.is_watched() != m.logs

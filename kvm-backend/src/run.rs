@@ -11,7 +11,7 @@ use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::cpu::{CpuState, XsaveArea};
 use bivisor_emulator::interp::{Core, Env};
 use bivisor_emulator::mem::GuestMemory;
-use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Kicker, Vcpu};
+use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Kicker, Measured, Vcpu};
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 use kvm_ioctls::VcpuFd;
 use std::io;
@@ -70,6 +70,7 @@ impl KvmVm {
             reason: None,
             interprets: false,
             assists: 0,
+            measures: false,
         }
     }
 
@@ -127,6 +128,8 @@ pub struct KvmVcpu {
     /// See [`KvmVcpu::interpreting`].
     pub(crate) interprets: bool,
     assists: u64,
+    /// Is what leaving costs to be measured?
+    pub(crate) measures: bool,
 }
 
 impl KvmVcpu {
@@ -213,6 +216,16 @@ impl Vcpu for KvmVcpu {
 
     fn kicker(&self) -> Kicker {
         self.kicker.clone()
+    }
+
+    fn measure(&mut self) {
+        self.measures = true;
+    }
+
+    fn measured(&self) -> Measured {
+        // Of the TLB only the processor knows; KVM counts the page faults that it handled itself.
+        let costs = if let Hardware::Machine(m) = &self.hardware { m.watch.costs() } else { Vec::new() };
+        Measured { costs, ..Measured::default() }
     }
 }
 

@@ -174,9 +174,11 @@ fn disks_and_cds_on_ide() {
 fn statistics_in_words_and_as_json() {
     let kernel =
         assemble("machine.S", &["-Wl,-Ttext=0x100000", "-s", "-Wl,--defsym=unused=1", "-Wl,-z,noseparate-code"]);
-    for engine in ENGINES {
+    for engine in engines() {
         let output = boot(&["--backend", engine, "--kernel", &kernel, "--append", "x", "--stats=json"]);
-        let value: serde_json::Value = serde_json::from_slice(&output.stderr).expect("one object");
+        // Of a software KVM a line comes before.
+        let said = text(&output.stderr);
+        let value: serde_json::Value = serde_json::from_str(said.lines().last().expect("a line")).expect("one object");
         assert_eq!(value["engine"], engine);
         let times = |list: &str, what: &str| {
             let rows = value[list].as_array().expect("rows");
@@ -189,6 +191,28 @@ fn statistics_in_words_and_as_json() {
         assert!(reason == Some(1) && taken >= 10, "{engine}: {taken}");
         let seconds = |what: &str| value["seconds"][what].as_f64().expect("a number");
         assert!(seconds("wall") >= seconds("halted") && seconds("guest") > 0.0);
+        let number = |list: &str, what: &str| {
+            let row = value[list].as_array()?.iter().find(|r| r["what"].as_str().is_some_and(|w| w.contains(what)))?;
+            Some((row["kvm_reason"].as_u64()?, row["kvm_name"].as_str()?.to_owned()))
+        };
+        assert_eq!(number("board", "OUT"), Some((2, "KVM_EXIT_IO".into())), "{engine}");
+        // What it cost adds up to less than it took in all.
+        let costs = value["costs"].as_array().expect("rows");
+        let spent = |place: &str| {
+            let rows = costs.iter().filter(|c| c["where"] == place);
+            rows.map(|c| (c["times"].as_u64().expect("a number"), c["nanoseconds"].as_u64().expect("a number")))
+                .fold((0, 0), |(a, b), (times, ns)| (a + times, b + ns))
+        };
+        let limit = (seconds("wall") * 1e9) as u64;
+        let ((on_board, ns), (out, outside)) = (spent("board"), spent(engine));
+        assert!(on_board > 100 && ns > 1000 && ns < limit, "{engine}: {costs:?}");
+        assert!((out > 20) == (engine != "interp") && outside < limit, "{engine}: {costs:?}");
+        let (hits, misses) = (value["tlb"]["hits"].as_u64(), value["tlb"]["misses"].as_u64());
+        assert_eq!((hits.is_some(), misses.is_some()), (engine == "interp", engine != "kvm"), "{engine}");
+        assert!(misses.is_none_or(|n| n > 3) && hits.is_none_or(|n| n > 10), "{engine}: {hits:?} {misses:?}");
+        if engine == "kvm" {
+            assert_eq!(number("left", "HLT"), Some((5, "KVM_EXIT_HLT".into())), "{}", value["left"]);
+        }
         if engine == "bt" {
             assert!(value["translated"]["blocks"].as_u64().expect("a number") > 20);
             assert_eq!(times("left", "HLT").and_then(|t| t.0), Some(12), "{}", value["left"]);
@@ -196,7 +220,12 @@ fn statistics_in_words_and_as_json() {
     }
     let output = boot(&["--kernel", &kernel, "--append", "x", "--stats"]);
     let said = text(&output.stderr);
-    assert!(said.contains("OUT  [30 I/O instruction]") && said.contains("s of processor time"), "{said}");
+    assert!(
+        said.contains("OUT  [30 I/O instruction; KVM_EXIT_IO 2]")
+            && said.contains("board: OUT, ")
+            && said.contains("s of processor time"),
+        "{said}"
+    );
 }
 
 /// A BIOS begins at F000:FFF0 of its image: here with OUT 0xE9, a far jump, and an end.

@@ -14,12 +14,13 @@ use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::cpu::xsave::component;
 use bivisor_emulator::cpu::{CpuState, Fault, Mode, Rflags};
 use bivisor_emulator::host::signal;
+use bivisor_emulator::host::stopwatch::Stopwatch;
 use bivisor_emulator::host::thread::ThreadBlock;
 use bivisor_emulator::interp::deliver::Event;
 use bivisor_emulator::interp::{Core, Env};
 use bivisor_emulator::isa::{Gpr, Insn, MAX_INSN_LEN, Seg, decode};
 use bivisor_emulator::mem::{GuestMemory, PAGE_SIZE};
-use bivisor_emulator::vcpu::{Board, DIRECT_CALLS, Exit, Intercepts, Kicker, Vcpu};
+use bivisor_emulator::vcpu::{Board, DIRECT_CALLS, Exit, Intercepts, Kicker, Measured, Vcpu};
 use iced_x86::{Code, CodeSize, Decoder, DecoderOptions, Instruction, MemoryOperand, Register};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -47,6 +48,7 @@ pub struct Translator {
     cache_id: u64,
     pub(crate) scratch: Scratch,
     pub(crate) stats: Stats,
+    pub(crate) watch: Stopwatch,
     pub(crate) system: Option<Box<System>>,
     /// See [`Vcpu::set_direct`].
     direct: Option<&'static [u8; DIRECT_CALLS]>,
@@ -92,6 +94,7 @@ impl Translator {
             cache_id: 0,
             scratch: Scratch::default(),
             stats: Stats::default(),
+            watch: Stopwatch::default(),
             system: None,
             direct: None,
             counted: None,
@@ -546,6 +549,15 @@ impl Vcpu for Translator {
 
     fn integer_state(&mut self) -> &mut CpuState {
         &mut self.cpu
+    }
+
+    fn measure(&mut self) {
+        self.watch.start();
+    }
+
+    fn measured(&self) -> Measured {
+        // Translated code does not count what goes well.
+        Measured { costs: self.watch.costs(), tlb_hits: None, tlb_misses: Some(self.stats.tlb_misses) }
     }
 
     fn set_intercepts(&mut self, intercepts: Intercepts) {

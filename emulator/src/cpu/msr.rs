@@ -126,7 +126,8 @@ impl Default for Msrs {
             mcg_status: 0,
             mc: [0; 4 * MC_BANKS as usize],
             k7_counters: [0; 2 * K7_COUNTERS as usize],
-            amd: [0; 4],
+            // HWCR.TscFreqSel, read-only on the processors that have it: the counter runs at the frequency of P0.
+            amd: [0, 1 << 24, 0, 0],
         }
     }
 }

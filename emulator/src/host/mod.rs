@@ -9,5 +9,6 @@ pub mod inherited;
 pub mod kicker;
 pub mod probe;
 pub mod signal;
+pub mod stopwatch;
 pub mod syscall;
 pub mod thread;

@@ -155,11 +155,11 @@ pub struct Lane {
 }
 
 impl Lane {
-    /// Of the state as it is; closed unless the code is 64-bit.
+    /// Of the state as it is; closed unless the code is 64-bit, and where accesses are counted.
     #[inline(always)]
-    pub fn of(cpu: &CpuState, mem: &GuestMemory) -> Lane {
+    pub fn of(cpu: &CpuState, mem: &GuestMemory, mmu: &Mmu) -> Lane {
         // AC at CPL 0 is STAC's: the TLB's context knows of it, and nothing else asks.
-        let open = is_long64(cpu) && !checks_alignment(cpu) && !cpu.cr4.contains(Cr4::LA57);
+        let open = is_long64(cpu) && !mmu.counts() && !checks_alignment(cpu) && !cpu.cr4.contains(Cr4::LA57);
         let paged = (mem.flat().is_none() && cpu.cr0.contains(Cr0::PG)).then(|| Mmu::context(cpu, accessor(cpu)));
         Lane { open, paged }
     }

@@ -45,7 +45,7 @@ use crate::cpu::{CpuState, Fault};
 use crate::isa::Insn;
 use crate::mem::{GuestMemory, Mmu};
 use crate::native::NativeUnit;
-use crate::vcpu::{Board, Exit, Intercepts, Kicker, Vcpu};
+use crate::vcpu::{Board, Exit, Intercepts, Kicker, Measured, Vcpu};
 use sensitive::time::TimeSource;
 use std::sync::{Arc, OnceLock};
 
@@ -235,6 +235,15 @@ impl Vcpu for Interpreter {
 
     fn instructions(&self) -> Option<u64> {
         Some(self.core.instructions)
+    }
+
+    fn measure(&mut self) {
+        self.core.mmu.count();
+    }
+
+    fn measured(&self) -> Measured {
+        let (tlb_hits, tlb_misses) = self.core.mmu.lookups().unzip();
+        Measured { costs: Vec::new(), tlb_hits, tlb_misses }
     }
 
     fn survives_fork(&mut self) -> bool {

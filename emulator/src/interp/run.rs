@@ -78,7 +78,7 @@ impl Core {
         let mut x = exec(cpu, &mut self.mmu, &mut self.env, board, self.intercepts);
         // IRET reads its frame before it changes anything.
         if i.0.marks.is_empty() || i.0.insn.iced.mnemonic() == Mnemonic::Iretq {
-            x.lane = Lane::of(x.cpu, x.mem);
+            x.lane = Lane::of(x.cpu, x.mem, x.mmu);
         }
         let done = one(&mut x, &i.0, context, &mut left);
         x.lane = Lane::default();
@@ -183,7 +183,7 @@ fn run_window(x: &mut Exec<'_>, window: Window<'_>, context: Context, most: u64,
     let done = if window.page.is_unwatched() {
         run_unwatched(x, window, context, &mut todo)
     } else {
-        x.lane = Lane::of(x.cpu, x.mem);
+        x.lane = Lane::of(x.cpu, x.mem, x.mmu);
         run_entries(x, window, context, &mut todo)
     };
     x.lane = Lane::default();

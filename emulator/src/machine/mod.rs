@@ -15,7 +15,7 @@ use crate::devices::testdev::TestDevice;
 use crate::devices::virtio;
 use crate::devices::virtio::pci::VirtioPci;
 use crate::mem::{GuestMemory, Ram};
-use crate::vcpu::{Board, Exit, Vcpu};
+use crate::vcpu::{Board, Cost, Exit, Vcpu};
 use clock::Clock;
 use ide::Ide;
 pub use ide::IdeDrive;
@@ -294,6 +294,17 @@ impl Machine {
     /// What the processor had the chips do.
     pub fn traffic(&self) -> Traffic {
         self.pc.lock().traffic
+    }
+
+    /// From now on measures what is costly to measure: for statistics.
+    pub fn measure(&mut self) {
+        self.vcpu.measure();
+        self.pc.lock().watch.start();
+    }
+
+    /// What the chips' part of the processor's accesses cost since [`Machine::measure`], by kind of access.
+    pub fn costs(&self) -> Vec<Cost> {
+        self.pc.lock().watch.costs()
     }
 
     /// Host time that the processor's thread slept because the guest had halted.

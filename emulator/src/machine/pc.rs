@@ -14,6 +14,7 @@ use crate::devices::testdev::TestDevice;
 use crate::devices::uart::Uart;
 use crate::devices::vga::Vga;
 use crate::devices::virtio::pci::VirtioPci;
+use crate::host::stopwatch::Stopwatch;
 use crate::machine::End;
 use crate::machine::clock::Clock;
 use crate::machine::ide::{self, Ide};
@@ -65,6 +66,8 @@ pub struct Traffic {
 /// The chips and what connects them.
 pub struct Chips {
     pub(super) traffic: Traffic,
+    /// Of the time that they take.
+    pub(super) watch: Stopwatch,
     pub(super) pic: Pic,
     pub(super) pit: Pit,
     /// Ticks of its counter 0 that came while another waited, because the host let the processor wait: given later, one behind the other, as
@@ -146,6 +149,7 @@ impl Chips {
         pm.set_acpi(true);
         Chips {
             traffic: Traffic::default(),
+            watch: Stopwatch::default(),
             pic: Pic::default(),
             pit: Pit::default(),
             ticks_owed: 0,
@@ -623,6 +627,7 @@ impl Pc {
         if timers && !self.clock.is_counted() && chips.next(now).is_some_and(|at| at < chips.armed) {
             self.rearm.notify_one();
         }
+        chips.watch.back();
     }
 
     /// A line of the keyboard, the serial port or the test device may have changed.
@@ -639,6 +644,7 @@ impl Bus for Pc {
     fn read_port(&self, port: u16, data: &mut [u8]) {
         let now = self.clock.now();
         let mut chips = self.lock();
+        chips.watch.out(|| "IN");
         chips.traffic.port_reads += 1;
         if !chips.read_wide(port, data) {
             for (i, b) in data.iter_mut().enumerate() {
@@ -653,6 +659,7 @@ impl Bus for Pc {
     fn write_port(&self, port: u16, data: &[u8]) {
         let now = self.clock.now();
         let mut chips = self.lock();
+        chips.watch.out(|| "OUT");
         chips.traffic.port_writes += 1;
         let wide = chips.write_wide(port, data);
         if !wide {
@@ -668,6 +675,7 @@ impl Bus for Pc {
     fn read_mmio(&self, gpa: u64, data: &mut [u8]) {
         let now = self.clock.now();
         let mut chips = self.lock();
+        chips.watch.out(|| "load from an address without RAM");
         chips.traffic.memory_reads += 1;
         chips.read_memory(gpa, data, now);
         self.settle(chips, false, now);
@@ -676,6 +684,7 @@ impl Bus for Pc {
     fn write_mmio(&self, gpa: u64, data: &[u8]) {
         let now = self.clock.now();
         let mut chips = self.lock();
+        chips.watch.out(|| "store to an address without RAM");
         chips.traffic.memory_writes += 1;
         chips.write_memory(gpa, data, now);
         let timers = gpa & !0xfff == chips.lapic_base;
@@ -733,6 +742,7 @@ impl Bus for Pc {
     fn write_msr(&self, index: u32, value: u64) -> Option<()> {
         let now = self.clock.now();
         let mut chips = self.lock();
+        chips.watch.out(|| "WRMSR of the local APIC");
         chips.traffic.msrs += 1;
         let done = match index {
             APIC_BASE => {

@@ -11,6 +11,9 @@ pub struct Mmu {
     tlb: Tlb,
     generation: u64,
     last: Flushed,
+    counts: bool,
+    hits: u64,
+    misses: u64,
 }
 
 /// What a flush forgot.
@@ -49,7 +52,10 @@ impl Mmu {
         }
         let context = Mmu::context(cpu, by);
         match self.tlb.get(context, laddr, access) {
-            Some(gpa) => Ok(gpa),
+            Some(gpa) => {
+                self.hits += 1;
+                Ok(gpa)
+            }
             None => self.miss(cpu, mem, laddr, access, by, context),
         }
     }
@@ -81,6 +87,7 @@ impl Mmu {
         by: By,
         context: usize,
     ) -> Result<u64, Fault> {
+        self.misses += 1;
         let page: Page = paging::walk(cpu, mem, laddr, access, by)?;
         let rights = Rights {
             read: paging::allowed(cpu, &page, Access::Read, by),
@@ -116,6 +123,22 @@ impl Mmu {
         }
         self.generation += 1;
         self.last = if small { Flushed::Page(laddr) } else { Flushed::All };
+    }
+
+    /// From now on whoever asks for a page asks [`Mmu::translate`], which counts.
+    pub fn count(&mut self) {
+        self.counts = true;
+    }
+
+    /// Is every access to be counted?
+    #[inline(always)]
+    pub fn counts(&self) -> bool {
+        self.counts
+    }
+
+    /// Accesses that found their page, and those that did not, if they are counted.
+    pub fn lookups(&self) -> Option<(u64, u64)> {
+        self.counts.then_some((self.hits, self.misses))
     }
 
     /// What was forgotten when [`Mmu::generation`] was raised last.

@@ -583,7 +583,9 @@ impl System {
         t.stats.entries += 1;
         let mut resumed = None;
         loop {
+            t.watch.back();
             let id = enter::run(host, &mut |id| self.device(t, board, ram, block, id));
+            t.watch.out(|| self.class(id));
             if id == ABORTED {
                 if resumed == Some(FAULT) {
                     let pc = block.scratch[slot::PC].get();
@@ -628,6 +630,20 @@ impl System {
                 }
                 next => return (next, done),
             }
+        }
+    }
+
+    /// What an exit is counted as where costs are measured.
+    fn class(&self, id: u32) -> &'static str {
+        match id {
+            FAULT => "exception in translated code",
+            ABORTED | KICKED => "event taken",
+            _ => match self.cache.exit(id).kind {
+                Kind::To | Kind::Indirect => "block looked up or translated",
+                Kind::Look | Kind::Shadow => "event looked for",
+                Kind::Step | Kind::Asleep | Kind::Port { .. } => "call-out",
+                Kind::Miss { .. } => "TLB miss",
+            },
         }
     }
 
@@ -736,6 +752,7 @@ impl Translator {
         let block = system.attach(self);
         let mut left = budget;
         let exit = system.dispatch(self, board, ram, block, &mut left);
+        self.watch.back();
         if budget != u64::MAX {
             self.counted = Some(self.counted.unwrap_or(0) + (budget - left));
         }
