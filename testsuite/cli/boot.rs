@@ -391,6 +391,92 @@ fn what_is_inside_a_kernel_is_unpacked() {
     }
 }
 
+/// The command line, the RAM disk, the ACPI root pointer and the memory map, by PVH, by a multiboot header's addresses, and as a vmlinux.
+#[test]
+fn each_way_to_start_a_kernel_hands_over_the_same() {
+    let disk = file("ram-disk", b"a disk");
+    let at_2_mib = ["-m32", "-Wl,-Ttext=0x200000"];
+    let pvh = assemble("loaded.S", &[&at_2_mib[..], &["-Wa,--defsym,PVH=1"]].concat());
+    let flat = ["-Wa,--defsym,ADDRESSES=1", "-Wl,--oformat=binary"];
+    let multiboot = assemble("loaded.S", &[&at_2_mib[..], &flat].concat());
+    let vmlinux = assemble("loaded.S", &["-Wl,-Ttext=0x1000000", "-Wa,--defsym,LONG=1"]);
+    for engine in engines() {
+        for (kernel, before, small) in
+            [(&pvh, "", false), (&multiboot, &*format!("{multiboot} "), true), (&vmlinux, "", false)]
+        {
+            // A software KVM gets no operating system.
+            if engine == "kvm" && !small && !bivisor_kvm_backend::host().usable_for_machine {
+                continue;
+            }
+            let args =
+                ["--backend", engine, "--kernel", kernel, "--initrd", &disk, "--append", "two words"];
+            let ports = ["--debugcon", "0xe9=stdio", "--serial", "none", "--debug-exit", "0xf4"];
+            let output = boot(&[&args[..], &ports].concat());
+            let said = (text(&output.stdout), output.status.code());
+            let expected = format!("{before}two words\na disk\nRSD PTR \nM");
+            assert_eq!(said, (expected, Some(11)), "{engine} {kernel}: {}", text(&output.stderr));
+        }
+    }
+}
+
+/// Sector 1 of a disk on IDE says what the program expects; sector 2 is not there yet and is made when it is written to.
+#[test]
+fn a_qcow2_disk_grows_and_a_snapshot_does_not() {
+    let program = assemble("ide.S", &["-m32", "-Wl,-Ttext=0x7c00", "-Wl,--oformat=binary", "-Wl,--defsym=unused=0"]);
+    let mut cd = vec![0; 3 * 2048];
+    cd[2048..2058].copy_from_slice(b"on the CD\n");
+    let cd = file("qcow2.iso", &cd);
+    // Version 2 with clusters of 512 bytes: header, table of counts, counts, first and second table, and one cluster of data.
+    let mut image = vec![0; 6 * 512];
+    let mut put = |at: usize, v: u64, n: usize| image[at..at + n].copy_from_slice(&v.to_be_bytes()[8 - n..]);
+    let header = [
+        (0, 0x5146_49fb, 4),
+        (4, 2, 4),
+        (20, 9, 4),
+        (24, 8 * 512, 8),
+        (36, 1, 4),
+        (40, 3 * 512, 8),
+        (48, 512, 8),
+        (56, 1, 4),
+    ];
+    header.into_iter().for_each(|(at, v, n)| put(at, v, n));
+    put(512, 2 * 512, 8);
+    (0..6).for_each(|cluster| put(2 * 512 + 2 * cluster, 1, 2));
+    put(3 * 512, 1 << 63 | 4 * 512, 8);
+    put(4 * 512 + 8, 1 << 63 | 5 * 512, 8);
+    image[5 * 512..5 * 512 + 12].copy_from_slice(b"on the disk\n");
+    for (engine, snapshot) in [("bt", false), ("interp", false), ("bt", true)] {
+        let path = file(&format!("grows-{engine}-{snapshot}.qcow2"), &image);
+        let drive = format!("file={path},format=qcow2,if=ide,snapshot={}", if snapshot { "on" } else { "off" });
+        let (flat, said) = (format!("{program}@0x7c00"), directory().join(format!("said-{engine}-{snapshot}")));
+        let to = format!("0xe9=file:{}", said.to_str().expect("plain path"));
+        let args = ["--backend", engine, "--flat", &flat, "--drive", &drive, "--cdrom", &cd, "--debugcon", &to];
+        let output = boot(&[&args[..], &["--debug-exit", "0xf4", "--serial", "none"]].concat());
+        assert_eq!(output.status.code(), Some(3), "{engine}: {}", text(&output.stderr));
+        assert_eq!(std::fs::read_to_string(said).expect("written"), "on the disk\non the CD\n", "{engine}");
+        let after = std::fs::read(&path).expect("there");
+        assert_eq!(after == image, snapshot, "{engine}: what is written to a snapshot stays in memory");
+        if !snapshot {
+            let entry = u64::from_be_bytes(after[4 * 512 + 16..4 * 512 + 24].try_into().expect("eight bytes"));
+            let at = (entry & 0x00ff_ffff_ffff_fe00) as usize;
+            let backwards: Vec<u8> = image[5 * 512..].iter().rev().copied().collect();
+            assert!(at >= image.len() && after[at..at + 512] == backwards, "{engine}: entry {entry:#x}");
+        }
+    }
+}
+
+/// mov al, 'F'; mov dx, 3f8; out dx, al; out f4, al
+#[test]
+fn the_serial_port_in_a_file() {
+    let program = file("to-file", &[0xb0, b'F', 0xba, 0xf8, 3, 0xee, 0xe6, 0xf4]);
+    let said = directory().join("serial.txt");
+    let (flat, to) = (format!("{program}@0x7c00"), format!("file:{}", said.to_str().expect("plain path")));
+    let output = boot(&["--flat", &flat, "--serial", &to, "--debug-exit", "0xf4"]);
+    assert_eq!((output.status.code(), output.stdout.len()), (Some(0x8d), 0), "{}", text(&output.stderr));
+    assert_eq!(std::fs::read(said).expect("written"), b"F");
+    fails(&["--flat", &flat, "--serial", "file:/nowhere/x"], 1, &["--serial", "/nowhere/x", "No such file"]);
+}
+
 #[test]
 fn a_triple_fault_says_where() {
     // lidt [zero]; ud2

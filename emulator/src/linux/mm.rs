@@ -567,7 +567,8 @@ mod tests {
         let space = AddressSpace::new();
         let pages = LARGE / PAGE_SIZE;
         let reserved = libc::MAP_NORESERVE as u64;
-        let cases = [(pages, RW, 0, true), (pages - 1, RW, 0, false), (pages, RW, reserved, false), (pages, 1, 0, false)];
+        let cases =
+            [(pages, RW, 0, true), (pages - 1, RW, 0, false), (pages, RW, reserved, false), (pages, 1, 0, false)];
         // Far from each other, so that the host joins no two of them.
         for (n, (pages, prot, more, huge)) in cases.into_iter().enumerate() {
             let at = anon(&space, place(40 + n as u64), pages, prot, more) as u64;
