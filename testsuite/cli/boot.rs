@@ -408,8 +408,7 @@ fn each_way_to_start_a_kernel_hands_over_the_same() {
             if engine == "kvm" && !small && !bivisor_kvm_backend::host().usable_for_machine {
                 continue;
             }
-            let args =
-                ["--backend", engine, "--kernel", kernel, "--initrd", &disk, "--append", "two words"];
+            let args = ["--backend", engine, "--kernel", kernel, "--initrd", &disk, "--append", "two words"];
             let ports = ["--debugcon", "0xe9=stdio", "--serial", "none", "--debug-exit", "0xf4"];
             let output = boot(&[&args[..], &ports].concat());
             let said = (text(&output.stdout), output.status.code());

@@ -28,8 +28,8 @@ const B: u8 = 3;
 const TESTS: &[(&str, u8, &str, &str, &str, Want)] = &[
     // name                builds  file         arguments            CPU             expected
     ("access",              L, "access_test",   "",                  "max",          Pass),
-    ("apic (x2apic)",       L, "apic",          "",                  "max",          Open(HYPERCALL)),
-    ("apic (xapic)",        L, "apic",          "",                  "max,-x2apic",  Open(HYPERCALL)),
+    ("apic (x2apic)",       L, "apic",          "",                  "max",          Pass),
+    ("apic (xapic)",        L, "apic",          "",                  "max,-x2apic",  Pass),
     ("cmpxchg8b",           I, "cmpxchg8b",     "",                  "max",          Pass),
     ("debug",               L, "debug",         "",                  "max",          Pass),
     ("emulator",            L, "emulator",      "",                  "max",          Open(FAR_JUMP)),
@@ -68,7 +68,8 @@ const TESTS: &[(&str, u8, &str, &str, &str, Want)] = &[
     ("xsave",               L, "xsave",         "",                  "max",          Pass),
 ];
 
-const HYPERCALL: &str = "it makes a hypercall of KVM's (VMCALL, VMMCALL), which is #UD here";
+/// These make hypercalls of KVM's (VMCALL, VMMCALL), which are #UD here, unless their environment says that they do not run below QEMU.
+const AS_ON_HARDWARE: [&str; 1] = ["apic"];
 const FAR_JUMP: &str = "on hosts of AMD's a far JMP has no 64-bit offset, which the test takes for granted";
 
 struct Outcome {
@@ -85,6 +86,11 @@ fn run(file: &Path, arguments: &str, cpu: &str, backend: &str) -> Outcome {
     let mut command = Command::new(env!("CARGO_BIN_EXE_bivisor"));
     command.args(["boot", "--testdev", "--debug-exit", "0xf4", "--timeout", "100", "--no-reboot", "--memory", "256"]);
     command.args(["--backend", backend, "--cpu", cpu, "--append", arguments, "--kernel"]).arg(file);
+    if file.file_stem().is_some_and(|stem| AS_ON_HARDWARE.iter().any(|name| *name == stem)) {
+        let environment = Path::new(env!("CARGO_TARGET_TMPDIR")).join("kvm-unit-tests-environment");
+        std::fs::write(&environment, "TEST_DEVICE=0\n").expect("a temporary file");
+        command.arg("--initrd").arg(environment);
+    }
     let output = command.stdin(std::process::Stdio::null()).output().expect("bivisor starts");
     let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
     text.push_str(&String::from_utf8_lossy(&output.stderr));

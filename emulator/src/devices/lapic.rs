@@ -402,7 +402,7 @@ impl Lapic {
     /// Writes a register; `None`: there is none at this offset, or reserved bits were set (which only x2APIC mode checks).
     fn write_register(&mut self, offset: u32, v: u32, now: Ns) -> Option<()> {
         if let Some(n) = Lapic::lvt_index(offset) {
-            return self.write_lvt(n, v, now);
+            return self.write_lvt(n, v);
         }
         let only = |mask: u32| (!self.x2apic || v & !mask == 0).then_some(v & mask);
         match offset {
@@ -453,7 +453,7 @@ impl Lapic {
         Some(())
     }
 
-    fn write_lvt(&mut self, n: usize, v: u32, now: Ns) -> Option<()> {
+    fn write_lvt(&mut self, n: usize, v: u32) -> Option<()> {
         let mask = [0x7_00ff, 0x1_07ff, 0x1_07ff, 0x1_a7ff, 0x1_a7ff, 0x1_00ff][n];
         // Delivery status and remote IRR are read-only.
         if self.x2apic && v & !(mask | 0x5000) != 0 {
@@ -464,15 +464,12 @@ impl Lapic {
         if self.svr & SVR_ENABLED == 0 {
             self.lvt[n] |= LVT_MASKED;
         }
-        if n == 0 && mode != self.timer() {
-            // "A write to the LVT Timer Register that changes the timer mode disarms the local APIC timer" for TSC-deadline mode.
-            if mode == Timer::Deadline || self.timer() == Timer::Deadline {
-                self.expires = None;
-                self.deadline = 0;
-                self.initial = 0;
-            } else if self.timer() == Timer::Periodic && self.expires.is_none() {
-                self.start_timer(now);
-            }
+        // "A write to the LVT Timer Register that changes the timer mode disarms the local APIC timer" for TSC-deadline mode. Between the other
+        // two a count goes on, and one that has come to zero stays there.
+        if n == 0 && mode != self.timer() && (mode == Timer::Deadline || self.timer() == Timer::Deadline) {
+            self.expires = None;
+            self.deadline = 0;
+            self.initial = 0;
         }
         Some(())
     }
@@ -595,7 +592,12 @@ mod tests {
         assert_eq!((a.acknowledge(), a.next()), (Some(0x20), None));
         a.write(u64::from(reg::EOI), 0, 1500);
         a.write(u64::from(reg::LVT_TIMER), 1 << 17 | 0x20, 1500);
-        a.write(u64::from(reg::DIVIDE), 3, 1500);
+        assert_eq!((a.next(), a.read(u64::from(reg::CURRENT_COUNT), 1500)), (None, 0), "it stays at zero");
+        a.write(u64::from(reg::LVT_TIMER), 0x20, 1500);
+        a.write(u64::from(reg::INITIAL_COUNT), 1000, 1500);
+        a.write(u64::from(reg::LVT_TIMER), 1 << 17 | 0x20, 1600);
+        assert_eq!((a.next(), a.read(u64::from(reg::CURRENT_COUNT), 1700)), (Some(2500), 800), "it goes on");
+        a.write(u64::from(reg::DIVIDE), 3, 1700);
         a.write(u64::from(reg::INITIAL_COUNT), 100, 2000);
         assert_eq!(a.next(), Some(3600));
         a.advance(5300);
