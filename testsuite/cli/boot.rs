@@ -312,8 +312,14 @@ fn bad_input_is_said_in_a_line() {
     let cut = file("cut", &whole[..0x180]);
     fails(&["--kernel", &cut], 1, &["cut"]);
     // An ELF file of which a segment is not there.
-    let whole_64 = std::fs::read(env!("CARGO_BIN_EXE_bivisor")).expect("there");
-    fails(&["--kernel", &file("cut-elf", &whole_64[..0x2000])], 1, &["cut-elf"]);
+    let flags =
+        ["-Wl,-Ttext=0x1000000", "-Wa,--defsym,LONG=1", "-Wl,--defsym=unused=1", "-s", "-Wl,-z,noseparate-code"];
+    let mut elf =
+        std::fs::read(assemble("loaded.S", &[&flags[..], &["-Wl,--defsym=unused=2"]].concat())).expect("made");
+    // p_filesz of the first segment.
+    elf[0x60..0x68].copy_from_slice(&0x10_0000u64.to_le_bytes());
+    fails(&["--kernel", &file("cut-elf", &elf)], 1, &["cut-elf", "a segment lies outside the file"]);
+    fails(&["--kernel", env!("CARGO_BIN_EXE_bivisor")], 1, &["a program for Linux", "bivisor run"]);
     fails(&["--kernel", "/nowhere/vmlinuz"], 1, &["/nowhere/vmlinuz", "No such file"]);
     fails(&["--kernel", &kernel, "--initrd", "/"], 1, &["--initrd", "directory"]);
     let large = file("large", &vec![0; 17 << 20]);
@@ -400,10 +406,16 @@ fn each_way_to_start_a_kernel_hands_over_the_same() {
     let flat = ["-Wa,--defsym,ADDRESSES=1", "-Wl,--oformat=binary"];
     let multiboot = assemble("loaded.S", &[&at_2_mib[..], &flat].concat());
     let vmlinux = assemble("loaded.S", &["-Wl,-Ttext=0x1000000", "-Wa,--defsym,LONG=1"]);
+    // Without a note an ELF file of 32 bits starts by the 32-bit protocol, whose parameters are the same.
+    let short = ["-m32", "-Wl,-Ttext=0x1000000", "-Wa,--defsym,SHORT=1", "-Wl,--defsym=unused=0", "-s"];
+    let short = assemble("loaded.S", &short);
     for engine in engines() {
-        for (kernel, before, small) in
-            [(&pvh, "", false), (&multiboot, &*format!("{multiboot} "), true), (&vmlinux, "", false)]
-        {
+        for (kernel, before, small) in [
+            (&pvh, "", false),
+            (&multiboot, &*format!("{multiboot} "), true),
+            (&vmlinux, "", false),
+            (&short, "", false),
+        ] {
             // A software KVM gets no operating system.
             if engine == "kvm" && !small && !bivisor_kvm_backend::host().usable_for_machine {
                 continue;
@@ -441,8 +453,8 @@ fn a_qcow2_disk_grows_and_a_snapshot_does_not() {
     header.into_iter().for_each(|(at, v, n)| put(at, v, n));
     put(512, 2 * 512, 8);
     (0..6).for_each(|cluster| put(2 * 512 + 2 * cluster, 1, 2));
-    put(3 * 512, 1 << 63 | 4 * 512, 8);
-    put(4 * 512 + 8, 1 << 63 | 5 * 512, 8);
+    put(3 * 512, (1 << 63) + 4 * 512, 8);
+    put(4 * 512 + 8, (1 << 63) + 5 * 512, 8);
     image[5 * 512..5 * 512 + 12].copy_from_slice(b"on the disk\n");
     for (engine, snapshot) in [("bt", false), ("interp", false), ("bt", true)] {
         let path = file(&format!("grows-{engine}-{snapshot}.qcow2"), &image);

@@ -1,6 +1,6 @@
 # What a loader hands to a kernel, said on port 0xe9: its command line, its RAM disk or module, eight bytes of the ACPI root pointer, and
 # an M if the memory map has RAM from 1 MiB on. With PVH (Xen's public/arch-x86/hvm/start_info.h), as a multiboot image by the addresses in its
-# header (ADDRESSES), or as Linux's vmlinux by the 64-bit boot protocol (Documentation/arch/x86/boot.rst, zero-page.rst).
+# header (ADDRESSES), or as Linux's vmlinux by the 64-bit (LONG) or 32-bit (SHORT) boot protocol (Documentation/arch/x86/boot.rst, zero-page.rst).
     .set INFO, 0x336ec578
     .text
     .macro say_text             # of ESI up to its zero
@@ -22,29 +22,37 @@
 
     .ifdef LONG
     .code64
+    .set LINUX, 1
+    .else
+    .code32
+    .ifdef SHORT
+    .set LINUX, 1
+    .endif
+    .endif
+
+    .ifdef LINUX
     .globl _start
 _start:
-    mov %rsi, %rbx
-    mov 0x228(%rbx), %esi
+    mov %esi, %ebx
+    mov 0x228(%ebx), %esi
     say_text
-    mov 0x218(%rbx), %esi
-    mov 0x21c(%rbx), %ecx
+    mov 0x218(%ebx), %esi
+    mov 0x21c(%ebx), %ecx
     say_bytes
-    mov 0x70(%rbx), %rsi
+    mov 0x70(%ebx), %esi
     mov $8, %ecx
     say_bytes
     # The map: entries of 20 bytes, how many at 0x1e8.
-    lea 0x2d0(%rbx), %rdi
-    movzbl 0x1e8(%rbx), %ecx
-1:  cmpq $0x100000, (%rdi)
+    lea 0x2d0(%ebx), %edi
+    movzbl 0x1e8(%ebx), %ecx
+1:  cmpl $0x100000, (%edi)
     je 2f
-    add $20, %rdi
+    add $20, %edi
     loop 1b
     hlt
-2:  cmpl $1, 16(%rdi)
+2:  cmpl $1, 16(%edi)
     jne bad
     .else
-    .code32
     .globl _start
     .ifdef ADDRESSES
     .align 4

@@ -3,7 +3,7 @@
 use crate::machine::boot::put;
 use crate::mem::GuestMemory;
 use goblin::elf::Elf;
-use goblin::elf::program_header::PT_LOAD;
+use goblin::elf::program_header::{PT_DYNAMIC, PT_INTERP, PT_LOAD, PT_TLS};
 
 /// What was loaded.
 pub struct Loaded {
@@ -11,6 +11,8 @@ pub struct Loaded {
     pub entry: u64,
     /// The lowest and the first free physical address.
     pub range: (u64, u64),
+    /// Is it a file of 64 bits?
+    pub long: bool,
 }
 
 /// Loads the segments of an x86 ELF file.
@@ -34,7 +36,13 @@ pub fn load(mem: &GuestMemory, image: &[u8]) -> Result<Loaded, String> {
     if range.1 == 0 {
         return Err("an ELF file without loadable segments".into());
     }
-    Ok(Loaded { entry: elf.entry, range })
+    Ok(Loaded { entry: elf.entry, range, long: elf.is_64 })
+}
+
+/// Is it a program for a kernel to start, with a dynamic linker or a thread's storage?
+pub fn is_program(image: &[u8]) -> bool {
+    let of_programs = |kind: u32| matches!(kind, PT_INTERP | PT_DYNAMIC | PT_TLS);
+    Elf::parse(image).is_ok_and(|elf| elf.program_headers.iter().any(|p| of_programs(p.p_type)))
 }
 
 /// The lowest and the first free physical address of an x86 ELF file of 64 bits or of 32, if it is one.

@@ -191,11 +191,14 @@ fn put_inside(mem: &GuestMemory, image: &[u8], body: &[u8], long: bool) -> Optio
     Some(loaded)
 }
 
-/// Loads an ELF vmlinux: by its PVH entry if it has one, else as after decompression, by the 64-bit protocol.
+/// Loads an ELF vmlinux: by its PVH entry if it has one, else as after decompression, by the 64-bit or 32-bit protocol.
 ///
 /// # Errors
 /// A sentence.
 pub fn load_vmlinux(mem: &GuestMemory, cpu: &mut CpuState, payload: &Payload<'_>, rsdp: u64) -> Result<(), String> {
+    if elf::is_program(payload.kernel) {
+        return Err("a program for Linux, no kernel: start it with `bivisor run`".into());
+    }
     let loaded = elf::load(mem, payload.kernel)?;
     let (initrd, len) = put_initrd(mem, payload, 0x7fff_ffff, loaded.range.1)?;
     put_command_line(mem, payload.command_line, 0x7ff)?;
@@ -215,7 +218,12 @@ pub fn load_vmlinux(mem: &GuestMemory, cpu: &mut CpuState, payload: &Payload<'_>
     params.set(field::RAMDISK_IMAGE, &initrd.to_le_bytes());
     params.set(field::RAMDISK_SIZE, &len.to_le_bytes());
     params.finish(mem, rsdp)?;
-    enter_long(mem, cpu, loaded.entry)?;
+    if loaded.long {
+        enter_long(mem, cpu, loaded.entry)?;
+    } else {
+        enter_flat32(cpu, loaded.entry as u32);
+        put_gdt(mem, cpu)?;
+    }
     cpu.write(Gpr::Rsi, Width::Q, PARAMS);
     Ok(())
 }
