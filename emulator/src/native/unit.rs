@@ -1,5 +1,6 @@
 //! The native unit of a virtual CPU: thunks by instruction, and who has the x87 state.
 
+use crate::cpu::xsave::component;
 use crate::cpu::{CpuModel, CpuState, XsaveArea};
 use crate::host::probe::Reach;
 use crate::host::signal;
@@ -80,6 +81,8 @@ pub struct NativeUnit {
     pointers: Pointers,
     /// The processor's own pointers are those of thunks, and `pointers` stands for them: of the code, of the data.
     noted: (bool, bool),
+    /// Room for an image on its way to or from memory; its content means nothing.
+    area: Option<Box<XsaveArea>>,
 }
 
 /// Makes the bytes of components meaningful that are in their initial configuration.
@@ -326,6 +329,25 @@ impl NativeUnit {
         if self.noted.1 && image.fdp() != 0 {
             image.set_fdp(self.pointers.fdp);
         }
+    }
+
+    /// Room for an image, whatever is in it: XSAVE and XRSTOR would spend their time on clearing it.
+    pub fn take_area(&mut self) -> Box<XsaveArea> {
+        self.area.take().unwrap_or_default()
+    }
+
+    /// The room is free again.
+    pub fn give_area(&mut self, area: Box<XsaveArea>) {
+        self.area = Some(area);
+    }
+
+    /// The x87 state becomes the initial one.
+    pub fn reset_x87(&mut self, image: &mut XsaveArea) {
+        if std::mem::take(&mut self.live) {
+            x87::clean();
+        }
+        image.set_xstate_bv(image.xstate_bv() & !component::X87);
+        self.pointers = Pointers::default();
     }
 
     /// Gives the state back to the image, at the end of a run and before code that changes the image.

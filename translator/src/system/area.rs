@@ -102,6 +102,20 @@ pub mod at {
     pub const LOOKED: usize = SLOTS + 0x3c8;
     /// The offset that the last x87 instruction of 32-bit code with a memory operand accessed since the image was up to date, or all ones.
     pub const X87_DATA: usize = SLOTS + 0x3d0;
+    /// The cache of branch targets of where IRETQ goes, as an offset, or 0.
+    pub const IRET: usize = SLOTS + 0x400;
+    /// Flags that it may not set.
+    pub const IRET_FORBIDDEN: usize = SLOTS + 0x408;
+    /// The selectors of CS and SS that it must find in its frame.
+    pub const IRET_CS: usize = SLOTS + 0x410;
+    /// See [`IRET_CS`].
+    pub const IRET_SS: usize = SLOTS + 0x418;
+    /// Linear address of the two descriptors, SS's before CS's.
+    pub const IRET_GDT: usize = SLOTS + 0x420;
+    /// What must be there.
+    pub const IRET_DESCRIPTORS: usize = SLOTS + 0x428;
+    /// CS and SS after it.
+    pub const IRET_SEGMENTS: usize = SLOTS + 0x438;
     /// TSC offset.
     pub const TSC_OFFSET: usize = SLOTS + 0x110;
     /// XMM0 to XMM15.

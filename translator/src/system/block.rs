@@ -108,6 +108,8 @@ pub enum Way {
     Syscall,
     /// SYSRET to 64-bit code at CPL 0.
     Sysret,
+    /// IRETQ at CPL 0.
+    Iret,
     /// One step of the interpreter.
     Step,
     /// An x87 or SIMD instruction in a mode without: perhaps another mode has them.
@@ -126,6 +128,7 @@ impl Way {
                 | Way::Return(_)
                 | Way::Syscall
                 | Way::Sysret
+                | Way::Iret
                 | Way::Step
                 | Way::Asleep
                 | Way::Counted
@@ -403,12 +406,13 @@ fn item(
         }
         Way::Push | Way::PushFlags => access = Some(Access::stack(-8, true)),
         Way::Pop | Way::PopFlags | Way::Return(_) => access = Some(Access::stack(0, false)),
+        Way::Iret => access = Some(Access { len: 40, ..Access::stack(0, false) }),
         Way::Leave => {
             access = Some(Access { base: Some(Gpr::Rbp), ..Access::stack(0, false) });
         }
         _ => {}
     }
-    if matches!(way, Way::Step | Way::Asleep | Way::VerifyWrite | Way::Port | Way::Syscall | Way::Sysret) {
+    if matches!(way, Way::Step | Way::Asleep | Way::VerifyWrite | Way::Port | Way::Syscall | Way::Sysret | Way::Iret) {
         flags_in = STATUS;
     }
     // Division, x87 and SIMD exceptions; all others have an access.
@@ -660,6 +664,8 @@ fn wide(iced: &Instruction, mode: Mode, routes: &Routes) -> Way {
         Code::Syscall if !mode.is_counted() => return Way::Syscall,
         _ if !kernel || mode.is_counted() || mode.vectors() != 0 => {}
         Code::Sysretq => return Way::Sysret,
+        // The processor's own loads of descriptors know no RFLAGS.AC.
+        Code::Iretq if mode.alignment() != Some(true) => return Way::Iret,
         _ if matches!(iced.mnemonic(), Mnemonic::In | Mnemonic::Out) => return Way::Port,
         _ => {}
     }

@@ -30,6 +30,7 @@ use bivisor_emulator::vcpu::{Board, Exit, Intercepts};
 use calls::Call;
 use iced_x86::Code;
 use mirror::Mirroring;
+use miss::Filled;
 use std::collections::BTreeMap;
 
 /// State components above x87 and XMM.
@@ -670,10 +671,13 @@ impl System {
             return (Next::Step(None, true, Via::Start), point.done);
         }
         let exit = *self.cache.exit(id);
+        let mut faults = false;
         if let Kind::Miss { access, low, len, write, retry } = exit.kind {
             t.stats.tlb_misses += 1;
             let range = GuestAccess { disp: low, write, ..access };
-            if self.fill(t, board, ram, &range, len) {
+            let filled = self.fill(t, board, ram, &range, len);
+            faults = filled == Filled::Fault;
+            if filled == Filled::Yes {
                 if !self.is_overtaken(t, exit.block) {
                     return (Next::Resume(self.cache.host(retry)), 0);
                 }
@@ -713,7 +717,9 @@ impl System {
                 Next::Step(Some(id), false, Via::Indirect)
             }
             Kind::Miss { access, .. } => {
-                self.store_carefully(t, board, &access);
+                if !faults {
+                    self.store_carefully(t, board, &access);
+                }
                 Next::Step(Some(id), exit.native, Via::Call(id))
             }
         };

@@ -19,6 +19,7 @@ const COMPACT: u64 = 1 << 63;
 const X87_PARTS: [Range<usize>; 2] = [0..24, 32..160];
 const MXCSR: usize = 24;
 const XSTATE_BV: usize = 512;
+const LEGACY_REGION: usize = 512;
 const LEGACY: usize = 576;
 
 /// Bits of MXCSR that are not reserved, as FXSAVE reports them in MXCSR_MASK.
@@ -117,11 +118,11 @@ fn aligned(x: &Exec<'_>, m: &MemRef, offset: u64, len: u64, to: u64, access: Acc
 }
 
 /// The legacy region as FXSAVE and XSAVE write it: with FCS and FDS instead of the high halves of the pointers in the 32-bit form.
-fn legacy(x: &mut Exec<'_>, wide: bool) -> [u8; 512] {
+fn legacy(x: &mut Exec<'_>, wide: bool, out: &mut [u8]) {
     x.env.native.sync_x87(&mut x.cpu.xsave);
     let image = &mut x.cpu.xsave;
     image.materialize(component::X87 | component::SSE);
-    let mut out: [u8; 512] = image.bytes[..512].try_into().expect("the area is longer");
+    out.copy_from_slice(&image.bytes[..LEGACY_REGION]);
     out[MXCSR + 4..MXCSR + 8].copy_from_slice(&mxcsr_mask().to_le_bytes());
     if !wide {
         let p = x.env.native.pointers();
@@ -131,7 +132,6 @@ fn legacy(x: &mut Exec<'_>, wide: bool) -> [u8; 512] {
             out[at..at + 4].copy_from_slice(&u32::from(if used { selector } else { 0 }).to_le_bytes());
         }
     }
-    out
 }
 
 /// FXSAVE, FXSAVE64.
@@ -139,7 +139,8 @@ pub fn fxsave(x: &mut Exec<'_>, i: &Insn) -> Step {
     let (m, offset) = memory(x, i)?;
     fx_checks(x, &m, offset, Access::Write)?;
     access::check_write(x, m.seg, offset, 512)?;
-    let out = legacy(x, is_64(i));
+    let mut out = [0; LEGACY_REGION];
+    legacy(x, is_64(i), &mut out);
     access::write_bytes(x, m.seg, offset, &out[..Layout::XMM + 16 * registers(x.cpu)])
 }
 
@@ -167,7 +168,7 @@ fn word(b: &[u8], n: usize) -> u32 {
 }
 
 /// x87 state from a legacy region, through the host's registers, which drop what is not kept.
-fn set_x87(x: &mut Exec<'_>, from: &[u8; 512], wide: bool) -> Step {
+fn set_x87(x: &mut Exec<'_>, from: &[u8], wide: bool) -> Step {
     x.env.native.leave_x87(&mut x.cpu.xsave);
     let image = &mut x.cpu.xsave;
     image.activate(component::X87);
@@ -223,7 +224,7 @@ pub fn in_use(x: &mut Exec<'_>) -> u64 {
         (component::AVX, l.avx..l.avx + 256),
         (component::ZMM_HI256, l.zmm_hi256..l.zmm_hi256 + 512),
     ] {
-        if used & bit != 0 && image.bytes[range].iter().all(|&b| b == 0) {
+        if used & bit != 0 && is_zero(&image.bytes[range]) {
             used &= !bit;
         }
     }
@@ -233,8 +234,13 @@ pub fn in_use(x: &mut Exec<'_>) -> u64 {
     used
 }
 
+/// At most 1024 bytes.
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes == &ZEROS[..bytes.len()]
+}
+
 fn xmm_is_zero(image: &XsaveArea) -> bool {
-    image.xstate_bv() & component::SSE == 0 || image.bytes[Layout::XMM..Layout::XMM + 256].iter().all(|&b| b == 0)
+    image.xstate_bv() & component::SSE == 0 || is_zero(&image.bytes[Layout::XMM..Layout::XMM + 256])
 }
 
 /// CR4.OSXSAVE clear gives #UD, CR0.TS #NM, an operand not aligned to 64 bytes #GP(0).
@@ -258,121 +264,162 @@ fn extent(cpu: &CpuState, components: u64, compact: bool) -> usize {
     }
 }
 
+/// Ranges of bytes in rising order; those that touch are one.
+#[derive(Default)]
+struct Runs {
+    list: [Range<usize>; 9],
+    count: usize,
+}
+
+impl Runs {
+    fn add(&mut self, next: Range<usize>) {
+        match self.list[..self.count].last_mut() {
+            Some(last) if last.end == next.start => last.end = next.end,
+            _ => {
+                if let Some(free) = self.list.get_mut(self.count) {
+                    *free = next;
+                    self.count += 1;
+                }
+            }
+        }
+    }
+}
+
 /// XSAVE, XSAVEOPT and XSAVEC with their 64-bit forms.
 pub fn xsave(x: &mut Exec<'_>, i: &Insn) -> Step {
     let (m, offset) = memory(x, i)?;
     xsave_checks(x, &m, offset, Access::Write)?;
+    let mut area = x.env.native.take_area();
+    let done = save(x, i, (&m, offset), &mut area);
+    x.env.native.give_area(area);
+    done
+}
+
+/// XSAVE by way of `area`.
+fn save(x: &mut Exec<'_>, i: &Insn, (m, offset): (&MemRef, u64), area: &mut XsaveArea) -> Step {
+    let area = &mut area.bytes;
     let compact = matches!(i.iced.mnemonic(), Mnemonic::Xsavec | Mnemonic::Xsavec64);
     let all = !compact && matches!(i.iced.mnemonic(), Mnemonic::Xsave | Mnemonic::Xsave64);
     let wanted = requested(x.cpu);
-    let legacy = legacy(x, is_64(i));
+    legacy(x, is_64(i), &mut area[..LEGACY_REGION]);
     let mut used = in_use(x) & wanted;
     if !compact && xmm_is_zero(&x.cpu.xsave) {
         // SDM 2D XSAVE: MXCSR alone does not bring SSE state into use, as it does for XSAVEC.
         used &= !component::SSE;
     }
     let store = if all { wanted } else { used };
-    x.cpu.xsave.materialize(store);
 
-    let mut header = [0; 16];
+    let mut runs = Runs::default();
+    let has_mxcsr = if compact { used & component::SSE } else { wanted & (component::SSE | component::AVX) };
+    let [control, st] = X87_PARTS;
+    let xmm = Layout::XMM..Layout::XMM + 16 * registers(x.cpu);
+    for (stored, part) in [
+        (store & component::X87, control),
+        (has_mxcsr, MXCSR..MXCSR + 8),
+        (store & component::X87, st),
+        (store & component::SSE, xmm),
+    ] {
+        if stored != 0 {
+            runs.add(part);
+        }
+    }
     let header_len = if compact {
-        header[..8].copy_from_slice(&used.to_le_bytes());
-        header[8..].copy_from_slice(&(wanted | COMPACT).to_le_bytes());
+        area[XSTATE_BV..XSTATE_BV + 8].copy_from_slice(&used.to_le_bytes());
+        area[XSTATE_BV + 8..XSTATE_BV + 16].copy_from_slice(&(wanted | COMPACT).to_le_bytes());
         16
     } else {
         let mut old = [0; 8];
         access::read_bytes(x, m.seg, behind(offset, XSTATE_BV), &mut old)?;
-        header[..8].copy_from_slice(&(u64::from_le_bytes(old) & !wanted | used).to_le_bytes());
+        area[XSTATE_BV..XSTATE_BV + 8].copy_from_slice(&(u64::from_le_bytes(old) & !wanted | used).to_le_bytes());
         8
     };
-    let image = x.cpu.xsave.bytes;
-    // Where to, and what.
-    let mut pieces: [(usize, &[u8]); 9] = [(0, &[]); 9];
-    let mut places = pieces.iter_mut();
-    let mut add = |to: usize, bytes| {
-        if let Some(p) = places.next() {
-            *p = (to, bytes);
-        }
-    };
-    add(XSTATE_BV, &header[..header_len]);
-    if store & component::X87 != 0 {
-        X87_PARTS.into_iter().for_each(|p| add(p.start, &legacy[p]));
-    }
-    let has_mxcsr = if compact { used & component::SSE } else { wanted & (component::SSE | component::AVX) };
-    if has_mxcsr != 0 {
-        add(MXCSR, &legacy[MXCSR..MXCSR + 8]);
-    }
-    if store & component::SSE != 0 {
-        let xmm = Layout::XMM..Layout::XMM + 16 * registers(x.cpu);
-        add(xmm.start, &legacy[xmm]);
-    }
+    runs.add(XSTATE_BV..XSTATE_BV + header_len);
+    let image = &x.cpu.xsave;
     let mut next = LEGACY;
     for p in parts(x.cpu) {
         let to = if compact { next } else { p.at };
         if wanted & p.bit != 0 {
             next += p.size;
         }
-        if store & p.bit != 0 && p.used != 0 {
-            add(to, &image[p.at..p.at + p.used]);
+        if store & p.bit == 0 || p.used == 0 {
+            continue;
         }
+        let in_use = image.xstate_bv() & p.bit != 0;
+        let bytes = if in_use { &image.bytes[p.at..p.at + p.used] } else { &ZEROS[..p.used] };
+        area[to..to + p.used].copy_from_slice(bytes);
+        runs.add(to..to + p.used);
     }
     // A processor looks at the whole area of the requested components, in use or not.
     access::check_write(x, m.seg, offset, extent(x.cpu, wanted, compact) as u64)?;
-    let mut pieces = pieces.iter().filter(|(_, bytes)| !bytes.is_empty());
-    pieces.try_for_each(|(to, bytes)| access::write_bytes(x, m.seg, behind(offset, *to), bytes))
+    runs.list[..runs.count]
+        .iter()
+        .try_for_each(|r| access::write_bytes(x, m.seg, behind(offset, r.start), &area[r.clone()]))
 }
 
 /// XRSTOR, XRSTOR64: both formats, with the checks of the header (SDM 1 13.8).
 pub fn xrstor(x: &mut Exec<'_>, i: &Insn) -> Step {
     let (m, offset) = memory(x, i)?;
     xsave_checks(x, &m, offset, Access::Read)?;
-    let mut region = [0; LEGACY];
-    access::read_bytes(x, m.seg, offset, &mut region)?;
-    let quad = |n: usize| u64::from_le_bytes(region[n..n + 8].try_into().expect("eight bytes"));
+    let mut area = x.env.native.take_area();
+    let done = restore(x, i, (&m, offset), &mut area);
+    x.env.native.give_area(area);
+    done
+}
+
+/// XRSTOR by way of `area`.
+fn restore(x: &mut Exec<'_>, i: &Insn, (m, offset): (&MemRef, u64), area: &mut XsaveArea) -> Step {
+    let area = &mut area.bytes;
+    access::read_bytes(x, m.seg, offset, &mut area[..LEGACY])?;
+    let quad = |n: usize| u64::from_le_bytes(area[n..n + 8].try_into().expect("eight bytes"));
     let (bv, xcomp) = (quad(XSTATE_BV), quad(XSTATE_BV + 8));
     let compact = xcomp & COMPACT != 0;
     let bad = if compact {
         !x.env.cpu_model.has(CpuidFeature::XSAVEC)
             || xcomp & !COMPACT & !x.cpu.xcr0 != 0
             || bv & !xcomp != 0
-            || region[XSTATE_BV + 16..].iter().any(|&b| b != 0)
+            || area[XSTATE_BV + 16..LEGACY].iter().any(|&b| b != 0)
     } else {
-        bv & !x.cpu.xcr0 != 0 || region[XSTATE_BV + 8..XSTATE_BV + 24].iter().any(|&b| b != 0)
+        bv & !x.cpu.xcr0 != 0 || area[XSTATE_BV + 8..XSTATE_BV + 24].iter().any(|&b| b != 0)
     };
     if bad {
         return Err(Fault::Gp(0).into());
     }
     let wanted = requested(x.cpu);
-    // Everything is read before anything changes: all that is requested, but of the compacted format only what is not initial.
-    let mut read = if compact { LEGACY } else { extent(x.cpu, wanted, false) };
-    let mut next = LEGACY;
-    for p in parts(x.cpu).iter().filter(|p| compact && xcomp & p.bit != 0) {
-        next += p.size;
+    // Everything is looked at before anything changes: all that is requested, but of the compacted format only what is not initial.
+    let mut looked_at = if compact { LEGACY } else { extent(x.cpu, wanted, false) };
+    let (mut next, mut read) = (LEGACY, LEGACY);
+    for p in parts(x.cpu) {
+        let from = if compact { next } else { p.at };
+        if compact && xcomp & p.bit != 0 {
+            next += p.size;
+        }
         if wanted & bv & p.bit != 0 {
-            read = next;
+            read = read.max(from + p.size);
         }
     }
-    let mut area = [0; size_of::<XsaveArea>()];
-    let area = area.get_mut(..read).ok_or(Fault::Gp(0))?;
-    access::read_bytes(x, m.seg, offset, area)?;
-    let mxcsr = word(&region, MXCSR);
+    looked_at = looked_at.max(read);
+    if x.watching {
+        read = looked_at;
+    }
+    access::check(x, m.seg, offset, looked_at as u64, Access::Read)?;
+    let rest = area.get_mut(LEGACY..read).ok_or(Fault::Gp(0))?;
+    access::read_bytes(x, m.seg, behind(offset, LEGACY), rest)?;
+    let mxcsr = word(area, MXCSR);
     let loads_mxcsr =
         if compact { wanted & bv & component::SSE != 0 } else { wanted & (component::SSE | component::AVX) != 0 };
     if loads_mxcsr && mxcsr & !mxcsr_mask() != 0 {
         return Err(Fault::Gp(0).into());
     }
     if wanted & component::X87 != 0 {
-        let mut legacy: [u8; 512] = region[..512].try_into().expect("the region is longer");
-        if bv & component::X87 == 0 {
-            let initial = XsaveArea::default();
-            legacy[..24].copy_from_slice(&initial.bytes[..24]);
-            legacy[32..160].fill(0);
-        }
-        set_x87(x, &legacy, is_64(i))?;
-        if bv & component::X87 == 0 {
-            x.env.native.leave_x87(&mut x.cpu.xsave);
-            let now = x.cpu.xsave.xstate_bv();
-            x.cpu.xsave.set_xstate_bv(now & !component::X87);
+        if bv & component::X87 != 0 {
+            set_x87(x, area, is_64(i))?;
+        } else {
+            x.env.native.reset_x87(&mut x.cpu.xsave);
+            if !x.cpu.cr0.contains(Cr0::NE) {
+                // Nothing is pending any more.
+                enter_x87(x, Needs::X87)?;
+                x.env.native.reset_x87(&mut x.cpu.xsave);
+            }
         }
     }
     let registers = registers(x.cpu);
@@ -385,7 +432,7 @@ pub fn xrstor(x: &mut Exec<'_>, i: &Insn) -> Step {
     }
     if wanted & component::SSE != 0 {
         let xmm = Layout::XMM..Layout::XMM + 16 * registers;
-        let bytes = if bv & component::SSE == 0 { &ZEROS[..xmm.len()] } else { &region[xmm.clone()] };
+        let bytes = if bv & component::SSE == 0 { &ZEROS[..xmm.len()] } else { &area[xmm.clone()] };
         set_part(image, component::SSE, xmm, bytes, bv, long);
     }
     let mut next = LEGACY;

@@ -12,6 +12,10 @@ use iced_x86::Code;
 const COMMON: Rflags = Rflags::STATUS.union(Rflags::TF).union(Rflags::DF).union(Rflags::NT);
 const WIDE: Rflags = Rflags::RF.union(Rflags::AC).union(Rflags::ID);
 
+/// What IRETD and IRETQ take from the stack at CPL 0.
+pub const RETURNED: Rflags =
+    COMMON.union(WIDE).union(Rflags::IF).union(Rflags::IOPL).union(Rflags::VIF).union(Rflags::VIP);
+
 /// What is on top of the stack.
 struct Frame {
     w: Width,
@@ -76,18 +80,15 @@ fn virtual8086(x: &mut Exec<'_>, w: Width) -> Step {
 
 /// Which flags come from the stack, by the level that executes IRET.
 fn mask(cpu: &CpuState, w: Width) -> Rflags {
+    if cpu.cpl() == 0 {
+        return if w == Width::W { COMMON | Rflags::IF | Rflags::IOPL } else { RETURNED };
+    }
     let mut mask = COMMON;
     if w != Width::W {
         mask |= WIDE;
     }
     if cpu.cpl() <= cpu.rflags.iopl() {
         mask |= Rflags::IF;
-    }
-    if cpu.cpl() == 0 {
-        mask |= Rflags::IOPL;
-        if w != Width::W {
-            mask |= Rflags::VIF | Rflags::VIP;
-        }
     }
     mask
 }

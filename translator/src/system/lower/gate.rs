@@ -1,13 +1,14 @@
-//! Ways over a border that stay in the cache: IN and OUT call the device, SYSCALL and SYSRET go where they went before
-//! ([`at::SYSCALL`], [`at::SYSRET`]: what the interpreter made of the state when it did one).
+//! Ways over a border that stay in the cache: IN and OUT call the device, SYSCALL, SYSRET and IRETQ go where they went before
+//! ([`at::SYSCALL`], [`at::SYSRET`], [`at::IRET`]: what the interpreter made of the state when it did one).
 
 use super::asm::{Assembler, At, W};
+use super::memory::Host;
 use super::scratch::bit;
 use super::{Flags, Kind, Lower};
 use crate::system::area::at;
-use crate::system::block::Item;
+use crate::system::block::{Access, Item};
 use bivisor_emulator::cpu::{CpuState, Rflags, Segment};
-use bivisor_emulator::interp::sensitive::fast;
+use bivisor_emulator::interp::sensitive::{fast, iret};
 use bivisor_emulator::isa::{Gpr, Seg, Width};
 use dynasmrt::DynasmApi;
 use iced_x86::{Code, Register};
@@ -135,23 +136,82 @@ impl Lower<'_> {
         self.e.store(At::slot(at::TARGET), s);
         self.load_cs_ss(at::SYSRET_SEGMENTS, s, t);
         let rest = Rflags::from_bits_retain(fast::RETURNED) - Rflags::STATUS - Rflags::IF;
-        self.e.copy(s, Gpr::R11);
+        self.set_flags(Gpr::R11, rest, s, t);
+        self.wake(t);
+        self.home();
+        self.e.rm(W::D, &[0xff], 4, At::slot(at::TARGET), &[]);
+        Some(false)
+    }
+
+    /// All flags from register `from` into their slots; of those that are neither status flags nor IF only `rest`.
+    fn set_flags(&mut self, from: Gpr, rest: Rflags, s: Gpr, t: Gpr) {
+        self.e.copy(s, from);
         self.e.and(W::D, s, rest.bits() as i32);
         // or s, 2
         self.e.rr(W::D, &[0x83], 1, s, &[Rflags::FIXED.bits() as u8]);
         self.e.store(At::slot(at::FLAGS), s);
-        self.e.copy(s, Gpr::R11);
+        self.e.copy(s, from);
         self.e.and(W::D, s, Rflags::IF.bits() as i32);
         self.e.store(At::slot(at::INTERRUPTS), s);
-        self.e.copy(t, Gpr::R11);
+        self.e.copy(t, from);
         self.e.shr(W::D, t, 11);
         self.e.and(W::D, t, 1);
-        // movzx s, r11b
-        self.e.rr(W::Q, &MOVZX_BYTE, s as u8, Gpr::R11, &[]);
+        // movzx s, the low byte
+        self.e.rr(W::Q, &MOVZX_BYTE, s as u8, from, &[]);
         self.e.shl(W::D, s, 8);
         self.e.rr(W::D, &OR, s as u8, t, &[]);
         self.e.push(0x66);
         self.e.rm(W::D, &[0x89], s as u8, At::slot(at::STATUS), &[]);
+    }
+
+    /// IRETQ at CPL 0 to the user code segment of the last one, as long as frame and GDT have the same selectors and descriptors for it.
+    pub(super) fn iret(&mut self, item: &Item) -> Option<bool> {
+        const FLAGS: i32 = 2;
+        self.keep_flags()?;
+        let host = self.place(item, &item.access?)?;
+        // Of the frame, by eight bytes: RIP, CS, RFLAGS, RSP, SS.
+        let frame = |n: i32| Host { disp: host.disp + 8 * n, ..host }.at();
+        let (s, t, u) = (self.scratch(item, false)?, self.scratch(item, false)?, self.scratch(item, false)?);
+        let (rip, n) = (self.block.rip(item), self.n);
+        self.e.load(s, At::slot(at::IRET));
+        self.e.rr(W::Q, &TEST, s as u8, s, &[]);
+        self.leave_if(&JE, item, Kind::Step, rip, n);
+        // Where NMIs are blocked they are no more afterwards, and one may come.
+        self.e.load(t, At::slot(at::CPU));
+        self.e.rm(W::D, &[0x80], 7, At::base(t, offset_of!(CpuState, nmi_blocked) as i32), &[0]);
+        self.leave_if(&JNE, item, Kind::Step, rip, n);
+        self.e.rm(W::D, &[0xf7], 0, At::slot(at::FLAGS), &(Rflags::NT.bits() as u32).to_le_bytes());
+        self.leave_if(&JNE, item, Kind::Step, rip, n);
+        for (slot, at) in [(at::IRET_CS, 1), (at::IRET_SS, 4)] {
+            self.e.rm(W::D, &[0x0f, 0xb7], t as u8, frame(at), &[]);
+            self.e.compare(t, At::slot(slot));
+            self.leave_if(&JNE, item, Kind::Step, rip, n);
+        }
+        self.e.load(t, frame(FLAGS));
+        for forbidden in [at::IRET_FORBIDDEN, at::PENDING] {
+            self.e.rm(W::Q, &TEST, t as u8, At::slot(forbidden), &[]);
+            self.leave_if(&JNE, item, Kind::Step, rip, n);
+        }
+        self.e.load(t, At::slot(at::IRET_GDT));
+        let gdt = self.place_any(item, &Access { base: Some(t), len: 16, ..Access::stack(0, false) })?;
+        for at in [0, 8] {
+            self.e.load(u, Host { disp: gdt.disp + at, ..gdt }.at());
+            self.e.compare(u, At::slot(at::IRET_DESCRIPTORS + at as usize));
+            self.leave_if(&JNE, item, Kind::Step, rip, n);
+        }
+        self.e.load(t, frame(0));
+        self.hash(u, t);
+        self.e.rr(W::Q, &[0x01], s as u8, u, &[]);
+        self.e.compare(t, At::table(0, u));
+        self.leave_if(&JNE, item, Kind::Step, rip, n);
+        self.e.load(s, At::table(8, u));
+        self.e.store(At::slot(at::TARGET), s);
+        self.load_cs_ss(at::IRET_SEGMENTS, s, t);
+        // RF is over before the next instruction: see the dispatch loop's `resume`.
+        let rest = iret::RETURNED - Rflags::STATUS - Rflags::IF - Rflags::RF;
+        self.e.load(u, frame(FLAGS));
+        self.set_flags(u, rest, s, t);
+        self.e.load(Gpr::Rsp, frame(3));
         self.wake(t);
         self.home();
         self.e.rm(W::D, &[0xff], 4, At::slot(at::TARGET), &[]);

@@ -492,6 +492,7 @@ impl Lower<'_> {
             Way::Port => self.port(item),
             Way::Syscall => self.syscall(item),
             Way::Sysret => self.sysret(item),
+            Way::Iret => self.iret(item),
             Way::Asleep => Some(self.leave_here(item, Kind::Asleep)),
             Way::Step => None,
         };

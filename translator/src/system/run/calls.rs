@@ -25,7 +25,11 @@ pub(super) struct Call {
     pub(super) priority: bool,
     /// It changes nothing of [`Control`].
     pub(super) quiet: bool,
-    /// It stands for [`Kind::Step`], without vector registers: where things are when it is reached.
+    /// It may load ES, DS, FS or GS.
+    pub(super) segments: bool,
+    /// It is XSAVE, XRSTOR or the like.
+    pub(super) image: bool,
+    /// It stands for [`Kind::Step`], without vector registers or for their image: where things are when it is reached.
     pub(super) light: bool,
     pub(super) rip: u64,
     pub(super) spilled: u16,
@@ -87,6 +91,13 @@ pub(super) fn is_quiet(insn: &Insn) -> bool {
         || mov
         || insn.facts.sensitivity == Sensitivity::Innocuous
             && !matches!(insn.facts.class, Class::Native | Class::System)
+}
+
+/// May it load ES, DS, FS or GS?
+fn is_segments(insn: &Insn) -> bool {
+    use Mnemonic as M;
+    insn.iced.op0_register().is_segment_register()
+        || matches!(insn.iced.mnemonic(), M::Lds | M::Les | M::Lfs | M::Lgs | M::Lss)
 }
 
 /// Registers and flags from slots back into the state: which are spilled, where the flags are, how they are told.
@@ -154,7 +165,9 @@ impl System {
             let (code, steady, quiet) = (insn.iced.code(), is_steady(&insn), is_quiet(&insn));
             let exit = self.cache.exit(id);
             let (rip, spilled, flags, told) = (exit.rip, exit.spilled, exit.flags, exit.told);
-            let light = exit.kind == Kind::Step && !exit.native;
+            let image = state_image(insn.iced.mnemonic()).is_some();
+            let light = exit.kind == Kind::Step && (!exit.native || image);
+            let segments = is_segments(&insn);
             let priority = [0, 1].map(|i| insn.iced.op_register(i)).contains(&Register::CR8);
             let insn = t.core.prepare(&mut t.cpu, board, insn);
             self.calls[n] = Some(Box::new(Call {
@@ -162,6 +175,8 @@ impl System {
                 steady,
                 priority,
                 quiet,
+                segments,
+                image,
                 light,
                 rip,
                 spilled,
@@ -184,6 +199,8 @@ impl System {
                 // A task switch sets TS.
                 if !quiet || t.cpu.cr0 != cr0 {
                     self.forget_control();
+                } else if c.segments {
+                    self.area.set(at::IRET, 0);
                 }
                 exit
             }
@@ -204,13 +221,19 @@ impl System {
         let c = self.calls.get(id as usize)?.as_deref().filter(|c| c.light)?;
         t.cpu.rip = c.rip;
         mend(&self.area, &self.cache, &mut t.cpu, board, (c.spilled, c.flags, c.told));
+        if c.image {
+            self.sync(t);
+        }
         Some(self.call_out(t, board, ram, block, id, Via::Call(id)))
     }
 
     /// After a call of the interpreter: is there an event to take, or has something changed that only the dispatch loop looks at?
     #[inline]
-    pub(super) fn is_due(&self, t: &Translator, ram: &Ram, block: &ThreadBlock) -> bool {
-        !self.is_same(t, ram) || block.scratch[slot::LOOK].get() != 0 || t.kicker.requested() || self.due(&t.cpu)
+    fn is_due(&self, t: &Translator, ram: &Ram, block: &ThreadBlock) -> bool {
+        block.scratch[slot::LOOK].get() != 0
+            || t.kicker.requested()
+            || self.watches != ram.watches()
+            || self.due(&t.cpu)
     }
 
     /// Has nothing changed of mappings and code?
@@ -234,6 +257,7 @@ impl System {
     ) -> Next {
         t.stats.steps += 1;
         let exit = self.call(t, board, ram, id);
+        let image = matches!(self.calls.get(id as usize), Some(Some(c)) if c.image);
         self.follow_priority(&t.cpu, board, Some(id));
         self.ask_line(board);
         if exit != Exit::Budget {
@@ -243,10 +267,19 @@ impl System {
         if self.is_due(t, ram, block) {
             return Next::Go(via);
         }
+        if !self.is_same(t, ram) {
+            self.look_around(t, board, ram);
+            if self.flushes != self.cache.counts.flushes {
+                return Next::Go(Via::Start);
+            }
+        }
         resume(&mut t.cpu);
         // XRSTOR may have filled them, and SYSRET in the cache does not look.
-        if self.area.get(at::VECTORS_AT) == 0 && t.cpu.xsave.xstate_bv() & super::UPPER != 0 {
-            self.follow_upper(true);
+        if self.area.get(at::VECTORS_AT) == 0 {
+            let in_use = t.cpu.xsave.xstate_bv() & super::UPPER != 0;
+            if in_use || image {
+                self.follow_upper(in_use);
+            }
         }
         let Some(mode) = self.mode(&t.cpu) else { return Next::Go(via) };
         if mode.is_mirrored() {
@@ -256,7 +289,7 @@ impl System {
         if self.flushes != self.cache.counts.flushes {
             return Next::Go(Via::Start);
         }
-        self.open_gate(&t.cpu, id, b);
+        self.open_gate(t, board, ram, id, b);
         self.load(&t.cpu);
         self.area.set(at::ASLEEP, u64::from(mode.vectors() == 0));
         self.load_resident(&t.cpu, mode);

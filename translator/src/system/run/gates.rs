@@ -1,4 +1,4 @@
-//! What the code does by itself where the interpreter has gone before: SYSCALL, SYSRET, IN and OUT; and when it has the vector registers.
+//! What the code does by itself where the interpreter has gone before: SYSCALL, SYSRET, IRETQ, IN and OUT; and when it has the vector registers.
 
 use super::System;
 use super::calls::tell_priority;
@@ -11,7 +11,7 @@ use bivisor_emulator::cpu::{CpuState, Cr0, Cr4, Rflags};
 use bivisor_emulator::host::thread::ThreadBlock;
 use bivisor_emulator::interp::sensitive::{fast, io};
 use bivisor_emulator::isa::{Gpr, Seg, Width};
-use bivisor_emulator::mem::Ram;
+use bivisor_emulator::mem::{Access, By, PAGE_SIZE, Ram};
 use bivisor_emulator::vcpu::Board;
 use iced_x86::Mnemonic;
 
@@ -21,6 +21,24 @@ const AWAKE: [u32; 2] = [16, 4096];
 const UNUSED: u32 = 256;
 /// Times it is entered without before that was not soon.
 const SLEPT: u32 = 64;
+
+/// Where SS and CS are from, if their descriptors lie one behind the other in the GDT and inside a page, and what is there.
+fn user_descriptors(t: &mut Translator, board: Board<'_>, ram: &Ram) -> Option<(u64, [u64; 2])> {
+    const LDT: u16 = 4;
+    const ACCESSED: u64 = 1 << 40;
+    let (cs, ss) = (t.cpu.segment(Seg::Cs).selector, t.cpu.segment(Seg::Ss).selector);
+    let at = u64::from(ss & !7);
+    let apart = (cs | ss) & LDT == 0 && u64::from(cs & !7) == at + 8 && at + 15 <= u64::from(t.cpu.gdtr.limit);
+    let laddr = t.cpu.gdtr.base.wrapping_add(at);
+    if at == 0 || !apart || laddr % PAGE_SIZE + 16 > PAGE_SIZE {
+        return None;
+    }
+    let gpa = t.core.mmu.translate(&t.cpu, board.mem, laddr, Access::Read, By::Implicit).ok()?;
+    let mut bytes = [0; 16];
+    ram.read(gpa, &mut bytes)?;
+    let [ss, cs] = [0, 8].map(|n| u64::from_le_bytes(std::array::from_fn(|i| bytes[n + i])));
+    (ss & cs & ACCESSED != 0).then_some((laddr, [ss, cs]))
+}
 
 impl System {
     pub(super) fn set_upper(&mut self, upper: bool) {
@@ -78,10 +96,11 @@ impl System {
         t.cpu.cpl() == 3 && mode.user() && !mode.is_mirrored() && !mode.is_counted() && self.mirroring.decide()
     }
 
-    /// SYSCALL and SYSRET leave until it is known where they go.
+    /// SYSCALL, SYSRET and IRETQ leave until it is known where they go.
     pub(super) fn close_gates(&self) {
         self.area.set(at::SYSCALL, 0);
         self.area.set(at::SYSRET, 0);
+        self.area.set(at::IRET, 0);
     }
 
     /// An instruction may have changed what modes depend on.
@@ -90,13 +109,17 @@ impl System {
         self.close_gates();
     }
 
-    /// After SYSCALL or SYSRET by the interpreter, which led to block `b`: from now on they go there by themselves.
-    pub(super) fn open_gate(&mut self, cpu: &CpuState, id: u32, b: u32) {
+    /// After SYSCALL, SYSRET or IRETQ by the interpreter, which led to block `b`: from now on they go there by themselves.
+    pub(super) fn open_gate(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, id: u32, b: u32) {
         let mnemonic = match self.calls.get(id as usize) {
             Some(Some(c)) if !self.is_narrow(id) => c.code.mnemonic(),
             _ => return,
         };
+        let descriptors = if mnemonic == Mnemonic::Iretq { user_descriptors(t, board, ram) } else { None };
+        let cpu = &t.cpu;
         let (mode, alignment) = (self.cache.block(b).mode, cpu.cr0.contains(Cr0::AM));
+        let mut forbidden = Rflags::TF | Rflags::RF | Rflags::VM | Rflags::DF;
+        forbidden.set(Rflags::AC, alignment);
         let segments = match mnemonic {
             Mnemonic::Syscall => {
                 let kept = fast::kept(cpu);
@@ -115,12 +138,28 @@ impl System {
                     return;
                 }
                 let Some(table) = self.cache.targets(mode) else { return };
-                let mut forbidden = Rflags::TF | Rflags::RF | Rflags::VM | Rflags::DF;
-                forbidden.set(Rflags::AC, alignment);
                 self.area.set(at::SYSRET_FORBIDDEN, forbidden.bits());
                 self.area.set(at::SYSRET_ASLEEP, u64::from(mode.vectors() == 0));
                 self.area.set(at::SYSRET, table as u64);
                 at::SYSRET_SEGMENTS
+            }
+            Mnemonic::Iretq => {
+                let plain = mode.user() && !mode.is_narrow() && !mode.down() && mode.vectors() != 0;
+                let Some((laddr, descriptors)) = descriptors.filter(|_| plain) else { return };
+                if self.cache.enter_target(&self.area, b).is_none() {
+                    return;
+                }
+                let Some(table) = self.cache.targets(mode) else { return };
+                self.area.set(at::IRET_FORBIDDEN, (forbidden - Rflags::RF).bits());
+                for (slot, seg) in [(at::IRET_CS, Seg::Cs), (at::IRET_SS, Seg::Ss)] {
+                    self.area.set(slot, cpu.segment(seg).selector.into());
+                }
+                self.area.set(at::IRET_GDT, laddr);
+                for (n, d) in descriptors.into_iter().enumerate() {
+                    self.area.set(at::IRET_DESCRIPTORS + 8 * n, d);
+                }
+                self.area.set(at::IRET, table as u64);
+                at::IRET_SEGMENTS
             }
             _ => return,
         };

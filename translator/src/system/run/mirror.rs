@@ -205,6 +205,8 @@ impl System {
         for at in [Some(laddr), (laddr / PAGE_SIZE != last / PAGE_SIZE).then_some(last)].into_iter().flatten() {
             let Ok(gpa) = t.core.mmu.translate(&t.cpu, board.mem, at, kind, by(&t.cpu)) else {
                 self.mirroring.wanted = Some(at);
+                // For `map_wanted` the way back must be the interpreter's.
+                self.area.set(at::IRET, 0);
                 if self.mirroring.page_fault() {
                     self.close_gates();
                 }

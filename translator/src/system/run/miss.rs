@@ -9,8 +9,19 @@ use bivisor_emulator::cpu::{CpuState, Rflags};
 use bivisor_emulator::mem::{Access, By, PAGE_SIZE, Ram};
 use bivisor_emulator::vcpu::Board;
 
+/// What became of a miss.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Filled {
+    /// The inline TLB has the page now.
+    Yes,
+    /// It cannot be there, or not for all of the range.
+    No,
+    /// The guest's tables do not allow the access.
+    Fault,
+}
+
 impl System {
-    /// Enters the page of an access that missed. False: the interpreter does the instruction.
+    /// Enters the page of an access that missed. [`Filled::No`], [`Filled::Fault`]: the interpreter does the instruction.
     pub(super) fn fill(
         &mut self,
         t: &mut Translator,
@@ -18,17 +29,17 @@ impl System {
         ram: &Ram,
         access: &GuestAccess,
         len: u16,
-    ) -> bool {
+    ) -> Filled {
         let laddr = self.address(&t.cpu, access);
         let canonical = ((laddr << 16) as i64 >> 16) as u64 == laddr;
         // Sums that wrap in 32-bit code are the interpreter's.
         let narrow = laddr >> 32 != 0 && t.cpu.mode() != bivisor_emulator::cpu::Mode::Long64;
         if !canonical || narrow || laddr % PAGE_SIZE + u64::from(len) > PAGE_SIZE {
-            return false;
+            return Filled::No;
         }
         // It faults, and then leaves the page's flags alone.
         if self.is_misaligned(t, access) {
-            return false;
+            return Filled::No;
         }
         let kind = if access.write { Access::Write } else { Access::Read };
         let by = by(&t.cpu);
@@ -39,13 +50,16 @@ impl System {
         match t.core.mmu.translate(&t.cpu, board.mem, laddr, kind, by) {
             Ok(gpa) => {
                 let global = t.core.mmu.is_global(context, laddr);
-                self.tlb.fill(&self.area, ram, Found { context, laddr, gpa, global }, access.write)
+                match self.tlb.fill(&self.area, ram, Found { context, laddr, gpa, global }, access.write) {
+                    true => Filled::Yes,
+                    false => Filled::No,
+                }
             }
             Err(_) => {
                 if by == By::User && self.mirroring.page_fault() {
                     self.close_gates();
                 }
-                false
+                Filled::Fault
             }
         }
     }
