@@ -9,7 +9,7 @@
 #![allow(unsafe_code)]
 
 use crate::emit::{gs, slot};
-use crate::lower::ADDRESS_BITS;
+use crate::lower::{ADDRESS_BITS, exit_said};
 use crate::registers::{load_registers, store_others};
 use bivisor_emulator::cpu::CpuState;
 use bivisor_emulator::cpu::xsave::{Layout, component};
@@ -170,7 +170,7 @@ global_asm!(
     "mov rbx, gs:[{cpu}]",
     "rdfsbase rax",
     "mov [rbx + {fs_base}], rax",
-    "mov eax, dword ptr gs:[{exit}]",
+    "mov rax, gs:[{exit}]",
     "5:",
     "mov rdx, gs:[8]",
     "wrfsbase rdx",
@@ -216,7 +216,7 @@ global_asm!(
 );
 
 unsafe extern "sysv64" {
-    fn bivisor_bt_enter(entry: u64) -> u32;
+    fn bivisor_bt_enter(entry: u64) -> u64;
     safe static bivisor_bt_enter_from: u8;
     safe static bivisor_bt_enter_to: u8;
     safe static bivisor_bt_leave: u8;
@@ -284,5 +284,9 @@ pub fn run(block: &ThreadBlock, cpu: &mut CpuState, entry: u64) -> u32 {
     cpu.xsave.set_xstate_bv(bv);
     // SAFETY: as the caller says; XRSTOR finds a valid image; the routine keeps the calling convention and touches only `cpu`, the
     // slots and, as the guest, what a flat guest may.
-    unsafe { bivisor_bt_enter(entry) }
+    let said = unsafe { bivisor_bt_enter(entry) };
+    match said as u32 {
+        special @ (MISS | CAPTURED | ABORTED) => special,
+        _ => exit_said(said),
+    }
 }

@@ -1,56 +1,69 @@
 //! The exits of all translated code, by number: read without a lock by a thread that has just left, written under the cache's lock.
 
+use crate::index::MOST_BLOCKS;
 use crate::lower::Leave;
 use crate::marks::Home;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 const CHUNK: usize = 256;
 const CHUNKS: usize = 128;
 /// Exits there can be between two flushes.
-pub const MAX_EXITS: u32 = (CHUNK * CHUNKS * CHUNKS) as u32;
+pub const MAX_EXITS: u32 = (CHUNK * CHUNKS * CHUNKS) as u32 - 1;
 
-/// In the site: the displacement has 8 bits. Code offsets are smaller.
-const SHORT: u32 = 1 << 31;
-/// In the site: R11 is in the host's register.
-const REGISTER: u32 = 1 << 30;
+/// In the last word: the displacement has 8 bits.
+const SHORT: u64 = 1 << 63;
+/// There: R11 is in the host's register.
+const REGISTER: u64 = 1 << 62;
+/// Bits of a link, of what is next in a list, of a site. The highest number of an exit is none.
+const LINK: u32 = 24;
+const NEXT: u32 = 22;
+const SITE: u32 = 16;
+const _: () = assert!(LINK + NEXT + SITE == 62 && MOST_BLOCKS < 1 << LINK && MAX_EXITS < 1 << NEXT);
+
+/// End of a list.
+pub const NONE: u32 = (1 << NEXT) - 1;
 
 /// A jump that can be patched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
-    /// Code offset of its displacement.
+    /// Offset of its displacement, in the code of its block or in all code.
     pub site: usize,
     /// The displacement has 8 bits: it leads to the start of its own block or to its stub.
     pub short: bool,
-    /// Code offset of its stub, or of the jump there.
+    /// The same of its stub, or of the jump there.
     pub stub: usize,
 }
 
 #[derive(Default)]
 struct Record {
     /// 56 bits of RIP, of which user code has less, and the kind of [`Leave::pack`]. Of a short displacement, which leads to a block,
-    /// instead of the kind: from it to the jump to the stub. In halves: eight bytes at once would make each exit four bytes larger.
-    rip_and_kind: [AtomicU32; 2],
-    /// Its highest two bits are [`SHORT`] and [`REGISTER`].
-    site: AtomicU32,
-    /// The number of the block it is linked to, plus one.
-    linked: AtomicU32,
-    /// The next exit linked to the same block.
-    next: AtomicU32,
+    /// instead of the kind: from it to the jump to the stub.
+    rip_and_kind: AtomicU64,
+    /// From the lowest bits on: the number of the block it is linked to plus one, the next exit linked to the same block, the offset of
+    /// the displacement in the code of its block, [`REGISTER`], [`SHORT`].
+    links: AtomicU64,
 }
 
 impl Record {
     fn rip(&self) -> u64 {
-        let half = |i: usize| i64::from(self.rip_and_kind[i].load(Ordering::Relaxed));
-        ((half(1) << 40) >> 8 | half(0)) as u64
+        ((self.rip_and_kind.load(Ordering::Relaxed) as i64) << 8 >> 8) as u64
     }
 
     fn kind(&self) -> u8 {
-        (self.rip_and_kind[1].load(Ordering::Relaxed) >> 24) as u8
+        (self.rip_and_kind.load(Ordering::Relaxed) >> 56) as u8
+    }
+
+    fn links(&self) -> u64 {
+        self.links.load(Ordering::Relaxed)
+    }
+
+    fn set_links(&self, v: u64) {
+        self.links.store(v, Ordering::Relaxed);
     }
 
     fn is_short(&self) -> bool {
-        self.site.load(Ordering::Relaxed) & SHORT != 0
+        self.links() & SHORT != 0
     }
 }
 
@@ -97,49 +110,47 @@ impl Exits {
 
     /// Where R11 is when it is taken.
     pub fn home(&self, id: u32) -> Home {
-        match self.record(id).site.load(Ordering::Relaxed) & REGISTER {
+        match self.record(id).links() & REGISTER {
             0 => Home::Slot,
             _ => Home::Register,
         }
     }
 
-    /// Where its jump is patched, if its stub is at `stub`.
-    pub fn place(&self, id: u32, stub: usize) -> Place {
+    /// Where its jump is patched, if the code of its block is at `block` and its stub at `stub`.
+    pub fn place(&self, id: u32, block: usize, stub: usize) -> Place {
         let r = self.record(id);
-        let word = r.site.load(Ordering::Relaxed);
-        let (site, short) = ((word & !(SHORT | REGISTER)) as usize, r.is_short());
+        let word = r.links();
+        let (site, short) = (block + (word >> (LINK + NEXT)) as u16 as usize, word & SHORT != 0);
         Place { site, short, stub: if short { site + usize::from(r.kind()) } else { stub } }
     }
 
     /// The block it is linked to.
     pub fn linked(&self, id: u32) -> Option<u32> {
-        self.record(id).linked.load(Ordering::Relaxed).checked_sub(1)
+        (self.record(id).links() as u32 & ((1 << LINK) - 1)).checked_sub(1)
     }
 
     /// Notes a link, and which exit comes next in the list of that block.
     pub fn set_linked(&self, id: u32, block: Option<u32>, next: u32) {
         let r = self.record(id);
-        r.linked.store(block.map_or(0, |b| b + 1), Ordering::Relaxed);
-        r.next.store(next, Ordering::Relaxed);
+        let rest = r.links() & !0 << (LINK + NEXT);
+        r.set_links(rest | u64::from(block.map_or(0, |b| b + 1)) | u64::from(next & NONE) << LINK);
     }
 
     /// The exit after this one in the list of its block.
     pub fn next_linked(&self, id: u32) -> u32 {
-        self.record(id).next.load(Ordering::Relaxed)
+        (self.record(id).links() >> LINK) as u32 & NONE
     }
 
-    /// Defines an exit.
+    /// Defines an exit, the place of which is one in the code of its block.
     pub fn set(&self, id: u32, leave: Leave, home: Home, place: Place) {
         let r = self.record(id);
         let (kind, rip) = leave.pack();
         // A displacement of 8 bits reaches it.
         let kind = if place.short { (place.stub - place.site) as u8 } else { kind };
-        r.rip_and_kind[0].store(rip as u32, Ordering::Relaxed);
-        r.rip_and_kind[1].store((rip >> 32) as u32 & 0xff_ffff | u32::from(kind) << 24, Ordering::Relaxed);
+        r.rip_and_kind.store(rip & !0 >> 8 | u64::from(kind) << 56, Ordering::Relaxed);
         let short = if place.short { SHORT } else { 0 };
         let home = if home == Home::Register { REGISTER } else { 0 };
-        r.site.store(place.site as u32 | short | home, Ordering::Relaxed);
-        r.linked.store(0, Ordering::Relaxed);
+        r.set_links(u64::from(place.site as u16) << (LINK + NEXT) | short | home);
     }
 }
 
@@ -156,17 +167,23 @@ mod tests {
                 [Leave::To(rip), Leave::Step(rip), Leave::Changed(rip), Leave::Syscall(rip, 2), Leave::Syscall(rip, 15)]
             {
                 for home in [Home::Slot, Home::Register] {
-                    exits.set(id, leave, home, Place { site: 0x3fff_ff00, short: false, stub: 7 });
+                    exits.set(id, leave, home, Place { site: 0xff00, short: false, stub: 7 });
                     exits.set(id + 1, Leave::To(rip), home, Place { site: 77, short: true, stub: 77 + 128 });
                     for (id, leave) in [(id, leave), (id + 1, Leave::To(rip))] {
                         assert_eq!((exits.leave(id), exits.rip(id), exits.home(id)), (leave, rip, home));
                     }
-                    assert_eq!(exits.place(id, 9), Place { site: 0x3fff_ff00, short: false, stub: 9 });
-                    assert_eq!(exits.place(id + 1, 9), Place { site: 77, short: true, stub: 205 });
+                    exits.set_linked(id, Some(MOST_BLOCKS - 1), MAX_EXITS - 1);
+                    exits.set_linked(id + 1, None, NONE);
+                    assert_eq!((exits.linked(id), exits.next_linked(id)), (Some(MOST_BLOCKS - 1), MAX_EXITS - 1));
+                    assert_eq!((exits.linked(id + 1), exits.next_linked(id + 1)), (None, NONE));
+                    let far = 0x3fff_0000;
+                    assert_eq!(exits.place(id, far, 9), Place { site: far + 0xff00, short: false, stub: 9 });
+                    assert_eq!(exits.place(id + 1, 1, 9), Place { site: 78, short: true, stub: 206 });
+                    assert_eq!((exits.leave(id), exits.home(id)), (leave, home));
                     id += 2;
                 }
             }
         }
-        assert_eq!(Exits::EACH, 20);
+        assert_eq!(Exits::EACH, 16);
     }
 }

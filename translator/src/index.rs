@@ -1,13 +1,17 @@
 //! From guest address to block: open addressing with linear probing, one cache line a lookup, few for a function.
 
-/// Block number, and 32 bits that the guest address gives: whether a block that has them is the one, its own address says. Zeros take
-/// no memory until they are written.
-type Slot = [u32; 2];
+/// Block number, and below it eight bits that the guest address gives: whether a block that has them is the one, its own address says.
+/// Zeros take no memory until they are written.
+type Slot = u32;
 
+/// Bits of the number.
+const NUMBER: u32 = 24;
 const EMPTY: u32 = 0;
-const GONE: u32 = u32::MAX;
+const GONE: u32 = MOST_BLOCKS;
+/// Block numbers are smaller.
+pub const MOST_BLOCKS: u32 = (1 << NUMBER) - 1;
 
-/// The table. Block numbers are neither 0 nor 2^32 - 1. It does not hold addresses: who asks says by `rip_of` where a block begins.
+/// The table. No block's number is 0. It does not hold addresses: who asks says by `rip_of` where a block begins.
 pub struct Index {
     slots: Vec<Slot>,
     /// Slots not [`EMPTY`].
@@ -18,14 +22,14 @@ pub struct Index {
 
 const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// Neighbours lie together, as they are asked for together: 256 bytes of code have 16 slots in two cache lines.
+/// Neighbours lie together, as they are asked for together: 256 bytes of code have 16 slots in a cache line.
 fn group(rip: u64) -> usize {
     ((rip >> 8).wrapping_mul(MIX) >> 32) as usize
 }
 
-/// Differs for addresses of which the low 32 bits differ.
-fn tag(rip: u64) -> u32 {
-    rip.wrapping_mul(MIX) as u32
+/// What a slot has for a block.
+fn slot(rip: u64, block: u32) -> Slot {
+    block << 8 | (rip.wrapping_mul(MIX) >> 24) as u8 as u32
 }
 
 impl Default for Index {
@@ -36,7 +40,7 @@ impl Default for Index {
 
 impl Index {
     fn with_slots(slots: usize) -> Index {
-        Index { slots: vec![[EMPTY; 2]; slots], used: 0, filter: vec![0; slots / 8] }
+        Index { slots: vec![EMPTY; slots], used: 0, filter: vec![0; slots / 8] }
     }
 
     /// Bytes it takes.
@@ -57,9 +61,10 @@ impl Index {
     fn position(&self, rip: u64, is: impl Fn(u32) -> bool) -> Option<usize> {
         let mut i = self.start(rip);
         loop {
-            match self.slots[i] {
-                [EMPTY, _] => return None,
-                [block, found] if found == tag(rip) && block != GONE && is(block) => return Some(i),
+            let found = self.slots[i];
+            match found >> 8 {
+                EMPTY => return None,
+                block if found == slot(rip, block) && block != GONE && is(block) => return Some(i),
                 _ => i = (i + 1) & (self.slots.len() - 1),
             }
         }
@@ -72,7 +77,7 @@ impl Index {
         if self.filter[word] & bit == 0 {
             return None;
         }
-        self.position(rip, |b| rip_of(b) == rip).map(|i| self.slots[i][0])
+        self.position(rip, |b| rip_of(b) == rip).map(|i| self.slots[i] >> 8)
     }
 
     /// Adds a block; there must be none at `rip`.
@@ -87,10 +92,10 @@ impl Index {
         let (word, bit) = self.filter_bit(rip);
         self.filter[word] |= bit;
         let mut i = self.start(rip);
-        while self.slots[i][0] != EMPTY {
+        while self.slots[i] >> 8 != EMPTY {
             i = (i + 1) & (self.slots.len() - 1);
         }
-        self.slots[i] = [block, tag(rip)];
+        self.slots[i] = slot(rip, block);
         self.used += 1;
     }
 
@@ -104,7 +109,7 @@ impl Index {
     /// Takes the block out that was put in for `rip`, if it is there.
     pub fn remove(&mut self, rip: u64, block: u32) {
         if let Some(i) = self.position(rip, |b| b == block) {
-            self.slots[i][0] = GONE;
+            self.slots[i] = GONE << 8;
         }
     }
 
@@ -114,14 +119,14 @@ impl Index {
             *self = Index::default();
             return;
         }
-        self.slots.fill([EMPTY; 2]);
+        self.slots.fill(EMPTY);
         self.filter.fill(0);
         self.used = 0;
     }
 
     /// Twice the size, or the same if many were taken out.
     fn grow(&mut self, rip_of: impl Fn(u32) -> u64) {
-        let live: Vec<u32> = self.slots.iter().map(|s| s[0]).filter(|&b| b != EMPTY && b != GONE).collect();
+        let live: Vec<u32> = self.slots.iter().map(|s| s >> 8).filter(|&b| b != EMPTY && b != GONE).collect();
         let size = if live.len() * 4 >= self.slots.len() { self.slots.len() * 2 } else { self.slots.len() };
         *self = Index::with_slots(size);
         live.into_iter().for_each(|b| self.put(rip_of(b), b));

@@ -33,6 +33,7 @@ pub mod explain;
 pub mod fault;
 pub mod index;
 pub mod jitdump;
+mod known;
 pub mod lower;
 pub mod marks;
 pub mod persist;

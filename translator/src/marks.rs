@@ -5,6 +5,7 @@
 
 use crate::block::MAX_INSNS;
 use crate::emit::slot;
+use crate::lower::{Depends, Relocation, exit_said};
 use bivisor_emulator::isa::{Gpr, MAX_INSN_LEN};
 
 /// How the guest's state is found at a host PC.
@@ -28,7 +29,7 @@ pub enum What {
     Comparing,
     /// All registers are the guest's; the exit of this number is about to be taken.
     Exit(u32),
-    /// As [`What::Exit`], its number is in [`slot::PENDING`].
+    /// As [`What::Exit`], [`slot::PENDING`] says which (see [`exit_said`]).
     Exiting,
 }
 
@@ -116,6 +117,16 @@ impl Mark {
 }
 
 impl Packed {
+    /// A relocation, which lies among the marks of a store.
+    pub fn relocation(r: Relocation) -> Packed {
+        Packed(u32::from(r.at) | u32::from(r.depends.pack()) << 16)
+    }
+
+    /// The relocation that it is.
+    pub fn as_relocation(self) -> Relocation {
+        Relocation { at: self.0 as u16, depends: Depends::unpack((self.0 >> 16) as u16) }
+    }
+
     /// Bytes of one in a file.
     pub const SIZE: usize = 4;
 
@@ -192,7 +203,7 @@ pub fn recover(
     let r11 = regs.gpr(Gpr::R11);
     let exit = match mark.what {
         What::Exit(id) => Some(id),
-        What::Exiting => Some(regs.slot(slot::PENDING) as u32),
+        What::Exiting => Some(exit_said(regs.slot(slot::PENDING))),
         _ => None,
     }
     .map(exits);

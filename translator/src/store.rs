@@ -3,10 +3,12 @@
 use crate::block::{Constant, GuestBlock, page_of};
 use crate::code_buffer::CodeBuffer;
 use crate::emit::{Emitter, slot};
-use crate::exits::{Exits, MAX_EXITS, Place};
-use crate::index::Index;
+use crate::exits::{self, Exits, MAX_EXITS, Place};
+use crate::index::{Index, MOST_BLOCKS};
+use crate::known::{Block, NONE, key};
 use crate::lower::{
-    Landing, Leave, STUB, Surroundings, Unit, emit_landing, emit_stub, emit_trampolines, lower, stub_at, stub_before,
+    Landing, Leave, Surroundings, Unit, emit_landing, emit_stubs, emit_trampolines, lower, nth_said, stub_at,
+    stub_before, stubs_size,
 };
 use crate::marks::{self, Home, Mark, Packed, Registers};
 use crate::persist::Archive;
@@ -16,6 +18,7 @@ use crate::stats::CacheStats;
 use crate::system::hash::Map;
 use bivisor_emulator::isa::Gpr;
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// More than one block can need.
@@ -28,73 +31,6 @@ const LIKE_VSYSCALL: u64 = 0x7fff_ff60_0000;
 /// to the dispatcher.
 fn may_land(start: u64) -> bool {
     page_of(start) != LIKE_VSYSCALL
-}
-
-/// End of a list.
-pub(crate) const NONE: u32 = u32::MAX;
-
-pub(crate) struct Block {
-    pub(crate) start: u64,
-    /// Code offsets.
-    pub(crate) at: u32,
-    pub(crate) end: u32,
-    pub(crate) body: u32,
-    /// Where its marks start; they end where the next block's start.
-    pub(crate) marks: u32,
-    /// The same for its relocations and its exits.
-    pub(crate) relocations: u32,
-    pub(crate) first_exit: u32,
-    pub(crate) landing: Option<Landing>,
-    /// The next block whose landing has the same table entry.
-    pub(crate) next_landing: u32,
-    /// The first exit linked to it; the table of exits holds the rest of the list.
-    pub(crate) incoming: u32,
-    /// The next block made from its first and its last page.
-    pub(crate) next_in_page: [u32; 2],
-    /// Guest bytes it was made from.
-    pub(crate) len: u16,
-    pub(crate) live: bool,
-    pub(crate) home: Home,
-}
-
-/// What a block is found by: its address and where R11 is at its start. No code has an address with only the highest bit changed.
-pub(crate) fn key(rip: u64, home: Home) -> u64 {
-    match home {
-        Home::Slot => rip,
-        Home::Register => rip ^ 1 << 63,
-    }
-}
-
-impl Block {
-    /// See [`key`].
-    pub(crate) fn key(&self) -> u64 {
-        key(self.start, self.home)
-    }
-
-    /// A block at code offset `at`, the body of which is `body` bytes further on; of its guest nothing is known but where it begins
-    /// and what it was made from.
-    pub(crate) fn new((start, home): (u64, Home), (at, size, body): (usize, usize, u32), len: u16) -> Block {
-        Block {
-            start,
-            at: at as u32,
-            end: (at + size) as u32,
-            body: at as u32 + body,
-            marks: 0,
-            relocations: 0,
-            first_exit: 0,
-            landing: None,
-            next_landing: 0,
-            incoming: NONE,
-            next_in_page: [NONE; 2],
-            len,
-            live: true,
-            home,
-        }
-    }
-
-    pub(crate) fn pages(&self) -> [u64; 2] {
-        [page_of(self.start), page_of(self.start.wrapping_add(u64::from(self.len.max(1)) - 1))]
-    }
 }
 
 /// A block that nobody else finds.
@@ -120,9 +56,8 @@ pub struct Store {
     pub(crate) buffer: CodeBuffer,
     /// In order of code offset; the first is the trampolines.
     pub(crate) blocks: Vec<Block>,
-    pub(crate) marks: Vec<Packed>,
-    /// Offset and what it depends on.
-    pub(crate) relocations: Vec<(u16, u16)>,
+    /// Of each block its marks and its relocations.
+    pub(crate) notes: Vec<Packed>,
     pub(crate) index: Index,
     /// The bytes of blocks that compare them, and which of them have been seen to change.
     pub(crate) compared: HashMap<u64, (Vec<u8>, Vec<bool>)>,
@@ -136,8 +71,10 @@ pub struct Store {
     pub(crate) parked: Vec<Group>,
     /// Pages of code, if what is made from them can be kept: see [`crate::persist`].
     pub(crate) pages: Option<Pages>,
-    /// The first block of a page.
+    /// The first block that begins in a page.
     pub(crate) by_page: Map<u64, u32>,
+    /// Those that end in a page and begin in the one before.
+    pub(crate) ending: Map<u64, Vec<u32>>,
     /// Blocks in which something of a page is a constant.
     pub(crate) constants: Map<u64, Vec<(u32, Constant)>>,
     /// For table entries the first block whose landing is tried; 0, which is the trampolines, for none.
@@ -149,6 +86,7 @@ pub struct Store {
     keep: (usize, usize),
     /// Reused.
     pub(crate) unit: Unit,
+    stubs: Vec<u8>,
     pub(crate) stats: CacheStats,
 }
 
@@ -165,8 +103,7 @@ impl Store {
             buffer,
             // Memory is taken when it is used; moving it costs more.
             blocks: Vec::with_capacity(1 << 15),
-            marks: Vec::with_capacity(1 << 16),
-            relocations: Vec::new(),
+            notes: Vec::with_capacity(1 << 16),
             taken: HashSet::new(),
             archive: None,
             began: 1,
@@ -175,6 +112,7 @@ impl Store {
             index: Index::default(),
             compared: HashMap::new(),
             by_page: Map::default(),
+            ending: Map::default(),
             constants: Map::default(),
             landings: Map::default(),
             landed: false,
@@ -182,10 +120,11 @@ impl Store {
             miss: miss as u32,
             keep,
             unit: Unit::default(),
+            stubs: Vec::new(),
             stats: CacheStats::default(),
         };
         store.push((0, Home::Slot), 0, keep.0, 0, 0, (&marks, 0));
-        store.blocks[0].live = false;
+        store.blocks[0].die();
         store
     }
 
@@ -197,14 +136,17 @@ impl Store {
         }
         let constants: usize =
             self.constants.values().map(|all| size_of::<(u64, Vec<u32>)>() + size_of_val(&**all)).sum();
-        let maps =
-            self.by_page.len() * size_of::<(u64, u32)>() + constants + self.landings.len() * size_of::<(u16, u32)>();
+        let ending: usize = self.ending.values().map(|all| size_of::<(u64, Vec<u32>)>() + size_of_val(&**all)).sum();
+        let maps = self.by_page.len() * size_of::<(u64, u32)>()
+            + ending
+            + constants
+            + self.landings.len() * size_of::<(u16, u32)>();
         let pages = self.pages.as_ref().map_or(0, |p| p.len() * size_of::<(u64, crate::persist::adopt::Page)>());
         let compared: usize = self.compared.values().map(|(then, changed)| then.len() + changed.len()).sum();
-        let metadata = bytes(&self.blocks) + bytes(&self.marks) + bytes(&self.relocations) + self.index.memory();
+        let metadata = bytes(&self.blocks) + bytes(&self.notes) + self.index.memory();
         let exits = self.exits_used as usize * Exits::EACH;
         let total = self.buffer.memory() + metadata + exits + maps + pages + compared;
-        (total as u64, self.blocks.iter().map(|b| u64::from(b.len)).sum())
+        (total as u64, self.blocks.iter().map(|b| u64::from(b.len())).sum())
     }
 
     fn push(
@@ -216,20 +158,16 @@ impl Store {
         len: u16,
         (marks, first_exit): (&[Mark], u32),
     ) -> u32 {
-        self.blocks.push(Block {
-            marks: self.marks.len() as u32,
-            relocations: self.relocations.len() as u32,
-            first_exit,
-            ..Block::new(start, (at, size, body), len)
-        });
-        self.marks.extend(marks.iter().map(|m| m.pack(first_exit)));
+        let block = Block::new(start, (at, size, body), marks.len(), len);
+        self.blocks.push(block.knowing(self.notes.len(), first_exit));
+        self.notes.extend(marks.iter().map(|m| m.pack(first_exit)));
         self.blocks.len() as u32 - 1
     }
 
     /// The block at `rip` and the code offset of its body.
     pub fn get(&self, rip: u64, home: Home) -> Option<(u32, u32)> {
         let b = self.index.get(key(rip, home), |b| self.blocks[b as usize].key())?;
-        Some((b, self.blocks[b as usize].body))
+        Some((b, self.blocks[b as usize].body()))
     }
 
     /// Makes a block be found by its address.
@@ -240,7 +178,9 @@ impl Store {
 
     /// Might the next block not fit?
     pub fn is_full(&self) -> bool {
-        !self.buffer.fits(MAX_BLOCK) || self.exits_used + 256 > MAX_EXITS
+        !self.buffer.fits(MAX_BLOCK)
+            || self.exits_used + 256 > MAX_EXITS
+            || self.blocks.len() as u32 + 256 > MOST_BLOCKS
     }
 
     /// Lowers a block and adds it; gives its number and the code offset of its body.
@@ -264,7 +204,7 @@ impl Store {
     pub(crate) fn enter(&mut self, exits: &Exits, (start, home): (u64, Home), unit: &Unit) -> (u32, u32) {
         let first_exit = self.exits_used;
         let b = self.append(exits, (start, home), unit);
-        let body = self.blocks[b as usize].body;
+        let body = self.blocks[b as usize].body();
         self.enter_index(b);
         self.enter_pages(b);
         for (id, exit) in (first_exit..).zip(&unit.exits) {
@@ -283,11 +223,11 @@ impl Store {
 
     /// Enters a block among those of its pages.
     pub(crate) fn enter_pages(&mut self, b: u32) {
-        for (i, page) in self.blocks[b as usize].pages().into_iter().enumerate() {
-            let head = self.by_page.entry(page).or_insert(NONE);
-            if *head != b {
-                self.blocks[b as usize].next_in_page[i] = std::mem::replace(head, b);
-            }
+        let [first, last] = self.blocks[b as usize].pages();
+        let head = self.by_page.entry(first).or_insert(NONE);
+        self.blocks[b as usize].next_in_page = std::mem::replace(head, b);
+        if last != first {
+            self.ending.entry(last).or_default().push(b);
         }
     }
 
@@ -321,11 +261,11 @@ impl Store {
         let unit = std::mem::take(&mut self.unit);
         let first_exit = self.exits_used;
         let b = self.append(exits, (block.start, Home::Slot), &unit) as usize;
-        self.blocks[b].live = false;
+        self.blocks[b].die();
         let begun = unit.exits.iter().map(|e| e.begun).collect();
         let insns = unit.insns;
         self.unit = unit;
-        Apart { body: self.blocks[b].body, insns, first_exit, begun }
+        Apart { body: self.blocks[b].body(), insns, first_exit, begun }
     }
 
     fn lower(&mut self, block: &GuestBlock, home: Home, landing: bool, linked: bool) {
@@ -346,26 +286,45 @@ impl Store {
 
     fn append(&mut self, exits: &Exits, start: (u64, Home), unit: &Unit) -> u32 {
         let at = self.buffer.append(&unit.code);
-        for (id, exit) in (self.exits_used..).zip(&unit.exits) {
-            let site = if exit.site == u32::MAX { 0 } else { at + exit.site as usize };
-            let end = self.buffer.cold_end() as u64;
-            let stub = stub_before(end, id);
-            let base = self.buffer.base();
-            self.buffer.append_cold(&emit_stub(base + stub, id, base));
-            let stub = if exit.short { at + exit.step as usize } else { stub as usize };
-            exits.set(id, exit.leave, exit.home, Place { site, short: exit.short, stub });
-        }
         let first_exit = self.exits_used;
         self.exits_used += unit.exits.len() as u32;
+        for (id, exit) in (first_exit..).zip(&unit.exits) {
+            let site = if exit.site == u32::MAX { 0 } else { exit.site as usize };
+            exits.set(id, exit.leave, exit.home, Place { site, short: exit.short, stub: exit.step as usize });
+        }
+        let stubs = self.append_stubs(first_exit);
         self.stats.blocks += 1;
         self.stats.insns += u64::from(unit.insns);
         self.stats.guest_bytes += u64::from(unit.guest_len);
-        self.stats.host_bytes += (unit.code.len() + unit.exits.len() * STUB) as u64;
+        self.stats.host_bytes += (unit.code.len() + stubs) as u64;
         let b = self.push(start, at, unit.code.len(), unit.body, unit.guest_len, (&unit.marks, first_exit));
         if self.pages.is_some() {
-            self.relocations.extend(unit.relocations.iter().map(|r| (r.at, r.depends.pack())));
+            self.notes.extend(unit.relocations.iter().map(|r| Packed::relocation(*r)));
         }
         b
+    }
+
+    /// Makes the stubs of all exits from this one on; gives how many bytes they are.
+    pub(crate) fn append_stubs(&mut self, first: u32) -> usize {
+        let base = self.buffer.base();
+        let end = base + self.buffer.cold_end() as u64;
+        self.stubs.clear();
+        emit_stubs(&mut self.stubs, end, first..self.exits_used, base);
+        self.buffer.append_cold(&self.stubs);
+        self.stubs.len()
+    }
+
+    /// The exits of a block.
+    pub(crate) fn exits_of(&self, b: u32) -> Range<u32> {
+        let end = self.blocks.get(b as usize + 1).map_or(self.exits_used, |next| next.first_exit);
+        self.blocks[b as usize].first_exit..end
+    }
+
+    /// The marks and the relocations of a block.
+    pub(crate) fn notes_of(&self, b: u32) -> (&[Packed], &[Packed]) {
+        let block = &self.blocks[b as usize];
+        let end = self.blocks.get(b as usize + 1).map_or(self.notes.len(), |next| next.notes as usize);
+        self.notes[block.notes as usize..end].split_at(block.marks() as usize)
     }
 
     pub(crate) fn note_link(&mut self, exits: &Exits, exit: u32, to: u32) {
@@ -375,12 +334,20 @@ impl Store {
 
     /// Where the jump of an exit is patched.
     pub(crate) fn place(&self, exits: &Exits, exit: u32) -> Place {
-        exits.place(exit, stub_before(self.buffer.cold_end() as u64, exit) as usize)
+        // Of blocks without exits and the first after them with some it is the last.
+        let block = self.blocks.partition_point(|b| b.first_exit <= exit) - 1;
+        self.place_in(exits, block as u32, exit)
+    }
+
+    /// The same for an exit of this block.
+    fn place_in(&self, exits: &Exits, block: u32, exit: u32) -> Place {
+        let stub = stub_before(self.buffer.cold_end() as u64, exit) as usize;
+        exits.place(exit, self.blocks[block as usize].at as usize, stub)
     }
 
     /// Patches a jump: to a block or to its stub.
     fn lead(&self, place: Place, to: Option<u32>) {
-        let to = to.map_or(place.stub, |b| self.blocks[b as usize].body as usize);
+        let to = to.map_or(place.stub, |b| self.blocks[b as usize].body() as usize);
         if place.short { self.buffer.patch_short(place.site, to) } else { self.buffer.patch(place.site, to) }
     }
 
@@ -397,12 +364,12 @@ impl Store {
     /// Makes a landing for a block that has none, apart from its body.
     pub fn add_landing(&mut self, b: u32) {
         let block = &self.blocks[b as usize];
-        if block.landing.is_some() || !may_land(block.start) || !self.buffer.fits(MAX_BLOCK) {
+        if block.landing.is_some() || !may_land(block.start()) || !self.buffer.fits(MAX_BLOCK) {
             return;
         }
         let at = self.buffer.next();
         let base = self.buffer.base();
-        let (start, body) = (block.start, base + u64::from(block.body));
+        let (start, body) = (block.start(), base + u64::from(block.body()));
         let mut e = Emitter::new(base + at as u64);
         let mut marks = Vec::new();
         let l = emit_landing(&mut e, &mut marks, start, base + u64::from(self.miss));
@@ -413,7 +380,7 @@ impl Store {
         self.stats.host_bytes += e.len() as u64;
         // It has marks of its own, and is found by host address only.
         let thunk = self.push((start, Home::Slot), at, e.len(), 0, 0, (&marks, self.exits_used));
-        self.blocks[thunk as usize].live = false;
+        self.blocks[thunk as usize].die();
         self.register(b, l.moved(at as u32));
     }
 
@@ -421,7 +388,7 @@ impl Store {
     pub(crate) fn register(&mut self, b: u32, l: Landing) {
         let block = &mut self.blocks[b as usize];
         block.landing = Some(l);
-        let entry = self.buffer.index(block.start);
+        let entry = self.buffer.index(block.start());
         block.next_landing = self.landings.insert(entry, b).unwrap_or(0);
         self.stats.landings += 1;
         self.landed = true;
@@ -454,7 +421,7 @@ impl Store {
     }
 
     pub(crate) fn unregister(&mut self, b: u32) {
-        let entry = self.buffer.index(self.blocks[b as usize].start);
+        let entry = self.buffer.index(self.blocks[b as usize].start());
         let next = self.blocks[b as usize].next_landing;
         let head = self.landings.get(&entry).copied().unwrap_or(0);
         if head == b {
@@ -483,30 +450,32 @@ impl Store {
         for &(b, _) in constants.iter().flatten() {
             self.kill(exits, b);
         }
-        let Some(mut b) = self.by_page.remove(&page) else { return constants.is_some() };
-        while b != NONE {
-            let block = &self.blocks[b as usize];
-            let side = usize::from(block.pages()[0] != page);
-            let next = block.next_in_page[side];
+        let ending = self.ending.remove(&page);
+        for &b in ending.iter().flatten() {
             self.kill(exits, b);
-            b = next;
         }
-        true
+        let first = self.by_page.remove(&page);
+        let mut b = first.unwrap_or(NONE);
+        while b != NONE {
+            self.kill(exits, b);
+            b = self.blocks[b as usize].next_in_page;
+        }
+        constants.is_some() || ending.is_some() || first.is_some()
     }
 
     pub(crate) fn kill(&mut self, exits: &Exits, b: u32) {
         let block = &mut self.blocks[b as usize];
-        if !std::mem::replace(&mut block.live, false) {
+        if !block.die() {
             return;
         }
         let key = block.key();
-        let mut exit = std::mem::replace(&mut block.incoming, NONE);
+        let mut exit = std::mem::replace(&mut block.incoming, exits::NONE);
         self.stats.stale += 1;
         self.index.remove(key, b);
-        while exit != NONE {
+        while exit != exits::NONE {
             self.lead(self.place(exits, exit), None);
             let next = exits.next_linked(exit);
-            exits.set_linked(exit, None, NONE);
+            exits.set_linked(exit, None, exits::NONE);
             exit = next;
         }
         if self.blocks[b as usize].landing.is_some() {
@@ -523,11 +492,11 @@ impl Store {
             self.landings.clear();
         }
         self.blocks.truncate(1);
-        self.marks.truncate(self.keep.1);
+        self.notes.truncate(self.keep.1);
         self.index.clear();
         self.by_page.clear();
+        self.ending.clear();
         self.constants.clear();
-        self.relocations.clear();
         self.pages.iter_mut().for_each(Pages::clear);
         self.taken.clear();
         self.compared.clear();
@@ -547,9 +516,9 @@ impl Store {
     /// Sets all jumps, and the table, of which all is the way out, as this store knows them, in memory that somebody else may have
     /// changed.
     pub fn restore(&mut self, exits: &Exits) {
-        for id in 0..self.exits_used {
-            if let Leave::To(_) = exits.leave(id) {
-                self.lead(self.place(exits, id), exits.linked(id));
+        for b in 0..self.blocks.len() as u32 {
+            for id in self.exits_of(b).filter(|&id| matches!(exits.leave(id), Leave::To(_))) {
+                self.lead(self.place_in(exits, b, id), exits.linked(id));
             }
         }
         for (&entry, &first) in &self.landings {
@@ -567,15 +536,16 @@ impl Store {
     /// The block whose code is at an offset, and its marks.
     fn at(&self, offset: u32) -> Option<(&Block, &[Packed])> {
         let i = self.blocks.partition_point(|b| b.at <= offset).checked_sub(1)?;
-        let block = self.blocks.get(i)?;
-        let end = self.blocks.get(i + 1).map_or(self.marks.len(), |next| next.marks as usize);
-        Some((block, &self.marks[block.marks as usize..end]))
+        Some((&self.blocks[i], self.notes_of(i as u32).0))
     }
 
     /// The exit whose stub is at a code offset.
-    fn stub(&self, offset: u32) -> Option<u32> {
+    fn stub(&self, offset: u32, regs: &dyn Registers) -> Option<u32> {
         let before = (self.buffer.cold_end() as u64).checked_sub(u64::from(offset))?;
-        Some(stub_at(before)).filter(|&id| before > 0 && id < self.exits_used)
+        let inside = (1..=stubs_size(self.exits_used) as u64).contains(&before);
+        let (first, shared) = inside.then(|| stub_at(before))?;
+        let nth = if shared { nth_said(regs.slot(slot::PENDING)) } else { 0 };
+        Some(first + nth).filter(|&id| id < self.exits_used)
     }
 
     /// See [`marks::probes`].
@@ -585,39 +555,39 @@ impl Store {
 
     /// Mends the registers of a thread stopped at a code offset; gives RIP.
     pub fn recover(&self, offset: u32, regs: &mut dyn Registers, exits: &Exits) -> u64 {
-        if let Some(id) = self.stub(offset) {
+        if let Some(id) = self.stub(offset, regs) {
             if exits.home(id) == Home::Slot {
                 regs.set_gpr(Gpr::R11, regs.slot(slot::R11));
             }
             return exits.rip(id);
         }
         let Some((block, marks)) = self.at(offset) else { return 0 };
-        let from = (block.start, block.first_exit);
+        let from = (block.start(), block.first_exit);
         marks::recover(marks, from, (offset - block.at) as usize, regs, &|id| (exits.rip(id), exits.home(id)))
     }
 
     /// The guest instruction at a code offset.
     pub fn guest_address(&self, offset: u32, exits: &Exits) -> Option<u64> {
         let (block, _) = self.at(offset)?;
-        (offset < block.end).then(|| self.recover(offset, &mut NoRegisters, exits))
+        (offset < block.end()).then(|| self.recover(offset, &mut NoRegisters, exits))
     }
 
     /// See [`crate::Cache::map`].
     pub fn map(&self, base: u64) -> String {
-        let line = |b: &Block| format!("{:x} {:x} guest:{:x}\n", base + u64::from(b.at), b.end - b.at, b.start);
+        let line = |b: &Block| format!("{:x} {:x} guest:{:x}\n", base + u64::from(b.at), b.end() - b.at, b.start());
         self.blocks.iter().skip(1).map(line).collect()
     }
 
     /// See [`crate::jitdump`]: host address, guest address and code of each block.
     pub fn all_code(&self, base: u64) -> impl Iterator<Item = (u64, u64, Vec<u8>)> {
         let blocks = self.blocks.iter().skip(1);
-        blocks.map(move |b| (base + u64::from(b.at), b.start, self.buffer.code(b.at as usize..b.end as usize)))
+        blocks.map(move |b| (base + u64::from(b.at), b.start(), self.buffer.code(b.at as usize..b.end() as usize)))
     }
 
     /// The code of the block at a guest address, with its code offset.
     pub fn code(&self, rip: u64) -> Option<(u32, Vec<u8>)> {
         let b = &self.blocks[self.get(rip, Home::Slot)?.0 as usize];
-        Some((b.at, self.buffer.code(b.at as usize..b.end as usize)))
+        Some((b.at, self.buffer.code(b.at as usize..b.end() as usize)))
     }
 }
 

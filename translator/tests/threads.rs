@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 const AREA: u64 = 64 << 10;
 /// Blocks of a chain that does not fit into the small cache.
-const LINKS: u64 = 2000;
+const LINKS: u64 = 2500;
 
 fn map() -> u64 {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;

@@ -10,6 +10,7 @@ pub(crate) mod compare;
 mod copy;
 pub mod memory;
 mod relocate;
+mod stub;
 mod syscall;
 
 use crate::block::{GuestBlock, Item};
@@ -21,6 +22,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 pub use branch::{ADDRESS_BITS, Landing, emit_landing, emit_trampolines, finds_by_pext};
 pub use relocate::{Depends, Relocation, move_code};
+pub use stub::{emit_stubs, exit_said, nth_said, stub_at, stub_before, stubs_size};
 
 /// Why a piece of code is left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -322,31 +324,6 @@ impl Lowering<'_> {
         }
         true
     }
-}
-
-/// Bytes from stub to stub.
-pub const STUB: usize = 17;
-
-/// Where the stub of an exit lies in a space for stubs that ends at `end`.
-pub fn stub_before(end: u64, exit: u32) -> u64 {
-    end - (u64::from(exit) + 1) * STUB as u64
-}
-
-/// The exit whose stub is so many bytes before the end of the stubs.
-pub fn stub_at(before: u64) -> u32 {
-    (before.saturating_sub(1) / STUB as u64) as u32
-}
-
-/// Emits the stub of an exit: it says which it is and goes to the way out.
-pub fn emit_stub(at: u64, exit: u32, way_out: u64) -> [u8; STUB] {
-    let mut code = [0; STUB];
-    // mov dword gs:[EXIT], exit; jmp way_out
-    code[..4].copy_from_slice(&[0x65, 0xc7, 0x04, 0x25]);
-    code[4..8].copy_from_slice(&gs(slot::EXIT).to_le_bytes());
-    code[8..12].copy_from_slice(&exit.to_le_bytes());
-    code[12] = 0xe9;
-    code[13..17].copy_from_slice(&(way_out.wrapping_sub(at + 17) as u32).to_le_bytes());
-    code
 }
 
 /// Lowers `block`; with a landing if it is the target of an indirect branch. The vectors of `old` are used again.

@@ -3,12 +3,13 @@
 use crate::block::{CodeSource, Constant, Opened, is_user, page_of};
 use crate::emit::Emitter;
 use crate::exits::{Exits, MAX_EXITS, Place};
-use crate::lower::{Landing, Leave, STUB, emit_landing, emit_stub, move_code, stub_before};
-use crate::marks::Home;
+use crate::known::Block;
+use crate::lower::{Landing, Leave, emit_landing, move_code, stub_before, stubs_size};
+use crate::marks::{Home, Packed};
 use crate::persist::Archive;
 use crate::persist::cluster::{Cluster, Row};
 use crate::persist::hash::{Sum, sum};
-use crate::store::{Block, Store};
+use crate::store::Store;
 use crate::system::hash::Map;
 use bivisor_emulator::mem::PAGE_SIZE;
 use std::collections::HashSet;
@@ -164,7 +165,8 @@ impl Adoption<'_> {
     }
 
     fn run(mut self, store: &mut Store, exits: &Exits, c: &Cluster<'_>) {
-        let stubs = c.exits().len() * STUB;
+        // One tail more than they need.
+        let stubs = stubs_size(c.exits().len() as u32 + 12);
         let fits = store.buffer.fits(self.pad + c.code.len() + stubs);
         if !fits || store.exits_used as usize + c.exits().len() > MAX_EXITS as usize {
             return;
@@ -176,9 +178,10 @@ impl Adoption<'_> {
         self.blocks(store, c, &mut e.bytes);
         self.exits(store, exits, c, &mut e.bytes);
         store.buffer.append(&e.bytes);
-        store.stats.host_bytes += (e.len() + stubs) as u64;
-        store.unit.code = e.bytes;
+        let first = store.exits_used;
         store.exits_used += c.exits().len() as u32;
+        store.stats.host_bytes += (e.len() + store.append_stubs(first)) as u64;
+        store.unit.code = e.bytes;
         for (b, landing) in self.landings {
             store.register(b, landing);
         }
@@ -194,19 +197,18 @@ impl Adoption<'_> {
         let mut relocations = std::mem::take(&mut store.unit.relocations);
         let mut landing = Emitter::new(0);
         let mut all = c.relocations();
+        let mut marks = c.marks();
         let (mut at, mut first_exit) = (self.at, store.exits_used);
-        let (mut marks, mut of_file) = (store.marks.len() as u32, store.relocations.len() as u32);
         for row in c.rows() {
             relocations.clear();
             relocations.extend(all.by_ref().take(row.relocations.into()));
             let start = row.start.wrapping_add(self.move_by);
             let b = store.blocks.len() as u32;
-            let block = Block {
-                first_exit,
-                marks,
-                relocations: of_file,
-                ..Block::new((start, row.home), (at, row.size.into(), row.body.into()), row.len)
-            };
+            let sizes = (at, row.size.into(), row.body.into());
+            let block = Block::new((start, row.home), sizes, row.marks.into(), row.len);
+            let block = block.knowing(store.notes.len(), first_exit);
+            store.notes.extend(marks.by_ref().take(row.marks.into()));
+            store.notes.extend(relocations.iter().map(|r| Packed::relocation(*r)));
             let pages = block.pages();
             store.blocks.push(block);
             let bytes = &mut code[self.pad + at - self.at..][..row.size.into()];
@@ -234,15 +236,11 @@ impl Adoption<'_> {
                 store.stats.adopted += 1;
                 store.stats.guest_bytes += u64::from(row.len);
             } else {
-                store.blocks[b as usize].live = false;
+                store.blocks[b as usize].die();
             }
             at += usize::from(row.size);
             first_exit += u32::from(row.exits);
-            marks += u32::from(row.marks);
-            of_file += u32::from(row.relocations);
         }
-        store.marks.extend(c.marks());
-        store.relocations.extend(c.relocations().map(|r| (r.at, r.depends.pack())));
         store.unit.relocations = relocations;
     }
 
@@ -268,27 +266,23 @@ impl Adoption<'_> {
 
     /// Defines the exits of all blocks, links them and makes their stubs.
     fn exits(&self, store: &mut Store, exits: &Exits, c: &Cluster<'_>, code: &mut [u8]) {
-        let (base, end) = (store.buffer.base(), store.buffer.cold_end() as u64);
-        let (first, count) = (store.exits_used, c.exits().len());
-        let mut stubs = vec![0; count * STUB];
-        let mut all = (first..).zip(c.exits());
+        let end = store.buffer.cold_end() as u64;
+        let mut all = (store.exits_used..).zip(c.exits());
         let mut bound = self.bound.iter().peekable();
         for (b, row) in (self.first_block..).zip(c.rows()) {
-            let (at, live) = (store.blocks[b as usize].at as usize, store.blocks[b as usize].live);
+            let (at, live) = (store.blocks[b as usize].at as usize, store.blocks[b as usize].is_live());
             let end_of_block = store.blocks[b as usize].first_exit + u32::from(row.exits);
             let constant = bound.next_if(|(with, _)| *with == b).map(|(_, c)| Leave::To(c.target));
             for (id, exit) in all.by_ref().take(row.exits.into()) {
                 let stub = stub_before(end, id);
-                let last = count - (id - first) as usize;
-                stubs[(last - 1) * STUB..last * STUB].copy_from_slice(&emit_stub(base + stub, id, base));
                 let leave = constant.filter(|_| id + 1 == end_of_block).unwrap_or(exit.leave.moved(self.move_by));
                 let Leave::To(target) = leave else {
-                    exits.set(id, leave, exit.home, Place { site: 0, short: false, stub: stub as usize });
+                    exits.set(id, leave, exit.home, Place { site: 0, short: false, stub: 0 });
                     continue;
                 };
                 let site = at + usize::from(exit.site);
-                let jump = if exit.short { at + usize::from(exit.step) } else { stub as usize };
-                exits.set(id, leave, exit.home, Place { site, short: exit.short, stub: jump });
+                let place = Place { site: exit.site.into(), short: exit.short, stub: exit.step.into() };
+                exits.set(id, leave, exit.home, place);
                 let to = match exit.inside {
                     _ if !live => None,
                     _ if exit.short => Some(b),
@@ -298,7 +292,7 @@ impl Adoption<'_> {
                 // What leads to a block of the cluster does so already.
                 let leads = to.is_some() && to == exit.inside.map(|n| self.first_block + u32::from(n));
                 if !leads && !exit.short {
-                    let to = to.map_or(stub, |to| store.blocks[to as usize].body.into());
+                    let to = to.map_or(stub, |to| store.blocks[to as usize].body().into());
                     let field = &mut code[self.pad + site - self.at..][..4];
                     field.copy_from_slice(&(to.wrapping_sub(site as u64 + 4) as u32).to_le_bytes());
                 }
@@ -307,6 +301,5 @@ impl Adoption<'_> {
                 }
             }
         }
-        store.buffer.append_cold(&stubs);
     }
 }

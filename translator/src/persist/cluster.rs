@@ -1,7 +1,8 @@
 //! Blocks that were executed one after another, as bytes and back: one piece of host code in which they jump to each other without
 //! having to be linked, and what is known of them in the form the store has it. All numbers are little-endian.
 
-use crate::lower::{Depends, Leave, Relocation, STUB};
+use crate::known::Block;
+use crate::lower::{Depends, Leave, Relocation, stubs_size};
 use crate::marks::{Home, Packed};
 use crate::persist::hash::Sum;
 
@@ -260,13 +261,14 @@ impl<'a> Cluster<'a> {
                 Some(Relocation { depends: Depends::Stub(n), .. }) => n < r.exits,
                 found => found.is_some(),
             });
-            exits && marks && relocations && (bound || !r.constant) && r.body <= r.size && r.len > 0
+            let small = Block::can_be(r.size.into(), r.body.into(), r.marks.into(), r.len.into());
+            exits && marks && relocations && small && (bound || !r.constant) && r.body <= r.size && r.len > 0
         });
         let whole = exits.len() == 0 && marks.is_empty() && relocations.next().is_none();
         rows && whole
             && constants == self.constants.len()
             && at == self.code.len() as u64
-            && self.code.len() + self.exits.len() * STUB <= MOST_CODE
+            && self.code.len() + stubs_size(self.exits.len() as u32) <= MOST_CODE
     }
 }
 

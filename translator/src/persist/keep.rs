@@ -3,12 +3,13 @@
 use crate::block::{Constant, page_of};
 use crate::emit::Emitter;
 use crate::exits::Exits;
-use crate::lower::{Depends, Leave, Relocation, emit_landing, move_code};
+use crate::known::{Block, key};
+use crate::lower::{Leave, Relocation, emit_landing, move_code};
 use crate::marks::Mark;
 use crate::persist::adopt::Content;
 use crate::persist::archive::{Name, within};
 use crate::persist::cluster::{FULL, KeptExit, MOST_BLOCKS, Making, Row};
-use crate::store::{Block, Store, key};
+use crate::store::Store;
 use crate::system::hash::Map;
 use std::collections::{HashMap, HashSet};
 
@@ -20,7 +21,7 @@ impl Store {
     /// What is in the first and in the last page of a block that can be kept.
     pub(crate) fn contents(&self, b: &Block) -> Option<[Content; 2]> {
         let [first, last] = b.pages();
-        let content = self.content(first).filter(|_| b.live)?;
+        let content = self.content(first).filter(|_| b.is_live())?;
         Some([content, if last == first { content } else { self.content(last)? }])
     }
 
@@ -44,12 +45,12 @@ impl Store {
         let mut clusters = Vec::new();
         for (n, b) in self.blocks.iter().enumerate().skip(1) {
             let Some([first, last]) = self.contents(b) else { continue };
-            if first.mapping != last.mapping || !seen.insert((first.sum, within(b.start, b.home))) {
+            if first.mapping != last.mapping || !seen.insert((first.sum, within(b.start(), b.home()))) {
                 continue;
             }
             let (blocks, size) = open.entry((first.mapping, constants.contains_key(&(n as u32)))).or_default();
             blocks.push(n);
-            *size += (b.end - b.at) as usize;
+            *size += (b.end() - b.at) as usize;
             if blocks.len() == MOST_BLOCKS || *size > FULL {
                 clusters.push(self.cluster(exits, blocks, &constants).bytes());
                 (*blocks, *size) = (Vec::new(), 0);
@@ -67,7 +68,7 @@ impl Store {
         for &n in blocks {
             let ordinal = made.rows.len() as u16;
             if self.add(exits, n, constants.get(&(n as u32)), &mut made) {
-                ordinals.insert(key(self.blocks[n].start, self.blocks[n].home), ordinal);
+                ordinals.insert(self.blocks[n].key(), ordinal);
             }
         }
         let mut all = made.exits.iter_mut();
@@ -99,35 +100,32 @@ impl Store {
     fn add(&self, exits: &Exits, n: usize, constant: Option<&Constant>, made: &mut Making) -> bool {
         let b = &self.blocks[n];
         let Some(contents) = self.contents(b) else { return false };
-        let after = self.blocks.get(n + 1);
-        let marks = &self.marks[b.marks as usize..after.map_or(self.marks.len(), |a| a.marks as usize)];
-        let relocations =
-            &self.relocations[b.relocations as usize..after.map_or(self.relocations.len(), |a| a.relocations as usize)];
-        let ids = b.first_exit..after.map_or(self.exits_used, |a| a.first_exit);
-        let old = (b.body - b.at) as u16;
+        let (marks, relocations) = self.notes_of(n as u32);
+        let old = (b.body() - b.at) as u16;
         let base = self.buffer.base();
         let mut e = Emitter::new(made.host + made.code.len() as u64);
         let mut landing_marks: Vec<Mark> = Vec::new();
         if b.landing.is_some() {
-            emit_landing(&mut e, &mut landing_marks, b.start, base + u64::from(self.miss));
+            emit_landing(&mut e, &mut landing_marks, b.start(), base + u64::from(self.miss));
         }
-        let inside = |at: usize| (at - b.body as usize) as u16;
-        let mut kept: Vec<KeptExit> = ids.map(|id| self.kept(exits, id, &inside)).collect();
+        let inside = |at: usize| (at - b.body() as usize) as u16;
+        let mut kept: Vec<KeptExit> = self.exits_of(n as u32).map(|id| self.kept(exits, id, &inside)).collect();
         // A block that ends before the branch does not know where it leads.
         let last = kept.last().copied();
         let constant = constant.filter(|c| last.is_some_and(|e| e.leave == Leave::To(c.target)));
         if constant.is_some_and(|_| last.is_some_and(|e| e.short)) {
             return false;
         }
-        e.nops(padding(&kept, base + u64::from(b.body), e.here()));
+        e.nops(padding(&kept, base + u64::from(b.body()), e.here()));
         let body = e.len() as u16;
         let place = e.here();
-        e.bytes.extend_from_slice(&self.buffer.code(b.body as usize..b.end as usize));
+        e.bytes.extend_from_slice(&self.buffer.code(b.body() as usize..b.end() as usize));
         let relocations: Vec<Relocation> = relocations
             .iter()
-            .map(|&(at, depends)| Relocation { at: at.saturating_sub(old), depends: Depends::unpack(depends) })
+            .map(|r| r.as_relocation())
+            .map(|r| Relocation { at: r.at.saturating_sub(old), ..r })
             .collect();
-        let host = place.wrapping_sub(base + u64::from(b.body));
+        let host = place.wrapping_sub(base + u64::from(b.body()));
         let stubs = base + self.buffer.cold_end() as u64;
         if !move_code(&mut e.bytes[body.into()..], &relocations, (host, 0), place, (stubs, 0)) {
             return false;
@@ -141,14 +139,14 @@ impl Store {
             landing_marks.into_iter().chain(of_body.map(|m| Mark { at: m.at - old + body, ..m })).collect();
         made.constants.extend(constant.map(|c| c.at));
         made.rows.push(Row {
-            start: b.start,
+            start: b.start(),
             size: e.len() as u16,
             body,
-            len: b.len,
+            len: b.len(),
             marks: marks.len() as u16,
             exits: kept.len() as u16,
             relocations: relocations.len() as u16,
-            home: b.home,
+            home: b.home(),
             landing: b.landing.is_some(),
             constant: constant.is_some(),
         });

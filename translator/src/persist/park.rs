@@ -5,10 +5,11 @@
 
 use crate::block::CodeSource;
 use crate::exits::Exits;
+use crate::known::{Block, NONE};
 use crate::lower::{Landing, Leave};
 use crate::persist::adopt::{Content, content_of};
 use crate::persist::hash::Sum;
-use crate::store::{Block, NONE, Store};
+use crate::store::Store;
 use std::ops::Range;
 
 /// The code of a mapping that is gone.
@@ -53,13 +54,11 @@ impl Store {
             let mut b = head;
             while b != NONE {
                 let block = &self.blocks[b as usize];
-                let [first, last] = block.pages();
-                let (landing, next) = (block.landing, block.next_in_page[usize::from(first != page)]);
+                let [_, last] = block.pages();
+                let (landing, next) = (block.landing, block.next_in_page);
                 if let Some(g) = group.as_mut().filter(|g| g.range.contains(&last) && self.stays(exits, b, &g.range)) {
-                    if first == page {
-                        g.blocks.push(b);
-                        g.landings.extend(landing.map(|l| (b, l)));
-                    }
+                    g.blocks.push(b);
+                    g.landings.extend(landing.map(|l| (b, l)));
                 } else {
                     self.kill(exits, b);
                 }
@@ -67,9 +66,6 @@ impl Store {
             }
         }
         for g in &mut groups {
-            // A block that goes on in the next page may have gone from there.
-            g.blocks.retain(|&b| self.blocks[b as usize].live);
-            g.landings.retain(|&(b, _)| self.blocks[b as usize].live);
             g.landings.iter().for_each(|&(b, _)| self.unregister(b));
         }
         groups.retain(|g| !g.blocks.is_empty());
@@ -80,12 +76,11 @@ impl Store {
     /// Can it be kept, and do its jumps stay inside?
     fn stays(&self, exits: &Exits, b: u32, range: &Range<u64>) -> bool {
         let block: &Block = &self.blocks[b as usize];
-        let end = self.blocks.get(b as usize + 1).map_or(self.exits_used, |next| next.first_exit);
         let inside = |id: u32| match exits.leave(id) {
             Leave::To(rip) => range.contains(&rip) || exits.linked(id).is_none(),
             _ => true,
         };
-        self.contents(block).is_some() && (block.first_exit..end).all(inside)
+        self.contents(block).is_some() && self.exits_of(b).all(inside)
     }
 
     /// The pages of the group at an address, if there is one.
@@ -109,6 +104,11 @@ impl Store {
         }
         for b in group.blocks {
             self.enter_index(b);
+            if let [first, last] = self.blocks[b as usize].pages()
+                && last != first
+            {
+                self.ending.entry(last).or_default().push(b);
+            }
         }
         for (b, landing) in group.landings {
             self.register(b, landing);
