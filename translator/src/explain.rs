@@ -199,7 +199,7 @@ fn kernel_at(bytes: &[u8], start: u64, model: Arc<CpuModel>, mode: system::Mode)
     ram.write(gpa, &bytes[..bytes.len().min(2 * PAGE_SIZE as usize)])?;
     let routes = Routes::new(model, Policy::default());
     let mut next = || Some(2 * PAGE_SIZE);
-    let mut source = system::block::Source { ram: &ram, gpa, next: &mut next };
+    let mut source = system::block::Source { ram: &ram, gpa, next: &mut next, known: &|_| false };
     let (mut block, _) = system::block::decode(&mut source, start, mode, &routes, crate::block::MAX_INSNS)?;
     // What was given ends somewhere; zeros behind it are not code.
     let given = |i: &system::block::Item| usize::from(i.at) + usize::from(i.len) <= bytes.len();

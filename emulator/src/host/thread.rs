@@ -80,7 +80,7 @@ struct Attached {
 
 const STACK_SIZE: usize = 128 << 10;
 /// Bytes after it, in which an engine may make pages readable.
-pub const ENGINE_CHECKS_SIZE: usize = 1 << 20;
+pub const ENGINE_CHECKS_SIZE: usize = 2 << 20;
 const BLOCK_SIZE: usize = ENGINE_AREA_OFFSET + ENGINE_AREA_SIZE + ENGINE_CHECKS_SIZE;
 const _: () = assert!(size_of::<ThreadBlock>() <= ENGINE_AREA_OFFSET);
 

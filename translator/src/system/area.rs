@@ -5,6 +5,7 @@
 #![allow(unsafe_code)]
 
 use crate::emit::{ALL_OF_IT, slot};
+use crate::system::mirror::{SLOTS, USUAL};
 use bivisor_emulator::host::thread::{ENGINE_AREA_OFFSET, ENGINE_AREA_SIZE, ENGINE_CHECKS_SIZE, ThreadBlock};
 use std::io::{Error, Result};
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
@@ -116,6 +117,8 @@ pub mod at {
     pub const IRET_DESCRIPTORS: usize = SLOTS + 0x428;
     /// CS and SS after it.
     pub const IRET_SEGMENTS: usize = SLOTS + 0x438;
+    /// FS base of translated code: host minus guest address of the usual slots of the mirror, or 0.
+    pub const DISTANCE: usize = SLOTS + 0x3d8;
     /// TSC offset.
     pub const TSC_OFFSET: usize = SLOTS + 0x110;
     /// XMM0 to XMM15.
@@ -129,10 +132,12 @@ pub mod at {
     pub const FAST: usize = TLB + crate::system::tlb::CONTEXTS * crate::system::tlb::TABLE;
 }
 
-/// Offset of the only readable page behind the area. Generated code that takes a slot of the mirror for granted reads there, further by
+/// Offset of a readable page behind the area among others that are not. Generated code that takes a slot of the mirror for granted reads there, further by
 /// a page for each slot that the address is away from it ([`crate::system::mirror`]).
-pub const CHECKED: usize = ENGINE_AREA_SIZE + 4096 * (crate::system::mirror::SLOTS - 1);
-const _: () = assert!(CHECKED + 4096 * 2 * crate::system::mirror::SLOTS <= ENGINE_AREA_SIZE + ENGINE_CHECKS_SIZE);
+pub const CHECKED: usize = ENGINE_AREA_SIZE + 4096 * (SLOTS - 1);
+/// Offset of a page for each slot, of which those of the usual ones are readable: what else bits 32 to 47 of an address lead to is not.
+pub const USUALLY: usize = CHECKED + 4096 * 2 * SLOTS;
+const _: () = assert!(USUALLY + 4096 * 2 * SLOTS <= ENGINE_AREA_SIZE + ENGINE_CHECKS_SIZE);
 
 /// Entries of the map of code pages.
 pub const CELLS: usize = 2048;
@@ -225,15 +230,16 @@ impl Area {
             return Err(Error::last_os_error());
         }
         self.base = p.cast();
-        let page = (block.this as usize + ENGINE_AREA_OFFSET + CHECKED) as *mut libc::c_void;
-        // SAFETY: a page of the block's own mapping, in which there is nothing.
-        match unsafe { libc::mprotect(page, 4096, libc::PROT_READ) } {
-            0 => {
-                block.scratch[slot::AREA_OWNER].set(self.id);
-                Ok(())
+        let usual = (0..SLOTS).filter(|n| USUAL >> n & 1 != 0).map(|n| USUALLY + 4096 * n);
+        for page in usual.chain([CHECKED]) {
+            let page = (block.this as usize + ENGINE_AREA_OFFSET + page) as *mut libc::c_void;
+            // SAFETY: a page of the block's own mapping, in which there is nothing.
+            if unsafe { libc::mprotect(page, 4096, libc::PROT_READ) } != 0 {
+                return Err(Error::last_os_error());
             }
-            _ => Err(Error::last_os_error()),
         }
+        block.scratch[slot::AREA_OWNER].set(self.id);
+        Ok(())
     }
 
     /// The thread may end, or another engine map its own there.

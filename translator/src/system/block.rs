@@ -245,6 +245,8 @@ pub struct Source<'a> {
     pub gpa: u64,
     /// Guest-physical address of the page that follows in linear memory, if it is needed and there.
     pub next: &'a mut dyn FnMut() -> Option<u64>,
+    /// Is there a block at this linear address, so that one in the mirror which has branched before may end there?
+    pub known: &'a dyn Fn(u64) -> bool,
 }
 
 /// Decodes the block at `start`; `None` if its first instruction cannot be. The second value: it reaches into the next page.
@@ -290,7 +292,8 @@ pub fn decode(
         at += iced.len();
         items.push(item);
         branches += usize::from(item.way == Way::Conditional);
-        if item.way.ends() || crossing {
+        let met = mode.is_mirrored() && branches > 0 && (source.known)(start.wrapping_add(at as u64));
+        if item.way.ends() || crossing || met {
             break;
         }
     }

@@ -1,6 +1,7 @@
 //! The code cache of one virtual CPU: blocks by address and mode, the links between them, what stores make stale.
 
 mod fast;
+mod hints;
 
 use crate::code_buffer::CodeBuffer;
 use crate::emit::{Emitter, slot};
@@ -16,6 +17,7 @@ use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::isa::{Gpr, MAX_INSN_LEN};
 use bivisor_emulator::mem::{PAGE_SIZE, Ram};
 use dynasmrt::{DynasmApi, dynasm};
+use hints::Hints;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
@@ -32,17 +34,6 @@ const MOST_LINKS: u8 = 8;
 
 /// What a block is known by: linear address, guest-physical address, mode.
 pub type Key = (u64, u64, Mode);
-
-/// What experience says of a block.
-#[derive(Clone, Copy, Debug, Default)]
-struct Hints {
-    /// Ranges lie in two pages.
-    apart: bool,
-    /// What is loaded from may not be stored to.
-    strict: bool,
-    /// A division faulted.
-    divides: bool,
-}
 
 /// A translated block.
 #[derive(Debug)]
@@ -148,8 +139,8 @@ pub struct Cache {
     hints: Map<Key, Hints>,
     /// Slots of the mirror in which instructions of a block found what they access.
     learned: Map<Key, Vec<(u16, Option<u8>)>>,
-    /// The registers and the slots in use, for the next block that is made.
-    pub guess: ([u64; 16], u64),
+    /// The registers, the slots in use and the usual ones, for the next block that is made.
+    pub guess: ([u64; 16], u64, u64),
     numbers: Map<(u64, u64, bool), u32>,
     /// By linear page, as code of CPL 3 or not: which of the map of code pages. Given out in turn, so that few pages share one.
     cells: Map<(u64, bool), u16>,
@@ -204,7 +195,7 @@ impl Cache {
             origins: Map::default(),
             hints: Map::default(),
             learned: Map::default(),
-            guess: ([0; 16], 0),
+            guess: ([0; 16], 0, 0),
             numbers: Map::default(),
             cells: Map::default(),
             ways_in: Vec::new(),
@@ -325,7 +316,8 @@ impl Cache {
             second = next();
             second
         };
-        let mut source = Source { ram, gpa, next: &mut next };
+        let met = |to: u64| self.by_key.contains_key(&(to, gpa.wrapping_add(to.wrapping_sub(rip)), mode));
+        let mut source = Source { ram, gpa, next: &mut next, known: &met };
         let (block, crosses) = decode(&mut source, rip, mode, &self.routes, most)?;
         let page = |a: u64| a & !(PAGE_SIZE - 1);
         let pages = [page(gpa), if crosses { page(second?) } else { page(gpa) }];
@@ -347,6 +339,7 @@ impl Cache {
             guess: Guess {
                 gpr: self.guess.0,
                 used: self.guess.1,
+                usual: self.guess.2,
                 learned: self.learned.get(&key).cloned().unwrap_or_default(),
             },
         };
@@ -379,6 +372,7 @@ impl Cache {
         self.recipes.extend_from_slice(&unit.recipes);
         let e = unit.entries;
         let word = e.word.map(|(at, registers)| (at + offset, registers));
+        let sure = e.sure.map(|(at, registers)| (at + offset, registers));
         self.counts.blocks += 1;
         self.counts.insns += u64::from(unit.insns);
         self.blocks.push(Block {
@@ -389,7 +383,7 @@ impl Cache {
             len: block.bytes.len() as u16,
             at: offset,
             end: offset + unit.code.len() as u32,
-            entries: Entries { host: e.host + offset, slot: e.slot + offset, word, ..e },
+            entries: Entries { host: e.host + offset, slot: e.slot + offset, word, sure, ..e },
             flags_dead: block.flags_dead,
             insns: unit.insns,
             cell,
@@ -465,7 +459,9 @@ impl Cache {
         let loose = !one_page && source.mode.is_mirrored();
         if one_page || loose {
             let e = target.entries;
+            let sure = e.for_sure(exit.flags, target.flags_dead, exit.sure);
             let to = match (exit.flags, self.with_word(&exit, target)) {
+                _ if sure.is_some() => sure.unwrap_or(e.host),
                 (_, Some((to, _))) => to,
                 (Flags::Slot, _) => e.slot,
                 (Flags::Host, _) => e.host,
@@ -643,60 +639,6 @@ impl Cache {
         inside.then_some(())?;
         ram.read(gpa, &mut bytes)?;
         Some(bytes)
-    }
-
-    /// The block of an exit was made with a wrong expectation.
-    pub fn learn(&mut self, id: u32, apart: bool) {
-        let stub = self.exits[id as usize].stub;
-        let Some(b) = self.blocks.partition_point(|x| x.at <= stub).checked_sub(1) else { return };
-        let block = &self.blocks[b];
-        if !block.live {
-            return;
-        }
-        let hints = self.hints.entry((block.rip, block.gpa, block.mode)).or_default();
-        let hint = if apart { &mut hints.apart } else { &mut hints.strict };
-        if !std::mem::replace(hint, true) {
-            self.kill(b as u32);
-        }
-    }
-
-    /// The base register of an access at this host address is not near to what is accessed.
-    pub fn distant(&mut self, pc: u64) {
-        self.hint(pc, |hints| &mut hints.apart);
-    }
-
-    /// The instruction at this host address accesses memory in another slot than was expected.
-    pub fn astray(&mut self, pc: u64, slot: u8) {
-        let Some((block, at)) = self.point(pc).map(|(b, p)| (b, p.at)) else { return };
-        let key = (block.rip, block.gpa, block.mode);
-        let at_this_host = pc.wrapping_sub(self.buffer.base()) as u32;
-        let learned = self.learned.entry(key).or_default();
-        match learned.iter_mut().find(|(n, _)| *n == at) {
-            Some((_, known)) => *known = None,
-            None => learned.push((at, Some(slot))),
-        }
-        if let Some(b) = self.blocks.partition_point(|b| b.at <= at_this_host).checked_sub(1) {
-            self.kill(b as u32);
-        }
-    }
-
-    /// A division at this host address faulted.
-    pub fn divided(&mut self, pc: u64) {
-        self.hint(pc, |hints| &mut hints.divides);
-    }
-
-    /// The block at this host address is to be made with another expectation.
-    fn hint(&mut self, pc: u64, which: fn(&mut Hints) -> &mut bool) {
-        let at = pc.wrapping_sub(self.buffer.base()) as u32;
-        let Some(b) = self.blocks.partition_point(|b| b.at <= at).checked_sub(1) else { return };
-        let block = &self.blocks[b];
-        if !block.live {
-            return;
-        }
-        let hints = self.hints.entry((block.rip, block.gpa, block.mode)).or_default();
-        if !std::mem::replace(which(hints), true) {
-            self.kill(b as u32);
-        }
     }
 
     /// Makes a block stale.

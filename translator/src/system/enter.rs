@@ -5,6 +5,9 @@
 //! is; otherwise, and whenever somebody wants the XSAVE image of `CpuState` ([`sync`]), everything goes there. What Rust code leaves in
 //! the upper parts is not seen: VEX and EVEX instructions run only in modes that were entered with the image.
 //!
+//! FS base is the distance of the usual slots of the mirror meanwhile ([`at::DISTANCE`]), if there is one; Rust has its own back on all
+//! ways out, and in the signal handler.
+//!
 //! Code of a mode without vector instructions ([`at::ASLEEP`]) is entered and left without any of that: kernels hardly ever use them.
 #![allow(unsafe_code)]
 
@@ -12,6 +15,7 @@ use crate::registers::{load_registers, store_others};
 use crate::system::area::{Area, at, gs};
 use bivisor_emulator::cpu::CpuState;
 use bivisor_emulator::cpu::xsave::Layout;
+use bivisor_emulator::host::thread::ThreadBlock;
 use bivisor_emulator::isa::Gpr;
 use std::arch::global_asm;
 use std::ffi::c_void;
@@ -28,6 +32,26 @@ pub const KICKED: u32 = 0xffff_ff03;
 
 const AVX: u64 = 1;
 const RAX: usize = offset_of!(CpuState, gpr) + 8 * Gpr::Rax as usize;
+
+/// Gives Rust its FS base back; changes RAX and EFLAGS.
+macro_rules! host_fs {
+    () => {
+        concat!(
+            "cmp qword ptr gs:[{distance}], 0\n",
+            "je 30f\n",
+            "mov rax, gs:[{host_fs}]\n",
+            "wrfsbase rax\n",
+            "30:\n",
+        )
+    };
+}
+
+/// FS base for translated code; changes RAX and EFLAGS.
+macro_rules! code_fs {
+    () => {
+        concat!("mov rax, gs:[{distance}]\n", "test rax, rax\n", "je 31f\n", "wrfsbase rax\n", "31:\n")
+    };
+}
 
 /// Loads what a call of Rust may change, as it was noted before the call.
 macro_rules! load_callers {
@@ -61,6 +85,7 @@ global_asm!(
     "bivisor_system_from:",
     "cmp dword ptr gs:[{look}], 0",
     "jne bivisor_system_abort",
+    code_fs!(),
     "mov rbx, gs:[{cpu}]",
     "cmp dword ptr gs:[{asleep}], 0",
     "jne 20f",
@@ -94,6 +119,7 @@ global_asm!(
     "bivisor_system_to:",
     "bivisor_system_abort:",
     "mov rsp, gs:[{host_rsp}]",
+    host_fs!(),
     "mov dword ptr gs:[{exit}], {aborted}",
     "cmp dword ptr gs:[{vectors_at}], 2",
     "jne 7f",
@@ -116,6 +142,7 @@ global_asm!(
     "seto al",
     "movzx eax, ax",
     "mov gs:[{exit_status}], rax",
+    host_fs!(),
     store_others!(),
     "mov rsp, gs:[{host_rsp}]",
     "cmp dword ptr gs:[{asleep}], 0",
@@ -165,6 +192,7 @@ global_asm!(
     "mov gs:[{caller} + 80], r10",
     "mov gs:[{caller} + 88], r11",
     "mov rsp, gs:[{host_rsp}]",
+    host_fs!(),
     "mov rdi, gs:[{call}]",
     "mov esi, dword ptr gs:[{exit}]",
     // Six registers and the return address are above.
@@ -177,6 +205,7 @@ global_asm!(
     "cmp dword ptr gs:[{look}], 0",
     "jne bivisor_system_give_up",
     "mov gs:[{entry}], rax",
+    code_fs!(),
     load_callers!(),
     "jmp qword ptr gs:[{entry}]",
     "bivisor_system_returned:",
@@ -232,6 +261,8 @@ global_asm!(
     "mov dword ptr gs:[{vectors_at}], 1",
     "ret",
     look = const crate::emit::gs(crate::emit::slot::LOOK),
+    distance = const gs(at::DISTANCE),
+    host_fs = const offset_of!(ThreadBlock, host_fs),
     aborted = const ABORTED,
     host_rsp = const gs(at::HOST_RSP),
     entry = const gs(at::ENTRY),

@@ -10,6 +10,11 @@
 //! is loaded without the address, and a load beside it makes sure ([`area::CHECKED`]): bits 32 to 47 of the address lead it to
 //! the one page that is readable, or, if the slot is another, to one that is not.
 //!
+//! The slots where Linux has position-independent programs, libraries and stacks ([`USUAL`]) have one distance, which is FS base while
+//! translated code runs: an access there is the guest's own with another segment. It still only follows where its base register is known
+//! to be in one of them, or in the empty space beside: because a load made sure ([`area::USUALLY`]), because an access near by did not fault,
+//! or because all that jump past the load know it.
+//!
 //! A fault maps the page if the guest may access it, for loads, or for stores too if its dirty flag is set and no store there needs care,
 //! and those around it that the guest has accessed before. Whatever takes pages from the inline TLB takes them from here. A fault costs
 //! some microseconds, so only code of address spaces that have not changed for a while uses the mirror ([`Mode`](super::Mode)).
@@ -33,11 +38,18 @@ const SLOT: u64 = 1 << SLOT_BITS;
 /// Bytes on either side of a slot that stay empty: more than displacements, what is added to a base register in a block, and eight times an
 /// index of 32 bits can reach.
 const GUARD: u64 = 64 << 30;
+/// The slots that share a distance, as bits: a Linux kernel loads position-independent programs at two thirds of the address space and up
+/// to 1 TiB above, and maps libraries and stacks within 1 TiB of its end.
+pub const USUAL: u64 = 1 << 42 | 1 << 43 | 1 << 63;
 /// What may be added to a base register before its distance is looked up anew; with a displacement and an index it stays within the
 /// empty space on either side.
 pub const REACH: i64 = 1 << 30;
 /// An index is between -2^31 and 2^32, a displacement has 32 bits.
 const _: () = assert!((8 << 32) + REACH as u64 + (1 << 31) + 4096 < GUARD);
+/// How far from a usual slot a register may be that is known to be there from one block to the next.
+pub const NEAR: i64 = 1 << 20;
+/// What is known to be near may have been added to an index without a fault being met.
+const _: () = assert!((8 << 32) + 2 * REACH as u64 + 2 * NEAR as u64 + (1 << 31) + 4096 < GUARD);
 /// User addresses end here.
 pub const END: u64 = 1 << 47;
 /// Slots that are used at most.
@@ -52,6 +64,8 @@ struct Slot {
     host: u64,
     low: u64,
     high: u64,
+    /// Has it ever had a page?
+    met: bool,
 }
 
 /// Pages that lie one behind the other in linear and in guest-physical memory.
@@ -79,16 +93,56 @@ impl Run {
 pub struct Mirror {
     nowhere: u64,
     slots: Vec<Slot>,
+    /// The usual slots that have one distance: all of them, or none.
+    usual: u64,
+    /// Address space that is taken: from where, and bytes.
+    reserved: Vec<(u64, u64)>,
     /// By linear page: guest-physical page, and whether it may be stored to.
     pages: Map<u64, (u64, bool)>,
 }
 
-fn reserve() -> Option<u64> {
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    let len = (SLOT + 2 * GUARD) as usize;
-    // SAFETY: a fresh mapping without rights.
-    let p = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_NONE, flags, -1, 0) };
-    (p != libc::MAP_FAILED).then_some(p as u64 + GUARD)
+/// Takes `len` bytes of address space, at `at` if that is not 0.
+fn reserve(at: u64, len: u64) -> Option<(u64, u64)> {
+    let fixed = if at == 0 { 0 } else { libc::MAP_FIXED_NOREPLACE };
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | fixed;
+    // SAFETY: a fresh mapping without rights, which replaces none.
+    let p = unsafe { libc::mmap(at as *mut _, len as usize, libc::PROT_NONE, flags, -1, 0) };
+    if p == libc::MAP_FAILED {
+        return None;
+    }
+    if at != 0 && p as u64 != at {
+        // A kernel before 4.17.
+        release((p as u64, len));
+        return None;
+    }
+    Some((p as u64, len))
+}
+
+fn release((at, len): (u64, u64)) {
+    // SAFETY: reservations of our own, which no code reaches any more.
+    unsafe { libc::munmap(at as *mut _, len as usize) };
+}
+
+/// Takes address space for the usual slots; gives their distance, and what was taken.
+fn reserve_usual() -> Option<(u64, Vec<(u64, u64)>)> {
+    // Host addresses where nothing is by custom: away from where the host has programs, libraries and stacks itself.
+    let distances = (20..40).map(|n| (n * SLOT).wrapping_neg());
+    distances.into_iter().find_map(|distance| {
+        let mut taken = Vec::new();
+        let first = |n: &u64| USUAL >> n & 1 != 0 && USUAL >> (n - 1) & 1 == 0;
+        for n in (1..SLOTS as u64).filter(first) {
+            let slots = (USUAL >> n).trailing_ones() as u64;
+            let at = (n * SLOT).wrapping_add(distance) - GUARD;
+            match reserve(at, slots * SLOT + 2 * GUARD) {
+                Some(range) => taken.push(range),
+                None => {
+                    taken.drain(..).for_each(release);
+                    return None;
+                }
+            }
+        }
+        Some((distance, taken))
+    })
 }
 
 impl Mirror {
@@ -97,16 +151,41 @@ impl Mirror {
         if !std::is_x86_feature_detected!("bmi2") {
             return None;
         }
-        let mirror = Mirror { nowhere: reserve()?, slots: Vec::new(), pages: HashMap::default() };
+        let nowhere = reserve(0, SLOT + 2 * GUARD)?;
+        let mut mirror = Mirror {
+            nowhere: nowhere.0 + GUARD,
+            slots: Vec::new(),
+            usual: 0,
+            reserved: vec![nowhere],
+            pages: HashMap::default(),
+        };
         for n in 0..ROWS as u64 {
             area.set(at::DELTAS + 8 * n as usize, mirror.nowhere.wrapping_sub(n << SLOT_BITS));
+        }
+        if let Some((distance, taken)) = reserve_usual() {
+            for number in (0..SLOTS as u64).filter(|n| USUAL >> n & 1 != 0) {
+                mirror.add(area, number, (number << SLOT_BITS).wrapping_add(distance));
+            }
+            mirror.reserved.extend(taken);
+            mirror.usual = USUAL;
+            area.set(at::DISTANCE, distance);
         }
         Some(mirror)
     }
 
+    fn add(&mut self, area: &Area, number: u64, host: u64) {
+        area.set(at::DELTAS + 8 * number as usize, host.wrapping_sub(number << SLOT_BITS));
+        self.slots.push(Slot { number, host, low: u64::MAX, high: 0, met: false });
+    }
+
+    /// The slots, as bits, whose distance is FS base.
+    pub fn usual(&self) -> u64 {
+        self.usual
+    }
+
     /// The slots in use, as bits.
     pub fn used(&self) -> u64 {
-        self.slots.iter().fold(0, |m, s| m | 1 << s.number)
+        self.slots.iter().filter(|s| s.met).fold(0, |m, s| m | 1 << s.number)
     }
 
     /// Is nothing mapped?
@@ -121,9 +200,9 @@ impl Mirror {
         if self.slots.len() == MOST_SLOTS {
             return None;
         }
-        let host = reserve()?;
-        area.set(at::DELTAS + 8 * number as usize, host.wrapping_sub(number << SLOT_BITS));
-        self.slots.push(Slot { number, host, low: u64::MAX, high: 0 });
+        let taken = reserve(0, SLOT + 2 * GUARD)?;
+        self.reserved.push(taken);
+        self.add(area, number, taken.0 + GUARD);
         self.slots.last_mut()
     }
 
@@ -151,7 +230,7 @@ impl Mirror {
             return false;
         }
         let host = slot.host + offset;
-        (slot.low, slot.high) = (slot.low.min(offset), slot.high.max(offset + len));
+        (slot.low, slot.high, slot.met) = (slot.low.min(offset), slot.high.max(offset + len), true);
         let prot = if write { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
         let flags = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_POPULATE;
         // SAFETY: inside a reservation of our own, over which nothing in Rust has a reference.
@@ -201,10 +280,7 @@ fn empty(host: u64, len: u64) {
 
 impl Drop for Mirror {
     fn drop(&mut self) {
-        for host in self.slots.iter().map(|s| s.host).chain([self.nowhere]) {
-            // SAFETY: reservations of our own, which no code reaches any more.
-            unsafe { libc::munmap((host - GUARD) as *mut _, (SLOT + 2 * GUARD) as usize) };
-        }
+        self.reserved.drain(..).for_each(release);
     }
 }
 
@@ -267,11 +343,57 @@ mod tests {
             // All values of the bits that choosing the slot ignores, and both ends of it.
             for (above, low) in (0..1 << 15).flat_map(|above: u64| [(above, 0), (above, SLOT - 1)]) {
                 let sum = (above << 49 | number << SLOT_BITS | low).wrapping_add(delta);
-                let inside = (mirror.nowhere..mirror.nowhere + SLOT).contains(&sum);
+                let slot = mirror.slots.iter().find(|s| s.number == number);
+                let start = slot.map_or(mirror.nowhere, |s| s.host);
+                let inside = (start..start + SLOT).contains(&sum);
                 assert_eq!(inside, above == 0, "{sum:#x}");
                 // Bit 47 differs from those above, or the address is the kernel's.
                 assert!(inside || sum >> 47 != 0);
             }
         }
+    }
+
+    #[test]
+    fn only_usual_slots_pass_and_have_one_distance() {
+        let mut area = Area::new().expect("memory");
+        let Some(mirror) = Mirror::new(&area) else {
+            println!("SKIPPED: the host has no BMI2");
+            return;
+        };
+        if mirror.usual() == 0 {
+            println!("SKIPPED: no room for the usual slots");
+            return;
+        }
+        let block = bivisor_emulator::host::thread::ThreadBlock::current();
+        area.map(block).expect("memory");
+        let start = std::ptr::from_ref(block) as u64 + bivisor_emulator::host::thread::ENGINE_AREA_OFFSET as u64;
+        let mapped = |at: u64, rights: &str| {
+            let maps = std::fs::read_to_string("/proc/self/maps").expect("maps");
+            maps.lines().any(|l| {
+                let (range, rest) = l.split_once(' ').expect("a line");
+                let (from, to) = range.split_once('-').expect("a range");
+                let n = |s| u64::from_str_radix(s, 16).expect("an address");
+                (n(from)..n(to)).contains(&at) && rest.starts_with(rights)
+            })
+        };
+        let distance = area.get(at::DISTANCE);
+        // Bits 41 to 47 of any address choose a page, and those above make no difference.
+        for number in 0..2 * SLOTS as u64 {
+            let usual = number < SLOTS as u64 && USUAL >> number & 1 != 0;
+            let page = start + crate::system::area::USUALLY as u64 + 4096 * number;
+            assert_eq!(mapped(page, "r"), usual, "{number}");
+            assert_eq!(mapped(page, "---"), !usual, "{number}");
+            if usual {
+                let slot = number << SLOT_BITS;
+                assert_eq!(area.get(at::DELTAS + 8 * number as usize), distance);
+                for at in [slot.wrapping_sub(GUARD), slot, slot + SLOT - 1, slot + SLOT + GUARD - 1] {
+                    let at = at.wrapping_add(distance);
+                    assert!(at >> 47 == 0 && mapped(at, "---"), "{at:#x}");
+                    // Not canonical, wherever the bits above are.
+                    assert!((1..1 << 16).all(|above: u64| (above << 48).wrapping_add(at) >> 47 != 0));
+                }
+            }
+        }
+        area.unmap();
     }
 }

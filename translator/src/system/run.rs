@@ -353,7 +353,7 @@ impl System {
                 }
                 let watches = ram.watches();
                 ram.watch_code(gpa);
-                self.cache.guess = (t.cpu.gpr, self.mirroring.used());
+                self.cache.guess = (t.cpu.gpr, self.mirroring.used(), self.mirroring.usual());
                 let (cpu, core, mem) = (&t.cpu, &mut t.core, board.mem);
                 let mut next = || {
                     let to = core.mmu.translate(cpu, mem, next_page(rip), Access::Execute, by).ok()?;

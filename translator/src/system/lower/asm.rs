@@ -12,13 +12,14 @@ pub struct At {
     index: Option<(Gpr, u8)>,
     disp: i32,
     gs: bool,
+    fs: bool,
     narrow: bool,
 }
 
 impl At {
     /// `[base + disp]`
     pub fn base(base: Gpr, disp: i32) -> At {
-        At { base: Some(base), index: None, disp, gs: false, narrow: false }
+        At { base: Some(base), index: None, disp, gs: false, fs: false, narrow: false }
     }
 
     /// `[base + index + disp]`
@@ -28,12 +29,12 @@ impl At {
 
     /// Any.
     pub fn any(base: Option<Gpr>, index: Option<(Gpr, u8)>, disp: i32, narrow: bool) -> At {
-        At { base, index, disp, gs: false, narrow }
+        At { base, index, disp, gs: false, fs: false, narrow }
     }
 
     /// A place in the area.
     pub fn slot(offset: usize) -> At {
-        At { base: None, index: None, disp: area::gs(offset), gs: true, narrow: false }
+        At { base: None, index: None, disp: area::gs(offset), gs: true, fs: false, narrow: false }
     }
 
     /// A place in the area, further by a register.
@@ -44,6 +45,11 @@ impl At {
     /// A place in the area, further by eight times a register.
     pub fn row(offset: usize, by: Gpr) -> At {
         At { index: Some((by, 8)), ..At::slot(offset) }
+    }
+
+    /// The same relative to FS base.
+    pub fn fs(self) -> At {
+        At { fs: true, ..self }
     }
 
     /// The slot of a thread block.
@@ -133,6 +139,9 @@ impl Assembler for Emitter {
         let index = at.index.map(|(r, _)| r);
         if at.gs {
             self.push(0x65);
+        }
+        if at.fs {
+            self.push(0x64);
         }
         if at.narrow {
             self.push(0x67);

@@ -1,10 +1,13 @@
 //! Memory operands in the mirror: the distance to the host's address comes from a table, or is the expected slot's, of which a load makes
 //! sure; nothing is compared, and flags stay.
 
+use super::Check;
 use super::Lower;
 use super::asm::{Assembler, At, W};
 use super::memory::Host;
 use super::scratch::{Window, bit};
+#[cfg(doc)]
+use super::usual::EARLY;
 use crate::system::area::{CHECKED, at};
 use crate::system::block::{Access, Item, Segment};
 use crate::system::mirror::{END, REACH, SLOT_BITS, SLOTS};
@@ -13,11 +16,11 @@ use bivisor_emulator::mem::PAGE_SIZE;
 use iced_x86::{Mnemonic, OpKind};
 
 /// The first of the 16 bits of an address that are looked at to make sure of its slot.
-const CHECK_BITS: u8 = 32;
+pub(super) const CHECK_BITS: u8 = 32;
 /// What may be added to a short value.
 const SMALL: i64 = 1 << 20;
 /// Smaller values are no addresses.
-const LEAST: u64 = 0x1_0000;
+pub(super) const LEAST: u64 = 0x1_0000;
 
 /// What is known of addresses in the mirror.
 #[derive(Clone, Debug, Default)]
@@ -26,7 +29,10 @@ pub struct Guess {
     pub gpr: [u64; 16],
     /// Slots in use, as bits.
     pub used: u64,
-    /// By distance of the instruction from the start of the block: the slot it was found in; `None`: several.
+    /// Slots whose distance is FS base, as bits.
+    pub usual: u64,
+    /// By distance of the instruction from the start of the block: the slot it was found in; `None`: several. [`EARLY`] and a register's
+    /// number: it is not to be made sure of at the start of the block.
     pub learned: Vec<(u16, Option<u8>)>,
 }
 
@@ -47,14 +53,14 @@ impl Lower<'_> {
         self.e.load(delta, At::row(at::DELTAS, delta));
     }
 
-    fn rorx(&mut self, to: Gpr, from: Gpr, by: u8) {
+    pub(super) fn rorx(&mut self, to: Gpr, from: Gpr, by: u8) {
         let (r, m) = (to as u8, from as u8);
         let high = (r >> 3 ^ 1) << 7 | 0x40 | (m >> 3 ^ 1) << 5 | 3;
         self.e.bytes.extend_from_slice(&[0xc4, high, 0xfb, 0xf0, 0xc0 | (r & 7) << 3 | m & 7, by]);
     }
 
     /// Which slot the address of the instruction's access is expected in.
-    fn expected(&self, item: &Item, base: Option<Gpr>) -> Option<u8> {
+    pub(super) fn expected(&self, item: &Item, base: Option<Gpr>) -> Option<u8> {
         let guess = &self.around.guess;
         if let Some((_, slot)) = guess.learned.iter().find(|(at, _)| *at == item.at) {
             return *slot;
@@ -92,7 +98,7 @@ impl Lower<'_> {
         self.e.rm(W::D, &[0x8b], t as u8, At::row(page, t), &[]);
         self.point_at(item, from, Some(*a));
         if let Some(p) = self.points.last_mut() {
-            p.checks = Some(of);
+            p.checks = Some(Check { of, early: false });
         }
         self.busy &= !bit(t);
         Some(())
@@ -101,6 +107,9 @@ impl Lower<'_> {
     pub(super) fn place_mirrored(&mut self, item: &Item, a: &Access) -> Option<Host> {
         if self.block.mode.is_narrow() {
             return self.mirrored_narrow(item, a);
+        }
+        if let Some(host) = self.mirrored_usual(item, a) {
+            return Some(host);
         }
         if let Some(address) = a.constant() {
             return self.mirrored_constant(item, address);
@@ -146,7 +155,7 @@ impl Lower<'_> {
             }
         };
         self.busy |= bit(delta);
-        Some(Host { base, index: Some((delta, 1)), disp, mirrored: true })
+        Some(Host { base, index: Some((delta, 1)), disp, mirrored: true, usual: false })
     }
 
     fn mirrored_constant(&mut self, item: &Item, address: u64) -> Option<Host> {
@@ -156,8 +165,9 @@ impl Lower<'_> {
         // A register for the distance does for the lowest 2 GiB, else one for the host's address near by.
         if let Ok(disp) = i32::try_from(address) {
             let delta = self.distance_of(item, 0)?;
-            return Some(Host { base: delta, index: None, disp, mirrored: true });
+            return Some(Host { base: delta, index: None, disp, mirrored: true, usual: false });
         }
+        let usual = self.around.guess.usual >> (address >> SLOT_BITS) & 1 != 0;
         let found = self.windows.iter().find(|w| {
             w.mirrored
                 && w.base.is_none()
@@ -171,19 +181,24 @@ impl Lower<'_> {
             Some(w) => (w.delta, w.low),
             None => {
                 let delta = self.scratch(item, item.high)?;
-                let row = at::DELTAS + 8 * (address >> SLOT_BITS) as usize;
-                self.e.load(delta, At::slot(row));
+                if !usual {
+                    let row = at::DELTAS + 8 * (address >> SLOT_BITS) as usize;
+                    self.e.load(delta, At::slot(row));
+                    let t = self.passing(item, false)?;
+                    self.e.constant(t, address);
+                    self.e.lea(delta, At::sum(t, delta, 0));
+                    self.busy &= !bit(t);
+                } else {
+                    self.e.constant(delta, address);
+                }
                 let low = address as i64;
-                let t = self.passing(item, false)?;
-                self.e.constant(t, address);
-                self.e.lea(delta, At::sum(t, delta, 0));
-                self.busy &= !bit(t);
                 self.windows.push(Window { low, ..Window::over(None, 0, delta) });
                 (delta, low)
             }
         };
         self.busy |= bit(delta);
-        Some(Host { base: delta, index: None, disp: i32::try_from(address as i64 - low).ok()?, mirrored: true })
+        let disp = i32::try_from(address as i64 - low).ok()?;
+        Some(Host { base: delta, index: None, disp, mirrored: true, usual })
     }
 
     /// How far the registers of an access have been moved by constants.
@@ -261,7 +276,7 @@ impl Lower<'_> {
         };
         self.busy |= bit(at);
         let disp = i32::try_from(a.disp + moved - then).ok()?;
-        Some(Host { base: at, index: Some((index, scale)), disp, mirrored: true })
+        Some(Host { base: at, index: Some((index, scale)), disp, mirrored: true, usual: false })
     }
 
     /// The distance of an access with an index, its base added, is kept where another follows, in the block or in the next round.
@@ -316,7 +331,7 @@ impl Lower<'_> {
         };
         self.busy |= bit(at);
         let disp = i32::try_from(a.disp + base_moved - moved).ok()?;
-        Some(Host { base: at, index: a.index, disp, mirrored: true })
+        Some(Host { base: at, index: a.index, disp, mirrored: true, usual: false })
     }
 
     fn mirrored_any(&mut self, item: &Item, a: &Access) -> Option<Host> {
@@ -333,7 +348,7 @@ impl Lower<'_> {
             let address = self.passing(item, item.high)?;
             self.e.lea(address, At::any(a.base, a.index, disp, false));
             self.make_sure(item, a, address, slot, None)?;
-            return Some(Host { base: address, index: Some((delta, 1)), disp: 0, mirrored: true });
+            return Some(Host { base: address, index: Some((delta, 1)), disp: 0, mirrored: true, usual: false });
         }
         let address = self.passing(item, item.high)?;
         let delta = self.passing(item, item.high)?;
@@ -357,7 +372,7 @@ impl Lower<'_> {
             self.e.lea(address, At::sum(address, delta, 0));
         }
         self.delta(delta, address);
-        Some(Host { base: address, index: Some((delta, 1)), disp: 0, mirrored: true })
+        Some(Host { base: address, index: Some((delta, 1)), disp: 0, mirrored: true, usual: false })
     }
 }
 

@@ -13,6 +13,7 @@ mod scratch;
 mod sensitive;
 mod stack;
 mod string;
+mod usual;
 
 use crate::emit::Emitter;
 use crate::system::area::at;
@@ -24,6 +25,7 @@ use iced_x86::Mnemonic;
 use replay::Producer;
 pub use replay::{Replay, Told};
 use scratch::Window;
+use usual::{Sum, Sure};
 
 /// Where the guest's status flags are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,6 +108,8 @@ pub struct Exit {
     pub again: Option<u32>,
     /// Its block; of a way into a block, that one.
     pub block: u32,
+    /// Registers known to be near the usual slots of the mirror.
+    pub sure: u16,
 }
 
 impl Exit {
@@ -125,6 +129,7 @@ impl Exit {
             toggles: false,
             again: None,
             block: 0,
+            sure: 0,
         }
     }
 }
@@ -152,8 +157,17 @@ pub struct Point {
     pub access: Option<Access>,
     /// The guest's x87 opcode (SDM 1 8.1.9) where the host's has another operand, else 0.
     pub fop: u16,
-    /// It only makes sure of a slot: that of a register, or of the access.
-    pub checks: Option<Option<Gpr>>,
+    /// It only makes sure of a slot.
+    pub checks: Option<Check>,
+}
+
+/// A load that makes sure of a slot.
+#[derive(Clone, Copy, Debug)]
+pub struct Check {
+    /// That of a register; `None`: that of the access.
+    pub of: Option<Gpr>,
+    /// At the start of the block, before the register is needed.
+    pub early: bool,
 }
 
 /// The ways into a block, as code offsets.
@@ -167,12 +181,20 @@ pub struct Entries {
     pub word: Option<(u32, u16)>,
     /// Where those come in that have the flags in both places: [`Entries::host`]?
     pub prefers_host: bool,
+    /// The way in, after that of the flags, for those that know these registers to be near the usual slots of the mirror.
+    pub sure: Option<(u32, u16)>,
 }
 
 impl Entries {
     /// For those that have the flags in both places.
     pub fn both(&self) -> u32 {
         if self.prefers_host { self.host } else { self.slot }
+    }
+
+    /// The way in for those that know these registers to be near the usual slots, if the flags need no way of their own then.
+    pub fn for_sure(&self, flags: Flags, flags_dead: bool, sure: u16) -> Option<u32> {
+        let fits = flags_dead || self.prefers_host && flags != Flags::Slot;
+        self.sure.filter(|(_, asked)| fits && sure & asked == *asked).map(|(at, _)| at)
     }
 }
 
@@ -229,6 +251,7 @@ pub struct Around {
 }
 
 pub use mirror::Guess;
+pub use usual::EARLY;
 
 /// Code that is emitted after the block.
 struct Cold {
@@ -259,6 +282,10 @@ pub(super) struct Lower<'a> {
     version: [u32; 16],
     /// Registers, as bits, that hold values between -2^31 and 2^32, but for small constants added.
     short: u16,
+    /// What is known of registers and the usual slots of the mirror.
+    sure: [Option<Sure>; 16],
+    /// Sums of registers that are in them.
+    sums: Vec<Sum>,
     /// Index of the instruction at hand.
     n: usize,
     /// The branch of the block to its own start, if its rounds shall keep what is known of memory.
@@ -293,12 +320,15 @@ pub fn lower_noting(block: &GuestBlock, around: &Around, mut note: impl FnMut(us
         moved: [0; 16],
         version: [0; 16],
         short: 0,
+        sure: [None; 16],
+        sums: Vec::new(),
         n: 0,
         round: rounds::find(block),
         first_round: None,
         jump: None,
     };
-    let entries = l.entries();
+    let mut entries = l.entries();
+    entries.sure = l.early();
     let mut open = true;
     while open && l.n < block.items.len() {
         let item = &block.items[l.n];
@@ -369,7 +399,7 @@ impl Lower<'_> {
     /// Defines an exit; gives its index.
     fn exit(&mut self, kind: Kind, rip: u64, flags: Flags, done: usize) -> usize {
         let exit = Exit::new(kind, rip, self.block.mode.resident(), flags);
-        self.exits.push(Exit { told: self.told, done: done as u16, ..exit });
+        self.exits.push(Exit { told: self.told, done: done as u16, sure: self.near(), ..exit });
         self.exits.len() - 1
     }
 
@@ -446,6 +476,7 @@ impl Lower<'_> {
         let before = (self.e.len(), self.exits.len(), self.cold.len(), self.points.len(), self.spilled, self.flags);
         let told = self.told;
         let windows = self.windows.clone();
+        let sure = (self.sure, self.sums.clone());
         let done = match item.way {
             Way::Plain => self.plain(item),
             Way::Nop => Some(true),
@@ -508,6 +539,7 @@ impl Lower<'_> {
                 self.cold.truncate(before.2);
                 self.points.truncate(before.3);
                 (self.spilled, self.flags, self.windows) = (before.4, before.5, windows);
+                (self.sure, self.sums) = sure;
                 self.told = told;
                 self.leave_here(item, Kind::Step)
             }
@@ -558,6 +590,7 @@ impl Lower<'_> {
 
     /// What the instruction did to registers and flags.
     fn effects(&mut self, item: &Item) {
+        let inherited = self.inherited(item);
         for r in Gpr::ALL {
             let bit = 1 << r as u16;
             if item.writes & bit == 0 {
@@ -572,8 +605,13 @@ impl Lower<'_> {
                     self.version[r as usize] += 1;
                     self.moved[r as usize] = 0;
                     self.windows.retain(|w| w.base != Some(r) && w.index.is_none_or(|(i, _)| i != r));
+                    self.sure[r as usize] = None;
+                    self.sums.retain(|s| !s.of(r));
                 }
             }
+        }
+        if let Some((r, sure)) = inherited {
+            self.sure[r as usize] = Some(sure);
         }
         if matches!(item.way, Way::Plain | Way::Memory) && item.changes_flags {
             self.flags = Flags::Host;

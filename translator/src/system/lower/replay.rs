@@ -234,7 +234,7 @@ mod tests {
         let routes = Routes::new(Arc::new(CpuModel::host()), Policy::default());
         let mode = Mode::of(&CpuState::long64(3), 1).expect("64-bit mode");
         let mut none = || None;
-        let mut source = Source { ram: &ram, gpa: 0x1000, next: &mut none };
+        let mut source = Source { ram: &ram, gpa: 0x1000, next: &mut none, known: &|_| false };
         let (block, _) = decode(&mut source, 0x1000, mode, &routes, 1).expect("an instruction");
         Replay::of(&block.items[0])
     }

@@ -7,9 +7,11 @@
 
 use super::asm::{Assembler, At};
 use super::branch::condition;
-use super::scratch::Window;
+use super::scratch::{Window, bit};
+use super::usual::Sure;
 use super::{Cold, Flags, Kind, Lower};
 use crate::system::block::{GuestBlock, Item, Way};
+use bivisor_emulator::isa::Gpr;
 
 /// What may be added to an address in a round.
 const STEP: i64 = 1 << 20;
@@ -26,6 +28,7 @@ pub(super) struct Round {
     windows: Vec<Window>,
     moved: [i64; 16],
     version: [u32; 16],
+    sure: [Option<Sure>; 16],
 }
 
 /// The conditional branch of a block to its own start, if rounds are made there.
@@ -50,6 +53,7 @@ impl Lower<'_> {
             windows: self.windows.clone(),
             moved: self.moved,
             version: self.version,
+            sure: self.sure,
         });
     }
 
@@ -68,7 +72,18 @@ impl Lower<'_> {
                 self.e.lea(w.delta, At::base(w.delta, by as i32));
             }
         }
+        self.follow_near();
         self.moved = [0; 16];
+    }
+
+    /// Registers, as bits, that a round does not change, or to which it only adds constants, and which it accesses memory with.
+    fn kept(&self, n: usize) -> u16 {
+        let items = &self.block.items[..=n];
+        let kept = |r: &Gpr| {
+            let based = items.iter().any(|i| i.access.is_some_and(|a| a.based() == Some(*r)));
+            items.iter().all(|i| i.writes & bit(*r) == 0 || based && i.adds.is_some_and(|(a, _)| a == *r))
+        };
+        Gpr::ALL.into_iter().filter(kept).fold(0, |m, r| m | bit(r))
     }
 
     /// The body for all rounds but the first.
@@ -84,7 +99,10 @@ impl Lower<'_> {
         let small = |l: &Self, w: &Window| l.moved_by(w.base, w.index).abs() <= STEP;
         let windows: Vec<_> = self.windows.iter().copied().filter(|w| w.mirrored && small(self, w)).collect();
         self.windows = windows;
+        self.sure = first.sure;
+        let near = self.near() & self.kept(first.n);
         self.follow();
+        self.begin_near(near);
         // A loop that fits takes one line of the cache of decoded instructions.
         let past = (self.e.here() % LINE) as usize;
         self.e.nops((LINE as usize - past) % LINE as usize);
@@ -101,6 +119,7 @@ impl Lower<'_> {
         let item = &block.items[first.n];
         self.restore_flags();
         let kept = windows.iter().all(|w| self.windows.iter().any(|v| same(v, w)) && small(self, w));
+        let kept = kept && self.near() & near == near;
         let more = self.spilled & !spilled;
         if kept && self.spilled & spilled == spilled {
             self.reload(more);

@@ -93,7 +93,7 @@ impl Lower<'_> {
 
     /// As [`Lower::scratch`], for `item` alone: also what a load overwrites.
     pub(super) fn passing(&mut self, item: &Item, low: bool) -> Option<Gpr> {
-        let overwritten = if item.way == Way::Memory { item.writes & !item.reads } else { 0 };
+        let overwritten = if matches!(item.way, Way::Memory | Way::Pop) { item.writes & !item.reads } else { 0 };
         self.take(item, item.uses & !overwritten, low)
     }
 

@@ -62,6 +62,11 @@ impl Mirroring {
         self.mirror.as_ref().map_or(0, Mirror::used)
     }
 
+    /// The usual ones that share a distance, as bits.
+    pub(super) fn usual(&self) -> u64 {
+        self.mirror.as_ref().map_or(0, Mirror::usual)
+    }
+
     /// There may be one from now on, if the host and the RAM allow it.
     pub(super) fn prepare(&mut self, area: &Area, ram: &Ram) {
         if self.mirror.is_none() && self.quiet.is_some() && ram.file().is_some() {
@@ -182,8 +187,13 @@ impl System {
         access: &GuestAccess,
     ) -> Option<Next> {
         let laddr = access.address(|r| t.cpu.gpr[r as usize], self.area.get(at::FS_BASE), self.area.get(at::GS_BASE));
-        if let Some(looked_at) = self.cache.point(pc).and_then(|(_, point)| point.checks) {
-            let looked_at = looked_at.map_or(laddr, |r| t.cpu.gpr[r as usize]);
+        if let Some(check) = self.cache.point(pc).and_then(|(_, point)| point.checks) {
+            if let (Some(r), true) = (check.of, check.early) {
+                let next = self.again(t, board, pc);
+                self.cache.not_early(pc, r);
+                return Some(next);
+            }
+            let looked_at = check.of.map_or(laddr, |r| t.cpu.gpr[r as usize]);
             if looked_at >= END {
                 return None;
             }

@@ -1,0 +1,283 @@
+//! Accesses to the usual slots of the mirror, which are the guest's own relative to FS base: which registers are known to be near those
+//! slots, from one instruction to the next and from one block to the next.
+//!
+//! What is near may be in a usual slot, or in the empty space beside it ([`crate::system::mirror`]). A register is, if a load made sure, if
+//! an access near by did not fault, if it was made from one that is, or if all ways into the block say so ([`Entries::sure`]). Small
+//! constants may be added as long as no block passes on what has been moved since it was last accessed: else rounds could add up.
+
+#[cfg(doc)]
+use super::Entries;
+use super::asm::{Assembler, At, W};
+use super::memory::Host;
+use super::mirror::{CHECK_BITS, LEAST};
+use super::scratch::bit;
+use super::{Check, Lower};
+use crate::system::area::USUALLY;
+use crate::system::block::{Access, Item, Segment, Way};
+use crate::system::mirror::{NEAR, REACH, SLOT_BITS, SLOTS};
+use bivisor_emulator::isa::Gpr;
+use iced_x86::{Mnemonic, OpKind, Register};
+
+/// See [`Guess::learned`](super::Guess::learned).
+pub const EARLY: u16 = 0x8000;
+/// Conditional branches behind which registers are not made sure of early.
+const EARLY_BRANCHES: usize = 2;
+
+/// How near.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Where {
+    /// In a usual slot.
+    Inside,
+    /// Not farther than [`NEAR`].
+    Near,
+    /// A short index has been added.
+    Far,
+}
+
+/// A register is near a usual slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Sure {
+    /// It was when it had been moved so far since its version began.
+    anchor: i64,
+    place: Where,
+}
+
+/// A sum of registers is in a usual slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Sum {
+    base: Option<Gpr>,
+    index: (Gpr, u8),
+    /// How far the sum with the displacement had been moved.
+    far: i64,
+}
+
+impl Sum {
+    /// Is the register a part of it?
+    pub(super) fn of(&self, r: Gpr) -> bool {
+        self.base == Some(r) || self.index.0 == r
+    }
+}
+
+impl Lower<'_> {
+    fn has_usual(&self) -> bool {
+        let mode = self.block.mode;
+        self.around.guess.usual != 0 && self.around.share && mode.is_mirrored() && !mode.is_narrow()
+    }
+
+    fn is_usual(&self, slot: u64) -> bool {
+        slot < SLOTS as u64 && self.around.guess.usual >> slot & 1 != 0
+    }
+
+    /// The register that decides on the slot of an access, and whether a short index is added to it.
+    fn pointer(&self, a: &Access) -> Option<(Gpr, bool)> {
+        if a.segment != Segment::Flat || a.narrow || a.bit.is_some() {
+            return None;
+        }
+        match (a.base?, a.index) {
+            (base, None) => Some((base, false)),
+            (base, Some((index, _))) if base == index => None,
+            (base, Some((index, _))) if self.short & bit(index) != 0 => Some((base, true)),
+            (base, Some((index, 1))) if self.short & bit(base) != 0 => Some((index, true)),
+            _ => None,
+        }
+    }
+
+    /// Is the register near a usual slot, so that it may be used with a displacement, or with a short index besides?
+    fn is_sure(&self, r: Gpr, indexed: bool) -> bool {
+        let near = |s: Sure| (self.moved[r as usize] - s.anchor).abs() <= REACH && !(indexed && s.place == Where::Far);
+        self.sure[r as usize].is_some_and(near)
+    }
+
+    /// Registers, as bits, that the next block may take for near.
+    pub(super) fn near(&self) -> u16 {
+        let passes = |r: &Gpr| {
+            let moved = self.moved[*r as usize];
+            self.sure[*r as usize].is_some_and(|s| match s.place {
+                Where::Inside => (moved - s.anchor).abs() <= NEAR,
+                Where::Near => moved == s.anchor,
+                Where::Far => false,
+            })
+        };
+        Gpr::ALL.into_iter().filter(passes).fold(0, |m, r| m | bit(r))
+    }
+
+    /// What has been moved counts from here on.
+    pub(super) fn follow_near(&mut self) {
+        self.sums.clear();
+        for (sure, moved) in self.sure.iter_mut().zip(self.moved) {
+            if let Some(s) = sure {
+                s.anchor -= moved;
+            }
+        }
+    }
+
+    /// Begins with registers that are near.
+    pub(super) fn begin_near(&mut self, near: u16) {
+        self.sums.clear();
+        for r in Gpr::ALL {
+            let sure = Sure { anchor: self.moved[r as usize], place: Where::Near };
+            self.sure[r as usize] = (near & bit(r) != 0).then_some(sure);
+        }
+    }
+
+    /// Faults unless `address` is in a usual slot; destroys `t`.
+    fn check(&mut self, item: &Item, a: &Access, address: Gpr, t: Gpr, check: Check) {
+        self.rorx(t, address, CHECK_BITS);
+        // MOVZX of the low 16 bits.
+        self.e.rr(W::D, &[0x0f, 0xb7], t as u8, t, &[]);
+        let from = self.e.len();
+        self.e.rm(W::D, &[0x8b], t as u8, At::row(USUALLY, t), &[]);
+        self.point_at(item, from, Some(*a));
+        if let Some(p) = self.points.last_mut() {
+            p.checks = Some(check);
+        }
+    }
+
+    /// Is the access expected in a usual slot?
+    fn usually(&self, item: &Item, base: Option<Gpr>) -> bool {
+        self.expected(item, base).is_some_and(|slot| self.is_usual(slot.into()))
+    }
+
+    /// An access that is expected in a usual slot.
+    pub(super) fn mirrored_usual(&mut self, item: &Item, a: &Access) -> Option<Host> {
+        if !self.has_usual() || a.segment != Segment::Flat || a.narrow || a.bit.is_some() {
+            return None;
+        }
+        let disp = i32::try_from(a.disp).ok()?;
+        let host = Host { base: a.base?, index: a.index, disp, mirrored: true, usual: true };
+        if let Some((r, indexed)) = self.pointer(a) {
+            let moved = self.moved[r as usize];
+            if !self.is_sure(r, indexed) {
+                if !self.usually(item, Some(r)) {
+                    return None;
+                }
+                let t = self.passing(item, false)?;
+                self.check(item, a, r, t, Check { of: Some(r), early: false });
+                self.busy &= !bit(t);
+                self.sure[r as usize] = Some(Sure { anchor: moved, place: Where::Inside });
+            }
+            if !indexed {
+                // The access does not fault when what follows is executed.
+                self.sure[r as usize] = Some(Sure { anchor: moved + a.disp, place: Where::Inside });
+            }
+            return Some(host);
+        }
+        let index = a.index?;
+        let far = self.moved_by(a.base, a.index) + a.disp;
+        let known = |s: &Sum| (s.base, s.index) == (a.base, index) && (s.far - far).abs() <= REACH;
+        if !self.sums.iter().any(known) {
+            if !self.usually(item, a.base) {
+                return None;
+            }
+            let t = self.passing(item, false)?;
+            self.e.lea(t, At::any(a.base, a.index, disp, false));
+            self.check(item, a, t, t, Check { of: None, early: false });
+            self.busy &= !bit(t);
+            self.sums.push(Sum { base: a.base, index, far });
+        }
+        Some(host)
+    }
+
+    /// What an instruction makes of a register that is near, in another or the same.
+    pub(super) fn inherited(&self, item: &Item) -> Option<(Gpr, Sure)> {
+        if !self.has_usual() {
+            return None;
+        }
+        // It becomes what the other was when that had been moved by `by` more.
+        let moved = |from: Gpr, by: i64, far: bool| {
+            let s = self.sure[from as usize].filter(|_| self.is_sure(from, far))?;
+            let anchor = s.anchor - self.moved[from as usize] - by;
+            (anchor.abs() <= REACH).then_some(Sure { anchor, place: if far { Where::Far } else { s.place } })
+        };
+        let iced = &item.iced;
+        let to = || Gpr::from_iced(iced.op0_register()).filter(|_| iced.op0_register().is_gpr64());
+        let register = |n| iced.op_kind(n) == OpKind::Register && iced.op_register(n).is_gpr64();
+        let (to, sure) = match (item.way, iced.mnemonic()) {
+            (Way::Leave, _) => (Gpr::Rsp, moved(Gpr::Rbp, 8, false)?),
+            (Way::Constant(v), _) if self.is_usual(v >> SLOT_BITS) => (to()?, Sure { anchor: 0, place: Where::Inside }),
+            (Way::Plain, Mnemonic::Mov) if register(0) && register(1) => {
+                (to()?, moved(Gpr::from_iced(iced.op1_register())?, 0, false)?)
+            }
+            (Way::Plain, Mnemonic::Lea) if iced.memory_base().is_gpr64() && item.adds.is_none() => {
+                let (base, by) = (Gpr::from_iced(iced.memory_base())?, iced.memory_displacement64() as i64);
+                if iced.memory_index() == Register::None {
+                    (to()?, moved(base, by, false)?)
+                } else {
+                    let index = Gpr::from_iced(iced.memory_index())?;
+                    let short = |r: Gpr| self.short & bit(r) != 0 && base != index;
+                    match () {
+                        () if short(index) => (to()?, moved(base, by, true)?),
+                        () if short(base) && iced.memory_index_scale() == 1 => (to()?, moved(index, by, true)?),
+                        () => return None,
+                    }
+                }
+            }
+            (Way::Plain, Mnemonic::Add | Mnemonic::Sub) if register(0) && register(1) => {
+                let (to, by) = (to()?, Gpr::from_iced(iced.op1_register())?);
+                let short = |r: Gpr| self.short & bit(r) != 0 && to != by;
+                match () {
+                    () if short(by) => (to, moved(to, 0, true)?),
+                    () if short(to) && iced.mnemonic() == Mnemonic::Add => (to, moved(by, 0, true)?),
+                    () => return None,
+                }
+            }
+            _ => return None,
+        };
+        Some((to, sure))
+    }
+
+    /// Makes sure of registers at the start of the block, so that those who know them can jump past it: gives that place, and which.
+    pub(super) fn early(&mut self) -> Option<(u32, u16)> {
+        if !self.has_usual() || self.block.mode.is_counted() {
+            return None;
+        }
+        let block = self.block;
+        let guess = &self.around.guess;
+        let good = |r: Gpr| {
+            let v = guess.gpr[r as usize];
+            v >= LEAST && self.is_usual(v >> SLOT_BITS) && !guess.learned.contains(&(EARLY | r as u16, None))
+        };
+        let good: u16 = Gpr::ALL.into_iter().filter(|r| good(*r)).fold(0, |m, r| m | bit(r));
+        let (mut asked, mut written, mut branches) = (Vec::new(), 0, 0);
+        for item in &block.items {
+            let access = match item.way {
+                Way::Call => Some(self.pushed()),
+                _ => item.access,
+            };
+            if let Some(a) = access
+                && let Some((r, _)) = self.pointer(&a)
+                && good & !written & bit(r) != 0
+                && self.usually(item, Some(r))
+                && asked.iter().all(|(other, _)| *other != r)
+            {
+                asked.push((r, a));
+            }
+            for r in Gpr::ALL.into_iter().filter(|r| item.writes & bit(*r) != 0) {
+                self.follow_short(item, r);
+                if item.adds.is_none_or(|(a, _)| a != r) {
+                    written |= bit(r);
+                }
+            }
+            branches += usize::from(item.way == Way::Conditional);
+            if branches == EARLY_BRANCHES && self.round.is_none() {
+                break;
+            }
+        }
+        self.short = 0;
+        let sure = asked.iter().fold(0, |m, (r, _)| m | bit(*r));
+        if sure == 0 {
+            return None;
+        }
+        let item = &block.items[0];
+        self.busy = sure;
+        let t = self.scratch(item, false)?;
+        for (r, a) in &asked {
+            self.check(item, a, *r, t, Check { of: Some(*r), early: true });
+        }
+        self.reload(bit(t));
+        self.spilled &= !bit(t);
+        self.busy = 0;
+        self.begin_near(sure);
+        Some((self.e.len() as u32, sure))
+    }
+}
