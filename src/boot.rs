@@ -22,7 +22,7 @@ use bivisor_emulator::devices::virtio::net::{Net, Wire};
 use bivisor_emulator::devices::virtio::rng::Rng;
 use bivisor_emulator::machine::boot::{self, Payload};
 use bivisor_emulator::machine::{Config, End, Machine, Sink};
-use clap::{Args, ValueEnum};
+use clap::{ArgGroup, Args, ValueEnum};
 use std::fs::File;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -36,6 +36,7 @@ const UNSUPPORTED: i32 = 125;
 
 /// Arguments of `bivisor boot`.
 #[derive(Args)]
+#[command(group = ArgGroup::new("start").args(["kernel", "bios", "flat", "drive", "cdrom"]).required(true).multiple(true))]
 #[command(after_help = "Examples:\n  \
         bivisor boot --kernel vmlinuz --initrd initrd.img --append 'console=ttyS0' --memory 512\n  \
         bivisor boot --cdrom debian.iso --memory 1G\n  \
@@ -46,7 +47,7 @@ const UNSUPPORTED: i32 = 125;
         On a terminal, Ctrl-A x quits and Ctrl-A h shows the other keys.")]
 pub struct BootArgs {
     /// The kernel: bzImage, vmlinux, PVH or multiboot; its kind is found out.
-    #[arg(long, value_name = "FILE", required_unless_present_any = ["bios", "flat", "drive", "cdrom"], conflicts_with_all = ["bios", "flat"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["bios", "flat"])]
     kernel: Option<PathBuf>,
     /// A BIOS image of 64, 128 or 256 KiB, which gets the machine as after RESET [default without --kernel and --flat: SeaBIOS as
     /// distributions install it].
@@ -364,6 +365,9 @@ pub fn run(args: &BootArgs) -> Result<i32> {
         drop(terminal);
         if let Some(format) = args.stats {
             eprintln!("{}", clocks.report(&mut machine, inputs.backend.name(), format));
+        }
+        if let n @ 1.. = machine.ignored_smis() {
+            eprintln!("bivisor: {n} system-management interrupts were ignored: there is no such mode");
         }
         if let Some(words) = complaint(end) {
             let s = machine.state();

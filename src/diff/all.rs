@@ -27,9 +27,7 @@ pub fn run(args: &AllArgs) -> Result<i32> {
     }
     for name in &args.kinds {
         if Kind::named(name).is_none() {
-            bail!(
-                "no kind of case is called {name}: there are insn, block, bytes, cpl0, insn32, insn16, block32 and block16"
-            );
+            bail!("no kind of case is called {name}: there are {}", Kind::ALL.map(Kind::name).join(", "));
         }
     }
     let plan = Plan::new(args.seed, args.cases, args.shard, args.engines.clone(), args.kinds.clone());

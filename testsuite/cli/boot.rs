@@ -488,6 +488,26 @@ fn the_serial_port_in_a_file() {
     fails(&["--flat", &flat, "--serial", "file:/nowhere/x"], 1, &["--serial", "/nowhere/x", "No such file"]);
 }
 
+/// mov eax, 40200; mov [fee00300], eax: an SMI to itself; mov al, 2; out f4, al
+#[test]
+fn system_management_interrupts_are_ignored_with_a_line() {
+    let code = [0xb8, 0, 2, 4, 0, 0xa3, 0, 3, 0xe0, 0xfe, 0xb0, 2, 0xe6, 0xf4];
+    let flat = format!("{}@0x10000", file("smi", &code));
+    for engine in engines() {
+        let output = boot(&["--backend", engine, "--mode", "prot", "--flat", &flat, "--debug-exit", "0xf4"]);
+        assert_eq!(output.status.code(), Some(5), "{engine}: {}", text(&output.stderr));
+        assert!(text(&output.stderr).contains("1 system-management interrupts were ignored"), "{engine}");
+    }
+    // What there is to start is asked for.
+    let output = boot(&[]);
+    let said = text(&output.stderr);
+    assert_eq!(
+        (output.status.code(), said.contains("--kernel <FILE>|--bios <FILE>|--flat")),
+        (Some(2), true),
+        "{said}"
+    );
+}
+
 #[test]
 fn a_triple_fault_says_where() {
     // lidt [zero]; ud2

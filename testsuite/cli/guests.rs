@@ -59,6 +59,14 @@ const XV6: &[(&str, &str)] = &[
     ("$ ", "echo a | cat | grep a"),
 ];
 
+/// GRUB's prompt out of its menu, and the menu anew. A line that is typed ends with Return, which the prompt takes as an empty one.
+const GRUB: &[(&str, &str)] = &[
+    ("GNU GRUB", "c"),
+    ("grub> ", "set n=4; echo read${n}2"),
+    ("read42", "ls (cd)/boot/grub"),
+    ("grub.cfg", "configfile (cd)/boot/grub/grub.cfg"),
+];
+
 /// A kernel of Debian's that runs init.sh.
 const fn script(
     name: &'static str,
@@ -111,7 +119,7 @@ const GUESTS: &[Guest] = &[
         name: "SeaBIOS and GRUB",
         needs: &["bios-256k.bin", "vgabios-isavga.bin", "grub.iso"],
         args: &["--bios", "@/bios-256k.bin", "--cdrom", "@/grub.iso", "--serial", "stdio"],
-        types: &[],
+        types: GRUB,
         prints: &["GNU GRUB", "Booting `Linux'", "init reached", "forked 50 times", "reboot: Power down"],
         status: Some(0),
         seconds: 1800,

@@ -85,6 +85,8 @@ pub struct Lapic {
     /// Errors shown, and errors since.
     esr: u32,
     errors: u32,
+    /// System-management interrupts that were ignored.
+    smis: u64,
     icr: u64,
     /// Timer, thermal, counters, LINT0, LINT1, error.
     lvt: [u32; 6],
@@ -119,6 +121,7 @@ impl Default for Lapic {
             irr: Vectors::default(),
             esr: 0,
             errors: 0,
+            smis: 0,
             icr: 0,
             lvt,
             initial: 0,
@@ -222,9 +225,16 @@ impl Lapic {
         match mode {
             0 | 1 => self.request(vector, level),
             4 => self.nmi = true,
-            // SMI is ignored; INIT and start-up are for other processors.
+            // There is no system-management mode.
+            2 => self.smis += 1,
+            // INIT and start-up are for other processors.
             _ => {}
         }
+    }
+
+    /// How many system-management interrupts came and were ignored.
+    pub fn ignored_smis(&self) -> u64 {
+        self.smis
     }
 
     /// A message from the I/O APIC. False: nobody took it.
@@ -622,6 +632,14 @@ mod tests {
         assert_eq!(a.acknowledge(), Some(0x60));
         a.write(u64::from(reg::EOI), 0, 0);
         assert_eq!((a.take_ended(), a.take_ended()), (Some(0x60), None));
+    }
+
+    #[test]
+    fn system_management_interrupts_are_ignored_and_counted() {
+        let mut a = on();
+        a.write(u64::from(reg::ICR), 1 << 18 | 2 << 8, 0);
+        assert!(a.deliver(Message { vector: 0, mode: 2, level: false, destination: 0, logical: false }));
+        assert_eq!((a.ignored_smis(), a.take_nmi(), a.next()), (2, false, None));
     }
 
     #[test]

@@ -296,6 +296,11 @@ impl Machine {
         self.pc.lock().traffic
     }
 
+    /// System-management interrupts that the guest sent itself, for nothing.
+    pub fn ignored_smis(&self) -> u64 {
+        self.pc.lock().lapic.ignored_smis()
+    }
+
     /// From now on measures what is costly to measure: for statistics.
     pub fn measure(&mut self) {
         self.vcpu.measure();
