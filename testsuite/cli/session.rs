@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 /// What Linux (lib/bug.c, kernel/panic.c, arch/x86/kernel/dumpstack.c and traps.c, mm/fault.c) and xv6 begin their complaints with. A
 /// warning of the kernel names a processor; "WARNING:" alone is other programs' too.
-const BAD: [&str; 16] = [
+const BAD: [&str; 18] = [
     "Kernel panic",
     "BUG: ",
     "Oops: ",
@@ -25,6 +25,9 @@ const BAD: [&str; 16] = [
     "Bad page state",
     "EXT4-fs error",
     "lapicid 0: panic",
+    // systemd, 90 seconds of the host's time after a start: on a host as busy as that nothing can be tested.
+    "Timed out waiting for device",
+    "You are in emergency mode",
 ];
 
 /// The line by which a kernel says that it is broken, if there is one.
