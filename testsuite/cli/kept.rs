@@ -159,6 +159,18 @@ fn several_may_write_at_once() {
     assert!(old * 10 > all * 9, "{old} of {all}");
 }
 
+/// The third of several children has what the first two have used, and so has one that executes another program.
+#[test]
+fn children_one_after_the_other_do_the_same() {
+    let cache = directory("siblings");
+    let script = ["/bin/sh", "-c", "for i in 1 2 3 4 5 6 7; do /bin/echo $i; /bin/cat </dev/null; done; /bin/ls -d /"];
+    for _ in 0..3 {
+        let out = bivisor(&cache, &[], &script);
+        let said = String::from_utf8_lossy(&out.stdout);
+        assert_eq!(said, "1\n2\n3\n4\n5\n6\n7\n/\n", "{}", String::from_utf8_lossy(&out.stderr));
+    }
+}
+
 /// A child that is forked, and a program started by a program.
 #[test]
 fn children_use_it_too() {

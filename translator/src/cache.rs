@@ -14,6 +14,7 @@ use crate::fault::kick;
 use crate::jitdump;
 use crate::lower::Leave;
 use crate::marks::{Home, Registers};
+use crate::persist::kin::{Kin, Librarian, Told, Used};
 use crate::persist::{self, Archive};
 use crate::route::{Policy, Routes};
 use crate::stats::{CacheStats, Stats};
@@ -24,6 +25,7 @@ use bivisor_emulator::mem::GuestMemory;
 use bivisor_emulator::vcpu::Kicker;
 use iced_x86::Mnemonic;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
@@ -90,6 +92,7 @@ pub struct Cache {
     /// Takes our place in a forked child if another thread was at work in here at the time of the fork.
     successor: OnceLock<Arc<Cache>>,
     model: Arc<CpuModel>,
+    kin: Mutex<Kin>,
     counting: AtomicBool,
     /// What members did that have left.
     gone: Mutex<Stats>,
@@ -123,6 +126,7 @@ impl Cache {
             fork: ForkMark::new()?,
             successor: OnceLock::new(),
             model,
+            kin: Mutex::new(Kin::default()),
             counting: AtomicBool::new(false),
             gone: Mutex::new(Stats::default()),
         }))
@@ -201,10 +205,49 @@ impl Cache {
 
     /// From now on, translations of earlier runs are used, and [`Cache::keep`] gives what is worth keeping of this one. Call it before
     /// the cache is used.
-    pub fn remember(&self, archive: Archive) {
+    pub fn remember(&self, archive: Arc<Archive>) {
         let mut store = self.lock();
         store.keep_pages(archive.blocks());
-        store.archive = Some(Arc::new(archive));
+        store.archive = Some(archive);
+    }
+
+    /// What is kept for a program is found so, also for those that children execute.
+    pub fn set_librarian(&self, librarian: Librarian) {
+        if let Ok(mut kin) = self.kin.try_lock() {
+            kin.librarian = Some(librarian);
+        }
+    }
+
+    /// What was used of what is kept for this program.
+    pub fn used(&self) -> Vec<Used> {
+        let store = self.lock();
+        store.archive.as_ref().map_or_else(Vec::new, |archive| store.used(archive))
+    }
+
+    /// Takes over code that was used elsewhere, for programs to come.
+    pub fn prepare(&self, archive: &Archive, used: &[Used]) {
+        self.lock().prepare(&self.exits, archive, used);
+    }
+
+    /// Tells the process that has forked this one what was used of what is kept for this program.
+    pub fn tell(&self, program: &Path) {
+        let Ok(kin) = self.kin.try_lock() else { return };
+        let told = || {
+            let stamp = self.lock().archive.as_ref()?.stamp();
+            Some(Told { program: program.into(), stamp, used: self.used() })
+        };
+        if let Some(board) = &kin.parent {
+            board.tell(told, program);
+        }
+    }
+
+    /// Must be called before a fork after which both go on.
+    pub fn before_fork(&self) {
+        let prepare = self.kin.try_lock().ok().and_then(|mut kin| kin.before_fork());
+        if let Some((archive, used)) = prepare {
+            self.prepare(&archive, &used);
+        }
+        self.lock().freeze();
     }
 
     /// Another program begins; nothing will be left of the old one in memory, where `text` are the mappings of files that cannot be
@@ -552,6 +595,9 @@ impl Cache {
             self.forget(store);
         }
         self.version.fetch_add(1, Ordering::SeqCst);
+        if let Ok(mut kin) = self.kin.try_lock() {
+            kin.after_fork();
+        }
         self.fork.set();
     }
 

@@ -7,9 +7,13 @@
 //! Every thread maps it read-only behind its thread block, so that generated code reaches it through GS. At first the table is half as
 //! large and mapped twice, so that the highest of these bits does not count: most programs need no more, and its pages are a good part
 //! of what starting one costs.
+//!
+//! A forked child goes on sharing the code that was complete at the fork with its parent ([`CodeBuffer::freeze`]): neither writes there
+//! any more, and who has to takes a copy of that piece first.
 #![allow(unsafe_code)]
 
 use bivisor_emulator::host::thread::{ENGINE_AREA_OFFSET, ENGINE_AREA_SIZE, ThreadBlock};
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{Error, IoSlice, Result, Write};
 use std::ops::Range;
@@ -24,8 +28,11 @@ const TABLE_SIZE: usize = MOST_ENTRIES * 8;
 const CODE_AT: usize = HUGE;
 /// A huge page.
 const HUGE: usize = 2 << 20;
-/// Memory is asked for in pieces of this size.
+/// Memory is asked for in pieces of this size, of the smaller one after a fork.
 const PIECE: usize = 64 << 10;
+const SMALL_PIECE: usize = 16 << 10;
+/// What is shared over a fork is copied in pieces of this size.
+const SHARED_PIECE: usize = 16 << 10;
 const _: () = assert!(TABLE_SIZE <= ENGINE_AREA_SIZE);
 
 /// The two views. Offsets count from the start of the code.
@@ -47,6 +54,10 @@ pub struct CodeBuffer {
     cold_ready: usize,
     /// The host was asked to make one of so many of the first huge pages.
     huge: usize,
+    /// In what pieces it is asked.
+    piece: usize,
+    /// Which pieces are shared with a parent or a child.
+    shared: Vec<Cell<bool>>,
 }
 
 // SAFETY: the views are plain memory owned by this value; all writes to code that other threads may execute are single aligned-enough
@@ -77,6 +88,8 @@ impl CodeBuffer {
                 ready: 0,
                 cold_ready: size,
                 huge: 0,
+                piece: PIECE,
+                shared: vec![Cell::new(false); size.div_ceil(SHARED_PIECE)],
             };
             let prot = libc::PROT_READ | libc::PROT_EXEC;
             let rx = reserve(size)?;
@@ -133,7 +146,7 @@ impl CodeBuffer {
         let at = self.cold - code.len();
         assert!(at >= self.used, "the code buffer is full");
         if at < self.cold_ready {
-            let start = (at / PIECE * PIECE).max(self.ready);
+            let start = (at / self.piece * self.piece).max(self.ready);
             if start < self.cold_ready {
                 self.populate(CODE_AT + start..CODE_AT + self.cold_ready);
             }
@@ -149,7 +162,7 @@ impl CodeBuffer {
         let at = self.next();
         assert!(at + code.len() <= self.cold, "the code buffer is full");
         if at + code.len() > self.ready {
-            let end = (at + code.len()).next_multiple_of(PIECE).min(self.size);
+            let end = (at + code.len()).next_multiple_of(self.piece).min(self.size);
             self.populate(CODE_AT + self.ready..CODE_AT + end);
             self.ready = end;
         }
@@ -168,6 +181,11 @@ impl CodeBuffer {
 
     /// Forgets everything from offset `keep` on. No thread may execute there any more.
     pub fn reset(&mut self, keep: usize) {
+        if self.shared.iter().any(Cell::get) {
+            self.renew(0..self.size, keep);
+            self.shared.iter().for_each(|s| s.set(false));
+            (self.ready, self.cold_ready, self.huge) = (0, self.size, 0);
+        }
         self.used = self.used.min(keep);
         self.cold = self.cold_end();
     }
@@ -175,6 +193,7 @@ impl CodeBuffer {
     /// Replaces the 32-bit displacement at `at`, which does not cross a cache line, so that it leads to code offset `target`.
     pub fn patch(&self, at: usize, target: usize) {
         assert!(at + 4 <= self.used && at % 64 <= 60, "no patchable field");
+        self.unshare(at / SHARED_PIECE);
         let displacement = (target as i64 - (at as i64 + 4)) as i32;
         // SAFETY: in range; x86 executes either the old or the new displacement, both lead to live code: the field lies in one cache
         // line, where one store instruction is atomic.
@@ -187,10 +206,65 @@ impl CodeBuffer {
     /// The same for an 8-bit displacement, which must reach.
     pub fn patch_short(&self, at: usize, target: usize) {
         assert!(at < self.used, "no patchable field");
+        self.unshare(at / SHARED_PIECE);
         let displacement =
             i8::try_from(target as i64 - (at as i64 + 1)).expect("a short jump reaches its block and its stub");
         // SAFETY: in range; a byte is written at once.
         unsafe { self.rw.add(CODE_AT + at).cast::<i8>().write_volatile(displacement) };
+    }
+
+    /// Does the 32-bit displacement at `at` lead to code offset `target`?
+    pub fn leads(&self, at: usize, target: usize) -> bool {
+        assert!(at + 4 <= self.used, "no code");
+        // SAFETY: in range; only who holds this value writes there.
+        let displacement = unsafe { self.rx.add(at).cast::<i32>().read_unaligned() };
+        i64::from(displacement) == target as i64 - (at as i64 + 4)
+    }
+
+    /// Is the byte at `at` shared with a parent or a child, so that a patch there costs more?
+    pub fn is_shared(&self, at: usize) -> bool {
+        self.shared[at / SHARED_PIECE].get()
+    }
+
+    fn piece(&self, piece: usize) -> Range<usize> {
+        piece * SHARED_PIECE..((piece + 1) * SHARED_PIECE).min(self.size)
+    }
+
+    /// From now on, a child that is about to be forked has what is complete in common with us.
+    pub fn freeze(&self) {
+        // The last one holds the generation.
+        let cold = self.cold.div_ceil(SHARED_PIECE)..self.shared.len() - 1;
+        (0..self.used / SHARED_PIECE).chain(cold).for_each(|piece| self.shared[piece].set(true));
+    }
+
+    /// Makes a shared piece ours, with what is in it.
+    fn unshare(&self, piece: usize) {
+        if self.shared[piece].replace(false) {
+            let range = self.piece(piece);
+            self.renew(range.clone(), range.len());
+        }
+    }
+
+    /// Other memory for a part of both views, with so many of the bytes in it. It is executable all the while, and no mapping is ever
+    /// writable and executable.
+    fn renew(&self, part: Range<usize>, keep: usize) {
+        let len = part.len();
+        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let to = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        // SAFETY: a fresh mapping, of which a second one and then itself take the place of our own views. No descriptor is needed, of
+        // which the guest may have left none.
+        let done = unsafe {
+            let (rw, rx) = (self.rw.add(CODE_AT + part.start), self.rx.add(part.start));
+            let p = libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
+            p != libc::MAP_FAILED && {
+                std::ptr::copy_nonoverlapping(rx, p.cast::<u8>(), keep);
+                libc::mprotect(p, len, libc::PROT_READ | libc::PROT_EXEC) == 0
+                    && libc::mremap(p, 0, len, to, rx) != libc::MAP_FAILED
+                    && libc::mprotect(p, len, libc::PROT_READ | libc::PROT_WRITE) == 0
+                    && libc::mremap(p, len, len, to, rw) != libc::MAP_FAILED
+            }
+        };
+        assert!(done, "memory for the code cache");
     }
 
     /// The table entry of a guest address.
@@ -291,20 +365,24 @@ impl CodeBuffer {
         Ok(())
     }
 
-    /// After fork, in the child: memory of its own with the same code at the same addresses; until then the views are shared with the
-    /// parent. All branch targets are `target` then; the table behind the thread block must be mapped again.
+    /// After fork, in the child: memory of its own with the same code at the same addresses, but for what was frozen; until then the
+    /// views are shared with the parent. All branch targets are `target` then; the table behind the thread block must be mapped again.
     ///
     /// # Errors
     /// The host's.
     pub fn after_fork(&mut self, target: usize) -> Result<()> {
         let fd = memfd(CODE_AT + self.size)?;
-        let code = |from, to| (CODE_AT + from, CODE_AT + to);
-        for (from, to) in [code(0, self.used), code(self.cold, self.size)] {
-            // SAFETY: reads our own mapping; the file is new.
-            let written =
-                unsafe { libc::pwrite(fd.as_raw_fd(), self.rw.add(from).cast(), to - from, from as libc::off_t) };
-            if written != (to - from) as isize {
-                return Err(Error::last_os_error());
+        let own: Vec<Range<usize>> =
+            runs(&self.shared).map(|r| self.piece(r.start).start..self.piece(r.end - 1).end).collect();
+        for run in &own {
+            for part in [run.start..run.end.min(self.used), run.start.max(self.cold)..run.end] {
+                let (from, len) = (CODE_AT + part.start, part.len());
+                // SAFETY: reads our own mapping; the file is new.
+                let written =
+                    unsafe { libc::pwrite(fd.as_raw_fd(), self.rw.add(from).cast(), len, from as libc::off_t) };
+                if written != len as isize {
+                    return Err(Error::last_os_error());
+                }
             }
         }
         // After the copy: a flush that was under way meanwhile shows here.
@@ -313,9 +391,16 @@ impl CodeBuffer {
         let rx = libc::PROT_READ | libc::PROT_EXEC;
         // SAFETY: replaces our own mappings, while no thread but this one exists.
         unsafe {
-            map(self.rw, CODE_AT + self.size, rw, libc::MAP_FIXED, &fd, 0)?;
-            map(self.rx, self.size, rx, libc::MAP_FIXED, &fd, CODE_AT)?;
+            map(self.rw, CODE_AT, rw, libc::MAP_FIXED, &fd, 0)?;
+            for run in own {
+                let at = CODE_AT + run.start;
+                map(self.rw.add(at), run.len(), rw, libc::MAP_FIXED, &fd, at)?;
+                map(self.rx.add(run.start), run.len(), rx, libc::MAP_FIXED, &fd, at)?;
+            }
         }
+        self.piece = SMALL_PIECE;
+        self.ready = self.used.next_multiple_of(4096);
+        self.cold_ready = self.cold / 4096 * 4096;
         self.set_generation(generation);
         self.fresh = Some(fd);
         self.fill_targets(target);
@@ -348,6 +433,16 @@ pub fn show_to_perf(file: &File) {
     let prot = libc::PROT_READ | libc::PROT_EXEC;
     // SAFETY: a fresh mapping that nobody uses.
     unsafe { libc::mmap(std::ptr::null_mut(), 4096, prot, libc::MAP_PRIVATE, file.as_raw_fd(), 0) };
+}
+
+/// Where pieces that are not shared follow each other.
+fn runs(shared: &[Cell<bool>]) -> impl Iterator<Item = Range<usize>> {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        let start = at + shared[at..].iter().position(|s| !s.get())?;
+        at = start + shared[start..].iter().position(Cell::get).unwrap_or(shared.len() - start);
+        Some(start..at)
+    })
 }
 
 fn memfd(size: usize) -> Result<OwnedFd> {
@@ -444,6 +539,40 @@ impl Drop for ForkMark {
     fn drop(&mut self) {
         // SAFETY: our own page.
         unsafe { libc::munmap(self.page as *mut libc::c_void, 4096) };
+    }
+}
+
+/// Numbers that a process has in common with the children it forks.
+pub struct SharedWords(*const AtomicU64, usize);
+
+// SAFETY: atomics in memory that lives as long as the value.
+unsafe impl Send for SharedWords {}
+// SAFETY: as above.
+unsafe impl Sync for SharedWords {}
+
+impl SharedWords {
+    /// So many zeros.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn new(words: usize) -> Result<SharedWords> {
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
+        // SAFETY: a fresh mapping.
+        let p = unsafe { libc::mmap(std::ptr::null_mut(), words * 8, prot, flags, -1, 0) };
+        if p == libc::MAP_FAILED { Err(Error::last_os_error()) } else { Ok(SharedWords(p.cast(), words)) }
+    }
+
+    /// The numbers.
+    pub fn all(&self) -> &[AtomicU64] {
+        // SAFETY: mapped as long as self lives, and only accessed as atomics.
+        unsafe { std::slice::from_raw_parts(self.0, self.1) }
+    }
+}
+
+impl Drop for SharedWords {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping.
+        unsafe { libc::munmap(self.0 as *mut libc::c_void, self.1 * 8) };
     }
 }
 

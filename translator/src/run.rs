@@ -596,6 +596,7 @@ impl Vcpu for Translator {
     fn around_fork(&mut self, fork: &mut dyn FnMut()) {
         // The child meets new code; so that not every one makes the decoder's tables anew.
         let _ = Decoder::new(64, &[0x90], DecoderOptions::NONE).decode();
+        self.cache.current().before_fork();
         fork();
     }
 

@@ -21,6 +21,8 @@ use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
+/// So many jumps in code that is shared with a parent or a child stay as they are.
+const MOST_REFUSED: u32 = 256;
 /// More than one block can need.
 pub const MAX_BLOCK: usize = 16 << 10;
 
@@ -63,8 +65,8 @@ pub struct Store {
     pub(crate) compared: HashMap<u64, (Vec<u8>, Vec<bool>)>,
     /// What earlier runs have left.
     pub(crate) archive: Option<Arc<Archive>>,
-    /// Its clusters that were adopted.
-    pub(crate) taken: HashSet<u32>,
+    /// Its clusters that were adopted, and by how much their blocks lie further on than they did.
+    pub(crate) taken: Map<u32, u64>,
     /// The number of the first block of this program; those before it are an earlier one's.
     pub(crate) began: usize,
     /// What that one has left.
@@ -77,6 +79,10 @@ pub struct Store {
     pub(crate) ending: Map<u64, Vec<u32>>,
     /// Blocks in which something of a page is a constant.
     pub(crate) constants: Map<u64, Vec<(u32, Constant)>>,
+    /// Those of earlier programs.
+    pub(crate) bound: HashSet<u32>,
+    /// So many jumps of shared code were not linked.
+    refused: u32,
     /// For table entries the first block whose landing is tried; 0, which is the trampolines, for none.
     landings: Map<u16, u32>,
     /// Is there any landing?
@@ -104,7 +110,7 @@ impl Store {
             // Memory is taken when it is used; moving it costs more.
             blocks: Vec::with_capacity(1 << 15),
             notes: Vec::with_capacity(1 << 16),
-            taken: HashSet::new(),
+            taken: Map::default(),
             archive: None,
             began: 1,
             parked: Vec::new(),
@@ -114,6 +120,8 @@ impl Store {
             by_page: Map::default(),
             ending: Map::default(),
             constants: Map::default(),
+            bound: HashSet::new(),
+            refused: 0,
             landings: Map::default(),
             landed: false,
             exits_used: 0,
@@ -354,8 +362,14 @@ impl Store {
     /// Makes the jump of an exit lead to a block.
     pub fn link(&mut self, exits: &Exits, exit: u32, to: u32) {
         // A short jump is one of a block that is gone.
-        if exits.linked(exit).is_none() && !self.place(exits, exit).short {
-            self.lead(self.place(exits, exit), Some(to));
+        let place = self.place(exits, exit);
+        if exits.linked(exit).is_none() && !place.short {
+            // For what is soon over it is cheaper to come here again than to copy what a parent has.
+            if self.buffer.is_shared(place.site) && self.refused < MOST_REFUSED {
+                self.refused += 1;
+                return;
+            }
+            self.lead(place, Some(to));
             self.note_link(exits, exit, to);
             self.stats.links += 1;
         }
@@ -386,15 +400,41 @@ impl Store {
 
     /// Enters the landing of a block in the table, before the others of the same entry.
     pub(crate) fn register(&mut self, b: u32, l: Landing) {
+        let entry = self.buffer.index(self.blocks[b as usize].start());
+        let after = self.landings.get(&entry).copied().unwrap_or(0);
+        let next = self.landing_at(after);
+        let leads = self.buffer.leads(l.next(), next);
         let block = &mut self.blocks[b as usize];
-        block.landing = Some(l);
-        let entry = self.buffer.index(block.start());
-        block.next_landing = self.landings.insert(entry, b).unwrap_or(0);
+        if !leads && self.buffer.is_shared(l.next()) {
+            // Another one is made when it is wanted.
+            block.landing = None;
+            return;
+        }
+        // What is shared with a parent is not written if it is right.
+        if block.landing != Some(l) || block.next_landing != after {
+            (block.landing, block.next_landing) = (Some(l), after);
+        }
+        self.landings.insert(entry, b);
         self.stats.landings += 1;
         self.landed = true;
-        let next = self.landing_at(self.blocks[b as usize].next_landing);
-        self.buffer.patch(l.next(), next);
+        if !leads {
+            self.buffer.patch(l.next(), next);
+        }
         self.buffer.set_target(entry, l.at());
+    }
+
+    /// Takes all landings out of the table. Nobody is in the code, and no block is found before its landing is entered again.
+    pub(crate) fn clear_landings(&mut self) {
+        for entry in std::mem::take(&mut self.landings).into_keys() {
+            self.buffer.set_target(entry, self.miss as usize);
+        }
+    }
+
+    /// Keeps a landing that is not in the table as one that is first in its entry.
+    pub(crate) fn set_aside(&mut self, b: u32, l: Landing) {
+        let block = &mut self.blocks[b as usize];
+        (block.landing, block.next_landing) = (Some(l), 0);
+        self.buffer.patch(l.next(), self.miss as usize);
     }
 
     /// Makes the table larger if there are many landings in a small one. Was it?
@@ -497,12 +537,19 @@ impl Store {
         self.by_page.clear();
         self.ending.clear();
         self.constants.clear();
+        self.bound.clear();
         self.pages.iter_mut().for_each(Pages::clear);
         self.taken.clear();
         self.compared.clear();
         self.parked.clear();
         self.began = 1;
         self.exits_used = 0;
+    }
+
+    /// Before a fork, see [`CodeBuffer::freeze`].
+    pub fn freeze(&mut self) {
+        self.buffer.freeze();
+        self.refused = 0;
     }
 
     /// In a forked child: memory of its own, see [`CodeBuffer::after_fork`].
@@ -516,9 +563,17 @@ impl Store {
     /// Sets all jumps, and the table, of which all is the way out, as this store knows them, in memory that somebody else may have
     /// changed.
     pub fn restore(&mut self, exits: &Exits) {
-        for b in 0..self.blocks.len() as u32 {
+        // Of what is shared, nobody has changed anything.
+        let ours = |b: &u32| {
+            let block = &self.blocks[*b as usize];
+            !self.buffer.is_shared(block.at as usize) || !self.buffer.is_shared(block.end() as usize)
+        };
+        for b in (0..self.blocks.len() as u32).filter(ours) {
             for id in self.exits_of(b).filter(|&id| matches!(exits.leave(id), Leave::To(_))) {
-                self.lead(self.place_in(exits, b, id), exits.linked(id));
+                let place = self.place_in(exits, b, id);
+                if !self.buffer.is_shared(place.site) {
+                    self.lead(place, exits.linked(id));
+                }
             }
         }
         for (&entry, &first) in &self.landings {
@@ -527,7 +582,9 @@ impl Store {
                 self.buffer.set_target(entry, self.landing_at(b));
             }
             while let Some(Block { landing: Some(l), next_landing, .. }) = self.blocks.get(b as usize) {
-                self.buffer.patch(l.next(), self.landing_at(*next_landing));
+                if !self.buffer.is_shared(l.next()) {
+                    self.buffer.patch(l.next(), self.landing_at(*next_landing));
+                }
                 b = *next_landing;
             }
         }

@@ -87,7 +87,7 @@ impl Run {
     fn new(text: &Text, kept: Option<Vec<u8>>) -> Run {
         let cache = Cache::new(Arc::new(CpuModel::host()), Policy::default(), 1 << 20).expect("executable memory");
         let archive = kept.map(|bytes| Archive::read(bytes, b"key").expect("whole"));
-        cache.remember(archive.unwrap_or_default());
+        cache.remember(archive.unwrap_or_default().into());
         Run { cache, text: text.clone(), scratch: Scratch::default() }
     }
 
@@ -239,4 +239,37 @@ fn a_branch_through_memory_leads_where_it_does_now() {
     let mut run = Run::new(&moved, Some(kept));
     run.go(0..BLOCKS + 1);
     assert_eq!(run.counts(), (BLOCKS, 1));
+}
+
+#[test]
+fn what_children_have_used_is_prepared_for_the_next_where_it_is_the_same() {
+    let kept = left_by(0..BLOCKS);
+    let archive = Arc::new(Archive::read(kept.clone(), b"key").expect("whole"));
+    for (changed, moved) in [(false, 0), (true, 0), (false, PAGE_SIZE)] {
+        let mut child = Run::new(&Text::at(BASE), Some(kept.clone()));
+        let used = child.go(3..4).cache.used();
+        assert_eq!(used.len(), 1);
+        // A parent that has something of its own elsewhere.
+        let mut parent = Run::new(&Text::at(BASE + (1 << 32)), None);
+        parent.go(0..2);
+        parent.cache.prepare(&archive, &used);
+        assert_eq!(parent.cache.stats().adopted, 0);
+        assert!(parent.go(0..2).code(0).is_some());
+        // What another child of it would do.
+        let mut text = Text::at(BASE + moved);
+        if changed {
+            text.put(4000, &[0x90]);
+        }
+        parent.cache.start_over(&[]);
+        parent.cache.remember(archive.clone());
+        parent.text = text;
+        let before = parent.cache.stats();
+        parent.go(0..1);
+        let prepared = !changed && moved == 0;
+        let made = parent.cache.stats();
+        assert_eq!((made.adopted > 0, made.insns > before.insns), (!prepared && !changed, changed));
+        assert!(!prepared || (0..BLOCKS - 1).all(|n| parent.leads_on(n)));
+        parent.go(0..BLOCKS);
+        assert!((0..BLOCKS).all(|n| parent.code(n).is_some()));
+    }
 }

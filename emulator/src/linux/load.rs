@@ -16,6 +16,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 /// A program that cannot be started: which file and why.
 #[derive(Debug)]
@@ -269,6 +270,9 @@ const STACK_GAP: u64 = 256 * PAGE_SIZE;
 /// between, and inside what sanitizers expect of a program's addresses.
 fn pie_base(random: &[u8]) -> u64 {
     let r = u64::from_le_bytes(random.try_into().unwrap_or_default());
+    // Once for a host process and those it forks: programs that these execute one after the other have the same code at the same place.
+    static R: OnceLock<u64> = OnceLock::new();
+    let r = R.get_or_init(|| r);
     let spread = if host::randomizes() { (r % (0x40_0000_0000 / PAGE_SIZE)) * PAGE_SIZE } else { 0 };
     0x5500_0000_0000 + spread
 }

@@ -9,10 +9,10 @@ use crate::marks::{Home, Packed};
 use crate::persist::Archive;
 use crate::persist::cluster::{Cluster, Row};
 use crate::persist::hash::{Sum, sum};
+use crate::persist::kin::Used;
 use crate::store::Store;
 use crate::system::hash::Map;
 use bivisor_emulator::mem::PAGE_SIZE;
-use std::collections::HashSet;
 use std::ops::Range;
 
 /// What is known of a page of code.
@@ -59,6 +59,11 @@ pub struct Found {
 }
 
 impl Found {
+    /// Of a cluster of which all pages are known, and that knows no others.
+    pub fn known(cluster: u32, move_by: u64) -> Found {
+        Found { cluster, move_by, unknown: Vec::new(), constants: Vec::new() }
+    }
+
     /// Finds out what the store has to know before it can adopt it; no lock is held.
     pub fn look(&mut self, source: &mut dyn CodeSource) -> Vec<(u64, Content)> {
         for (at, target) in &mut self.constants {
@@ -78,7 +83,7 @@ impl Store {
     /// From now on, what is made can be kept, and so many blocks may be adopted.
     pub fn keep_pages(&mut self, blocks: usize) {
         self.pages = Some(Pages::default());
-        self.taken = HashSet::new();
+        self.taken.clear();
         self.index.reserve(blocks);
     }
 
@@ -99,7 +104,7 @@ impl Store {
         let pages = self.pages.as_ref()?;
         let page = page_of(rip);
         let (cluster, nth) = archive.find(&pages.get(&page)?.blocks, rip, home)?;
-        if self.is_full() || self.taken.contains(&cluster) {
+        if self.is_full() || self.taken.contains_key(&cluster) {
             return None;
         }
         let c = archive.pages_of(cluster)?;
@@ -113,12 +118,28 @@ impl Store {
     /// Adopts a cluster. Blocks come in the order in which they were first executed, as if translated now: code that is executed together
     /// lies together. Those of pages that have changed, or are not there, are left out.
     pub fn adopt(&mut self, exits: &Exits, archive: &Archive, found: &Found) {
-        if !self.taken.insert(found.cluster) {
+        if self.taken.insert(found.cluster, found.move_by).is_some() {
             return;
         }
         if let Some((cluster, _)) = archive.cluster(found.cluster) {
-            Adoption::of(self, &cluster, found).run(self, exits, &cluster);
+            self.adopt_cluster(exits, &cluster, found);
         }
+    }
+
+    pub(crate) fn adopt_cluster(&mut self, exits: &Exits, cluster: &Cluster<'_>, found: &Found) {
+        Adoption::of(self, cluster, found).run(self, exits, cluster);
+    }
+
+    /// What was adopted of an archive, for [`crate::persist::kin`].
+    pub fn used(&self, archive: &Archive) -> Vec<Used> {
+        let mapping = |page: u64| Some(self.pages.as_ref()?.get(&page)?.content?.mapping);
+        let used = |(&cluster, &move_by): (&u32, &u64)| {
+            let (page, _) = archive.pages_of(cluster)?.pages().next()?;
+            Some(Used { cluster, move_by, mapping: mapping(page.wrapping_add(move_by))? })
+        };
+        let mut all: Vec<Used> = self.taken.iter().filter_map(used).collect();
+        all.sort_by_key(|u| u.cluster);
+        all
     }
 }
 

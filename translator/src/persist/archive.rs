@@ -75,6 +75,11 @@ impl Archive {
         Some(Archive { bytes, pages, blocks, clusters })
     }
 
+    /// What tells it from others.
+    pub fn stamp(&self) -> u64 {
+        number(&self.bytes, 8).unwrap_or(0)
+    }
+
     /// How many blocks there are.
     pub fn blocks(&self) -> usize {
         self.blocks.len() / BLOCK

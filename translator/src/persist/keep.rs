@@ -32,12 +32,15 @@ impl Store {
 
     /// How many of the blocks made since the program began can be kept.
     pub fn worth_keeping(&self) -> u64 {
-        self.blocks.iter().skip(self.began).filter(|b| self.contents(b).is_some()).count() as u64
+        let parked = self.parked_blocks();
+        let kept = |(n, b): &(u32, &Block)| !parked.contains(n) && self.contents(b).is_some();
+        (0..).zip(&self.blocks).skip(self.began).filter(kept).count() as u64
     }
 
     /// All that can be kept, in the order in which it was first executed; a cluster for each stretch of a mapping's.
     pub fn clusters(&self, exits: &Exits) -> Vec<Vec<u8>> {
         let constants: Map<u32, Constant> = self.constants.values().flatten().copied().collect();
+        let parked = self.parked_blocks();
         // The same content twice: one is enough.
         let mut seen: HashSet<Name> = HashSet::new();
         // What knows constants is wanted later: when these do not change any more.
@@ -45,7 +48,10 @@ impl Store {
         let mut clusters = Vec::new();
         for (n, b) in self.blocks.iter().enumerate().skip(1) {
             let Some([first, last]) = self.contents(b) else { continue };
-            if first.mapping != last.mapping || !seen.insert((first.sum, within(b.start(), b.home()))) {
+            if first.mapping != last.mapping
+                || parked.contains(&(n as u32))
+                || !seen.insert((first.sum, within(b.start(), b.home())))
+            {
                 continue;
             }
             let (blocks, size) = open.entry((first.mapping, constants.contains_key(&(n as u32)))).or_default();

@@ -8,6 +8,7 @@
 //! | [`keep`] | from the store to clusters |
 //! | [`adopt`] | from clusters to the store |
 //! | [`park`] | from one program to the next in the same process |
+//! | [`kin`] | from children to the parent: what the next ones will want |
 //!
 //! Guest code says nothing of where it lies but relative to itself, so content is enough of a key: an unchanged page at another address,
 //! in another file or in another program has the same translation, moved by [`crate::lower::move_code`]; a changed page has none. Only
@@ -21,6 +22,7 @@ pub mod archive;
 pub mod cluster;
 pub mod hash;
 pub mod keep;
+pub mod kin;
 pub mod park;
 
 pub use archive::Archive;
