@@ -5,17 +5,24 @@
 mod session;
 
 use session::Session;
+use std::io::Write;
+use std::net::TcpListener;
 use std::path::Path;
 use std::time::Duration;
 
 /// What to wait for, and what to type then. Words that the guest prints are computed there, so that the echo of a command is none of them.
-const SESSION: [(&str, &str); 7] = [
+/// PORT is that of a server on the host.
+const SESSION: [(&str, &str); 8] = [
     ("login: ", "root"),
     ("# ", "echo state $(systemctl is-system-running --wait)"),
     ("state running", "apt list 2>/dev/null | grep -c installed"),
     ("# ", "head -c 20000000 /dev/urandom >/file; sync; echo 3 >/proc/sys/vm/drop_caches"),
     ("# ", "cat /file | md5sum; md5sum </file; grep -c . /proc/interrupts; echo done$((6*7))"),
-    ("done42", "systemctl poweroff"),
+    (
+        "done42",
+        "d=$(ls /sys/class/net | grep -v lo); ip addr add 10.0.2.15/24 dev $d; ip link set $d up; cat </dev/tcp/10.0.2.2/PORT",
+    ),
+    ("sent by the host", "systemctl poweroff"),
     ("reboot: Power down", ""),
 ];
 /// On a busy machine; a quiet one needs a tenth.
@@ -37,7 +44,12 @@ fn boot(directory: &Path) {
     let path = |name: &str| directory.join(name).to_str().expect("a plain path").to_owned();
     let drive = format!("file={},format=raw,snapshot=on", path("root.img"));
     let (kernel, initrd) = (path("vmlinuz"), path("initrd.img"));
-    let machine = ["--backend", "bt", "--memory", "1024", "--rng", "--balloon", "64", "--drive", &drive];
+    let machine =
+        ["--backend", "bt", "--memory", "1024", "--rng", "--balloon", "64", "--net", "user", "--drive", &drive];
+    // What the guest reaches as 10.0.2.2.
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = listener.local_addr().expect("bound").port().to_string();
+    std::thread::spawn(move || listener.accept().map(|(mut to, _)| to.write_all(b"sent by the host\n")));
     // systemd gives up on a device after 90 seconds, which on a busy machine may not be enough.
     let line = "root=/dev/vda console=ttyS0 quiet systemd.default_device_timeout_sec=900";
     let linux = ["--kernel", &kernel, "--initrd", &initrd, "--append", line];
@@ -47,7 +59,7 @@ fn boot(directory: &Path) {
         guest.wait(wanted).expect("the session goes on");
         eprintln!("{:6.1} s: `{wanted}`", guest.seconds());
         if !answer.is_empty() {
-            guest.answer(answer).expect("the guest reads");
+            guest.answer(&answer.replace("PORT", &port)).expect("the guest reads");
         }
     }
     assert_eq!(guest.status(), Ok(Some(0)));
