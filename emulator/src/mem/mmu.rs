@@ -151,6 +151,11 @@ impl Mmu {
         self.tlb.is_global(context, laddr)
     }
 
+    /// Is the page, which is known, part of one of 2 MiB or more?
+    pub fn is_large(&self, context: usize, laddr: u64) -> bool {
+        self.tlb.is_large(context, laddr)
+    }
+
     /// Changes with every flush: what is cached of translations elsewhere compares it.
     #[inline(always)]
     pub fn generation(&self) -> u64 {

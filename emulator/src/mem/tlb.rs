@@ -34,6 +34,8 @@ pub struct Tlb {
     large: (u64, u64),
     /// A bit for each entry: its page is global.
     global: Box<[u64; ENTRIES * CONTEXTS / 64]>,
+    /// A bit for each entry: its page is part of a large one.
+    part: Box<[u64; ENTRIES * CONTEXTS / 64]>,
     /// Entries that were filled with pages that are not since all was forgotten; at most [`MOST_LOCAL`].
     local: Vec<u16>,
 }
@@ -48,6 +50,7 @@ impl Default for Tlb {
             generation: 1,
             large: (u64::MAX, 0),
             global: Box::new([0; ENTRIES * CONTEXTS / 64]),
+            part: Box::new([0; ENTRIES * CONTEXTS / 64]),
             local: Vec::new(),
         }
     }
@@ -75,6 +78,12 @@ impl Tlb {
         self.global[n / 64] >> (n % 64) & 1 != 0
     }
 
+    /// Is the page, which is known, part of a large one?
+    pub fn is_large(&self, context: usize, laddr: u64) -> bool {
+        let n = slot(context, laddr);
+        self.part[n / 64] >> (n % 64) & 1 != 0
+    }
+
     /// Remembers the page of `laddr`, of `size` bytes in all.
     pub fn put(&mut self, context: usize, laddr: u64, gpa: u64, size: u64, global: bool, rights: Rights) {
         let n = slot(context, laddr);
@@ -89,6 +98,8 @@ impl Tlb {
                 self.local.push(n as u16);
             }
         }
+        let part = u64::from(size > PAGE_SIZE) << (n % 64);
+        self.part[n / 64] = self.part[n / 64] & !(1 << (n % 64)) | part;
         let page = laddr & !(PAGE_SIZE - 1);
         let tag = page | self.generation;
         let tag_if = |right: bool| if right { tag } else { EMPTY };

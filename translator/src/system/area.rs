@@ -119,6 +119,13 @@ pub mod at {
     pub const IRET_SEGMENTS: usize = SLOTS + 0x438;
     /// FS base of translated code: host minus guest address of the usual slots of the mirror, or 0.
     pub const DISTANCE: usize = SLOTS + 0x3d8;
+    /// Not 0: ZMM16 to ZMM31 and the opmask registers are in [`HIGH`] and [`MASKS`] where XMM0 to XMM15 are in [`VECTORS`], and all above
+    /// these is 0.
+    pub const IS_WIDE: usize = SLOTS + 0x470;
+    /// ZMM16 to ZMM31.
+    pub const HIGH: usize = SLOTS + 0x800;
+    /// K0 to K7.
+    pub const MASKS: usize = SLOTS + 0xc00;
     /// TSC offset.
     pub const TSC_OFFSET: usize = SLOTS + 0x110;
     /// XMM0 to XMM15.
@@ -147,6 +154,7 @@ pub const TABLES: usize = 12;
 pub const TARGETS: usize = 32768;
 /// Bytes of each.
 pub const TABLE_SIZE: usize = TARGETS * 16;
+const _: () = assert!(at::IRET_SEGMENTS + 48 <= at::IS_WIDE && at::MASKS + 64 <= at::TARGETS);
 const _: () = assert!(at::CELLS + 4 * CELLS <= at::SLOTS);
 const _: () = assert!(at::SYSCALL_SEGMENTS + 48 <= at::VECTORS && at::VECTORS + 256 <= at::SYSRET);
 const _: () = assert!(size_of::<bivisor_emulator::cpu::Segment>() == 24);

@@ -2,7 +2,9 @@
 //! them.
 //!
 //! Where the guest has nothing above XMM in use ([`at::UPPER`]) the sixteen XMM registers go to the area and the x87 state stays where it
-//! is; otherwise, and whenever somebody wants the XSAVE image of `CpuState` ([`sync`]), everything goes there. What Rust code leaves in
+//! is. Where it has, but the upper parts of the first sixteen registers are 0, as string functions that use ZMM16 and above leave them,
+//! those and the opmask registers go there too ([`at::IS_WIDE`]): XSAVE and XRSTOR take four times as long. Otherwise, and whenever
+//! somebody wants the XSAVE image of `CpuState` ([`sync`]), everything goes there. What Rust code leaves in
 //! the upper parts is not seen: VEX and EVEX instructions run only in modes that were entered with the image.
 //!
 //! FS base is the distance of the usual slots of the mirror meanwhile ([`at::DISTANCE`]), if there is one; Rust has its own back on all
@@ -14,7 +16,7 @@
 use crate::registers::{load_registers, store_others};
 use crate::system::area::{Area, at, gs};
 use bivisor_emulator::cpu::CpuState;
-use bivisor_emulator::cpu::xsave::Layout;
+use bivisor_emulator::cpu::xsave::{Layout, component};
 use bivisor_emulator::host::thread::ThreadBlock;
 use bivisor_emulator::isa::Gpr;
 use std::arch::global_asm;
@@ -31,6 +33,8 @@ pub const ABORTED: u32 = 0xffff_ff02;
 pub const KICKED: u32 = 0xffff_ff03;
 
 const AVX: u64 = 1;
+/// AVX-512 with byte and word instructions.
+const WIDE: u64 = 2;
 const RAX: usize = offset_of!(CpuState, gpr) + 8 * Gpr::Rax as usize;
 
 /// Gives Rust its FS base back; changes RAX and EFLAGS.
@@ -71,6 +75,27 @@ macro_rules! load_callers {
     };
 }
 
+/// Loads the vector registers from the area, but not MXCSR.
+macro_rules! load_vectors {
+    () => {
+        concat!(
+            "cmp dword ptr gs:[{is_wide}], 0\n",
+            "je 30f\n",
+            "vzeroupper\n",
+            ".irp i,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\n",
+            "vmovups zmm\\i, gs:[{high} + 64*(\\i - 16)]\n",
+            ".endr\n",
+            ".irp i,0,1,2,3,4,5,6,7\n",
+            "kmovq k\\i, gs:[{masks} + 8*\\i]\n",
+            ".endr\n",
+            "30:\n",
+            ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15\n",
+            "movups xmm\\i, gs:[{xmm} + 16*\\i]\n",
+            ".endr\n",
+        )
+    };
+}
+
 global_asm!(
     ".globl bivisor_system_enter, bivisor_system_from, bivisor_system_to, bivisor_system_abort, bivisor_system_leave, bivisor_system_leave_light, bivisor_system_sync, bivisor_system_settle, bivisor_system_port, bivisor_system_called, bivisor_system_returned, bivisor_system_give_up, bivisor_system_wake",
     ".hidden bivisor_system_enter, bivisor_system_from, bivisor_system_to, bivisor_system_abort, bivisor_system_leave, bivisor_system_leave_light, bivisor_system_sync, bivisor_system_settle, bivisor_system_port, bivisor_system_called, bivisor_system_returned, bivisor_system_give_up, bivisor_system_wake",
@@ -96,9 +121,7 @@ global_asm!(
     "xrstor64 [rbx + {xsave}]",
     "jmp 2f",
     "1:",
-    ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15",
-    "movups xmm\\i, gs:[{xmm} + 16*\\i]",
-    ".endr",
+    load_vectors!(),
     "cmp dword ptr gs:[{vectors_at}], 2",
     "je 2f",
     "ldmxcsr gs:[{guest_mxcsr}]",
@@ -149,6 +172,8 @@ global_asm!(
     "jne 8f",
     "cmp dword ptr gs:[{upper}], 0",
     "jne 4f",
+    "mov dword ptr gs:[{is_wide}], 0",
+    "10:",
     ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15",
     "movups gs:[{xmm} + 16*\\i], xmm\\i",
     ".endr",
@@ -161,6 +186,34 @@ global_asm!(
     "mov dword ptr gs:[{vectors_at}], 1",
     "jmp 7f",
     "4:",
+    "test byte ptr gs:[{host_flags}], {wide}",
+    "jz 6f",
+    ".irp i,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31",
+    "vmovups gs:[{high} + 64*(\\i - 16)], zmm\\i",
+    ".endr",
+    ".irp i,0,1,2,3,4,5,6,7",
+    "kmovq gs:[{masks} + 8*\\i], k\\i",
+    ".endr",
+    // Is anything above the XMM registers set?
+    "vporq zmm16, zmm0, zmm1",
+    "vpternlogq zmm16, zmm2, zmm3, 0xfe",
+    "vpternlogq zmm16, zmm4, zmm5, 0xfe",
+    "vpternlogq zmm16, zmm6, zmm7, 0xfe",
+    "vpternlogq zmm16, zmm8, zmm9, 0xfe",
+    "vpternlogq zmm16, zmm10, zmm11, 0xfe",
+    "vpternlogq zmm16, zmm12, zmm13, 0xfe",
+    "vpternlogq zmm16, zmm14, zmm15, 0xfe",
+    "vptestmq k1, zmm16, zmm16",
+    "kmovw eax, k1",
+    "test eax, 0xfc",
+    "jnz 5f",
+    "vzeroupper",
+    "mov dword ptr gs:[{is_wide}], 1",
+    "jmp 10b",
+    "5:",
+    "vmovups zmm16, gs:[{high}]",
+    "kmovq k1, gs:[{masks} + 8]",
+    "6:",
     "mov eax, dword ptr gs:[{components}]",
     "mov edx, dword ptr gs:[{components} + 4]",
     // Not XSAVEOPT: docs/fidelity.md, what was found in the host.
@@ -229,9 +282,7 @@ global_asm!(
     "xrstor64 [rbx + {xsave}]",
     "jmp 12f",
     "11:",
-    ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15",
-    "movups xmm\\i, gs:[{xmm} + 16*\\i]",
-    ".endr",
+    load_vectors!(),
     "cmp dword ptr gs:[{vectors_at}], 2",
     "je 12f",
     "ldmxcsr gs:[{guest_mxcsr}]",
@@ -243,12 +294,15 @@ global_asm!(
     // The XMM registers are Rust's: back to the guest's values for XSAVE. fn(rdi = image)
     ".p2align 4",
     "bivisor_system_sync:",
-    ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15",
-    "movups xmm\\i, gs:[{xmm} + 16*\\i]",
-    ".endr",
+    load_vectors!(),
     "ldmxcsr gs:[{guest_mxcsr}]",
     "mov eax, 3",
     "xor edx, edx",
+    "cmp dword ptr gs:[{is_wide}], 0",
+    "je 13f",
+    "mov eax, dword ptr gs:[{components}]",
+    "mov edx, dword ptr gs:[{components} + 4]",
+    "13:",
     "xsave64 [rdi]",
     "ldmxcsr gs:[{host_mxcsr}]",
     "mov dword ptr gs:[{vectors_at}], 0",
@@ -286,7 +340,11 @@ global_asm!(
     device = sym device,
     upper = const gs(at::UPPER),
     asleep = const gs(at::ASLEEP),
+    is_wide = const gs(at::IS_WIDE),
+    high = const gs(at::HIGH),
+    masks = const gs(at::MASKS),
     avx = const AVX,
+    wide = const WIDE,
 );
 
 unsafe extern "sysv64" {
@@ -369,7 +427,11 @@ pub fn prepare(area: &Area) {
     if std::is_x86_feature_detected!("avx") {
         flags |= AVX;
     }
+    if std::is_x86_feature_detected!("avx512bw") && Layout::host().components & component::AVX512 != 0 {
+        flags |= WIDE;
+    }
     area.set(at::HOST_FLAGS, flags);
+    area.set(at::IS_WIDE, 0);
     area.set(at::COMPONENTS, Layout::host().components);
     area.set(at::HOST_MXCSR, 0x1f80);
     area.set(at::VECTORS_AT, 0);
@@ -392,7 +454,7 @@ pub fn sync(area: &Area, cpu: &mut CpuState) {
     if area.get(at::VECTORS_AT) == 0 {
         return;
     }
-    // Nothing above XMM was in use.
+    // Nothing above XMM was in use, or all of it comes.
     cpu.xsave.set_xstate_bv(0);
     // SAFETY: the image is 64-byte aligned and large enough; the routine clobbers only what a call may.
     unsafe { bivisor_system_sync(cpu.xsave.bytes.as_mut_ptr()) };

@@ -169,6 +169,13 @@ fn word(b: &[u8], n: usize) -> u32 {
 
 /// x87 state from a legacy region, through the host's registers, which drop what is not kept.
 fn set_x87(x: &mut Exec<'_>, from: &[u8], wide: bool) -> Step {
+    // The usual state needs no such way: all registers empty and 0, FCW 37F, and so nothing pending.
+    let initial = from[..2] == [0x7f, 3] && is_zero(&from[2..24]) && is_zero(&from[32..160]);
+    if initial && x.cpu.cr0.contains(Cr0::NE) {
+        x.env.native.reset_x87(&mut x.cpu.xsave);
+        x.cpu.xsave.activate(component::X87);
+        return Ok(());
+    }
     x.env.native.leave_x87(&mut x.cpu.xsave);
     let image = &mut x.cpu.xsave;
     image.activate(component::X87);

@@ -1,5 +1,5 @@
-//! Loops inside a block, in the mirror: after the first round the body follows once more, and its rounds keep borrowed registers and
-//! what is known of memory.
+//! Loops inside a block, in the mirror or with all accesses at the same addresses in each round: after the first round the body follows
+//! once more, and its rounds keep borrowed registers and what is known of memory.
 //!
 //! Distances stay right from round to round: registers that only have a small constant added in a round meet the empty space beside
 //! their slot ([`crate::system::mirror`]) before another slot, because each is used for an access in every round; that faults, and the code is
@@ -33,9 +33,17 @@ pub(super) struct Round {
 
 /// The conditional branch of a block to its own start, if rounds are made there.
 pub(super) fn find(block: &GuestBlock) -> Option<usize> {
-    let mirrored = block.mode.is_mirrored() && !block.mode.is_counted() && !block.mode.is_narrow();
+    let plain = !block.mode.is_counted() && !block.mode.is_narrow();
     let back = |i: &Item| i.way == Way::Conditional && i.iced.near_branch_target() == block.start;
-    block.items.iter().position(back).filter(|_| mirrored)
+    let n = block.items.iter().position(back).filter(|_| plain)?;
+    (block.mode.is_mirrored() || stays(&block.items[..n])).then_some(n)
+}
+
+/// Is there memory that is accessed, by base registers that are not written, and no other?
+fn stays(items: &[Item]) -> bool {
+    let written = items.iter().fold(0, |m, i| m | i.writes);
+    let mut accesses = items.iter().filter_map(|i| i.access).peekable();
+    accesses.peek().is_some() && accesses.all(|a| a.based().is_some_and(|r| written & bit(r) == 0))
 }
 
 fn opcode(item: &Item) -> [u8; 2] {
@@ -96,8 +104,11 @@ impl Lower<'_> {
             (first.spilled, first.windows, first.moved, first.version);
         (self.flags, self.told, self.producer) = (Flags::Host, None, None);
         self.short = 0;
-        let small = |l: &Self, w: &Window| l.moved_by(w.base, w.index).abs() <= STEP;
-        let windows: Vec<_> = self.windows.iter().copied().filter(|w| w.mirrored && small(self, w)).collect();
+        // Through the TLB what is known is a range beside a register.
+        let small = |l: &Self, w: &Window| l.moved_by(w.base, w.index).abs() <= if w.mirrored { STEP } else { 0 };
+        let mirrored = self.block.mode.is_mirrored();
+        let windows: Vec<_> =
+            self.windows.iter().copied().filter(|w| w.mirrored == mirrored && small(self, w)).collect();
         self.windows = windows;
         self.sure = first.sure;
         let near = self.near() & self.kept(first.n);

@@ -9,6 +9,9 @@ use bivisor_emulator::cpu::{CpuState, Rflags};
 use bivisor_emulator::mem::{Access, By, PAGE_SIZE, Ram};
 use bivisor_emulator::vcpu::Board;
 
+/// Small pages of a large one that are entered at once, if one is missed.
+const TOGETHER: u64 = 4;
+
 /// What became of a miss.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Filled {
@@ -50,10 +53,19 @@ impl System {
         match t.core.mmu.translate(&t.cpu, board.mem, laddr, kind, by) {
             Ok(gpa) => {
                 let global = t.core.mmu.is_global(context, laddr);
-                match self.tlb.fill(&self.area, ram, Found { context, laddr, gpa, global }, access.write) {
-                    true => Filled::Yes,
-                    false => Filled::No,
+                if !self.tlb.fill(&self.area, ram, Found { context, laddr, gpa, global }, access.write) {
+                    return Filled::No;
                 }
+                // The next pages of a kernel's mapping of all memory are likely wanted soon.
+                if t.core.mmu.is_large(context, laddr) {
+                    let (page, from) = (laddr & !(PAGE_SIZE - 1), laddr & !(TOGETHER * PAGE_SIZE - 1));
+                    for n in (0..TOGETHER).filter(|n| from + n * PAGE_SIZE != page) {
+                        let laddr = from + n * PAGE_SIZE;
+                        let gpa = (gpa & !(PAGE_SIZE - 1)).wrapping_add(laddr.wrapping_sub(page));
+                        self.tlb.fill(&self.area, ram, Found { context, laddr, gpa, global }, access.write);
+                    }
+                }
+                Filled::Yes
             }
             Err(_) => {
                 if by == By::User && self.mirroring.page_fault() {
