@@ -119,6 +119,8 @@ pub mod at {
     pub const IRET_SEGMENTS: usize = SLOTS + 0x438;
     /// FS base of translated code: host minus guest address of the usual slots of the mirror, or 0.
     pub const DISTANCE: usize = SLOTS + 0x3d8;
+    /// Not 0: the code that runs has it. A kernel without the vector registers has no use for it, and keeps that of Rust.
+    pub const OWN_FS: usize = SLOTS + 0x478;
     /// Not 0: ZMM16 to ZMM31 and the opmask registers are in [`HIGH`] and [`MASKS`] where XMM0 to XMM15 are in [`VECTORS`], and all above
     /// these is 0.
     pub const IS_WIDE: usize = SLOTS + 0x470;

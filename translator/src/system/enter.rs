@@ -41,6 +41,8 @@ const RAX: usize = offset_of!(CpuState, gpr) + 8 * Gpr::Rax as usize;
 macro_rules! host_fs {
     () => {
         concat!(
+            "cmp dword ptr gs:[{own_fs}], 0\n",
+            "je 30f\n",
             "cmp qword ptr gs:[{distance}], 0\n",
             "je 30f\n",
             "mov rax, gs:[{host_fs}]\n",
@@ -53,7 +55,15 @@ macro_rules! host_fs {
 /// FS base for translated code; changes RAX and EFLAGS.
 macro_rules! code_fs {
     () => {
-        concat!("mov rax, gs:[{distance}]\n", "test rax, rax\n", "je 31f\n", "wrfsbase rax\n", "31:\n")
+        concat!(
+            "cmp dword ptr gs:[{own_fs}], 0\n",
+            "je 31f\n",
+            "mov rax, gs:[{distance}]\n",
+            "test rax, rax\n",
+            "je 31f\n",
+            "wrfsbase rax\n",
+            "31:\n"
+        )
     };
 }
 
@@ -274,6 +284,8 @@ global_asm!(
     "mov gs:[{caller} + 16], rdx",
     "mov gs:[{rbx}], rbx",
     "mov dword ptr gs:[{asleep}], 0",
+    "mov dword ptr gs:[{own_fs}], 1",
+    code_fs!(),
     "cmp dword ptr gs:[{vectors_at}], 0",
     "jne 11f",
     "mov rbx, gs:[{cpu}]",
@@ -316,6 +328,7 @@ global_asm!(
     "ret",
     look = const crate::emit::gs(crate::emit::slot::LOOK),
     distance = const gs(at::DISTANCE),
+    own_fs = const gs(at::OWN_FS),
     host_fs = const offset_of!(ThreadBlock, host_fs),
     aborted = const ABORTED,
     host_rsp = const gs(at::HOST_RSP),

@@ -574,7 +574,7 @@ impl System {
         let mut host = self.cache.host(entries.both());
         self.load(&t.cpu);
         let mode = self.cache.block(b).mode;
-        self.area.set(at::ASLEEP, u64::from(mode.vectors() == 0));
+        self.sleep(mode);
         self.load_resident(&t.cpu, mode);
         if self.watches != ram.watches() {
             self.watches = ram.watches();

@@ -291,7 +291,7 @@ impl System {
         }
         self.open_gate(t, board, ram, id, b);
         self.load(&t.cpu);
-        self.area.set(at::ASLEEP, u64::from(mode.vectors() == 0));
+        self.sleep(mode);
         self.load_resident(&t.cpu, mode);
         Next::Resume(self.cache.host(self.cache.block(b).entries.both()))
     }

@@ -78,6 +78,14 @@ impl System {
         true
     }
 
+    /// Which registers of the host code of this mode is to have.
+    #[inline]
+    pub(super) fn sleep(&self, mode: Mode) {
+        let asleep = mode.vectors() == 0;
+        self.area.set(at::ASLEEP, asleep.into());
+        self.area.set(at::OWN_FS, (mode.user() || !asleep).into());
+    }
+
     /// The mode of the code to run.
     #[inline]
     pub(super) fn mode(&mut self, cpu: &CpuState) -> Option<Mode> {
