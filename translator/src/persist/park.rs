@@ -117,7 +117,9 @@ impl Store {
             }
         }
         let live = blocks.into_iter().filter(|&b| self.blocks[b as usize].is_live());
-        let (stay, go): (Vec<u32>, Vec<u32>) = live.partition(|&b| self.stays(exits, b, &group.range));
+        // What was prepared does.
+        let stays = |b: &u32| group.prepared || self.stays(exits, *b, &group.range);
+        let (stay, go): (Vec<u32>, Vec<u32>) = live.partition(stays);
         for b in go {
             self.blocks[b as usize].landing = None;
             self.kill(exits, b);
@@ -160,11 +162,18 @@ impl Store {
             }
             self.adopt_cluster(exits, &c, &Found::known(used.cluster, used.move_by));
         }
-        // What was adopted first did not know what came last.
         for b in first..self.blocks.len() as u32 {
+            let group = |s: &Store, b: u32| Some(s.contents(&s.blocks[b as usize])?[0].mapping).filter(|_| b >= first);
+            let own = group(self, b);
+            // What leads elsewhere may lead to what is not there, or is not as it was.
+            if self.exits_of(b).any(|exit| exits.linked(exit).is_some_and(|to| group(self, to) != own)) {
+                self.kill(exits, b);
+                continue;
+            }
+            // What was adopted first did not know what came last.
             for exit in self.exits_of(b) {
                 if let Leave::To(to) = exits.leave(exit)
-                    && let Some((to, _)) = self.get(to, exits.home(exit)).filter(|(to, _)| *to >= first)
+                    && let Some((to, _)) = self.get(to, exits.home(exit)).filter(|(to, _)| group(self, *to) == own)
                 {
                     self.link(exits, exit, to);
                 }
