@@ -143,7 +143,14 @@ fn table() {
             if builds & build == 0 || !name.contains(&only) || !path.exists() {
                 continue;
             }
-            let o = run(&path, arguments, cpu, &backend);
+            let mut o = run(&path, arguments, cpu, &backend);
+            // It must be at the timer's registers within 5 ms of the host's time, which a busy host may not let it.
+            for _ in 0..3 {
+                if AS_ON_HARDWARE.contains(file) && o.verdict() == "fail" {
+                    println!("    {name} again, after {:?}", o.fails);
+                    o = run(&path, arguments, cpu, &backend);
+                }
+            }
             let verdict = o.verdict();
             let (fails, seconds) = (o.fails.len(), o.seconds);
             println!("{name:26} {verdict:12} {:5} {fails:5} {:5} {seconds:8.1}", o.passes, o.skips);
