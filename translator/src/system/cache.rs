@@ -139,8 +139,8 @@ pub struct Cache {
     hints: Map<Key, Hints>,
     /// Slots of the mirror in which instructions of a block found what they access.
     learned: Map<Key, Vec<(u16, Option<u8>)>>,
-    /// The registers, the slots in use and the usual ones, for the next block that is made.
-    pub guess: ([u64; 16], u64, u64),
+    /// The registers, the slots in use, the usual ones, and whether the lowest is at its own addresses, for the next block that is made.
+    pub guess: ([u64; 16], u64, (u64, bool)),
     numbers: Map<(u64, u64, bool), u32>,
     /// By linear page, as code of CPL 3 or not: which of the map of code pages. Given out in turn, so that few pages share one.
     cells: Map<(u64, bool), u16>,
@@ -195,7 +195,7 @@ impl Cache {
             origins: Map::default(),
             hints: Map::default(),
             learned: Map::default(),
-            guess: ([0; 16], 0, 0),
+            guess: ([0; 16], 0, (0, false)),
             numbers: Map::default(),
             cells: Map::default(),
             ways_in: Vec::new(),
@@ -339,7 +339,8 @@ impl Cache {
             guess: Guess {
                 gpr: self.guess.0,
                 used: self.guess.1,
-                usual: self.guess.2,
+                usual: self.guess.2.0,
+                low: self.guess.2.1,
                 learned: self.learned.get(&key).cloned().unwrap_or_default(),
             },
         };

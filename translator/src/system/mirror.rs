@@ -15,6 +15,9 @@
 //! to be in one of them, or in the empty space beside: because a load made sure ([`area::USUALLY`]), because an access near by did not fault,
 //! or because all that jump past the load know it.
 //!
+//! The lowest slot is at its own addresses, where the host has nothing else there: accesses there are the guest's own, likewise only where
+//! the register is known. The empty space below it is that of the host's kernel, and pages that nobody may map.
+//!
 //! A fault maps the page if the guest may access it, for loads, or for stores too if its dirty flag is set and no store there needs care,
 //! and those around it that the guest has accessed before. Whatever takes pages from the inline TLB takes them from here. A fault costs
 //! some microseconds, so only code of address spaces that have not changed for a while uses the mirror ([`Mode`](super::Mode)).
@@ -52,6 +55,8 @@ pub const NEAR: i64 = 1 << 20;
 const _: () = assert!((8 << 32) + 2 * REACH as u64 + 2 * NEAR as u64 + (1 << 31) + 4096 < GUARD);
 /// User addresses end here.
 pub const END: u64 = 1 << 47;
+/// The host maps nothing below (vm.mmap_min_addr), and below 0 there are its kernel's addresses.
+const LEAST: u64 = 0x1_0000;
 /// Slots that are used at most.
 const MOST_SLOTS: usize = 8;
 /// Pages at most: each may be a mapping of its own, of which a process can have 65,530.
@@ -123,6 +128,12 @@ fn release((at, len): (u64, u64)) {
     unsafe { libc::munmap(at as *mut _, len as usize) };
 }
 
+/// The one page of the kernel's addresses that programs can see, unless the kernel was told otherwise only to execute it.
+fn vsyscall_is_readable() -> bool {
+    let maps = std::fs::read_to_string("/proc/self/maps");
+    maps.map_or(true, |m| m.lines().any(|l| l.ends_with("[vsyscall]") && l.contains(" r")))
+}
+
 /// Takes address space for the usual slots; gives their distance, and what was taken.
 fn reserve_usual() -> Option<(u64, Vec<(u64, u64)>)> {
     // Host addresses where nothing is by custom: away from where the host has programs, libraries and stacks itself.
@@ -162,6 +173,13 @@ impl Mirror {
         for n in 0..ROWS as u64 {
             area.set(at::DELTAS + 8 * n as usize, mirror.nowhere.wrapping_sub(n << SLOT_BITS));
         }
+        // Only one mirror can have that.
+        if let Some(taken) =
+            Some(()).filter(|()| !vsyscall_is_readable()).and_then(|()| reserve(LEAST, SLOT + GUARD - LEAST))
+        {
+            mirror.add(area, 0, 0);
+            mirror.reserved.push(taken);
+        }
         if let Some((distance, taken)) = reserve_usual() {
             for number in (0..SLOTS as u64).filter(|n| USUAL >> n & 1 != 0) {
                 mirror.add(area, number, (number << SLOT_BITS).wrapping_add(distance));
@@ -176,6 +194,11 @@ impl Mirror {
     fn add(&mut self, area: &Area, number: u64, host: u64) {
         area.set(at::DELTAS + 8 * number as usize, host.wrapping_sub(number << SLOT_BITS));
         self.slots.push(Slot { number, host, low: u64::MAX, high: 0, met: false });
+    }
+
+    /// Is the lowest slot at its own addresses?
+    pub fn is_low(&self) -> bool {
+        self.slots.iter().any(|s| s.number == 0 && s.host == 0)
     }
 
     /// The slots, as bits, whose distance is FS base.
@@ -230,6 +253,9 @@ impl Mirror {
             return false;
         }
         let host = slot.host + offset;
+        if host < LEAST {
+            return false;
+        }
         (slot.low, slot.high, slot.met) = (slot.low.min(offset), slot.high.max(offset + len), true);
         let prot = if write { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
         let flags = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_POPULATE;
@@ -308,25 +334,25 @@ mod tests {
         }
         let map = |m: &mut Mirror, laddr, gpa, count, write| m.map(&area, &ram, Run { laddr, gpa, count, write });
         let high = 0x7fff_ffff_f000;
-        assert!(map(&mut mirror, 0x1000, 0x2000, 1, true));
+        assert!(map(&mut mirror, 0x10_1000, 0x2000, 1, true));
         assert!(map(&mut mirror, high + 7, PAGE_SIZE, 1, false));
-        assert_eq!((read(&area, 0x1005), read(&area, high + 5)), (3, 2));
-        assert!(!map(&mut mirror, 0x1000, 0x2000, 1, false), "it is there");
-        assert!(map(&mut mirror, 0x1000, 0x3000, 1, false), "another physical page");
-        assert_eq!(read(&area, 0x1005), 4);
-        assert!(!map(&mut mirror, 0x9000, 4 * PAGE_SIZE, 1, false), "no RAM");
+        assert_eq!((read(&area, 0x10_1005), read(&area, high + 5)), (3, 2));
+        assert!(!map(&mut mirror, 0x10_1000, 0x2000, 1, false), "it is there");
+        assert!(map(&mut mirror, 0x10_1000, 0x3000, 1, false), "another physical page");
+        assert_eq!(read(&area, 0x10_1005), 4);
+        assert!(!map(&mut mirror, 0x10_9000, 4 * PAGE_SIZE, 1, false), "no RAM");
         assert!(!map(&mut mirror, END, 0, 1, false), "no user address");
-        assert!(map(&mut mirror, 0x5000, 0, 1, true));
+        assert!(map(&mut mirror, 0x10_5000, 0, 1, true));
         mirror.forbid_stores(0);
-        assert!(map(&mut mirror, 0x5000, 0, 1, false), "taken away, to be loaded from again");
+        assert!(map(&mut mirror, 0x10_5000, 0, 1, false), "taken away, to be loaded from again");
         mirror.clear_page(high);
         assert!(map(&mut mirror, high, 0, 1, false));
         assert_eq!(read(&area, high + 5), 1);
-        assert!(map(&mut mirror, 0x8000, 0x1000, 3, true), "three at once");
-        assert_eq!((read(&area, 0x8005), read(&area, 0x9005), read(&area, 0xa005)), (2, 3, 4));
-        mirror.clear_page(0x9000);
-        assert!(mirror.has(0x8000, 0x1000, true) && !mirror.has(0x9000, 0x2000, false));
-        assert!(!map(&mut mirror, 0xb000, 0x2000, 3, false), "the last of them is no RAM");
+        assert!(map(&mut mirror, 0x10_8000, 0x1000, 3, true), "three at once");
+        assert_eq!((read(&area, 0x10_8005), read(&area, 0x10_9005), read(&area, 0x10_a005)), (2, 3, 4));
+        mirror.clear_page(0x10_9000);
+        assert!(mirror.has(0x10_8000, 0x1000, true) && !mirror.has(0x10_9000, 0x2000, false));
+        assert!(!map(&mut mirror, 0x10_b000, 0x2000, 3, false), "the last of them is no RAM");
         mirror.clear();
         assert!(mirror.is_empty());
     }

@@ -32,7 +32,7 @@ fn reach(base: Gpr) -> i64 {
 /// A host operand.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Host {
-    pub base: Gpr,
+    pub base: Option<Gpr>,
     pub index: Option<(Gpr, u8)>,
     pub disp: i32,
     /// In the mirror: the access may fault, and the caller tells where it is ([`Lower::touched`]).
@@ -43,10 +43,7 @@ pub(super) struct Host {
 
 impl Host {
     pub(super) fn at(self) -> At {
-        let at = match self.index {
-            Some(_) => At::any(Some(self.base), self.index, self.disp, false),
-            None => At::base(self.base, self.disp),
-        };
+        let at = At::any(self.base, self.index, self.disp, false);
         if self.usual { at.fs() } else { at }
     }
 }
@@ -127,7 +124,7 @@ impl Lower<'_> {
         });
         if let Some(&Window { delta, .. }) = found {
             self.busy |= bit(delta);
-            return Some(Host { base, index: Some((delta, 1)), disp, mirrored: false, usual: false });
+            return Some(Host { base: Some(base), index: Some((delta, 1)), disp, mirrored: false, usual: false });
         }
         let (low, high, write) = self.foresee(base, low, high, a.write);
         let (from, to) = (i32::try_from(low - moved).ok()?, i32::try_from(high - 1 - moved).ok()?);
@@ -143,7 +140,7 @@ impl Lower<'_> {
         self.busy &= !bit(page);
         let window = Window::over(Some(base), version, delta);
         self.windows.push(Window { low, high, write, mirrored: false, anchor: moved, ..window });
-        Some(Host { base, index: Some((delta, 1)), disp, mirrored: false, usual: false })
+        Some(Host { base: Some(base), index: Some((delta, 1)), disp, mirrored: false, usual: false })
     }
 
     /// The range that later accesses with the same base make worth asking for at once.
@@ -184,7 +181,7 @@ impl Lower<'_> {
         });
         if let Some(&Window { delta, .. }) = found {
             self.busy |= bit(delta);
-            return Some(Host { base: delta, index: None, disp, mirrored: false, usual: false });
+            return Some(Host { base: Some(delta), index: None, disp, mirrored: false, usual: false });
         }
         let delta = self.scratch(item, item.high)?;
         let retry = self.begin(item);
@@ -195,7 +192,7 @@ impl Lower<'_> {
         self.e.add(delta, At::slot(self.around.tlb + tlb::ADDEND + entry));
         let window = Window::over(None, 0, delta);
         self.windows.push(Window { low: page as i64, write: a.write, mirrored: false, ..window });
-        Some(Host { base: delta, index: None, disp, mirrored: false, usual: false })
+        Some(Host { base: Some(delta), index: None, disp, mirrored: false, usual: false })
     }
 
     pub(super) fn place_any(&mut self, item: &Item, a: &Access) -> Option<Host> {
@@ -229,7 +226,7 @@ impl Lower<'_> {
         self.miss(item, *a, (a.disp, i64::from(a.len), a.write), retry);
         self.e.add(address, At::table(self.around.tlb + tlb::ADDEND, index));
         self.busy &= !(bit(index) | bit(page));
-        Some(Host { base: address, index: None, disp: 0, mirrored: false, usual: false })
+        Some(Host { base: Some(address), index: None, disp: 0, mirrored: false, usual: false })
     }
 
     /// Adds to `address` what [`Access::beyond`] says, with the help of `t`.
@@ -285,11 +282,11 @@ impl Lower<'_> {
 
     /// The instruction with another operand.
     fn with_operand(&mut self, item: &Item, mut iced: Instruction, host: Host) -> Option<bool> {
-        iced.set_memory_base(host.base.to_iced());
+        iced.set_memory_base(host.base.map_or(Register::None, Gpr::to_iced));
         iced.set_memory_index(host.index.map_or(Register::None, |(r, _)| r.to_iced()));
         iced.set_memory_index_scale(host.index.map_or(1, |(_, scale)| u32::from(scale)));
         iced.set_memory_displacement64(i64::from(host.disp) as u64);
-        iced.set_memory_displ_size(if host.disp == 0 { 0 } else { 8 });
+        iced.set_memory_displ_size(if host.disp == 0 && host.base.is_some() { 0 } else { 8 });
         iced.set_segment_prefix(if host.usual { Register::FS } else { Register::None });
         let mut encoder = Encoder::new(64);
         encoder.encode(&iced, 0).ok()?;

@@ -31,6 +31,8 @@ pub struct Guess {
     pub used: u64,
     /// Slots whose distance is FS base, as bits.
     pub usual: u64,
+    /// Is the lowest slot at its own addresses on the host?
+    pub low: bool,
     /// By distance of the instruction from the start of the block: the slot it was found in; `None`: several. [`EARLY`] and a register's
     /// number: it is not to be made sure of at the start of the block.
     pub learned: Vec<(u16, Option<u8>)>,
@@ -155,7 +157,7 @@ impl Lower<'_> {
             }
         };
         self.busy |= bit(delta);
-        Some(Host { base, index: Some((delta, 1)), disp, mirrored: true, usual: false })
+        Some(Host { base: Some(base), index: Some((delta, 1)), disp, mirrored: true, usual: false })
     }
 
     fn mirrored_constant(&mut self, item: &Item, address: u64) -> Option<Host> {
@@ -164,8 +166,11 @@ impl Lower<'_> {
         }
         // A register for the distance does for the lowest 2 GiB, else one for the host's address near by.
         if let Ok(disp) = i32::try_from(address) {
+            if self.around.guess.low {
+                return Some(Host { base: None, index: None, disp, mirrored: true, usual: false });
+            }
             let delta = self.distance_of(item, 0)?;
-            return Some(Host { base: delta, index: None, disp, mirrored: true, usual: false });
+            return Some(Host { base: Some(delta), index: None, disp, mirrored: true, usual: false });
         }
         let usual = self.around.guess.usual >> (address >> SLOT_BITS) & 1 != 0;
         let found = self.windows.iter().find(|w| {
@@ -198,7 +203,7 @@ impl Lower<'_> {
         };
         self.busy |= bit(delta);
         let disp = i32::try_from(address as i64 - low).ok()?;
-        Some(Host { base: delta, index: None, disp, mirrored: true, usual })
+        Some(Host { base: Some(delta), index: None, disp, mirrored: true, usual })
     }
 
     /// How far the registers of an access have been moved by constants.
@@ -276,7 +281,7 @@ impl Lower<'_> {
         };
         self.busy |= bit(at);
         let disp = i32::try_from(a.disp + moved - then).ok()?;
-        Some(Host { base: at, index: Some((index, scale)), disp, mirrored: true, usual: false })
+        Some(Host { base: Some(at), index: Some((index, scale)), disp, mirrored: true, usual: false })
     }
 
     /// The distance of an access with an index, its base added, is kept where another follows, in the block or in the next round.
@@ -331,7 +336,7 @@ impl Lower<'_> {
         };
         self.busy |= bit(at);
         let disp = i32::try_from(a.disp + base_moved - moved).ok()?;
-        Some(Host { base: at, index: a.index, disp, mirrored: true, usual: false })
+        Some(Host { base: Some(at), index: a.index, disp, mirrored: true, usual: false })
     }
 
     fn mirrored_any(&mut self, item: &Item, a: &Access) -> Option<Host> {
@@ -348,7 +353,7 @@ impl Lower<'_> {
             let address = self.passing(item, item.high)?;
             self.e.lea(address, At::any(a.base, a.index, disp, false));
             self.make_sure(item, a, address, slot, None)?;
-            return Some(Host { base: address, index: Some((delta, 1)), disp: 0, mirrored: true, usual: false });
+            return Some(Host { base: Some(address), index: Some((delta, 1)), disp: 0, mirrored: true, usual: false });
         }
         let address = self.passing(item, item.high)?;
         let delta = self.passing(item, item.high)?;
@@ -372,7 +377,7 @@ impl Lower<'_> {
             self.e.lea(address, At::sum(address, delta, 0));
         }
         self.delta(delta, address);
-        Some(Host { base: address, index: Some((delta, 1)), disp: 0, mirrored: true, usual: false })
+        Some(Host { base: Some(address), index: Some((delta, 1)), disp: 0, mirrored: true, usual: false })
     }
 }
 

@@ -108,8 +108,8 @@ pub struct Exit {
     pub again: Option<u32>,
     /// Its block; of a way into a block, that one.
     pub block: u32,
-    /// Registers known to be near the usual slots of the mirror.
-    pub sure: u16,
+    /// Registers known to be near slots of the mirror: see [`Entries::sure`].
+    pub sure: u32,
 }
 
 impl Exit {
@@ -181,8 +181,9 @@ pub struct Entries {
     pub word: Option<(u32, u16)>,
     /// Where those come in that have the flags in both places: [`Entries::host`]?
     pub prefers_host: bool,
-    /// The way in, after that of the flags, for those that know these registers to be near the usual slots of the mirror.
-    pub sure: Option<(u32, u16)>,
+    /// The way in, after that of the flags, for those that know these registers to be near slots of the mirror: the usual ones, or, 16 bits
+    /// above, the lowest.
+    pub sure: Option<(u32, u32)>,
 }
 
 impl Entries {
@@ -191,8 +192,8 @@ impl Entries {
         if self.prefers_host { self.host } else { self.slot }
     }
 
-    /// The way in for those that know these registers to be near the usual slots, if the flags need no way of their own then.
-    pub fn for_sure(&self, flags: Flags, flags_dead: bool, sure: u16) -> Option<u32> {
+    /// The way in for those that know these registers to be near slots, if the flags need no way of their own then.
+    pub fn for_sure(&self, flags: Flags, flags_dead: bool, sure: u32) -> Option<u32> {
         let fits = flags_dead || self.prefers_host && flags != Flags::Slot;
         self.sure.filter(|(_, asked)| fits && sure & asked == *asked).map(|(at, _)| at)
     }

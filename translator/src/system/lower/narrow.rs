@@ -112,7 +112,7 @@ impl Lower<'_> {
     /// In the mirror 32-bit addresses are all in the first slot, and 64-bit sums that wrap lie in the empty space on either side of it.
     pub(super) fn mirrored_narrow(&mut self, item: &Item, a: &Access) -> Option<Host> {
         let delta = self.distance_of(item, 0)?;
-        let host = |base, index, disp| Some(Host { base, index, disp, mirrored: true, usual: false });
+        let host = |base, index, disp| Some(Host { base: Some(base), index, disp, mirrored: true, usual: false });
         if let Some(disp) = a.constant().and_then(|at| i32::try_from(at).ok()) {
             return host(delta, None, disp);
         }

@@ -85,13 +85,13 @@ impl Lower<'_> {
     }
 
     /// Registers, as bits, that a round does not change, or to which it only adds constants, and which it accesses memory with.
-    fn kept(&self, n: usize) -> u16 {
+    fn kept(&self, n: usize) -> u32 {
         let items = &self.block.items[..=n];
         let kept = |r: &Gpr| {
             let based = items.iter().any(|i| i.access.is_some_and(|a| a.based() == Some(*r)));
             items.iter().all(|i| i.writes & bit(*r) == 0 || based && i.adds.is_some_and(|(a, _)| a == *r))
         };
-        Gpr::ALL.into_iter().filter(kept).fold(0, |m, r| m | bit(r))
+        Gpr::ALL.into_iter().filter(kept).fold(0, |m, r| m | (u32::from(bit(r)) * 0x1_0001))
     }
 
     /// The body for all rounds but the first.

@@ -1,7 +1,8 @@
-//! Accesses to the usual slots of the mirror, which are the guest's own relative to FS base: which registers are known to be near those
-//! slots, from one instruction to the next and from one block to the next.
+//! Accesses to the usual slots of the mirror, which are the guest's own relative to FS base, and to the lowest, if that is at its own
+//! addresses: then they are the guest's own. Which registers are known to be near those slots, from one instruction to the next and from
+//! one block to the next.
 //!
-//! What is near may be in a usual slot, or in the empty space beside it ([`crate::system::mirror`]). A register is, if a load made sure, if
+//! What is near may be in such a slot, or in the empty space beside it ([`crate::system::mirror`]). A register is, if a load made sure, if
 //! an access near by did not fault, if it was made from one that is, or if all ways into the block say so ([`Entries::sure`]). Small
 //! constants may be added as long as no block passes on what has been moved since it was last accessed: else rounds could add up.
 
@@ -12,7 +13,7 @@ use super::memory::Host;
 use super::mirror::{CHECK_BITS, LEAST};
 use super::scratch::bit;
 use super::{Check, Lower};
-use crate::system::area::USUALLY;
+use crate::system::area::{CHECKED, USUALLY};
 use crate::system::block::{Access, Item, Segment, Way};
 use crate::system::mirror::{NEAR, REACH, SLOT_BITS, SLOTS};
 use bivisor_emulator::isa::Gpr;
@@ -34,21 +35,24 @@ enum Where {
     Far,
 }
 
-/// A register is near a usual slot.
+/// A register is near the usual slots or the lowest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Sure {
     /// It was when it had been moved so far since its version began.
     anchor: i64,
     place: Where,
+    /// Near the lowest slot, not the usual ones.
+    low: bool,
 }
 
-/// A sum of registers is in a usual slot.
+/// A sum of registers is in such a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Sum {
     base: Option<Gpr>,
     index: (Gpr, u8),
     /// How far the sum with the displacement had been moved.
     far: i64,
+    low: bool,
 }
 
 impl Sum {
@@ -58,14 +62,26 @@ impl Sum {
     }
 }
 
+/// As [`Entries::sure`].
+fn flag(r: Gpr, low: bool) -> u32 {
+    u32::from(bit(r)) << if low { 16 } else { 0 }
+}
+
 impl Lower<'_> {
     fn has_usual(&self) -> bool {
         let mode = self.block.mode;
-        self.around.guess.usual != 0 && self.around.share && mode.is_mirrored() && !mode.is_narrow()
+        (self.around.guess.usual != 0 || self.around.guess.low)
+            && self.around.share
+            && mode.is_mirrored()
+            && !mode.is_narrow()
     }
 
-    fn is_usual(&self, slot: u64) -> bool {
-        slot < SLOTS as u64 && self.around.guess.usual >> slot & 1 != 0
+    /// Is a slot the lowest, at its own addresses, or a usual one?
+    fn class(&self, slot: u64) -> Option<bool> {
+        match slot {
+            0 if self.around.guess.low => Some(true),
+            _ => (slot < SLOTS as u64 && self.around.guess.usual >> slot & 1 != 0).then_some(false),
+        }
     }
 
     /// The register that decides on the slot of an access, and whether a short index is added to it.
@@ -82,23 +98,25 @@ impl Lower<'_> {
         }
     }
 
-    /// Is the register near a usual slot, so that it may be used with a displacement, or with a short index besides?
-    fn is_sure(&self, r: Gpr, indexed: bool) -> bool {
-        let near = |s: Sure| (self.moved[r as usize] - s.anchor).abs() <= REACH && !(indexed && s.place == Where::Far);
-        self.sure[r as usize].is_some_and(near)
+    /// Is the register near a slot, so that it may be used with a displacement, or with a short index besides? Then: the lowest?
+    fn is_sure(&self, r: Gpr, indexed: bool) -> Option<bool> {
+        let near = |s: &Sure| (self.moved[r as usize] - s.anchor).abs() <= REACH && !(indexed && s.place == Where::Far);
+        self.sure[r as usize].filter(near).map(|s| s.low)
     }
 
-    /// Registers, as bits, that the next block may take for near.
-    pub(super) fn near(&self) -> u16 {
-        let passes = |r: &Gpr| {
-            let moved = self.moved[*r as usize];
-            self.sure[*r as usize].is_some_and(|s| match s.place {
+    /// Registers that the next block may take for near: as [`Entries::sure`].
+    pub(super) fn near(&self) -> u32 {
+        let passes = |r: Gpr| {
+            let moved = self.moved[r as usize];
+            let s = self.sure[r as usize]?;
+            let near = match s.place {
                 Where::Inside => (moved - s.anchor).abs() <= NEAR,
                 Where::Near => moved == s.anchor,
                 Where::Far => false,
-            })
+            };
+            near.then_some(flag(r, s.low))
         };
-        Gpr::ALL.into_iter().filter(passes).fold(0, |m, r| m | bit(r))
+        Gpr::ALL.into_iter().filter_map(passes).fold(0, |m, r| m | r)
     }
 
     /// What has been moved counts from here on.
@@ -112,70 +130,76 @@ impl Lower<'_> {
     }
 
     /// Begins with registers that are near.
-    pub(super) fn begin_near(&mut self, near: u16) {
+    pub(super) fn begin_near(&mut self, near: u32) {
         self.sums.clear();
         for r in Gpr::ALL {
-            let sure = Sure { anchor: self.moved[r as usize], place: Where::Near };
-            self.sure[r as usize] = (near & bit(r) != 0).then_some(sure);
+            let low = near & flag(r, true) != 0;
+            let sure = Sure { anchor: self.moved[r as usize], place: Where::Near, low };
+            self.sure[r as usize] = (near & flag(r, low) != 0).then_some(sure);
         }
     }
 
-    /// Faults unless `address` is in a usual slot; destroys `t`.
-    fn check(&mut self, item: &Item, a: &Access, address: Gpr, t: Gpr, check: Check) {
+    /// Faults unless `address` is in the lowest slot, or in a usual one; destroys `t`.
+    fn check(&mut self, item: &Item, a: &Access, (address, low): (Gpr, bool), t: Gpr, check: Check) {
         self.rorx(t, address, CHECK_BITS);
         // MOVZX of the low 16 bits.
         self.e.rr(W::D, &[0x0f, 0xb7], t as u8, t, &[]);
         let from = self.e.len();
-        self.e.rm(W::D, &[0x8b], t as u8, At::row(USUALLY, t), &[]);
+        self.e.rm(W::D, &[0x8b], t as u8, At::row(if low { CHECKED } else { USUALLY }, t), &[]);
         self.point_at(item, from, Some(*a));
         if let Some(p) = self.points.last_mut() {
             p.checks = Some(check);
         }
     }
 
-    /// Is the access expected in a usual slot?
-    fn usually(&self, item: &Item, base: Option<Gpr>) -> bool {
-        self.expected(item, base).is_some_and(|slot| self.is_usual(slot.into()))
+    /// Is the access expected in the lowest slot, or a usual one?
+    fn usually(&self, item: &Item, base: Option<Gpr>) -> Option<bool> {
+        self.expected(item, base).and_then(|slot| self.class(slot.into()))
     }
 
-    /// An access that is expected in a usual slot.
+    /// An access that is expected in the lowest or a usual slot.
     pub(super) fn mirrored_usual(&mut self, item: &Item, a: &Access) -> Option<Host> {
         if !self.has_usual() || a.segment != Segment::Flat || a.narrow || a.bit.is_some() {
             return None;
         }
         let disp = i32::try_from(a.disp).ok()?;
-        let host = Host { base: a.base?, index: a.index, disp, mirrored: true, usual: true };
+        let host = |low: bool| Some(Host { base: a.base, index: a.index, disp, mirrored: true, usual: !low });
         if let Some((r, indexed)) = self.pointer(a) {
             let moved = self.moved[r as usize];
-            if !self.is_sure(r, indexed) {
-                if !self.usually(item, Some(r)) {
-                    return None;
+            let low = match self.is_sure(r, indexed) {
+                Some(low) => low,
+                None => {
+                    let low = self.usually(item, Some(r))?;
+                    let t = self.passing(item, false)?;
+                    self.check(item, a, (r, low), t, Check { of: Some(r), early: false });
+                    self.busy &= !bit(t);
+                    self.sure[r as usize] = Some(Sure { anchor: moved, place: Where::Inside, low });
+                    low
                 }
-                let t = self.passing(item, false)?;
-                self.check(item, a, r, t, Check { of: Some(r), early: false });
-                self.busy &= !bit(t);
-                self.sure[r as usize] = Some(Sure { anchor: moved, place: Where::Inside });
-            }
+            };
             if !indexed {
                 // The access does not fault when what follows is executed.
-                self.sure[r as usize] = Some(Sure { anchor: moved + a.disp, place: Where::Inside });
+                self.sure[r as usize] = Some(Sure { anchor: moved + a.disp, place: Where::Inside, low });
             }
-            return Some(host);
+            return host(low);
         }
         let index = a.index?;
-        let far = self.moved_by(a.base, a.index) + a.disp;
-        let known = |s: &Sum| (s.base, s.index) == (a.base, index) && (s.far - far).abs() <= REACH;
-        if !self.sums.iter().any(known) {
-            if !self.usually(item, a.base) {
-                return None;
-            }
-            let t = self.passing(item, false)?;
-            self.e.lea(t, At::any(a.base, a.index, disp, false));
-            self.check(item, a, t, t, Check { of: None, early: false });
-            self.busy &= !bit(t);
-            self.sums.push(Sum { base: a.base, index, far });
+        if a.base.is_none() && self.short & bit(index.0) != 0 && self.around.guess.low {
+            // A short index is near the lowest slot itself.
+            return host(true);
         }
-        Some(host)
+        let far = self.moved_by(a.base, a.index) + a.disp;
+        let known = |s: &&Sum| (s.base, s.index) == (a.base, index) && (s.far - far).abs() <= REACH;
+        if let Some(s) = self.sums.iter().find(known) {
+            return host(s.low);
+        }
+        let low = self.usually(item, a.base)?;
+        let t = self.passing(item, false)?;
+        self.e.lea(t, At::any(a.base, a.index, disp, false));
+        self.check(item, a, (t, low), t, Check { of: None, early: false });
+        self.busy &= !bit(t);
+        self.sums.push(Sum { base: a.base, index, far, low });
+        host(low)
     }
 
     /// What an instruction makes of a register that is near, in another or the same.
@@ -185,16 +209,22 @@ impl Lower<'_> {
         }
         // It becomes what the other was when that had been moved by `by` more.
         let moved = |from: Gpr, by: i64, far: bool| {
-            let s = self.sure[from as usize].filter(|_| self.is_sure(from, far))?;
+            let s = self.sure[from as usize].filter(|_| self.is_sure(from, far).is_some())?;
             let anchor = s.anchor - self.moved[from as usize] - by;
-            (anchor.abs() <= REACH).then_some(Sure { anchor, place: if far { Where::Far } else { s.place } })
+            (anchor.abs() <= REACH).then_some(Sure {
+                anchor,
+                place: if far { Where::Far } else { s.place },
+                low: s.low,
+            })
         };
         let iced = &item.iced;
         let to = || Gpr::from_iced(iced.op0_register()).filter(|_| iced.op0_register().is_gpr64());
         let register = |n| iced.op_kind(n) == OpKind::Register && iced.op_register(n).is_gpr64();
         let (to, sure) = match (item.way, iced.mnemonic()) {
             (Way::Leave, _) => (Gpr::Rsp, moved(Gpr::Rbp, 8, false)?),
-            (Way::Constant(v), _) if self.is_usual(v >> SLOT_BITS) => (to()?, Sure { anchor: 0, place: Where::Inside }),
+            (Way::Constant(v), _) => {
+                (to()?, Sure { anchor: 0, place: Where::Inside, low: self.class(v >> SLOT_BITS)? })
+            }
             (Way::Plain, Mnemonic::Mov) if register(0) && register(1) => {
                 (to()?, moved(Gpr::from_iced(iced.op1_register())?, 0, false)?)
             }
@@ -227,7 +257,7 @@ impl Lower<'_> {
     }
 
     /// Makes sure of registers at the start of the block, so that those who know them can jump past it: gives that place, and which.
-    pub(super) fn early(&mut self) -> Option<(u32, u16)> {
+    pub(super) fn early(&mut self) -> Option<(u32, u32)> {
         if !self.has_usual() || self.block.mode.is_counted() {
             return None;
         }
@@ -235,10 +265,10 @@ impl Lower<'_> {
         let guess = &self.around.guess;
         let good = |r: Gpr| {
             let v = guess.gpr[r as usize];
-            v >= LEAST && self.is_usual(v >> SLOT_BITS) && !guess.learned.contains(&(EARLY | r as u16, None))
+            v >= LEAST && self.class(v >> SLOT_BITS).is_some() && !guess.learned.contains(&(EARLY | r as u16, None))
         };
         let good: u16 = Gpr::ALL.into_iter().filter(|r| good(*r)).fold(0, |m, r| m | bit(r));
-        let (mut asked, mut written, mut branches) = (Vec::new(), 0, 0);
+        let (mut asked, mut written, mut branches) = (Vec::<(Gpr, Access, bool)>::new(), 0, 0);
         for item in &block.items {
             let access = match item.way {
                 Way::Call => Some(self.pushed()),
@@ -247,10 +277,11 @@ impl Lower<'_> {
             if let Some(a) = access
                 && let Some((r, _)) = self.pointer(&a)
                 && good & !written & bit(r) != 0
-                && self.usually(item, Some(r))
-                && asked.iter().all(|(other, _)| *other != r)
+                && let Some(low) = self.usually(item, Some(r))
+                && self.class(guess.gpr[r as usize] >> SLOT_BITS) == Some(low)
+                && asked.iter().all(|(other, ..)| *other != r)
             {
-                asked.push((r, a));
+                asked.push((r, a, low));
             }
             for r in Gpr::ALL.into_iter().filter(|r| item.writes & bit(*r) != 0) {
                 self.follow_short(item, r);
@@ -264,15 +295,15 @@ impl Lower<'_> {
             }
         }
         self.short = 0;
-        let sure = asked.iter().fold(0, |m, (r, _)| m | bit(*r));
+        let sure = asked.iter().fold(0, |m, (r, _, low)| m | flag(*r, *low));
         if sure == 0 {
             return None;
         }
         let item = &block.items[0];
-        self.busy = sure;
+        self.busy = (sure | sure >> 16) as u16;
         let t = self.scratch(item, false)?;
-        for (r, a) in &asked {
-            self.check(item, a, *r, t, Check { of: Some(*r), early: true });
+        for (r, a, low) in &asked {
+            self.check(item, a, (*r, *low), t, Check { of: Some(*r), early: true });
         }
         self.reload(bit(t));
         self.spilled &= !bit(t);

@@ -62,9 +62,9 @@ impl Mirroring {
         self.mirror.as_ref().map_or(0, Mirror::used)
     }
 
-    /// The usual ones that share a distance, as bits.
-    pub(super) fn usual(&self) -> u64 {
-        self.mirror.as_ref().map_or(0, Mirror::usual)
+    /// The usual ones that share a distance, as bits; and is the lowest at its own addresses?
+    pub(super) fn usual(&self) -> (u64, bool) {
+        self.mirror.as_ref().map_or((0, false), |m| (m.usual(), m.is_low()))
     }
 
     /// There may be one from now on, if the host and the RAM allow it.
