@@ -312,3 +312,93 @@ impl Lower<'_> {
         Some((self.e.len() as u32, sure))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Around, Guess, Kind, lower};
+    use super::*;
+    use crate::route::{Policy, Routes};
+    use crate::system::Mode;
+    use crate::system::block::{Source, decode};
+    use crate::system::mirror::USUAL;
+    use bivisor_emulator::cpu::CpuState;
+    use bivisor_emulator::cpu::cpuid::CpuModel;
+    use bivisor_emulator::mem::Ram;
+    use iced_x86::IcedError;
+    use iced_x86::code_asm::{CodeAssembler, *};
+    use std::sync::Arc;
+
+    /// What the last exit that leads to a block passes on of registers that are in the slot of programs when the block begins.
+    fn passed_on(fill: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> u32 {
+        let mut a = CodeAssembler::new(64).expect("64-bit code");
+        fill(&mut a).expect("an instruction");
+        let code = a.assemble(0x1000).expect("code");
+        let ram = Ram::new(1 << 16).expect("RAM");
+        ram.write(0x1000, &code).expect("RAM");
+        let routes = Routes::new(Arc::new(CpuModel::host()), Policy::default());
+        let mode = Mode::of(&CpuState::long64(3), 1).expect("64-bit mode").mirrored();
+        let mut none = || None;
+        let mut source = Source { ram: &ram, gpa: 0x1000, next: &mut none, known: &|_| false };
+        let (block, _) = decode(&mut source, 0x1000, mode, &routes, 16).expect("a block");
+        let pointers = [0x5555_0000_0000; 16];
+        let around = Around {
+            at: 0x10_0000,
+            first_exit: 0,
+            first_recipe: 0,
+            leave: 0,
+            leave_light: 0,
+            port: 0,
+            wake: 0,
+            targets: 0,
+            fast: None,
+            tlb: 0,
+            share: true,
+            foresee: true,
+            divides: false,
+            guess: Guess { gpr: pointers, used: USUAL, usual: USUAL, low: false, learned: Vec::new() },
+        };
+        let unit = lower(&block, &around);
+        unit.exits.iter().rfind(|e| e.kind == Kind::To).expect("a way on").sure
+    }
+
+    /// Else a loop of two blocks, one of which moves a register without an access, would carry it to the host's own memory.
+    #[test]
+    fn what_has_been_moved_since_an_access_goes_no_further_than_one_block() {
+        let rbx_bit = 1 << Gpr::Rbx as u32;
+        let near = NEAR as i32;
+        assert_eq!(passed_on(|a| a.add(rbx, 8).and_then(|()| a.jmp(0x9000))), 0, "nothing is known");
+        let after = |moved: i32| {
+            passed_on(|a| {
+                a.mov(rax, qword_ptr(rbx + 8))?;
+                a.add(rbx, moved)?;
+                a.jmp(0x9000)
+            })
+        };
+        assert_eq!(after(0), rbx_bit);
+        // The access was 8 bytes further on.
+        assert_eq!(after(8 + near), rbx_bit);
+        assert_eq!(after(8 - near), rbx_bit);
+        assert_eq!(after(9 + near), 0);
+        assert_eq!(after(7 - near), 0);
+        // Made sure of at the start of the block, for the access behind the branch.
+        let conditional = |moved: i32| {
+            passed_on(|a| {
+                a.add(rbx, moved)?;
+                a.test(ecx, ecx)?;
+                a.jz(0x9000)?;
+                a.mov(rax, qword_ptr(rbx))?;
+                a.hlt()
+            })
+        };
+        assert_eq!(conditional(0), rbx_bit, "near, and where it was");
+        assert_eq!(conditional(1), 0, "who comes in at the start may know it only to be near");
+        // An index may be 32 GiB away.
+        let indexed = passed_on(|a| {
+            a.mov(rax, qword_ptr(rbx))?;
+            a.mov(ecx, dword_ptr(rbx))?;
+            a.lea(rbx, qword_ptr(rbx + rcx * 8))?;
+            a.jmp(0x9000)
+        });
+        assert_eq!(indexed, 0);
+    }
+}
