@@ -284,6 +284,20 @@ impl Lower<'_> {
         Some(Host { base: Some(at), index: Some((index, scale)), disp, mirrored: true, usual: false })
     }
 
+    /// What is known of an access with an index.
+    pub(super) fn sum_window(&self, item: &Item, a: &Access, index: (Gpr, u8)) -> Option<&Window> {
+        let version = |r: Option<Gpr>| r.map_or(0, |r| self.version[r as usize]);
+        let versions = (version(a.base), version(Some(index.0)));
+        let far = self.moved_by(a.base, a.index) + a.disp;
+        self.windows.iter().find(|w| {
+            w.mirrored
+                && (w.base, w.index) == (a.base, Some(index))
+                && (w.version, w.index_version) == versions
+                && (far - w.low).abs() < REACH
+                && !(item.high && w.delta as u8 >= 8)
+        })
+    }
+
     /// The distance of an access with an index, its base added, is kept where another follows, in the block or in the next round.
     fn mirrored_sum(&mut self, item: &Item, a: &Access) -> Option<Host> {
         let simple = self.around.share && a.segment == Segment::Flat && !a.narrow && a.bit.is_none();
@@ -292,13 +306,7 @@ impl Lower<'_> {
         let (version, index_version) = (version(a.base), version(Some(index.0)));
         let far = self.moved_by(a.base, a.index) + a.disp;
         let base_moved = self.moved_by(a.base, None);
-        let found = self.windows.iter().find(|w| {
-            w.mirrored
-                && (w.base, w.version) == (a.base, version)
-                && (w.index, w.index_version) == (a.index, index_version)
-                && (far - w.low).abs() < REACH
-                && !(item.high && w.delta as u8 >= 8)
-        });
+        let found = self.sum_window(item, a, index);
         let (at, moved) = match found {
             Some(w) => (w.delta, w.high),
             None => {

@@ -193,6 +193,10 @@ impl Lower<'_> {
         if let Some(s) = self.sums.iter().find(known) {
             return host(s.low);
         }
+        if self.round.is_some() || self.sum_window(item, a, index).is_some() {
+            // A register holds the host's address from round to round; to make sure each time takes four instructions.
+            return None;
+        }
         let low = self.usually(item, a.base)?;
         let t = self.passing(item, false)?;
         self.e.lea(t, At::any(a.base, a.index, disp, false));
