@@ -1,25 +1,20 @@
 //! SYSCALL, SYSRET, IN and OUT where the translator does them without leaving its cache (SDM 2B SYSCALL, SYSRET): a guest of two levels that
 //! notes flags, selectors and vector registers leaves the same in memory under the interpreter, which goes its own way each time.
 
+#[path = "common/levels.rs"]
+mod levels;
+
 use bivisor_emulator::bus::Bus;
 use bivisor_emulator::cpu::cpuid::CpuModel;
-use bivisor_emulator::cpu::{CpuState, Rflags};
 use bivisor_emulator::interp::Interpreter;
-use bivisor_emulator::isa::{Gpr, Width};
-use bivisor_emulator::mem::{GuestMemory, Ram};
-use bivisor_emulator::vcpu::{Board, Vcpu};
+use bivisor_emulator::vcpu::Vcpu;
 use bivisor_translator::Translator;
 use iced_x86::code_asm::*;
+use levels::{KERNEL, NOTES, USER, word};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// Kernel and user in pages of their own, what is noted, page tables.
-const KERNEL: u64 = 0x10_0000;
-const USER: u64 = 0x11_0000;
-const NOTES: u64 = 0x12_0000;
-const TABLES: u64 = 0x3_0000;
-const STACK: u64 = 0x9_0000;
 /// XSAVE's image.
 const IMAGE: u64 = 0x8_0000;
 const ROUNDS: i32 = 600;
@@ -50,13 +45,6 @@ impl Bus for Device {
     fn take_interrupt(&self) -> Option<u8> {
         None
     }
-}
-
-fn msr(a: &mut CodeAssembler, number: u32, value: u64) -> Result<(), IcedError> {
-    a.mov(ecx, number)?;
-    a.mov(eax, value as u32)?;
-    a.mov(edx, (value >> 32) as u32)?;
-    a.wrmsr()
 }
 
 /// RBX counts rounds down, R12 is where the next note goes.
@@ -97,16 +85,7 @@ fn kernel() -> Result<Vec<u8>, IcedError> {
     let mut a = CodeAssembler::new(64)?;
     let (mut entry, mut plain, mut end, mut quiet, mut quick) =
         (a.create_label(), a.create_label(), a.create_label(), a.create_label(), a.create_label());
-    msr(&mut a, 0xc000_0080, 0xd01)?;
-    msr(&mut a, 0xc000_0081, 0x0018_0008_0000_0000)?;
-    msr(&mut a, 0xc000_0084, 0x4_0601)?;
-    a.lea(rax, ptr(entry))?;
-    a.xor(edx, edx)?;
-    a.mov(ecx, 0xc000_0082u32)?;
-    a.wrmsr()?;
-    a.xor(esi, esi)?;
-    a.mov(ecx, USER as i32)?;
-    a.mov(r11d, 0x202)?;
+    levels::begin(&mut a, 0x4_0601, entry)?;
     a.sysretq()?;
     a.set_label(&mut entry)?;
     a.pushfq()?;
@@ -184,29 +163,12 @@ fn kernel() -> Result<Vec<u8>, IcedError> {
 
 /// Runs it; gives the notes and the registers at the end.
 fn run(vcpu: &mut dyn Vcpu) -> (Vec<u8>, [u64; 16]) {
-    let mem = GuestMemory::Ram(Ram::shared(4 << 20).expect("4 MiB"));
-    let put = |at: u64, v: u64| mem.store(at, Width::Q, v).expect("in RAM");
-    mem.write(KERNEL, &kernel().expect("it can be assembled")).expect("in RAM");
-    mem.write(USER, &user().expect("it can be assembled")).expect("in RAM");
-    put(TABLES, TABLES + 0x1007);
-    put(TABLES + 0x1000, TABLES + 0x2007);
-    put(TABLES + 0x2000, 0xe7);
-    put(TABLES + 0x2008, 0x20_00e7);
-    let mut s = CpuState::long64(0);
-    (s.cr3, s.rip, s.rflags) = (TABLES, KERNEL, Rflags::FIXED);
-    s.gpr[Gpr::Rsp as usize] = STACK;
+    let (kernel, user) = (kernel().expect("it can be assembled"), user().expect("it can be assembled"));
+    let (mem, s) = levels::machine(&kernel, &user);
     *vcpu.state() = s;
     let device = Device::default();
-    let board = Board { mem: &mem, bus: &device };
-    for _ in 0..1000 {
-        vcpu.run(board, u64::MAX);
-        if device.end.load(Ordering::Relaxed) != 0 {
-            let mut notes = vec![0; (ROUNDS as u64 * NOTE + NOTE) as usize];
-            mem.read(NOTES, &mut notes).expect("in RAM");
-            return (notes, vcpu.state().gpr);
-        }
-    }
-    panic!("it does not come to its end: RIP {:#x}", vcpu.state().rip);
+    let ended = || device.end.load(Ordering::Relaxed) != 0;
+    (levels::notes(vcpu, &mem, &device, &ended, ROUNDS as u64 * NOTE + NOTE), vcpu.state().gpr)
 }
 
 #[test]
@@ -218,7 +180,6 @@ fn calls_of_the_kernel_and_of_devices_are_the_interpreters() {
     assert!(run(&mut mirrored) == (wanted.clone(), registers), "through the host's page tables");
     let mut translator = Translator::new(model).expect("executable memory");
     let (seen, also) = run(&mut translator);
-    let word = |notes: &[u8], n: usize| u64::from_le_bytes(notes[8 * n..8 * n + 8].try_into().expect("8 bytes"));
     for n in 0..wanted.len() / 8 {
         assert_eq!(word(&seen, n), word(&wanted, n), "round {}, word {} of the note", n / 8, n % 8);
     }

@@ -1,29 +1,26 @@
 //! IRETQ to the user where the translator does it without leaving its cache (SDM 2A IRET): frames, flags and descriptors that change from
 //! round to round leave the same in memory under the interpreter, which goes its own way each time.
 
+#[path = "common/levels.rs"]
+mod levels;
+
 use bivisor_emulator::bus::Bus;
 use bivisor_emulator::cpu::cpuid::CpuModel;
-use bivisor_emulator::cpu::{CpuState, Cr4, Rflags, Segment};
+use bivisor_emulator::cpu::{Cr4, Segment};
 use bivisor_emulator::interp::Interpreter;
-use bivisor_emulator::isa::{Gpr, Seg, Width};
-use bivisor_emulator::mem::{GuestMemory, Ram};
-use bivisor_emulator::vcpu::{Board, Vcpu};
+use bivisor_emulator::isa::{Seg, Width};
+use bivisor_emulator::vcpu::Vcpu;
 use bivisor_translator::Translator;
 use iced_x86::Code;
 use iced_x86::code_asm::*;
+use levels::{KERNEL, NOTES, STACK, USER, word};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// Kernel and user in pages of their own, what is noted, page tables.
-const KERNEL: u64 = 0x10_0000;
-const USER: u64 = 0x11_0000;
-const NOTES: u64 = 0x12_0000;
-const TABLES: u64 = 0x3_0000;
 const IDT: u64 = 0x4_0000;
 const GDT: u64 = 0x4_1000;
 const TSS: u64 = 0x4_2000;
-const STACK: u64 = 0x9_0000;
 const USER_STACK: u64 = 0x8_0000;
 const ROUNDS: i32 = 1600;
 const NOTE: u64 = 192;
@@ -102,13 +99,6 @@ fn user(wide: bool) -> Result<Vec<u8>, IcedError> {
     a.assemble(USER)
 }
 
-fn msr(a: &mut CodeAssembler, number: u32, value: u64) -> Result<(), IcedError> {
-    a.mov(ecx, number)?;
-    a.mov(eax, value as u32)?;
-    a.mov(edx, (value >> 32) as u32)?;
-    a.wrmsr()
-}
-
 /// In rounds whose number is `rest` modulo `modulus`.
 fn sometimes(
     a: &mut CodeAssembler,
@@ -128,16 +118,7 @@ fn sometimes(
 fn kernel() -> Result<Vec<u8>, IcedError> {
     let mut a = CodeAssembler::new(64)?;
     let (mut entry, mut end, mut go) = (a.create_label(), a.create_label(), a.create_label());
-    msr(&mut a, 0xc000_0080, 0xd01)?;
-    msr(&mut a, 0xc000_0081, 0x0018_0008_0000_0000)?;
-    msr(&mut a, 0xc000_0084, 0x4_4700)?;
-    a.lea(rax, ptr(entry))?;
-    a.xor(edx, edx)?;
-    a.mov(ecx, 0xc000_0082u32)?;
-    a.wrmsr()?;
-    a.xor(esi, esi)?;
-    a.mov(ecx, USER as i32)?;
-    a.mov(r11d, 0x202)?;
+    levels::begin(&mut a, 0x4_4700, entry)?;
     a.mov(r10, USER_STACK)?;
     a.mov(rsp, STACK)?;
     a.mov(ebx, 1)?;
@@ -221,10 +202,9 @@ fn handler(vector: u8) -> Result<Vec<u8>, IcedError> {
 
 /// Runs it, with the registers of AVX-512 if they are there; gives the notes.
 fn run(vcpu: &mut dyn Vcpu, wide: bool) -> Vec<u8> {
-    let mem = GuestMemory::Ram(Ram::shared(4 << 20).expect("4 MiB"));
+    let (kernel, user) = (kernel().expect("it can be assembled"), user(wide).expect("it can be assembled"));
+    let (mem, mut s) = levels::machine(&kernel, &user);
     let put = |at: u64, v: u64| mem.store(at, Width::Q, v).expect("in RAM");
-    mem.write(KERNEL, &kernel().expect("it can be assembled")).expect("in RAM");
-    mem.write(USER, &user(wide).expect("it can be assembled")).expect("in RAM");
     for vector in [1u8, 11, 12, 13] {
         let at = place(vector);
         mem.write(at, &handler(vector).expect("it can be assembled")).expect("in RAM");
@@ -246,13 +226,6 @@ fn run(vcpu: &mut dyn Vcpu, wide: bool) -> Vec<u8> {
         put(GDT + 8 * n as u64, d);
     }
     put(TSS + 4, STACK - 0x100);
-    put(TABLES, TABLES + 0x1007);
-    put(TABLES + 0x1000, TABLES + 0x2007);
-    put(TABLES + 0x2000, 0xe7);
-    put(TABLES + 0x2008, 0x20_00e7);
-    let mut s = CpuState::long64(0);
-    (s.cr3, s.rip, s.rflags) = (TABLES, KERNEL, Rflags::FIXED);
-    s.gpr[Gpr::Rsp as usize] = STACK;
     (s.gdtr.base, s.gdtr.limit) = (GDT, 0x37);
     (s.idtr.base, s.idtr.limit) = (IDT, 0xfff);
     s.tr = Segment { base: TSS, limit: 0x67, ..s.tr };
@@ -263,16 +236,8 @@ fn run(vcpu: &mut dyn Vcpu, wide: bool) -> Vec<u8> {
     }
     *vcpu.state() = s;
     let device = Device::default();
-    let board = Board { mem: &mem, bus: &device };
-    for _ in 0..1000 {
-        vcpu.run(board, u64::MAX);
-        if device.0.load(Ordering::Relaxed) != 0 {
-            let mut notes = vec![0; (ROUNDS as u64 * NOTE + NOTE) as usize];
-            mem.read(NOTES, &mut notes).expect("in RAM");
-            return notes;
-        }
-    }
-    panic!("it does not come to its end: RIP {:#x}", vcpu.state().rip);
+    let ended = || device.0.load(Ordering::Relaxed) != 0;
+    levels::notes(vcpu, &mem, &device, &ended, ROUNDS as u64 * NOTE + NOTE)
 }
 
 fn compare(wide: bool) {
@@ -283,7 +248,6 @@ fn compare(wide: bool) {
     assert!(run(&mut mirrored, wide) == wanted, "through the host's page tables");
     let mut translator = Translator::new(model).expect("executable memory");
     let seen = run(&mut translator, wide);
-    let word = |notes: &[u8], n: usize| u64::from_le_bytes(notes[8 * n..8 * n + 8].try_into().expect("8 bytes"));
     let words = NOTE as usize / 8;
     for n in 0..wanted.len() / 8 {
         assert_eq!(word(&seen, n), word(&wanted, n), "round {}, word {} of the note", n / words, n % words);
