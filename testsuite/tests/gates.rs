@@ -38,13 +38,6 @@ impl Bus for Device {
         }
         self.count.fetch_add(u64::from(data[0]) + data.len() as u64, Ordering::Relaxed);
     }
-    fn read_mmio(&self, _: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn write_mmio(&self, _: u64, _: &[u8]) {}
-    fn take_interrupt(&self) -> Option<u8> {
-        None
-    }
 }
 
 /// RBX counts rounds down, R12 is where the next note goes.

@@ -142,12 +142,12 @@ impl Store {
         fn bytes<T>(all: &[T]) -> usize {
             size_of_val(all)
         }
-        let constants: usize =
-            self.constants.values().map(|all| size_of::<(u64, Vec<u32>)>() + size_of_val(&**all)).sum();
-        let ending: usize = self.ending.values().map(|all| size_of::<(u64, Vec<u32>)>() + size_of_val(&**all)).sum();
+        fn lists<T>(all: &Map<u64, Vec<T>>) -> usize {
+            all.values().map(|list| size_of::<(u64, Vec<T>)>() + size_of_val(&**list)).sum()
+        }
         let maps = self.by_page.len() * size_of::<(u64, u32)>()
-            + ending
-            + constants
+            + lists(&self.ending)
+            + lists(&self.constants)
             + self.landings.len() * size_of::<(u16, u32)>();
         let pages = self.pages.as_ref().map_or(0, |p| p.len() * size_of::<(u64, crate::persist::adopt::Page)>());
         let compared: usize = self.compared.values().map(|(then, changed)| then.len() + changed.len()).sum();

@@ -141,8 +141,8 @@ pub mod at {
     pub const FAST: usize = TLB + crate::system::tlb::CONTEXTS * crate::system::tlb::TABLE;
 }
 
-/// Offset of a readable page behind the area among others that are not. Generated code that takes a slot of the mirror for granted reads there, further by
-/// a page for each slot that the address is away from it ([`crate::system::mirror`]).
+/// Offset of a readable page behind the area among others that are not. Generated code that takes a slot of the mirror for granted reads
+/// there, further by a page for each slot that the address is away from it ([`crate::system::mirror`]).
 pub const CHECKED: usize = ENGINE_AREA_SIZE + 4096 * (SLOTS - 1);
 /// Offset of a page for each slot, of which those of the usual ones are readable: what else bits 32 to 47 of an address lead to is not.
 pub const USUALLY: usize = CHECKED + 4096 * 2 * SLOTS;

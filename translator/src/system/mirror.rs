@@ -174,8 +174,8 @@ impl Mirror {
             area.set(at::DELTAS + 8 * n as usize, mirror.nowhere.wrapping_sub(n << SLOT_BITS));
         }
         // Only one mirror can have that.
-        if let Some(taken) =
-            Some(()).filter(|()| !vsyscall_is_readable()).and_then(|()| reserve(LEAST, SLOT + GUARD - LEAST))
+        if !vsyscall_is_readable()
+            && let Some(taken) = reserve(LEAST, SLOT + GUARD - LEAST)
         {
             mirror.add(area, 0, 0);
             mirror.reserved.push(taken);

@@ -294,10 +294,20 @@ impl Runs {
 
 /// XSAVE, XSAVEOPT and XSAVEC with their 64-bit forms.
 pub fn xsave(x: &mut Exec<'_>, i: &Insn) -> Step {
+    by_way_of_area(x, i, Access::Write, save)
+}
+
+/// Does what goes between memory and the CPU by way of an area, after the checks of the operand.
+fn by_way_of_area(
+    x: &mut Exec<'_>,
+    i: &Insn,
+    access: Access,
+    go: impl FnOnce(&mut Exec<'_>, &Insn, (&MemRef, u64), &mut XsaveArea) -> Step,
+) -> Step {
     let (m, offset) = memory(x, i)?;
-    xsave_checks(x, &m, offset, Access::Write)?;
+    xsave_checks(x, &m, offset, access)?;
     let mut area = x.env.native.take_area();
-    let done = save(x, i, (&m, offset), &mut area);
+    let done = go(x, i, (&m, offset), &mut area);
     x.env.native.give_area(area);
     done
 }
@@ -365,12 +375,7 @@ fn save(x: &mut Exec<'_>, i: &Insn, (m, offset): (&MemRef, u64), area: &mut Xsav
 
 /// XRSTOR, XRSTOR64: both formats, with the checks of the header (SDM 1 13.8).
 pub fn xrstor(x: &mut Exec<'_>, i: &Insn) -> Step {
-    let (m, offset) = memory(x, i)?;
-    xsave_checks(x, &m, offset, Access::Read)?;
-    let mut area = x.env.native.take_area();
-    let done = restore(x, i, (&m, offset), &mut area);
-    x.env.native.give_area(area);
-    done
+    by_way_of_area(x, i, Access::Read, restore)
 }
 
 /// XRSTOR by way of `area`.

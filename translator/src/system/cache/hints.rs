@@ -19,16 +19,7 @@ impl Cache {
     /// The block of an exit was made with a wrong expectation.
     pub fn learn(&mut self, id: u32, apart: bool) {
         let stub = self.exits[id as usize].stub;
-        let Some(b) = self.blocks.partition_point(|x| x.at <= stub).checked_sub(1) else { return };
-        let block = &self.blocks[b];
-        if !block.live {
-            return;
-        }
-        let hints = self.hints.entry((block.rip, block.gpa, block.mode)).or_default();
-        let hint = if apart { &mut hints.apart } else { &mut hints.strict };
-        if !std::mem::replace(hint, true) {
-            self.kill(b as u32);
-        }
+        self.hint_at(stub, if apart { |hints| &mut hints.apart } else { |hints| &mut hints.strict });
     }
 
     /// The base register of an access at this host address is not near to what is accessed.
@@ -69,7 +60,11 @@ impl Cache {
 
     /// The block at this host address is to be made with another expectation.
     fn hint(&mut self, pc: u64, which: fn(&mut Hints) -> &mut bool) {
-        let at = pc.wrapping_sub(self.buffer.base()) as u32;
+        self.hint_at(pc.wrapping_sub(self.buffer.base()) as u32, which);
+    }
+
+    /// The same by code offset.
+    fn hint_at(&mut self, at: u32, which: fn(&mut Hints) -> &mut bool) {
         let Some(b) = self.blocks.partition_point(|b| b.at <= at).checked_sub(1) else { return };
         let block = &self.blocks[b];
         if !block.live {

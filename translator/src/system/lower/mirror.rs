@@ -16,7 +16,7 @@ use bivisor_emulator::mem::PAGE_SIZE;
 use iced_x86::{Mnemonic, OpKind};
 
 /// The first of the 16 bits of an address that are looked at to make sure of its slot.
-pub(super) const CHECK_BITS: u8 = 32;
+const CHECK_BITS: u8 = 32;
 /// What may be added to a short value.
 const SMALL: i64 = 1 << 20;
 /// Smaller values are no addresses.
@@ -55,7 +55,7 @@ impl Lower<'_> {
         self.e.load(delta, At::row(at::DELTAS, delta));
     }
 
-    pub(super) fn rorx(&mut self, to: Gpr, from: Gpr, by: u8) {
+    fn rorx(&mut self, to: Gpr, from: Gpr, by: u8) {
         let (r, m) = (to as u8, from as u8);
         let high = (r >> 3 ^ 1) << 7 | 0x40 | (m >> 3 ^ 1) << 5 | 3;
         self.e.bytes.extend_from_slice(&[0xc4, high, 0xfb, 0xf0, 0xc0 | (r & 7) << 3 | m & 7, by]);
@@ -92,18 +92,23 @@ impl Lower<'_> {
     /// Makes sure that `address` is in a slot: faults if not. `of`: it is this register of the guest, not the access's address.
     fn make_sure(&mut self, item: &Item, a: &Access, address: Gpr, slot: u8, of: Option<Gpr>) -> Option<()> {
         let t = self.passing(item, false)?;
+        let page = CHECKED - PAGE_SIZE as usize * usize::from(slot);
+        self.check(item, a, (address, page), t, Check { of, early: false });
+        self.busy &= !bit(t);
+        Some(())
+    }
+
+    /// Faults unless the page behind the area that bits 32 to 47 of `address` lead to, from `page` on, is readable; destroys `t`.
+    pub(super) fn check(&mut self, item: &Item, a: &Access, (address, page): (Gpr, usize), t: Gpr, check: Check) {
         self.rorx(t, address, CHECK_BITS);
         // MOVZX of the low 16 bits.
         self.e.rr(W::D, &[0x0f, 0xb7], t as u8, t, &[]);
         let from = self.e.len();
-        let page = CHECKED - PAGE_SIZE as usize * usize::from(slot);
         self.e.rm(W::D, &[0x8b], t as u8, At::row(page, t), &[]);
         self.point_at(item, from, Some(*a));
         if let Some(p) = self.points.last_mut() {
-            p.checks = Some(Check { of, early: false });
+            p.checks = Some(check);
         }
-        self.busy &= !bit(t);
-        Some(())
     }
 
     pub(super) fn place_mirrored(&mut self, item: &Item, a: &Access) -> Option<Host> {

@@ -5,7 +5,7 @@ use super::asm::{Assembler, At, W};
 use super::memory::JNE;
 use super::scratch::bit;
 use super::{Kind, Lower};
-use crate::system::block::{Access, Item, Segment, Way};
+use crate::system::block::{Access, Item, Way};
 use crate::system::tlb;
 use bivisor_emulator::isa::Gpr;
 use bivisor_emulator::mem::PAGE_SIZE;
@@ -18,17 +18,7 @@ impl Lower<'_> {
     /// An element at a register.
     fn at(&self, base: Gpr, len: u8, write: bool) -> Access {
         let narrow = self.block.mode.is_compat();
-        Access {
-            base: Some(base),
-            index: None,
-            disp: 0,
-            segment: Segment::Flat,
-            narrow,
-            len,
-            write,
-            aligned: false,
-            bit: None,
-        }
+        Access { base: Some(base), narrow, len, ..Access::stack(0, write) }
     }
 
     fn advance(&mut self, r: Gpr, len: u8) {

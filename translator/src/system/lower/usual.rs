@@ -8,9 +8,9 @@
 
 #[cfg(doc)]
 use super::Entries;
-use super::asm::{Assembler, At, W};
+use super::asm::{Assembler, At};
 use super::memory::Host;
-use super::mirror::{CHECK_BITS, LEAST};
+use super::mirror::LEAST;
 use super::scratch::bit;
 use super::{Check, Lower};
 use crate::system::area::{CHECKED, USUALLY};
@@ -140,16 +140,8 @@ impl Lower<'_> {
     }
 
     /// Faults unless `address` is in the lowest slot, or in a usual one; destroys `t`.
-    fn check(&mut self, item: &Item, a: &Access, (address, low): (Gpr, bool), t: Gpr, check: Check) {
-        self.rorx(t, address, CHECK_BITS);
-        // MOVZX of the low 16 bits.
-        self.e.rr(W::D, &[0x0f, 0xb7], t as u8, t, &[]);
-        let from = self.e.len();
-        self.e.rm(W::D, &[0x8b], t as u8, At::row(if low { CHECKED } else { USUALLY }, t), &[]);
-        self.point_at(item, from, Some(*a));
-        if let Some(p) = self.points.last_mut() {
-            p.checks = Some(check);
-        }
+    fn check_class(&mut self, item: &Item, a: &Access, (address, low): (Gpr, bool), t: Gpr, check: Check) {
+        self.check(item, a, (address, if low { CHECKED } else { USUALLY }), t, check);
     }
 
     /// Is the access expected in the lowest slot, or a usual one?
@@ -171,7 +163,7 @@ impl Lower<'_> {
                 None => {
                     let low = self.usually(item, Some(r))?;
                     let t = self.passing(item, false)?;
-                    self.check(item, a, (r, low), t, Check { of: Some(r), early: false });
+                    self.check_class(item, a, (r, low), t, Check { of: Some(r), early: false });
                     self.busy &= !bit(t);
                     self.sure[r as usize] = Some(Sure { anchor: moved, place: Where::Inside, low });
                     low
@@ -200,7 +192,7 @@ impl Lower<'_> {
         let low = self.usually(item, a.base)?;
         let t = self.passing(item, false)?;
         self.e.lea(t, At::any(a.base, a.index, disp, false));
-        self.check(item, a, (t, low), t, Check { of: None, early: false });
+        self.check_class(item, a, (t, low), t, Check { of: None, early: false });
         self.busy &= !bit(t);
         self.sums.push(Sum { base: a.base, index, far, low });
         host(low)
@@ -307,7 +299,7 @@ impl Lower<'_> {
         self.busy = (sure | sure >> 16) as u16;
         let t = self.scratch(item, false)?;
         for (r, a, low) in &asked {
-            self.check(item, a, (*r, *low), t, Check { of: Some(*r), early: true });
+            self.check_class(item, a, (*r, *low), t, Check { of: Some(*r), early: true });
         }
         self.reload(bit(t));
         self.spilled &= !bit(t);

@@ -1,6 +1,7 @@
 //! Accesses that the inline TLB does not have, and stores that need care.
 
 use super::{System, by};
+use crate::block::page_of;
 use crate::run::Translator;
 use crate::system::area::at;
 use crate::system::block::Access as GuestAccess;
@@ -58,10 +59,10 @@ impl System {
                 }
                 // The next pages of a kernel's mapping of all memory are likely wanted soon.
                 if t.core.mmu.is_large(context, laddr) {
-                    let (page, from) = (laddr & !(PAGE_SIZE - 1), laddr & !(TOGETHER * PAGE_SIZE - 1));
+                    let (page, from) = (page_of(laddr), laddr & !(TOGETHER * PAGE_SIZE - 1));
                     for n in (0..TOGETHER).filter(|n| from + n * PAGE_SIZE != page) {
                         let laddr = from + n * PAGE_SIZE;
-                        let gpa = (gpa & !(PAGE_SIZE - 1)).wrapping_add(laddr.wrapping_sub(page));
+                        let gpa = page_of(gpa).wrapping_add(laddr.wrapping_sub(page));
                         self.tlb.fill(&self.area, ram, Found { context, laddr, gpa, global }, access.write);
                     }
                 }
