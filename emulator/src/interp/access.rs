@@ -2,6 +2,7 @@
 //! written), then RAM, the bus, or the process's own memory (SDM 3A 5.3-5.5, 3.3.7.1, 6.15 interrupt 17).
 
 use crate::cpu::{Attr, CpuState, Cr0, Cr4, Efer, Fault, Rflags, Segment};
+use crate::interp::alu::Vendor;
 use crate::interp::{Exec, Step, Stop, watch};
 use crate::isa::{Seg, Width};
 use crate::mem::{Access, By, FlatSpace, GuestMemory, Mmu, PAGE_SIZE, Prot};
@@ -77,7 +78,8 @@ fn rights_allow(s: &Segment, access: Access) -> bool {
     }
 }
 
-/// SDM 3A 5.3. What runs past a limit of 4 GiB may fault or wrap, says the manual; on Zen 4 it faults.
+/// SDM 3A 5.3. What runs past a limit of 4 GiB may fault or wrap, says the manual. On Zen 4 it faults; on Raptor Cove it wraps in a flat
+/// segment, that is with base 0, and faults in others.
 pub(crate) fn limit_allows(s: &Segment, offset: u64, len: u64) -> bool {
     let limit = u64::from(s.limit);
     let last = offset + len.wrapping_sub(1).min(u64::from(u32::MAX));
@@ -86,7 +88,7 @@ pub(crate) fn limit_allows(s: &Segment, offset: u64, len: u64) -> bool {
         let top = if s.attr.contains(Attr::DB) { 0xffff_ffff } else { 0xffff };
         return offset > limit && last <= top;
     }
-    last <= limit
+    last <= limit || s.limit == u32::MAX && s.base == 0 && Vendor::host() == Vendor::Intel
 }
 
 /// SDM 3A 6.15, interrupt 17: CR0.AM, RFLAGS.AC, CPL 3, misaligned data.
@@ -537,11 +539,12 @@ mod tests {
     #[test]
     fn limits_upwards_and_expand_down() {
         let data = Attr::from_bits_retain(0x93);
-        let rows: [(Attr, u32, u64, u64, bool); 12] = [
+        let rows: [(Attr, u32, u64, u64, bool); 13] = [
             (data, 0xffff, 0xffff, 1, true),
             (data, 0xffff, 0xffff, 2, false),
             (data, 0xfff, 0x0ffd, 4, false),
             (data, 0xfff, 0x0ffc, 4, true),
+            (data, 0xffff_ffff, 0xffff_fffc, 4, true),
             (data, 0xffff_ffff, 0xffff_fffd, 4, false),
             (data | Attr::EXPAND_DOWN, 0xfff, 0xfff, 1, false),
             (data | Attr::EXPAND_DOWN, 0xfff, 0x1000, 4, true),
@@ -552,8 +555,16 @@ mod tests {
             (data | Attr::EXPAND_DOWN | Attr::DB, 0xfff, 0xffff_fffd, 4, false),
         ];
         for (attr, limit, offset, len, allowed) in rows {
-            let s = Segment { attr, limit, ..Segment::default() };
+            let s = Segment { attr, limit, base: 0x1000, ..Segment::default() };
             assert_eq!(limit_allows(&s, offset, len), allowed, "{attr:?} {limit:#x}: {len} bytes at {offset:#x}");
+            // The vendors differ where the segment is flat.
+            let flat = attr == data && limit == u32::MAX && Vendor::host() == Vendor::Intel;
+            let s = Segment { base: 0, ..s };
+            assert_eq!(
+                limit_allows(&s, offset, len),
+                allowed || flat,
+                "{attr:?} {limit:#x}: {len} bytes at {offset:#x}"
+            );
         }
     }
 

@@ -3,6 +3,7 @@
 
 use crate::cpu::{CpuState, Fault};
 use crate::interp::access::{self, is_long64};
+use crate::interp::alu::Vendor;
 use crate::interp::icache::{Entry, ICache, Page};
 use crate::interp::{Exec, Stop};
 use crate::isa::{DecodeError, Insn, MAX_INSN_LEN, Seg, decode};
@@ -163,6 +164,12 @@ fn fetch_part(x: &mut Exec<'_>, context: Context, n: usize, bytes: &mut [u8; MAX
 }
 
 fn fetch_address(x: &Exec<'_>, offset: u64) -> Result<u64, Stop> {
+    // Code that runs over the end of a segment of 4 GiB goes on at offset 0, whatever its base (Raptor Cove).
+    let wraps = offset >> 32 != 0
+        && !is_long64(x.cpu)
+        && x.cpu.segment(Seg::Cs).limit == u32::MAX
+        && Vendor::host() == Vendor::Intel;
+    let offset = if wraps { offset & 0xffff_ffff } else { offset };
     // Beyond the limit of CS, or not canonical: #GP(0).
     access::linear(x, Seg::Cs, offset, 1, Access::Execute).map_err(|_| Fault::Gp(0).into())
 }

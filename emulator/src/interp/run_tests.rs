@@ -317,6 +317,22 @@ fn the_limit_of_cs_cuts_fetches() {
     assert_eq!(m.cpu().rip, CODE + 1);
 }
 
+/// Code runs over the end of a CS of 4 GiB: its offset becomes 0 (seen on Raptor Cove; AMD's processors were not asked).
+#[test]
+fn code_at_the_end_of_4_gib() {
+    if crate::interp::alu::Vendor::host() == crate::interp::alu::Vendor::Amd {
+        return;
+    }
+    // mov ax, 0x2211 and a jump behind it, from the third byte before the end on
+    let mut m = Machine::real(&[]);
+    m.mem.write(0x1_0000 - 2, &[0xb8, 0x11, 0x22, 0xeb, 0x10]).expect("in RAM");
+    m.cpu().seg[1].base = 0x1_0000;
+    m.cpu().seg[1].limit = u32::MAX;
+    m.cpu().rip = 0xffff_fffe;
+    assert_eq!((m.run(1), m.cpu().rip, m.cpu().gpr[RAX] & 0xffff), (Exit::Budget, 1, 0x2211));
+    assert_eq!((m.run(1), m.cpu().rip), (Exit::Budget, 0x13));
+}
+
 /// A page of the process's own memory that holds data beside the code that writes it, many times over; then code that patches itself.
 #[test]
 fn flat_pages_that_are_written_all_the_time() {
