@@ -1,6 +1,7 @@
 //! Addition and its kin: ADD ADC SUB SBB CMP INC DEC NEG ADCX ADOX, and BOUND (SDM 2A, 2B).
 
 use crate::cpu::{Fault, Rflags};
+use crate::interp::alu::Vendor;
 use crate::interp::shape::{Any, Shape};
 use crate::interp::{Exec, Step, access, alu, operand};
 use crate::isa::{Insn, Operand, Width};
@@ -101,6 +102,10 @@ pub fn bound(x: &mut Exec<'_>, i: &Insn) -> Step {
     let index = signed(operand::read(x, i, 0)?);
     let offset = operand::effective_address(x, i, &m);
     let lower = signed(access::load(x, m.seg, offset, w)?);
+    // Raptor Cove compares before it reads the other bound; Zen 4 reads both first.
+    if index < lower && Vendor::host() == Vendor::Intel {
+        return Err(Fault::Br.into());
+    }
     let upper = signed(access::load(x, m.seg, m.address.cut(offset.wrapping_add(w.bytes())), w)?);
     if index < lower || index > upper {
         return Err(Fault::Br.into());
