@@ -2,6 +2,7 @@
 //! (SDM 2, "Exceptions" of each instruction; APM 2 15.9).
 
 use crate::cpu::{CpuState, Cr0, Cr4, Efer, Fault, Rflags};
+use crate::interp::access::is_long64;
 use crate::interp::{Exec, Step, Stop};
 use crate::isa::{Facts, Insn, Privilege};
 use crate::vcpu::{Exit, Intercepts};
@@ -17,11 +18,12 @@ pub fn needed(i: &Insn) -> bool {
 /// # Errors
 /// #GP(0) or #UD; [`Exit::Intercept`].
 pub fn before(x: &Exec<'_>, i: &Insn) -> Step {
-    privilege(x.cpu, i)?;
+    privilege(x, i)?;
     intercept(x, i)
 }
 
-fn privilege(cpu: &CpuState, i: &Insn) -> Result<(), Fault> {
+fn privilege(x: &Exec<'_>, i: &Insn) -> Result<(), Fault> {
+    let cpu: &CpuState = x.cpu;
     let Facts { privilege, .. } = *i.facts;
     let cpl = cpu.cpl();
     // In real and virtual-8086 mode these are not recognized, whatever the privilege: their functions say so.
@@ -41,15 +43,18 @@ fn privilege(cpu: &CpuState, i: &Insn) -> Result<(), Fault> {
     };
     match allowed {
         true => Ok(()),
-        false if is_undefined(cpu, i) => Err(Fault::Ud),
+        false if is_undefined(x, i) => Err(Fault::Ud),
         false => Err(Fault::Gp(0)),
     }
 }
 
 /// Is a privileged instruction #UD before its privilege is looked at? Its function says so too, for CPL 0.
 #[cold]
-fn is_undefined(cpu: &CpuState, i: &Insn) -> bool {
+fn is_undefined(x: &Exec<'_>, i: &Insn) -> bool {
+    let cpu: &CpuState = x.cpu;
     match i.iced.mnemonic() {
+        // Intel's processors know it in 64-bit code only, whatever the CPL (seen on Raptor Cove).
+        M::Sysret | M::Sysretq if x.env.cpu_model.is_intel() && !is_long64(cpu) => true,
         M::Sysret | M::Sysretq => !cpu.efer.contains(Efer::SCE),
         M::Xsetbv => !cpu.cr4.contains(Cr4::OSXSAVE),
         M::Mov => crate::interp::sensitive::control::names_no_register(cpu, i),

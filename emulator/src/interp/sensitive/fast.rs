@@ -196,6 +196,15 @@ mod tests {
         }
     }
 
+    /// Outside 64-bit code Intel's processors do not know SYSRET, whatever the CPL; AMD's ask for the CPL first.
+    #[test]
+    fn sysret_of_users_in_compatibility_mode() {
+        let mut m = machine(3, &[0x0f, 0x07]);
+        m.cpu().seg[Seg::Cs as usize] = Segment::code32(0x23, 3);
+        let intel = m.vcpu.env().cpu_model.is_intel();
+        assert_eq!(m.run(1), if intel { UD } else { Exit::Exception(GP0) });
+    }
+
     #[test]
     fn sysenter_and_sysexit() {
         let mut m = machine(3, &[0x0f, 0x34]);
