@@ -1,6 +1,6 @@
 //! Every integer instruction of 16- and 32-bit code has a case with the result of a real CPU (`testsuite/modes.txt`).
 //!
-//! `UPDATE=1` writes the lines anew from the host CPU.
+//! `UPDATE=1` writes the lines anew from an AMD host CPU; on an Intel one it adds to them what that CPU does otherwise.
 
 use bivisor_emulator::cpu::Fault;
 use bivisor_emulator::interp::alu::Vendor;
@@ -64,10 +64,28 @@ fn line(modes: &mut Modes, source: &mut Source, kind: Kind, code: Code, memory: 
 fn update(modes: &mut Modes) {
     assert!(modes.has_host(), "UPDATE=1 needs the host CPU as judge");
     let memory = record::memory();
-    let mut source = Source::default();
     let mut out = String::from(
-        "# What an AMD EPYC (Zen 4) did in compatibility mode; testsuite/src/campaign/modes/record.rs says how to read it.\n",
+        "# What an AMD EPYC (Zen 4) did in compatibility mode, and an Intel Xeon (Raptor Cove) where that is something else;\n\
+         # testsuite/src/campaign/modes/record.rs says how to read it.\n",
     );
+    if Vendor::host() == Vendor::Intel {
+        for line in lines() {
+            let line = line.split(record::INTEL).next().expect("a first piece");
+            let (case, amd) = record::parse(line, Vendor::Amd).expect("a line");
+            out += line;
+            if !own(case.insn) {
+                let outcomes = modes.outcomes(&case, &memory).expect("an end");
+                let intel = record::result(&case, &memory, &outcomes[0].1);
+                if intel != amd {
+                    out += record::INTEL;
+                    out += &intel;
+                }
+            }
+            out.push('\n');
+        }
+        return write(&out);
+    }
+    let mut source = Source::default();
     for kind in [Kind::Insn32, Kind::Insn16] {
         for code in integer(kind.bits()) {
             if let Some(line) = line(modes, &mut source, kind, code, &memory) {
@@ -76,7 +94,15 @@ fn update(modes: &mut Modes) {
             }
         }
     }
-    std::fs::write(concat!(env!("CARGO_MANIFEST_DIR"), "/modes.txt"), out).expect("writable");
+    write(&out);
+}
+
+fn write(text: &str) {
+    std::fs::write(concat!(env!("CARGO_MANIFEST_DIR"), "/modes.txt"), text).expect("writable");
+}
+
+fn lines() -> impl Iterator<Item = &'static str> {
+    record::LINES.lines().filter(|l| !l.starts_with('#'))
 }
 
 #[test]
@@ -87,22 +113,18 @@ fn every_integer_instruction_has_a_line_and_does_what_it_says() {
     }
     let memory = record::memory();
     let (mut wrong, mut seen) = (Vec::new(), Vec::new());
-    for line in record::LINES.lines().filter(|l| !l.starts_with('#')) {
-        let (case, should) = record::parse(line).expect("a line");
+    for line in lines() {
+        let (case, should) = record::parse(line, Vendor::host()).expect("a line");
         seen.push((case.kind.bits(), case.insn));
-        // Other makes have other undefined flags, and push selectors in another way.
-        if Vendor::host() != Vendor::Amd {
+        if own(case.insn) {
             continue;
         }
         for (name, is) in modes.outcomes(&case, &memory).expect("an end") {
             let is = record::result(&case, &memory, &is);
-            if is != should && !own(case.insn) {
+            if is != should {
                 wrong.push(format!("{line}\n    on {name}: {is}"));
             }
         }
-    }
-    if Vendor::host() != Vendor::Amd {
-        println!("SKIPPED: the lines are an AMD CPU's");
     }
     let missing: Vec<_> = [32, 16]
         .into_iter()
@@ -114,8 +136,9 @@ fn every_integer_instruction_has_a_line_and_does_what_it_says() {
     assert!(missing.is_empty(), "without a line: {missing:?}");
 }
 
-/// Gives what is the machine's own.
+/// Gives what is the machine's own, or is a system call.
 fn own(code: Code) -> bool {
     use Mnemonic as M;
-    matches!(code.mnemonic(), M::Cpuid | M::Rdtsc | M::Rdtscp | M::Rdpid | M::Rdrand | M::Rdseed | M::Int1)
+    let call = code.mnemonic() == M::Sysenter && Vendor::host() == Vendor::Intel;
+    call || matches!(code.mnemonic(), M::Cpuid | M::Rdtsc | M::Rdtscp | M::Rdpid | M::Rdrand | M::Rdseed | M::Int1)
 }

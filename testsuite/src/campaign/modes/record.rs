@@ -6,13 +6,14 @@
 //!
 //! Numbers are hexadecimal. `at` is EIP, `r` the registers in encoding order, `f` EFLAGS, `put` bytes at a linear address. Behind the arrow
 //! stand the exception that ended the case (`bp`, behind the instruction: it went well) and what changed; `rip` if it is not behind an INT3
-//! that follows the instruction.
+//! that follows the instruction. Behind a second arrow, `intel=>`, stands what an Intel CPU made of it if that is something else.
 
 use super::segments::segment;
 use crate::campaign::arena::{self, DATA, DATA2};
 use crate::campaign::case::{Case, Kind};
 use crate::campaign::outcome::{End, Outcome};
 use bivisor_emulator::cpu::Fault;
+use bivisor_emulator::interp::alu::Vendor;
 use bivisor_emulator::mem::Prot;
 use iced_x86::Code;
 use std::fmt::Write;
@@ -120,13 +121,18 @@ fn bytes(s: &str) -> Option<Vec<u8>> {
     (0..s.len() / 2).map(|n| u8::from_str_radix(s.get(2 * n..2 * n + 2)?, 16).ok()).collect()
 }
 
-/// Reads a line: the case, and what stands behind the arrow.
+/// What stands between the results of AMD's and Intel's CPU.
+pub const INTEL: &str = " intel=> ";
+
+/// Reads a line: the case, and what a CPU of this make did.
 ///
 /// # Errors
 /// The line, which is none.
-pub fn parse(line: &str) -> Result<(Case, &str), String> {
-    fn read(line: &str) -> Option<(Case, &str)> {
+pub fn parse(line: &str, make: Vendor) -> Result<(Case, &str), String> {
+    fn read(line: &str, make: Vendor) -> Option<(Case, &str)> {
         let (head, after) = line.split_once(" => ")?;
+        let (amd, intel) = after.split_once(INTEL).unwrap_or((after, after));
+        let after = if make == Vendor::Amd { amd } else { intel };
         let (head, rest) = head.split_once(" [")?;
         let (code, rest) = rest.split_once("] \"")?;
         let (_, words) = rest.split_once("\" ")?;
@@ -152,5 +158,5 @@ pub fn parse(line: &str) -> Result<(Case, &str), String> {
         case.fs_base = segment(case.selectors[4])?.base;
         Some((case, after))
     }
-    read(line).ok_or(format!("no case: {line}"))
+    read(line, make).ok_or(format!("no case: {line}"))
 }
