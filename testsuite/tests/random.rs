@@ -1,6 +1,5 @@
 //! Random instructions on the host CPU and on every engine. `RANDOM=n` sets how many, `SEED=n` where they start.
 
-use bivisor_emulator::cpu::Rflags;
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::interp::alu::Vendor;
 use bivisor_testsuite::campaign::expected::has_reserved_bits;
@@ -19,16 +18,7 @@ fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
 }
 
-/// RFLAGS bits that must agree. Undefined ones of Intel are not all modelled.
-fn compared(setup: &Setup) -> u64 {
-    if Vendor::host() == Vendor::Amd {
-        return u64::MAX;
-    }
-    let insn = Decoder::new(setup.bitness, &setup.code, DecoderOptions::NONE).decode();
-    !Rflags::status_from_iced(insn.rflags_undefined()).bits()
-}
-
-fn difference(host: &Outcome, out: &Outcome, mask: u64) -> Option<String> {
+fn difference(host: &Outcome, out: &Outcome) -> Option<String> {
     if host.fault.map(without_kernel) != out.fault.map(without_kernel) {
         return Some(format!("exception {:x?}, CPU {:x?}", out.fault, host.fault));
     }
@@ -37,7 +27,7 @@ fn difference(host: &Outcome, out: &Outcome, mask: u64) -> Option<String> {
             return Some(format!("{} is {is:#x}, CPU {should:#x}", bivisor_emulator::isa::Gpr::NAMES[i]));
         }
     }
-    if (out.rflags ^ host.rflags) & mask != 0 {
+    if out.rflags != host.rflags {
         return Some(format!("flags {:#x}, CPU {:#x}", out.rflags, host.rflags));
     }
     if let (Some(is), Some(should)) = (out.advance, host.advance)
@@ -100,7 +90,7 @@ fn compare(name: &str, n: u64, mut next: impl FnMut(&mut Random) -> Option<Setup
             *counts.entry(engine.name).or_default() += 1;
             if engine.is_host {
                 host = Some(out);
-            } else if let Some(d) = host.as_ref().and_then(|h| difference(h, &out, compared(&setup))) {
+            } else if let Some(d) = host.as_ref().and_then(|h| difference(h, &out)) {
                 let key = if setup.count > 1 { String::new() } else { format!("{mnemonic:?} ").to_lowercase() };
                 let gpr: Vec<String> = setup.gpr.iter().map(|g| format!("{g:x}")).collect();
                 let (bits, code, text) = (setup.bitness, &setup.code, text(&setup));

@@ -5,7 +5,7 @@
 //!
 //! Flags the manual calls undefined are those of real CPUs, checked exhaustively at byte width against the host by
 //! `testsuite/tests/alu.rs`. Where the vendors are known to differ, [`Vendor::host`] decides; the differences are noted at each
-//! function. Everything marked AMD was measured on Zen 4.
+//! function. Everything marked AMD was measured on Zen 4, everything marked Intel on Raptor Cove.
 
 use crate::cpu::Rflags;
 use crate::isa::Width;
@@ -148,7 +148,20 @@ fn shift_af() -> u64 {
     bit_if(AF, Vendor::host() == Vendor::Amd)
 }
 
-/// SHL, SAL. OF for counts above 1: by the same rule as for 1, carry against sign, with both vendors.
+/// OF of shifts and rotations, which the manual defines for a count of 1 only. For others AMD looks at the last of the single steps,
+/// Intel at the first.
+#[inline(always)]
+fn shift_of(last: bool, first: bool) -> u64 {
+    bit_if(OF, if Vendor::host() == Vendor::Amd { last } else { first })
+}
+
+/// Does a step to the left change the sign?
+#[inline(always)]
+fn sign_changes(w: Width, v: u64) -> bool {
+    (v ^ v << 1) & w.sign() != 0
+}
+
+/// SHL, SAL. OF: carry against sign.
 #[inline(always)]
 pub fn shl(w: Width, v: u64, count: u64, old: Rflags) -> Out {
     let n = masked(w, count);
@@ -159,10 +172,10 @@ pub fn shl(w: Width, v: u64, count: u64, old: Rflags) -> Out {
     let r = w.cut(wide as u64);
     let carry = wide >> w.bits() & 1 != 0;
     let sign = r & w.sign() != 0;
-    (r, flags(szp(w, r) | bit_if(CF, carry) | bit_if(OF, carry != sign) | shift_af()))
+    (r, flags(szp(w, r) | bit_if(CF, carry) | shift_of(carry != sign, sign_changes(w, v)) | shift_af()))
 }
 
-/// SHR. OF: the sign before the last single shift.
+/// SHR. OF: the sign before the step.
 #[inline(always)]
 pub fn shr(w: Width, v: u64, count: u64, old: Rflags) -> Out {
     let n = masked(w, count);
@@ -172,7 +185,8 @@ pub fn shr(w: Width, v: u64, count: u64, old: Rflags) -> Out {
     // n - 1 < 64, so neither shift overflows.
     let before = v >> (n - 1);
     let r = before >> 1;
-    (r, flags(szp(w, r) | bit_if(CF, before & 1 != 0) | bit_if(OF, before & w.sign() != 0) | shift_af()))
+    let of = shift_of(before & w.sign() != 0, v & w.sign() != 0);
+    (r, flags(szp(w, r) | bit_if(CF, before & 1 != 0) | of | shift_af()))
 }
 
 /// SAR.
@@ -197,7 +211,8 @@ pub fn rol(w: Width, v: u64, count: u64, old: Rflags) -> Out {
     let r = rotate_left(w, v, n % w.bits());
     let carry = r & 1 != 0;
     let sign = r & w.sign() != 0;
-    (r, flags(keep(old, SF | ZF | AF | PF) | bit_if(CF, carry) | bit_if(OF, carry != sign)))
+    let of = shift_of(carry != sign, sign_changes(w, v));
+    (r, flags(keep(old, SF | ZF | AF | PF) | bit_if(CF, carry) | of))
 }
 
 /// ROR.
@@ -210,7 +225,15 @@ pub fn ror(w: Width, v: u64, count: u64, old: Rflags) -> Out {
     let r = rotate_left(w, v, (w.bits() - n % w.bits()) % w.bits());
     let sign = r & w.sign() != 0;
     let next = r & (w.sign() >> 1) != 0;
-    (r, flags(keep(old, SF | ZF | AF | PF) | bit_if(CF, sign) | bit_if(OF, sign != next)))
+    let of = shift_of(sign != next, (v & w.sign() != 0) != (v & 1 != 0));
+    (r, flags(keep(old, SF | ZF | AF | PF) | bit_if(CF, sign) | of))
+}
+
+/// What differs in ROL and ROR of a register by an immediate: on Intel OF stays for counts above 1.
+#[inline(always)]
+pub fn by_immediate(w: Width, count: u64, old: Rflags, (r, f): Out) -> Out {
+    let stays = masked(w, count) != 1 && Vendor::host() == Vendor::Intel;
+    (r, if stays { flags(f.bits() & !OF | keep(old, OF)) } else { f })
 }
 
 /// `n` is less than the width.
@@ -219,13 +242,14 @@ fn rotate_left(w: Width, v: u64, n: u32) -> u64 {
     if n == 0 { v } else { w.cut(v << n | v >> (w.bits() - n)) }
 }
 
-/// RCL: a rotation of width + 1 bits. OF by the rule for count 1, also if the count is 9 or 17 and nothing moves.
+/// RCL: a rotation of width + 1 bits. OF if the count is 9 (18, 27) or 17 and nothing moves: AMD by the rule, Intel leaves it.
 pub fn rcl(w: Width, v: u64, count: u64, old: Rflags) -> Out {
     let n = masked(w, count);
     if n == 0 {
         return (v, flags(keep(old, Rflags::STATUS.bits())));
     }
-    rotate_carry(w, v, n % (w.bits() + 1), old, |sign, _, carry| sign != carry)
+    let first = sign_changes(w, v);
+    rotate_carry(w, v, n % (w.bits() + 1), old, |sign, _, carry| shift_of(sign != carry, first))
 }
 
 /// RCR.
@@ -235,21 +259,27 @@ pub fn rcr(w: Width, v: u64, count: u64, old: Rflags) -> Out {
         return (v, flags(keep(old, Rflags::STATUS.bits())));
     }
     let size = w.bits() + 1;
-    rotate_carry(w, v, (size - n % size) % size, old, |sign, next, _| sign != next)
+    let first = (v & w.sign() != 0) != old.contains(Rflags::CF);
+    rotate_carry(w, v, (size - n % size) % size, old, |sign, next, _| shift_of(sign != next, first))
 }
 
-fn rotate_carry(w: Width, v: u64, left: u32, old: Rflags, overflow: fn(bool, bool, bool) -> bool) -> Out {
+/// `overflow` tells OF by the result's sign, the bit beside it, and the carry.
+fn rotate_carry(w: Width, v: u64, left: u32, old: Rflags, overflow: impl Fn(bool, bool, bool) -> u64) -> Out {
     let size = w.bits() + 1;
     let whole = u128::from(old.bits() & CF) << w.bits() | u128::from(v);
     let turned = if left == 0 { whole } else { whole << left | whole >> (size - left) };
     let r = w.cut(turned as u64);
     let carry = turned >> w.bits() & 1 != 0;
-    let of = overflow(r & w.sign() != 0, r & (w.sign() >> 1) != 0, carry);
-    (r, flags(keep(old, SF | ZF | AF | PF) | bit_if(CF, carry) | bit_if(OF, of)))
+    let of = if left == 0 && Vendor::host() == Vendor::Intel {
+        keep(old, OF)
+    } else {
+        overflow(r & w.sign() != 0, r & (w.sign() >> 1) != 0, carry)
+    };
+    (r, flags(keep(old, SF | ZF | AF | PF) | bit_if(CF, carry) | of))
 }
 
 /// SHLD. A 16-bit count above 16 is undefined. AMD: the bits of `a:b:b` move, CF and OF are those of `a` shifted alone. Intel: those of
-/// `a:b:a`, CF is the last bit that left, OF by the rule for 1.
+/// `a:b:a`, CF is the last bit that left.
 pub fn shld(w: Width, a: u64, b: u64, count: u64, old: Rflags) -> Out {
     let n = masked(w, count);
     if n == 0 {
@@ -261,12 +291,13 @@ pub fn shld(w: Width, a: u64, b: u64, count: u64, old: Rflags) -> Out {
         let f = szp(w, r) | shl(w, a, count, old).1.bits() & (CF | OF) | shift_af();
         return (r, flags(f));
     }
-    let (behind, carry, sign) = match Vendor::host() {
-        Vendor::Amd => (b, a << n >> 16 & 1, a << n >> 15 & 1),
-        Vendor::Intel => (a, (a << 16 | b) << n >> 32 & 1, (a << 32 | b << 16 | a) << n >> 47 & 1),
+    let (behind, carry) = match Vendor::host() {
+        Vendor::Amd => (b, a << n >> 16 & 1),
+        Vendor::Intel => (a, (a << 16 | b) << n >> 32 & 1),
     };
     let r = w.cut((a << 32 | b << 16 | behind) << n >> 32);
-    (r, flags(szp(w, r) | carry | bit_if(OF, carry != sign) | shift_af()))
+    let of = shift_of(carry != a << n >> 15 & 1, sign_changes(w, a));
+    (r, flags(szp(w, r) | carry | of | shift_af()))
 }
 
 /// SHRD. A 16-bit count above 16 is undefined. AMD: the bits of `b:b:a` move, CF is 0. Intel: those of `a:b:a`, CF is the last bit
@@ -282,8 +313,8 @@ pub fn shrd(w: Width, a: u64, b: u64, count: u64, old: Rflags) -> Out {
         _ => (a >> n | b << (w.bits() - n), a >> (n - 1) & 1),
     };
     let r = w.cut(r);
-    let overflow = (r ^ (r << 1)) & w.sign() != 0;
-    (r, flags(szp(w, r) | carry | bit_if(OF, overflow) | shift_af()))
+    let of = shift_of(sign_changes(w, r), (a & w.sign() != 0) != (b & 1 != 0));
+    (r, flags(szp(w, r) | carry | of | shift_af()))
 }
 
 /// MUL: low half, high half, flags. SF, ZF, AF, PF: AMD keeps them; Intel sets SF and PF by the low half and clears ZF and AF.
@@ -360,25 +391,22 @@ pub fn bit_mask(w: Width, bit: u64) -> u64 {
     1 << (bit & u64::from(w.bits() - 1))
 }
 
-/// BSF: `None` for the result if the source is zero and the destination stays. AMD: PF by the result, CF, OF, SF, AF cleared; with a
-/// zero source everything but ZF stays. Intel: as a logic operation on the source.
-pub fn bsf(w: Width, v: u64, old: Rflags) -> (Option<u64>, Rflags) {
-    scan(w, v, u64::from(v.trailing_zeros()), old)
+/// BSF: `None` for the result if the source is zero and the destination stays. PF is by the result, set with a zero source; CF, OF, SF and
+/// AF are cleared. So with both vendors.
+pub fn bsf(w: Width, v: u64) -> (Option<u64>, Rflags) {
+    scan(w, v, u64::from(v.trailing_zeros()))
 }
 
 /// BSR: as [`bsf`].
-pub fn bsr(w: Width, v: u64, old: Rflags) -> (Option<u64>, Rflags) {
-    scan(w, v, u64::from(63 - v.leading_zeros().min(63)), old)
+pub fn bsr(w: Width, v: u64) -> (Option<u64>, Rflags) {
+    scan(w, v, u64::from(63 - v.leading_zeros().min(63)))
 }
 
-fn scan(w: Width, v: u64, index: u64, _old: Rflags) -> (Option<u64>, Rflags) {
+fn scan(w: Width, v: u64, index: u64) -> (Option<u64>, Rflags) {
     if v == 0 {
         return (None, flags(ZF | PF));
     }
-    match Vendor::host() {
-        Vendor::Amd => (Some(index), flags(szp(w, index) & PF)),
-        Vendor::Intel => (Some(index), flags(szp(w, v) & !ZF)),
-    }
+    (Some(index), flags(szp(w, index) & PF))
 }
 
 /// TZCNT: CF for a zero source, ZF for a zero result. SF, AF, PF cleared; OF: AMD keeps it, Intel clears it.
@@ -401,36 +429,44 @@ pub fn popcnt(v: u64) -> Out {
     (u64::from(v.count_ones()), flags(bit_if(ZF, v == 0)))
 }
 
-/// ANDN. AF and PF are undefined: as the logic operations have them.
-pub fn andn(w: Width, a: u64, b: u64) -> Out {
-    logic(w, w.cut(!a & b))
+/// The flags of ANDN, BEXTR, BLSI, BLSMSK, BLSR and BZHI but for CF. AF and PF are undefined. AMD: as the logic operations have them.
+/// Intel: cleared.
+#[inline(always)]
+fn bmi(w: Width, r: u64) -> u64 {
+    szp(w, r) & if Vendor::host() == Vendor::Amd { SF | ZF | PF } else { SF | ZF }
 }
 
-/// BEXTR: `control` bits 7:0 are the start, 15:8 the length. SF, AF, PF are undefined. AMD: AF set.
+/// ANDN.
+pub fn andn(w: Width, a: u64, b: u64) -> Out {
+    let r = w.cut(!a & b);
+    (r, flags(bmi(w, r)))
+}
+
+/// BEXTR: `control` bits 7:0 are the start, 15:8 the length. SF is undefined too: cleared. AMD: AF set.
 pub fn bextr(w: Width, v: u64, control: u64) -> Out {
     let start = (control & 0xff) as u32;
     let length = (control >> 8 & 0xff) as u32;
     let shifted = v.checked_shr(start).unwrap_or(0);
     let r = if length < 64 { shifted & ((1 << length) - 1) } else { shifted };
-    (r, flags(szp(w, r) & (ZF | PF) | shift_af()))
+    (r, flags(bmi(w, r) & !SF | shift_af()))
 }
 
-/// BLSI: the lowest set bit; CF unless the source is zero. AF, PF undefined: as the logic operations have them.
+/// BLSI: the lowest set bit; CF unless the source is zero.
 pub fn blsi(w: Width, v: u64) -> Out {
     let r = v & w.cut(v.wrapping_neg());
-    (r, flags(szp(w, r) | bit_if(CF, v != 0)))
+    (r, flags(bmi(w, r) | bit_if(CF, v != 0)))
 }
 
 /// BLSMSK: ones up to and including the lowest set bit; CF if the source is zero.
 pub fn blsmsk(w: Width, v: u64) -> Out {
     let r = w.cut(v ^ v.wrapping_sub(1));
-    (r, flags(szp(w, r) | bit_if(CF, v == 0)))
+    (r, flags(bmi(w, r) | bit_if(CF, v == 0)))
 }
 
 /// BLSR: the source without its lowest set bit; CF if the source is zero.
 pub fn blsr(w: Width, v: u64) -> Out {
     let r = v & w.cut(v.wrapping_sub(1));
-    (r, flags(szp(w, r) | bit_if(CF, v == 0)))
+    (r, flags(bmi(w, r) | bit_if(CF, v == 0)))
 }
 
 /// BZHI: zero from bit `index` (7:0) on; CF if the index is beyond the operand.
@@ -438,7 +474,7 @@ pub fn bzhi(w: Width, v: u64, index: u64) -> Out {
     let n = index & 0xff;
     let beyond = n >= u64::from(w.bits());
     let r = if beyond { v } else { v & ((1 << n) - 1) };
-    (r, flags(szp(w, r) | bit_if(CF, beyond)))
+    (r, flags(bmi(w, r) | bit_if(CF, beyond)))
 }
 
 /// PDEP: low bits of `v` go to the places of the set bits of `mask`.
@@ -513,7 +549,7 @@ pub fn crc32(w: Width, crc: u64, v: u64) -> u64 {
     u64::from(crc)
 }
 
-/// DAA on AL. OF is undefined.
+/// DAA on AL. OF is undefined. AMD: that of the addition. Intel: cleared.
 pub fn daa(al: u64, old: Rflags) -> Out {
     let low = al & 15 > 9 || old.contains(Rflags::AF);
     let high = al > 0x99 || old.contains(Rflags::CF);
@@ -521,7 +557,7 @@ pub fn daa(al: u64, old: Rflags) -> Out {
     decimal(add(Width::B, al, correction, false), low, high)
 }
 
-/// DAS on AL. OF is undefined.
+/// DAS on AL. OF is undefined: as with [`daa`].
 pub fn das(al: u64, old: Rflags) -> Out {
     let low = al & 15 > 9 || old.contains(Rflags::AF);
     let high = al > 0x99 || old.contains(Rflags::CF);
@@ -532,31 +568,29 @@ pub fn das(al: u64, old: Rflags) -> Out {
 }
 
 fn decimal((r, f): Out, low: bool, high: bool) -> Out {
-    (r, flags((f.bits() & !(AF | CF)) | bit_if(AF, low) | bit_if(CF, high)))
+    let kept = if Vendor::host() == Vendor::Amd { OF | SF | ZF | PF } else { SF | ZF | PF };
+    (r, flags(f.bits() & kept | bit_if(AF, low) | bit_if(CF, high)))
 }
 
-/// AAA on AX. OF, SF, ZF, PF are undefined. AMD: those of AX + 106h before AL is cut. Intel: those of AL + 6.
+/// AAA on AX. OF, SF, ZF, PF are undefined. AMD: those of AX + 106h before AL is cut. Intel: those of AL when it is cut.
 pub fn aaa(ax: u64, old: Rflags) -> Out {
     let adjust = ax & 15 > 9 || old.contains(Rflags::AF);
-    let (_, f) = match Vendor::host() {
-        Vendor::Amd => add(Width::W, ax, bit_if(0x106, adjust), false),
-        Vendor::Intel => add(Width::B, ax & 0xff, bit_if(6, adjust), false),
-    };
-    unpacked(ax.wrapping_add(bit_if(0x106, adjust)), f, adjust)
+    unpacked(add(Width::W, ax, bit_if(0x106, adjust), false), adjust)
 }
 
 /// AAS on AX. OF, SF, ZF, PF are undefined: as with [`aaa`].
 pub fn aas(ax: u64, old: Rflags) -> Out {
     let adjust = ax & 15 > 9 || old.contains(Rflags::AF);
-    let (_, f) = match Vendor::host() {
-        Vendor::Amd => sub(Width::W, ax, bit_if(0x106, adjust), false),
-        Vendor::Intel => sub(Width::B, ax & 0xff, bit_if(6, adjust), false),
-    };
-    unpacked(ax.wrapping_sub(bit_if(0x106, adjust)), f, adjust)
+    unpacked(sub(Width::W, ax, bit_if(0x106, adjust), false), adjust)
 }
 
-fn unpacked(r: u64, f: Rflags, adjust: bool) -> Out {
-    (r & 0xff0f, flags((f.bits() & !(AF | CF)) | bit_if(AF | CF, adjust)))
+fn unpacked((r, f): Out, adjust: bool) -> Out {
+    let r = r & 0xff0f;
+    let undefined = match Vendor::host() {
+        Vendor::Amd => f.bits() & !(AF | CF),
+        Vendor::Intel => szp(Width::B, r & 0xff),
+    };
+    (r, flags(undefined | bit_if(AF | CF, adjust)))
 }
 
 /// AAM: AH and AL are quotient and remainder of AL by `base`; `None` is #DE. OF, AF, CF are undefined: cleared.

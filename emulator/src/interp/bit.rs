@@ -65,13 +65,13 @@ pub fn btc(x: &mut Exec<'_>, i: &Insn) -> Step {
 /// BSF.
 pub fn bsf(x: &mut Exec<'_>, i: &Insn) -> Step {
     let v = operand::read(x, i, 1)?;
-    scanned(x, i, alu::bsf(i.width, v, x.cpu.rflags))
+    scanned(x, i, alu::bsf(i.width, v))
 }
 
 /// BSR.
 pub fn bsr(x: &mut Exec<'_>, i: &Insn) -> Step {
     let v = operand::read(x, i, 1)?;
-    scanned(x, i, alu::bsr(i.width, v, x.cpu.rflags))
+    scanned(x, i, alu::bsr(i.width, v))
 }
 
 fn scanned(x: &mut Exec<'_>, i: &Insn, (index, f): (Option<u64>, crate::cpu::Rflags)) -> Step {

@@ -4,7 +4,7 @@ use crate::cpu::Rflags;
 use crate::interp::arith::{binary, set_status};
 use crate::interp::shape::{Any, Shape};
 use crate::interp::{Exec, Step, alu, operand};
-use crate::isa::{Insn, Width};
+use crate::isa::{Insn, Operand, Width};
 
 /// SHL, SAL.
 pub fn shl<S: Shape>(x: &mut Exec<'_>, i: &Insn) -> Step {
@@ -21,14 +21,24 @@ pub fn sar<S: Shape>(x: &mut Exec<'_>, i: &Insn) -> Step {
     binary::<S>(x, i, alu::sar)
 }
 
+/// A rotation, whose flags depend on whether its operands are a register and an immediate.
+#[inline(always)]
+fn rotate<S: Shape>(x: &mut Exec<'_>, i: &Insn, f: impl Fn(Width, u64, u64, Rflags) -> alu::Out) -> Step {
+    let immediate = matches!(i.ops, [Operand::Reg(_) | Operand::HighByte(_), Operand::Imm(_), _]);
+    binary::<S>(x, i, |w, a, count, old| {
+        let out = f(w, a, count, old);
+        if immediate { alu::by_immediate(w, count, old, out) } else { out }
+    })
+}
+
 /// ROL.
 pub fn rol<S: Shape>(x: &mut Exec<'_>, i: &Insn) -> Step {
-    binary::<S>(x, i, alu::rol)
+    rotate::<S>(x, i, alu::rol)
 }
 
 /// ROR.
 pub fn ror<S: Shape>(x: &mut Exec<'_>, i: &Insn) -> Step {
-    binary::<S>(x, i, alu::ror)
+    rotate::<S>(x, i, alu::ror)
 }
 
 /// RCL.

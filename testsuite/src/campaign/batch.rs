@@ -7,7 +7,6 @@ use super::case::{Case, Kind};
 use super::values::Pool;
 use super::{encode, far};
 use crate::random::Random;
-use bivisor_emulator::cpu::Rflags;
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::interp::alu::Vendor;
 use bivisor_emulator::isa::{Class, Gpr, Insn, decode, facts};
@@ -43,7 +42,6 @@ pub struct Slot {
     native: bool,
     /// How many states.
     pub states: u64,
-    undefined_flags: u64,
     free_gpr: [u64; 16],
 }
 
@@ -58,7 +56,6 @@ impl Slot {
             plan: None,
             native: true,
             states: STATES / 2,
-            undefined_flags: if Vendor::host() == Vendor::Amd { 0 } else { 0x8d5 },
             free_gpr: [0; 16],
         }
     }
@@ -242,7 +239,6 @@ impl Source {
                         plan: None,
                         native: false,
                         states: FEW,
-                        undefined_flags: 0,
                         free_gpr: [0; 16],
                     });
                 }
@@ -308,7 +304,6 @@ impl Source {
             plan: Some(plan),
             native: facts(code).class == Class::Native,
             states: STATES,
-            undefined_flags: if self.amd { 0 } else { undefined(&insn) },
             free_gpr: free(&mut self.factory, &insn),
         })
     }
@@ -335,11 +330,6 @@ pub(super) fn free(factory: &mut InstructionInfoFactory, insn: &Insn) -> [u64; 1
         }
     }
     out
-}
-
-/// Flags that Intel's manual leaves open and that nobody models.
-pub(super) fn undefined(insn: &Insn) -> u64 {
-    Rflags::status_from_iced(insn.iced.rflags_undefined()).bits()
 }
 
 /// Could the host not take these bytes for something that leaves the process? They are no instruction by our decoder.
@@ -399,7 +389,6 @@ impl Batch {
         (case.insn, case.kind) = (slot.code, slot.kind);
         case.code.clone_from(&slot.bytes);
         case.rip = slot.at;
-        case.undefined_flags = slot.undefined_flags;
         case.free_gpr = slot.free_gpr;
         case.free_memory = None;
         case.windows.clear();

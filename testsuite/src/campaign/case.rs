@@ -122,8 +122,6 @@ pub struct Case {
     pub windows: Vec<(u64, u16)>,
     /// What stands in memory instead of the batch's contents.
     pub puts: Vec<(u64, Vec<u8>)>,
-    /// RFLAGS bits that this host's manual leaves open and that no engine models.
-    pub undefined_flags: u64,
     /// Bits of general registers that get what is the machine's own (CPUID, RDTSC): any value is good.
     pub free_gpr: [u64; 16],
     /// The same of memory: address and length.
@@ -144,7 +142,6 @@ impl Default for Case {
             xsave: Box::default(),
             windows: Vec::new(),
             puts: Vec::new(),
-            undefined_flags: 0,
             free_gpr: [0; 16],
             free_memory: None,
         }

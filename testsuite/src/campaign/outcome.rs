@@ -150,7 +150,7 @@ pub fn compare(case: &Case, is: &Outcome, should: &Outcome) -> Option<(Part, Str
     {
         return Some((Part::Gpr, format!("{} is {:#x}, not {:#x}", Gpr::NAMES[i], is.gpr[i], should.gpr[i])));
     }
-    if (is.rflags ^ should.rflags) & !case.undefined_flags != 0 {
+    if is.rflags != should.rflags {
         return Some((Part::Flags, format!("RFLAGS is {:#x}, not {:#x}", is.rflags, should.rflags)));
     }
     if is.fs_base != should.fs_base {

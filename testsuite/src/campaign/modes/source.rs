@@ -4,7 +4,7 @@ use super::aim::{self, Plan};
 use super::segments::{self, SHORT_END, segment};
 use super::system;
 use crate::campaign::arena::{self, BASE, CODE, CODE_HOLE, CODE_NX, DATA, DATA2, NOTE};
-use crate::campaign::batch::{harmless, undefined};
+use crate::campaign::batch::harmless;
 use crate::campaign::blocks::{Members, POINTERS_BELOW_8, ROOM};
 use crate::campaign::case::{Case, Kind};
 use crate::campaign::values::Pool;
@@ -12,7 +12,6 @@ use crate::campaign::{encode, far, reason_against};
 use crate::random::Random;
 use bivisor_emulator::cpu::Attr;
 use bivisor_emulator::cpu::cpuid::CpuModel;
-use bivisor_emulator::interp::alu::Vendor;
 use bivisor_emulator::isa::{Class, Gpr, Insn, decode, facts};
 use bivisor_emulator::mem::Prot;
 use iced_x86::{Code, Decoder, DecoderOptions, InstructionInfoFactory, Mnemonic as M, OpCodeInfo, OpKind};
@@ -39,7 +38,6 @@ pub struct Slot {
     kind: Kind,
     plan: Option<Plan>,
     native: bool,
-    undefined_flags: u64,
     free_gpr: [u64; 16],
 }
 
@@ -55,7 +53,6 @@ impl Slot {
             kind,
             plan: None,
             native: true,
-            undefined_flags: if Vendor::host() == Vendor::Amd { 0 } else { 0x8d5 },
             free_gpr: [0; 16],
         }
     }
@@ -68,7 +65,6 @@ pub struct Source {
     members: [Option<Members>; 2],
     model: CpuModel,
     factory: InstructionInfoFactory,
-    amd: bool,
 }
 
 /// Codes of 16- or 32-bit code, and those left out with the reason.
@@ -98,7 +94,6 @@ impl Default for Source {
             members: [None, None],
             model: CpuModel::host(),
             factory: InstructionInfoFactory::new(),
-            amd: Vendor::host() == Vendor::Amd,
         }
     }
 }
@@ -160,7 +155,6 @@ impl Source {
                         kind,
                         plan: None,
                         native: false,
-                        undefined_flags: 0,
                         free_gpr: [0; 16],
                     });
                 }
@@ -239,7 +233,6 @@ impl Source {
             kind,
             plan: Some(Plan::new(&mut self.factory, &insn)?),
             native: facts(code).class == Class::Native,
-            undefined_flags: if self.amd { 0 } else { undefined(&insn) },
             free_gpr: crate::campaign::batch::free(&mut self.factory, &insn),
             bytes,
         })
@@ -251,7 +244,6 @@ pub fn state(r: &mut Random, pool: &Pool, slot: &Slot, case: &mut Case) {
     let bits = slot.kind.bits();
     (case.insn, case.kind) = (slot.code, slot.kind);
     case.code.clone_from(&slot.bytes);
-    case.undefined_flags = slot.undefined_flags;
     case.free_gpr = slot.free_gpr;
     case.free_memory = None;
     case.puts.clear();
