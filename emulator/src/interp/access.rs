@@ -91,13 +91,23 @@ pub(crate) fn limit_allows(s: &Segment, offset: u64, len: u64) -> bool {
     last <= limit || s.limit == u32::MAX && s.base == 0 && Vendor::host() == Vendor::Intel
 }
 
-/// SDM 3A 6.15, interrupt 17: CR0.AM, RFLAGS.AC, CPL 3, misaligned data.
+/// [`linear`], and SDM 3A 6.15, interrupt 17: CR0.AM, RFLAGS.AC, CPL 3, data not aligned to `to` bytes.
+///
+/// # Errors
+/// As there, and #AC.
 #[inline(always)]
-fn check_alignment(x: &Exec<'_>, laddr: u64, w: Width) -> Step {
-    if x.cpu.rflags.contains(Rflags::AC) && laddr & (w.bytes() - 1) != 0 && checks_alignment(x.cpu) {
-        return Err(Fault::Ac.into());
+pub fn linear_aligned(x: &Exec<'_>, seg: Seg, offset: u64, len: u64, to: u64, access: Access) -> Result<u64, Stop> {
+    let found = linear(x, seg, offset, len, access);
+    if !x.cpu.rflags.contains(Rflags::AC) || !checks_alignment(x.cpu) {
+        return found;
     }
-    Ok(())
+    let first = match &found {
+        Ok(first) => *first,
+        // Raptor Cove looks at the alignment before it looks whether the operand's end is canonical.
+        Err(_) if is_long64(x.cpu) && Vendor::host() == Vendor::Intel => linear(x, seg, offset, 1, access)?,
+        Err(_) => return found,
+    };
+    if first & (to - 1) != 0 { Err(Fault::Ac.into()) } else { found }
 }
 
 /// Does misaligned data give #AC?
@@ -208,8 +218,7 @@ pub fn place_for(x: &mut Exec<'_>, seg: Seg, offset: u64, w: Width, access: Acce
 
 #[inline(never)]
 fn full_place(x: &mut Exec<'_>, seg: Seg, offset: u64, w: Width, access: Access) -> Result<Place, Stop> {
-    let laddr = linear(x, seg, offset, w.bytes(), access)?;
-    check_alignment(x, laddr, w)?;
+    let laddr = linear_aligned(x, seg, offset, w.bytes(), w.bytes(), access)?;
     let by = accessor(x.cpu);
     place(x, laddr, w.bytes(), access, by)
 }
@@ -480,8 +489,7 @@ pub fn check_write(x: &mut Exec<'_>, seg: Seg, offset: u64, len: u64) -> Step {
 /// # Errors
 /// #GP, #SS, #AC, #PF.
 pub fn check_integer(x: &mut Exec<'_>, seg: Seg, offset: u64, w: Width, access: Access) -> Step {
-    let laddr = linear(x, seg, offset, w.bytes(), access)?;
-    check_alignment(x, laddr, w)?;
+    linear_aligned(x, seg, offset, w.bytes(), w.bytes(), access)?;
     check(x, seg, offset, w.bytes(), access)
 }
 

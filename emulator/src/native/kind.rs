@@ -43,6 +43,8 @@ bitflags::bitflags! {
         const ENVIRONMENT = 1 << 15;
         /// A masked store that changes active elements only, but faults for all of them.
         const WHOLE = 1 << 16;
+        /// Intel's processors do not look at the alignment of its memory operand, however small it is.
+        const UNCHECKED = 1 << 17;
     }
 }
 
@@ -106,6 +108,7 @@ fn memory(i: &Instruction) -> Needs {
         EncodingKind::Legacy => {}
         _ => n.set(Needs::ALIGNED, is_aligned_move(i.mnemonic())),
     }
+    n.set(Needs::UNCHECKED, matches!(i.mnemonic(), M::Vcvtph2ps | M::Vcvtps2ph));
     n
 }
 
@@ -126,6 +129,18 @@ pub fn broadcast_size(code: Code) -> usize {
     i.set_code(code);
     i.set_is_broadcast(true);
     i.memory_size().size()
+}
+
+/// Bytes of one element of the memory operand, of those that a mask selects.
+pub fn element_size(i: &Instruction) -> usize {
+    match i.mnemonic() {
+        // Complex numbers.
+        M::Vfmaddcsh | M::Vfcmaddcsh | M::Vfmulcsh | M::Vfcmulcsh => 4,
+        _ => match broadcast_size(i.code()) {
+            0 => i.memory_size().element_size(),
+            n => n,
+        },
+    }
 }
 
 /// Bytes of the whole memory operand, without broadcast.

@@ -189,14 +189,10 @@ impl NativeUnit {
                 entry
             }
         };
-        let element = match kind::broadcast_size(i.code()) {
-            0 => i.memory_size().element_size(),
-            n => n,
-        };
         Some(Thunk {
             needs,
             len: i.memory_size().size().min(size_of::<Bounce>()) as u8,
-            element: element as u8,
+            element: kind::element_size(i) as u8,
             opcode: if needs.contains(Needs::POINTERS) { kind::x87_opcode(i) } else { 0 },
             touched: built.touched,
             written: built.written,

@@ -140,13 +140,16 @@ fn software_kvm() -> bool {
     bivisor_kvm_backend::host().kind == Kvm::Software
 }
 
-/// Does a condition hold? `None`: there is no such condition.
+/// Does a condition hold? `None`: there is no such condition. With `, amd` it holds on AMD's processors only.
 fn holds(when: &str, about: Option<(&Case, &Outcome, &Outcome)>) -> Option<bool> {
     let pf = |o: &Outcome| match o.end {
         End::Fault(Fault::Pf { addr, code }) => Some((addr, code)),
         _ => None,
     };
     let amd = Vendor::host() == Vendor::Amd;
+    if let Some(rest) = when.strip_suffix(", amd") {
+        return holds(rest, about).map(|holds| holds && amd);
+    }
     Some(match (when, about) {
         (
             "always"
@@ -163,17 +166,17 @@ fn holds(when: &str, about: Option<(&Case, &Outcome, &Outcome)>) -> Option<bool>
             | "software kvm, instead of #UD"
             | "software kvm, NT lost"
             | "in a block"
-            | "reserved bits, amd"
-            | "rsp by evex.x, amd"
+            | "reserved bits"
+            | "rsp by evex.x"
             | "the modrm byte of fop"
             | "far call with rex.w",
             None,
         ) => true,
         ("always", _) => true,
         ("amd", _) => amd,
-        ("reserved bits, amd", Some((case, ..))) => amd && has_reserved_bits(&case.code, case.kind.bits()),
-        ("rsp by evex.x, amd", Some((case, ..))) => {
-            amd && case.kind == Kind::Block && blocks::instructions(&case.code, 64).any(takes_rsp_by_evex_x)
+        ("reserved bits", Some((case, ..))) => has_reserved_bits(&case.code, case.kind.bits()),
+        ("rsp by evex.x", Some((case, ..))) => {
+            case.kind == Kind::Block && blocks::instructions(&case.code, 64).any(takes_rsp_by_evex_x)
         }
         // RFLAGS.AC is set at the start.
         ("alignment check", Some((case, is, should))) => {

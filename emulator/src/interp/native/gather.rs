@@ -2,6 +2,7 @@
 //! (SDM 2C VPGATHERDD, VPSCATTERDD).
 
 use crate::cpu::Fault;
+use crate::interp::alu::Vendor;
 use crate::interp::native::masked::set_vector;
 use crate::interp::native::{at, check, element};
 use crate::interp::operand::effective_address;
@@ -78,21 +79,28 @@ pub fn gather(x: &mut Exec<'_>, i: &Insn) -> Step {
     if outcome.is_ok() {
         mask = 0;
     }
-    // What is past the data is cleared at the end; what is past the vector length (EVEX) already with the first element.
+    let intel = Vendor::host() == Vendor::Intel;
+    let length = to.size().max(i.iced.memory_index().size());
+    // What is past the data is cleared at the end; what is past the vector length (EVEX, and VEX on Raptor Cove) already with the first element.
     if outcome.is_ok() {
         data[s.count * s.size..].fill(0);
-    } else if evex {
-        data[to.size().max(i.iced.memory_index().size())..].fill(0);
+    } else if evex || intel && mask != before {
+        data[length..].fill(0);
     }
     set_vector(x, to, data);
     if evex {
         x.cpu.xsave.set_opmask(i.iced.op_mask().number(), mask);
     } else {
-        // What is done is cleared; what was not reached keeps its mask.
+        // What is done is cleared; what was not reached keeps its mask. Raptor Cove spreads its sign over the element and clears what is past
+        // the vector length.
         let r = i.iced.op2_register();
         let old = x.cpu.xsave.zmm(r.number());
         let mut z = if outcome.is_ok() { [0; 64] } else { old };
         z[..reached * s.size].fill(0);
+        if intel {
+            z[length..].fill(0);
+            z.chunks_exact_mut(s.size).for_each(|e| e.fill(if e[s.size - 1] & 0x80 != 0 { 0xff } else { 0 }));
+        }
         set_vector(x, r, z);
     }
     outcome

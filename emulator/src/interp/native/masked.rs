@@ -2,16 +2,21 @@
 //! VMASKMOV, VPMASKMOV, MASKMOVQ, MASKMOVDQU. What is not selected cannot fault.
 
 use crate::cpu::xsave::component;
-use crate::interp::native::{at, behind, check, check_aligned, check_alignment_of_some, enter_x87, execute};
+use crate::interp::alu::Vendor;
+use crate::interp::native::{
+    at, behind, check, check_aligned, check_alignment_of_some, enter_x87, execute, faults_before_mxcsr,
+};
 use crate::interp::operand::effective_address;
-use crate::interp::{Exec, Step, access};
-use crate::isa::{Gpr, Insn, MemRef, Operand, Width};
+use crate::interp::{Exec, Step, Stop, access};
+use crate::isa::{Gpr, Insn, MemRef, Operand, Seg, Width};
+use crate::mem::{Access, PAGE_SIZE};
 use crate::native::{Needs, Thunk, kind};
 use iced_x86::{Mnemonic, Register};
 
 /// The active elements in memory as a mask, and how many there can be.
 struct Active {
     bits: u64,
+    lanes: usize,
     element: usize,
     /// Each element has an address of its own, which wraps at the address size (VEX); else the operand has one (EVEX).
     apart: bool,
@@ -51,9 +56,19 @@ pub fn run(x: &mut Exec<'_>, i: &Insn, m: &MemRef, offset: u64, t: &Thunk) -> St
     if active.bits != 0 && t.needs.contains(Needs::ALIGNED) {
         check_aligned(x, t, m.seg, offset)?;
     }
-    // Of elements of one or two bytes none is checked (Zen 4).
-    if active.bits != 0 && active.element >= 4 {
-        check_alignment_of_some(x, t, m.seg, offset)?;
+    if active.bits != 0 {
+        match Vendor::host() {
+            // Of elements of one or two bytes none is checked (Zen 4).
+            Vendor::Amd if active.element < 4 => {}
+            Vendor::Amd => check_alignment_of_some(x, t, m.seg, offset)?,
+            // The result's exceptions come before those of the store.
+            Vendor::Intel if t.needs.contains(Needs::STORE | Needs::MXCSR) => {}
+            Vendor::Intel => {
+                let access = if t.needs.contains(Needs::STORE) { Access::Write } else { Access::Read };
+                linear_span(x, m, offset, &active, access)?;
+                check_alignment_of_some(x, t, m.seg, offset)?;
+            }
+        }
     }
     x.env.native.operand().fill(0);
     if t.needs.contains(Needs::LOAD) {
@@ -63,8 +78,8 @@ pub fn run(x: &mut Exec<'_>, i: &Insn, m: &MemRef, offset: u64, t: &Thunk) -> St
     if t.needs.contains(Needs::WHOLE) {
         access::check_write(x, m.seg, offset, u64::from(t.len))?;
     }
-    if store && t.needs.contains(Needs::MXCSR) {
-        active.runs(|start, len| access::check_write(x, m.seg, active.offset(m, offset, start), len as u64))?;
+    if store && faults_before_mxcsr(t) {
+        check_store(x, m, offset, &active)?;
     }
     execute(x, t, None)?;
     if store {
@@ -90,7 +105,7 @@ fn active(i: &Insn, mask: u64, t: &Thunk) -> Active {
     } else {
         mask
     };
-    Active { bits, element, apart: false }
+    Active { bits, lanes: count, element, apart: false }
 }
 
 /// Broadcasts by their name; their destination has more elements than memory.
@@ -116,9 +131,52 @@ fn read(x: &mut Exec<'_>, m: &MemRef, offset: u64, active: &Active) -> Step {
     })
 }
 
+/// All faults of the elements of a store.
+fn check_store(x: &mut Exec<'_>, m: &MemRef, offset: u64, active: &Active) -> Step {
+    if Vendor::host() == Vendor::Intel && active.lanes > 1 {
+        return check_span(x, m, offset, active);
+    }
+    active.runs(|start, len| access::check_write(x, m.seg, active.offset(m, offset, start), len as u64))
+}
+
+/// The bytes from the first active one to the last: start and end.
+fn span(active: &Active) -> (usize, usize) {
+    let end = u64::BITS - active.bits.leading_zeros();
+    (active.bits.trailing_zeros() as usize * active.element, end as usize * active.element)
+}
+
+/// The linear address of the first active byte. Raptor Cove looks whether all bytes up to the last one are at canonical addresses before it
+/// accesses any of them.
+fn linear_span(x: &Exec<'_>, m: &MemRef, offset: u64, active: &Active, access: Access) -> Result<u64, Stop> {
+    let (start, end) = span(active);
+    access::linear(x, m.seg, behind(offset, start), (end - start) as u64, access)
+}
+
+/// Raptor Cove looks at the first active byte and, if it is on another page, at the last one. What is between them may be inactive, and CR2
+/// is that byte's address even where it is not the first of its page.
+fn check_span(x: &mut Exec<'_>, m: &MemRef, offset: u64, active: &Active) -> Step {
+    if active.bits == 0 {
+        return Ok(());
+    }
+    let (start, end) = span(active);
+    let first = linear_span(x, m, offset, active, Access::Write)?;
+    let last = first.wrapping_add((end - start - 1) as u64);
+    access::check_write(x, m.seg, behind(offset, start), 1)?;
+    if (first ^ last) & !(PAGE_SIZE - 1) != 0 {
+        access::check_write(x, m.seg, behind(offset, end - 1), 1)
+    } else {
+        Ok(())
+    }
+}
+
 /// All faults of all elements first.
 fn write(x: &mut Exec<'_>, m: &MemRef, offset: u64, active: &Active, bytes: &[u8]) -> Step {
-    active.runs(|start, len| access::check_write(x, m.seg, active.offset(m, offset, start), len as u64))?;
+    check_store(x, m, offset, active)?;
+    store_active(x, m, offset, active, bytes)
+}
+
+/// The elements of which it is known that they can be stored.
+fn store_active(x: &mut Exec<'_>, m: &MemRef, offset: u64, active: &Active, bytes: &[u8]) -> Step {
     active.runs(|start, len| access::write_bytes(x, m.seg, active.offset(m, offset, start), &bytes[start..start + len]))
 }
 
@@ -135,12 +193,16 @@ pub fn vmaskmov(x: &mut Exec<'_>, i: &Insn) -> Step {
         Mnemonic::Vmaskmovps | Mnemonic::Vpmaskmovd => 4,
         _ => 8,
     };
-    let active = Active { bits: signs(x, i.iced.op1_register(), element), element, apart: true };
+    let mask = i.iced.op1_register();
+    let active = Active { bits: signs(x, mask, element), lanes: mask.size() / element, element, apart: true };
     let Some(m) = i.mem() else { return Err(crate::cpu::Fault::Ud.into()) };
     let offset = effective_address(x, i, m);
     if matches!(i.ops[0], Operand::Mem(_)) {
         let data = x.cpu.xsave.zmm(i.iced.op2_register().number());
         return write(x, m, offset, &active, &data);
+    }
+    if active.bits != 0 && Vendor::host() == Vendor::Intel {
+        linear_span(x, m, offset, &active, Access::Read)?;
     }
     x.env.native.operand().fill(0);
     read(x, m, offset, &active)?;
@@ -167,13 +229,21 @@ pub fn set_vector(x: &mut Exec<'_>, r: Register, z: [u8; 64]) {
 pub fn maskmovdqu(x: &mut Exec<'_>, i: &Insn) -> Step {
     let avx = i.iced.mnemonic() == Mnemonic::Vmaskmovdqu;
     check(x.cpu, if avx { Needs::AVX } else { Needs::SSE })?;
-    let active = Active { bits: signs(x, i.iced.op2_register(), 1), element: 1, apart: false };
+    let active = Active { bits: signs(x, i.iced.op2_register(), 1), lanes: 16, element: 1, apart: false };
     let data = x.cpu.xsave.zmm(i.iced.op1_register().number());
     let m = destination(i);
     let offset = m.address.cut(x.cpu.gpr[Gpr::Rdi as usize]);
-    // Which faults an unselected byte may give is the processor's choice (SDM 2B MASKMOVDQU): all of them.
-    access::check_write(x, m.seg, offset, 16)?;
-    write(x, &m, offset, &active, &data)
+    check_halves(x, m.seg, offset, 2)?;
+    store_active(x, &m, offset, &active, &data)
+}
+
+/// Which faults an unselected byte may give is the processor's choice (SDM 2B MASKMOVDQU): all of them. Raptor Cove stores quadwords, the
+/// upper one first, and looks at their alignment.
+fn check_halves(x: &mut Exec<'_>, seg: Seg, offset: u64, count: usize) -> Step {
+    if Vendor::host() == Vendor::Amd {
+        return access::check_write(x, seg, offset, 8 * count as u64);
+    }
+    (0..count).rev().try_for_each(|n| access::check_integer(x, seg, behind(offset, 8 * n), Width::Q, Access::Write))
 }
 
 /// MASKMOVQ: the same with MMX registers, and the x87 state becomes MMX's.
@@ -187,8 +257,8 @@ pub fn maskmovq(x: &mut Exec<'_>, i: &Insn) -> Step {
     let offset = m.address.cut(x.cpu.gpr[Gpr::Rdi as usize]);
     // The state is MMX's even if the store faults.
     enter_mmx(x);
-    access::check_write(x, m.seg, offset, 8)?;
-    write(x, &m, offset, &Active { bits, element: 1, apart: false }, &source)
+    check_halves(x, m.seg, offset, 1)?;
+    store_active(x, &m, offset, &Active { bits, lanes: 8, element: 1, apart: false }, &source)
 }
 
 /// The implicit operand DS:rDI, with its override.
@@ -214,6 +284,12 @@ fn mmx(x: &Exec<'_>, r: Register) -> [u8; 8] {
 
 /// SDM 1 9.5: an MMX instruction sets TOS to 0 and all tags to valid.
 fn enter_mmx(x: &mut Exec<'_>) {
+    clear_top(x);
+    x.cpu.xsave.set_ftw_abridged(0xff);
+}
+
+/// Sets TOS to 0; the registers of the image stay what they are by their own numbers.
+pub fn clear_top(x: &mut Exec<'_>) {
     let t = top(x);
     let st: [[u8; 10]; 8] = std::array::from_fn(|n| x.cpu.xsave.st((n + 8 - t) & 7));
     for (n, v) in st.into_iter().enumerate() {
@@ -221,5 +297,64 @@ fn enter_mmx(x: &mut Exec<'_>) {
     }
     let fsw = x.cpu.xsave.fsw() & !(7 << 11);
     x.cpu.xsave.set_fsw(fsw);
-    x.cpu.xsave.set_ftw_abridged(0xff);
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::cpu::Fault;
+    use crate::interp::alu::Vendor;
+    use crate::interp::testing::Machine;
+    use crate::isa::Gpr;
+    use crate::vcpu::Exit;
+
+    /// Behind it no page is there.
+    const END: u64 = 0x20_0000;
+
+    /// Exit, FSW and tags.
+    type Left = (Exit, u16, u8);
+    /// Name, code, address, FCW, FSW and tags before, what is left on AMD's processors and on Intel's.
+    type Row<'a> = (&'a str, &'a [u8], u64, (u16, u16, u8), [Left; 2]);
+
+    /// What a vendor's processor says of a store to `rdi`, with the sign bits of lanes 0 and 3 set in XMM0: FCW, FSW and tags before.
+    fn store(code: &[u8], rdi: u64, (fcw, fsw, tags): (u16, u16, u8)) -> Left {
+        let mut m = Machine::long64(3, code);
+        m.cpu().gpr[Gpr::Rdi as usize] = rdi;
+        let x = &mut m.cpu().xsave;
+        let mut mask = [0; 64];
+        (mask[3], mask[15]) = (0x80, 0x80);
+        x.set_zmm(0, mask);
+        x.set_fcw(fcw);
+        x.set_fsw(fsw);
+        x.set_ftw_abridged(tags);
+        let exit = m.run(1);
+        (exit, m.cpu().xsave.fsw(), m.cpu().xsave.ftw_abridged())
+    }
+
+    /// Measured on Zen 4 and on Raptor Cove.
+    #[test]
+    fn stores_that_fault() {
+        let pf = |addr| Exit::Exception(Fault::Pf { addr, code: 6 });
+        let usual = (0x37f, 0, 0);
+        let (invalid, top) = ((0x37e, 0, 0), (0x37f, 5 << 11, 0xa5));
+        let rows: [Row; 4] = [
+            ("maskmovdqu", &[0x66, 0x0f, 0xf7, 0xc8], END - 4, usual, [(pf(END), 0, 0), (pf(END + 4), 0, 0)]),
+            (
+                "vmaskmovps",
+                &[0xc4, 0xe2, 0x79, 0x2e, 0x0f],
+                END - 4,
+                usual,
+                [(pf(END + 8), 0, 0), (pf(END + 11), 0, 0)],
+            ),
+            // An empty register and #IS unmasked: nothing is stored.
+            ("fistp", &[0xdf, 0x1f], END, invalid, [(pf(END), 0, 0), (Exit::Budget, 0x80c1, 0)]),
+            ("movq", &[0x0f, 0x7f, 0x0f], END, top, [(pf(END), 5 << 11, 0xa5), (pf(END), 0, 0xa5)]),
+        ];
+        for (name, code, rdi, before, [amd, intel]) in rows {
+            if name == "vmaskmovps" && !std::is_x86_feature_detected!("avx") {
+                continue;
+            }
+            let should = if Vendor::host() == Vendor::Amd { amd } else { intel };
+            assert_eq!(store(code, rdi, before), should, "{name}");
+        }
+    }
 }

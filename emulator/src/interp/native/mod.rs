@@ -9,6 +9,7 @@ pub mod state;
 
 use crate::cpu::{CpuState, Cr0, Cr4, Fault, Rflags};
 use crate::host::probe::Reach;
+use crate::interp::alu::Vendor;
 use crate::interp::operand::effective_address;
 use crate::interp::{Exec, Step, Stop, access};
 use crate::isa::{Base, Gpr, Insn, MemRef, Seg, Width};
@@ -137,15 +138,24 @@ fn run_bounced(x: &mut Exec<'_>, i: &Insn, m: &MemRef, offset: u64, t: &Thunk) -
     if t.needs.intersects(Needs::ALIGNED | Needs::ALIGNED_UNLESS_MM) {
         check_aligned(x, t, m.seg, offset)?;
     }
-    check_alignment(x, t, m.seg, offset)?;
+    if t.needs.contains(Needs::MMX | Needs::STORE) && Vendor::host() == Vendor::Intel {
+        // Even if the store faults TOP is 0 then, but the tags are as before: measured on Raptor Cove.
+        x.env.native.leave_x87(&mut x.cpu.xsave);
+        masked::clear_top(x);
+        x.env.native.enter_x87(&mut x.cpu.xsave);
+    }
     if t.needs.contains(Needs::STORE | Needs::POINTERS) && x.env.native.x87_unmasked() {
         return run_unmasked_store(x, i, m, offset, t);
+    }
+    check_alignment(x, t, m.seg, offset)?;
+    if is_environment(t) && Vendor::host() == Vendor::Intel {
+        probe_environment(x, t, m.seg, offset)?;
     }
     let len = usize::from(t.len);
     if t.needs.contains(Needs::LOAD) {
         load(x, m.seg, offset, len)?;
     }
-    if t.needs.contains(Needs::STORE) && t.needs.intersects(Needs::X87 | Needs::MXCSR) {
+    if t.needs.contains(Needs::STORE) && (t.needs.contains(Needs::X87) || faults_before_mxcsr(t)) {
         // The instruction changes registers too: what the store can raise comes first.
         access::check_write(x, m.seg, offset, len as u64)?;
     }
@@ -161,16 +171,60 @@ fn run_bounced(x: &mut Exec<'_>, i: &Insn, m: &MemRef, offset: u64, t: &Thunk) -
     Ok(())
 }
 
+/// May the store of an instruction that looks at MXCSR fault before its result's exceptions? Raptor Cove's VCVTPS2PH raises #XM or notes the
+/// flags, and faults then.
+fn faults_before_mxcsr(t: &Thunk) -> bool {
+    t.needs.contains(Needs::MXCSR) && Vendor::host() == Vendor::Amd
+}
+
+/// The images of the x87 unit: FLDENV, FRSTOR and their counterparts.
+fn is_environment(t: &Thunk) -> bool {
+    t.needs.contains(Needs::X87) && matches!(t.len, 14 | 28 | 94 | 108)
+}
+
+/// Raptor Cove touches the first field of an image of the x87 unit first, then its last byte.
+fn probe_environment(x: &mut Exec<'_>, t: &Thunk, seg: Seg, offset: u64) -> Step {
+    let access = if t.needs.contains(Needs::STORE) { Access::Write } else { Access::Read };
+    access::check(x, seg, offset, if matches!(t.len, 14 | 94) { 2 } else { 4 }, access)?;
+    access::check(x, seg, behind(offset, usize::from(t.len) - 1), 1, access)
+}
+
 /// An x87 store with an exception unmasked: if the exception comes, nothing is stored (SDM 1 8.5). What was there before tells.
 #[cold]
 fn run_unmasked_store(x: &mut Exec<'_>, i: &Insn, m: &MemRef, offset: u64, t: &Thunk) -> Step {
     let len = usize::from(t.len);
-    access::check_write(x, m.seg, offset, len as u64)?;
+    let allowed =
+        check_alignment(x, t, m.seg, offset).and_then(|()| access::check_write(x, m.seg, offset, u64::from(t.len)));
+    if let Err(stop) = allowed {
+        return match Vendor::host() {
+            Vendor::Amd => Err(stop),
+            Vendor::Intel => run_refused_store(x, i, m, offset, t, stop),
+        };
+    }
     load(x, m.seg, offset, len)?;
     let old = *x.env.native.operand();
     execute(x, t, None)?;
     set_pointers(x, i, t, Some((m, offset)));
     if x.env.native.operand()[..len] == old[..len] { Ok(()) } else { store(x, m.seg, offset, len) }
+}
+
+/// The same where the store cannot be done: what is not stored does not fault (Raptor Cove).
+#[cold]
+fn run_refused_store(x: &mut Exec<'_>, i: &Insn, m: &MemRef, offset: u64, t: &Thunk, stop: Stop) -> Step {
+    /// FSW and FCW: every exception but precision, with which the result is stored.
+    const SUPPRESSES: u16 = 0x1f;
+    x.env.native.leave_x87(&mut x.cpu.xsave);
+    let before = x.cpu.xsave.clone();
+    x.env.native.enter_x87(&mut x.cpu.xsave);
+    execute(x, t, None)?;
+    x.env.native.sync_x87(&mut x.cpu.xsave);
+    if x.cpu.xsave.fsw() & !x.cpu.xsave.fcw() & SUPPRESSES != 0 {
+        set_pointers(x, i, t, Some((m, offset)));
+        return Ok(());
+    }
+    x.env.native.leave_x87(&mut x.cpu.xsave);
+    x.cpu.xsave = before;
+    Err(stop)
 }
 
 /// Runs the thunk: [`Ran::Done`], or [`Ran::Fault`] of an operand in place. An unmasked SIMD exception is #XM, or #UD without
@@ -215,7 +269,11 @@ pub(super) fn check_alignment(x: &Exec<'_>, t: &Thunk, seg: Seg, offset: u64) ->
         return Ok(());
     }
     let access = if t.needs.contains(Needs::STORE) { Access::Write } else { Access::Read };
-    alignment_of(t, access::linear(x, seg, offset, u64::from(t.len), access)?)
+    let len = u64::from(t.len);
+    match Vendor::host() {
+        Vendor::Amd => alignment_of(t, access::linear(x, seg, offset, len, access)?),
+        Vendor::Intel => access::linear_aligned(x, seg, offset, len, alignment(t), access).map(|_| ()),
+    }
 }
 
 /// The same of an operand some of whose elements are not accessed: they may lie behind the segment's limit.
@@ -227,14 +285,22 @@ pub(super) fn check_alignment_of_some(x: &Exec<'_>, t: &Thunk, seg: Seg, offset:
 }
 
 fn alignment_of(t: &Thunk, laddr: u64) -> Step {
-    let to = match t.len {
-        10 => 8,
-        14 | 94 => 2,
-        28 | 108 => 4,
+    if laddr & (alignment(t) - 1) != 0 { Err(Fault::Ac.into()) } else { Ok(()) }
+}
+
+/// To what the operand has to be aligned.
+fn alignment(t: &Thunk) -> u64 {
+    match (u64::from(t.len), Vendor::host()) {
+        (10, _) => 8,
+        (14 | 94, _) => 2,
+        (28 | 108, _) => 4,
         // Wider vectors need no more than those of 16 bytes: measured on an AMD EPYC.
-        len => u64::from(len).min(16),
-    };
-    if laddr & (to - 1) != 0 { Err(Fault::Ac.into()) } else { Ok(()) }
+        (len, Vendor::Amd) => len.min(16),
+        // No operand of 16 bytes or more is looked at, and no packed half precision of VCVTPH2PS and VCVTPS2PH: measured on Raptor Cove.
+        (16.., Vendor::Intel) => 1,
+        (_, Vendor::Intel) if t.needs.contains(Needs::UNCHECKED) => 1,
+        (len, Vendor::Intel) => len,
+    }
 }
 
 /// May 16 bytes be accessed as two halves: nothing can go wrong with the second that does not with the first.
@@ -250,10 +316,11 @@ fn in_one_page(x: &Exec<'_>, seg: Seg, offset: u64) -> bool {
     base.wrapping_add(offset) & (PAGE_SIZE - 1) <= PAGE_SIZE - 16
 }
 
-/// The memory operand into the buffer.
+/// The memory operand into the buffer; its alignment was looked at.
 #[inline(always)]
 fn load(x: &mut Exec<'_>, seg: Seg, offset: u64, len: usize) -> Step {
     match len {
+        _ if x.cpu.rflags.contains(Rflags::AC) => load_bytes(x, seg, offset, len)?,
         4 => {
             let v = access::load(x, seg, offset, Width::D)?;
             x.env.native.operand()[..4].copy_from_slice(&(v as u32).to_le_bytes());
@@ -269,21 +336,25 @@ fn load(x: &mut Exec<'_>, seg: Seg, offset: u64, len: usize) -> Step {
             to[..8].copy_from_slice(&a.to_le_bytes());
             to[8..16].copy_from_slice(&b.to_le_bytes());
         }
-        _ => {
-            let mut bytes = [0; 128];
-            access::read_bytes(x, seg, offset, &mut bytes[..len])?;
-            x.env.native.operand()[..len].copy_from_slice(&bytes[..len]);
-        }
+        _ => load_bytes(x, seg, offset, len)?,
     }
     Ok(())
 }
 
-/// The buffer into the memory operand.
+fn load_bytes(x: &mut Exec<'_>, seg: Seg, offset: u64, len: usize) -> Step {
+    let mut bytes = [0; 128];
+    access::read_bytes(x, seg, offset, &mut bytes[..len])?;
+    x.env.native.operand()[..len].copy_from_slice(&bytes[..len]);
+    Ok(())
+}
+
+/// The buffer into the memory operand; its alignment was looked at.
 #[inline(always)]
 fn store(x: &mut Exec<'_>, seg: Seg, offset: u64, len: usize) -> Step {
     let from = *x.env.native.operand();
     let word = |n: usize| u64::from_le_bytes(from[n..n + 8].try_into().expect("eight bytes"));
     match len {
+        _ if x.cpu.rflags.contains(Rflags::AC) => access::write_bytes(x, seg, offset, &from[..len]),
         4 => access::store(x, seg, offset, Width::D, word(0)),
         8 => access::store(x, seg, offset, Width::Q, word(0)),
         16 if in_one_page(x, seg, offset) => {

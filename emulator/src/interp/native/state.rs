@@ -2,6 +2,7 @@
 
 use crate::cpu::xsave::{Layout, component};
 use crate::cpu::{CpuState, Cr0, Cr4, Fault, XsaveArea};
+use crate::interp::alu::Vendor;
 use crate::interp::native::{behind, check, enter_x87};
 use crate::interp::operand::effective_address;
 use crate::interp::{Exec, Step, Stop, access};
@@ -100,6 +101,9 @@ fn fx_checks(x: &Exec<'_>, m: &MemRef, offset: u64, access: Access) -> Step {
     if x.cpu.cr0.intersects(Cr0::EM | Cr0::TS) {
         return Err(Fault::Nm.into());
     }
+    if Vendor::host() == Vendor::Intel {
+        return aligned(x, m, offset, LEGACY_REGION as u64, 16, access);
+    }
     let laddr = access::linear(x, m.seg, offset, 512, access)?;
     match laddr & 15 {
         0 => Ok(()),
@@ -108,13 +112,36 @@ fn fx_checks(x: &Exec<'_>, m: &MemRef, offset: u64, access: Access) -> Step {
     }
 }
 
-/// XSAVE and its kin: a misaligned operand gives #GP(0), before the address is known to be canonical (Zen 4).
+/// XSAVE and its kin: a misaligned operand gives #GP(0), before the address is known to be canonical (Zen 4). On Raptor Cove the first
+/// byte has to be at a canonical address, and where alignment is checked #AC comes if not even doublewords are aligned.
 fn aligned(x: &Exec<'_>, m: &MemRef, offset: u64, len: u64, to: u64, access: Access) -> Step {
+    if Vendor::host() == Vendor::Intel {
+        access::linear_aligned(x, m.seg, offset, 1, 4, access)?;
+    }
     if x.cpu.segment(m.seg).base.wrapping_add(offset) & (to - 1) != 0 {
         return Err(Fault::Gp(0).into());
     }
     access::linear(x, m.seg, offset, len, access)?;
     Ok(())
+}
+
+/// Looks at these bytes of an image before all others, as Raptor Cove does: CR2 is the address of one of them. All other bytes are on their
+/// pages, because an image is shorter than a page.
+fn probe(x: &mut Exec<'_>, m: &MemRef, offset: u64, bytes: &[usize], access: Access) -> Step {
+    match Vendor::host() {
+        Vendor::Amd => Ok(()),
+        Vendor::Intel => bytes.iter().try_for_each(|n| access::check(x, m.seg, behind(offset, *n), 1, access)),
+    }
+}
+
+/// The first byte of an XSAVE image that is accessed for these components: of the x87 state, MXCSR, or the header.
+fn first_byte(components: u64, has_mxcsr: bool) -> usize {
+    match (components & component::X87 != 0, has_mxcsr) {
+        (true, _) => 0,
+        (_, true) => MXCSR,
+        _ if components == 0 => LEGACY - 1,
+        _ => XSTATE_BV,
+    }
 }
 
 /// The legacy region as FXSAVE and XSAVE write it: with FCS and FDS instead of the high halves of the pointers in the 32-bit form.
@@ -138,6 +165,7 @@ fn legacy(x: &mut Exec<'_>, wide: bool, out: &mut [u8]) {
 pub fn fxsave(x: &mut Exec<'_>, i: &Insn) -> Step {
     let (m, offset) = memory(x, i)?;
     fx_checks(x, &m, offset, Access::Write)?;
+    probe(x, &m, offset, &[LEGACY_REGION - 1, 0], Access::Write)?;
     access::check_write(x, m.seg, offset, 512)?;
     let mut out = [0; LEGACY_REGION];
     legacy(x, is_64(i), &mut out);
@@ -148,6 +176,7 @@ pub fn fxsave(x: &mut Exec<'_>, i: &Insn) -> Step {
 pub fn fxrstor(x: &mut Exec<'_>, i: &Insn) -> Step {
     let (m, offset) = memory(x, i)?;
     fx_checks(x, &m, offset, Access::Read)?;
+    probe(x, &m, offset, &[LEGACY_REGION - 1, 0], Access::Read)?;
     let mut from = [0; 512];
     access::read_bytes(x, m.seg, offset, &mut from)?;
     let mxcsr = word(&from, MXCSR);
@@ -237,6 +266,10 @@ pub fn in_use(x: &mut Exec<'_>) -> u64 {
     }
     if image.mxcsr() != 0x1f80 {
         used |= component::SSE;
+    }
+    if Vendor::host() == Vendor::Intel && !access::is_long64(x.cpu) {
+        // Where there are no ZMM16-31: measured on Raptor Cove.
+        used &= !component::HI16_ZMM;
     }
     used
 }
@@ -340,6 +373,10 @@ fn save(x: &mut Exec<'_>, i: &Insn, (m, offset): (&MemRef, u64), area: &mut Xsav
             runs.add(part);
         }
     }
+    let extent = extent(x.cpu, wanted, compact);
+    let wants_mxcsr = wanted & if compact { component::SSE } else { component::SSE | component::AVX } != 0;
+    let first = first_byte(wanted, wants_mxcsr);
+    probe(x, m, offset, &[extent - 1, first], Access::Write)?;
     let header_len = if compact {
         area[XSTATE_BV..XSTATE_BV + 8].copy_from_slice(&used.to_le_bytes());
         area[XSTATE_BV + 8..XSTATE_BV + 16].copy_from_slice(&(wanted | COMPACT).to_le_bytes());
@@ -366,8 +403,9 @@ fn save(x: &mut Exec<'_>, i: &Insn, (m, offset): (&MemRef, u64), area: &mut Xsav
         area[to..to + p.used].copy_from_slice(bytes);
         runs.add(to..to + p.used);
     }
-    // A processor looks at the whole area of the requested components, in use or not.
-    access::check_write(x, m.seg, offset, extent(x.cpu, wanted, compact) as u64)?;
+    // A processor looks at the whole area of the requested components, in use or not; Raptor Cove not at the legacy region if it is not.
+    let start = if Vendor::host() == Vendor::Intel { first } else { 0 };
+    access::check_write(x, m.seg, behind(offset, start), (extent - start) as u64)?;
     runs.list[..runs.count]
         .iter()
         .try_for_each(|r| access::write_bytes(x, m.seg, behind(offset, r.start), &area[r.clone()]))
@@ -381,7 +419,11 @@ pub fn xrstor(x: &mut Exec<'_>, i: &Insn) -> Step {
 /// XRSTOR by way of `area`.
 fn restore(x: &mut Exec<'_>, i: &Insn, (m, offset): (&MemRef, u64), area: &mut XsaveArea) -> Step {
     let area = &mut area.bytes;
-    access::read_bytes(x, m.seg, offset, &mut area[..LEGACY])?;
+    let intel = Vendor::host() == Vendor::Intel;
+    // Raptor Cove looks at the header first, and at the legacy region only if anything of it is requested.
+    probe(x, m, offset, &[XSTATE_BV + 8], Access::Read)?;
+    let header = if intel { XSTATE_BV } else { 0 };
+    access::read_bytes(x, m.seg, behind(offset, header), &mut area[header..LEGACY])?;
     let quad = |n: usize| u64::from_le_bytes(area[n..n + 8].try_into().expect("eight bytes"));
     let (bv, xcomp) = (quad(XSTATE_BV), quad(XSTATE_BV + 8));
     let compact = xcomp & COMPACT != 0;
@@ -413,7 +455,15 @@ fn restore(x: &mut Exec<'_>, i: &Insn, (m, offset): (&MemRef, u64), area: &mut X
     if x.watching {
         read = looked_at;
     }
-    access::check(x, m.seg, offset, looked_at as u64, Access::Read)?;
+    let mut start = 0;
+    if intel {
+        let wants_mxcsr = wanted & if compact { component::SSE } else { component::SSE | component::AVX } != 0;
+        start = first_byte(wanted, wants_mxcsr);
+        probe(x, m, offset, &[looked_at - 1, start], Access::Read)?;
+        let legacy = area.get_mut(start..XSTATE_BV).unwrap_or_default();
+        access::read_bytes(x, m.seg, behind(offset, start), legacy)?;
+    }
+    access::check(x, m.seg, behind(offset, start), (looked_at - start) as u64, Access::Read)?;
     let rest = area.get_mut(LEGACY..read).ok_or(Fault::Gp(0))?;
     access::read_bytes(x, m.seg, behind(offset, LEGACY), rest)?;
     let mxcsr = word(area, MXCSR);
