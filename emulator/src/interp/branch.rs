@@ -1,9 +1,11 @@
 //! Near control transfer: JMP, CALL, RET, Jcc, LOOP, JrCXZ (SDM 2A, 2B). Far forms are in [`crate::interp::sensitive`].
 //!
-//! The target is checked before anything else is written: #GP(0) for a non-canonical address or one behind the limit of CS.
+//! The target is checked before anything else is written: #GP(0) for a non-canonical address or one behind the limit of CS. Only CALL on
+//! Intel's processors has stored the return address by then.
 
 use crate::cpu::{CpuState, Fault, Rflags};
 use crate::interp::access::{is_canonical, is_long64};
+use crate::interp::alu::Vendor;
 use crate::interp::condition::condition;
 use crate::interp::{Exec, Step, operand, stack};
 use crate::isa::{Gpr, Insn, Seg, Width};
@@ -71,8 +73,11 @@ pub fn call(x: &mut Exec<'_>, i: &Insn) -> Step {
     let to = match checked(x, i.width, to) {
         Ok(to) => to,
         Err(fault) => {
-            // The faults of the push come first (Zen 4).
-            stack::check_push(x, i.width)?;
+            // The faults of the push come first. Raptor Cove has even stored it, and only RSP is as it was; Zen 4 stores nothing.
+            match Vendor::host() {
+                Vendor::Amd => stack::check_push(x, i.width)?,
+                Vendor::Intel => stack::store_below(x, i.width, x.next_rip)?,
+            }
             return Err(fault.into());
         }
     };

@@ -60,6 +60,16 @@ pub fn push(x: &mut Exec<'_>, w: Width, v: u64) -> Step {
     Ok(())
 }
 
+/// What [`push`] does, but RSP stays.
+///
+/// # Errors
+/// #SS, #PF, #AC.
+#[cold]
+pub fn store_below(x: &mut Exec<'_>, w: Width, v: u64) -> Step {
+    let to = current_width(x).cut(x.cpu.gpr[Gpr::Rsp as usize].wrapping_sub(w.bytes()));
+    access::store(x, Seg::Ss, to, w, v)
+}
+
 /// The faults that [`push`] would have; nothing is written.
 ///
 /// # Errors

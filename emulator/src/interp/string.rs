@@ -2,16 +2,13 @@
 //!
 //! Each element is committed before the next begins: a fault leaves RIP at the instruction and rCX, rSI, rDI at the element that
 //! faulted. A long repetition returns to the loop now and then with RIP still at the instruction, so that interrupts and kicks get in.
-//!
-//! Two things the vendors do differently (measured on Zen 4 and Raptor Cove): which registers a 32-bit address size cuts when nothing is
-//! done, see [`repeat`], and whether the flags of REP CMPS and SCAS are there before the end, see [`compared`].
 
 use crate::cpu::Rflags;
-use crate::interp::alu::{self, Vendor};
-use crate::interp::{Exec, Step, Stop, access};
+use crate::interp::alu::Vendor;
+use crate::interp::{Exec, Step, Stop, access, alu};
 use crate::isa::{Gpr, Insn, Seg, Width};
 use crate::mem::{Access, PAGE_SIZE};
-use iced_x86::OpKind;
+use iced_x86::{Mnemonic, OpKind};
 
 /// Elements done before the loop gets a look.
 const BATCH: u64 = 4096;
@@ -55,13 +52,10 @@ impl Form {
 
 /// Runs `element` once, or under a REP prefix until rCX is zero or `element` gives false. An element gives how many it did and
 /// whether to go on; it is told how many it may do.
-///
-/// With an address size of 32 bits Intel's processors zero-extend ECX, and the indices `cut`, before they look at the count or memory.
 fn repeat(
     x: &mut Exec<'_>,
     i: &Insn,
     f: &Form,
-    cut: &[Gpr],
     mut element: impl FnMut(&mut Exec<'_>, &Form, u64) -> Result<(u64, bool), Stop>,
 ) -> Step {
     if !(i.iced.has_rep_prefix() || i.iced.has_repne_prefix()) {
@@ -70,11 +64,8 @@ fn repeat(
     // A single step traps after each element, and so may a breakpoint.
     let mut budget = if x.cpu.rflags.contains(Rflags::TF) || x.watching { 1 } else { BATCH };
     let mut left = x.cpu.read(Gpr::Rcx, f.address);
-    if Vendor::host() == Vendor::Intel {
-        for r in cut.iter().chain(&[Gpr::Rcx]) {
-            let v = f.index(x, *r);
-            x.cpu.write(*r, f.address, v);
-        }
+    if f.address == Width::D && Vendor::host() == Vendor::Intel && access::is_long64(x.cpu) {
+        clear_upper_halves(x, i);
     }
     while left > 0 {
         if budget == 0 {
@@ -90,6 +81,22 @@ fn repeat(
         }
     }
     Ok(())
+}
+
+/// With 32-bit addresses in 64-bit code Raptor Cove clears the upper half of RCX even if no element is done, because the count is 0 or the
+/// first one faults; of REP MOVS and REP STOS also those of the indices.
+fn clear_upper_halves(x: &mut Exec<'_>, i: &Insn) {
+    let moves = is_any(i, &[Mnemonic::Movsb, Mnemonic::Movsw, Mnemonic::Movsd, Mnemonic::Movsq]);
+    let stores = is_any(i, &[Mnemonic::Stosb, Mnemonic::Stosw, Mnemonic::Stosd, Mnemonic::Stosq]);
+    for (r, cleared) in [(Gpr::Rcx, true), (Gpr::Rsi, moves), (Gpr::Rdi, moves || stores)] {
+        if cleared {
+            x.cpu.write(r, Width::D, x.cpu.read(r, Width::D));
+        }
+    }
+}
+
+fn is_any(i: &Insn, of: &[Mnemonic]) -> bool {
+    of.contains(&i.iced.mnemonic())
 }
 
 /// How many elements from `index` upwards lie inside its page; 0 unless they go upwards without wrapping.
@@ -109,7 +116,7 @@ fn base(x: &Exec<'_>, seg: Seg) -> u64 {
 /// MOVS.
 pub fn movs(x: &mut Exec<'_>, i: &Insn) -> Step {
     let f = Form::of(x, i);
-    repeat(x, i, &f, &[Gpr::Rsi, Gpr::Rdi], |x, f, most| {
+    repeat(x, i, &f, |x, f, most| {
         let (from, to) = (f.index(x, Gpr::Rsi), f.index(x, Gpr::Rdi));
         let (from_base, to_base) = (base(x, f.source), base(x, Seg::Es));
         let n = run_length(x, f, from, from_base, most).min(run_length(x, f, to, to_base, most));
@@ -148,7 +155,7 @@ fn move_run(x: &mut Exec<'_>, f: &Form, from: u64, to: u64, len: u64) -> bool {
 /// STOS.
 pub fn stos(x: &mut Exec<'_>, i: &Insn) -> Step {
     let f = Form::of(x, i);
-    repeat(x, i, &f, &[Gpr::Rdi], |x, f, most| {
+    repeat(x, i, &f, |x, f, most| {
         let to = f.index(x, Gpr::Rdi);
         let v = x.cpu.read(Gpr::Rax, f.w);
         let n = run_length(x, f, to, base(x, Seg::Es), most);
@@ -173,7 +180,7 @@ pub fn stos(x: &mut Exec<'_>, i: &Insn) -> Step {
 /// LODS.
 pub fn lods(x: &mut Exec<'_>, i: &Insn) -> Step {
     let f = Form::of(x, i);
-    repeat(x, i, &f, &[], |x, f, _| {
+    repeat(x, i, &f, |x, f, _| {
         let from = f.index(x, Gpr::Rsi);
         let v = access::load(x, f.source, from, f.w)?;
         x.cpu.write(Gpr::Rax, f.w, v);
@@ -182,29 +189,42 @@ pub fn lods(x: &mut Exec<'_>, i: &Insn) -> Step {
     })
 }
 
-/// The flags of the comparison of `a` with `b`. Does REPE or REPNE go on?
-///
-/// AMD's processors set the flags with each element. Intel's do with the last one: exceptions and interrupts before it see the old ones
-/// ("when a page fault occurs during CMPS or SCAS instructions that are prefixed with REPNE, the EFLAGS value is restored to the state
-/// prior to the execution of the instruction", SDM 2B REP; so it is with REPE, single steps and interrupts).
-fn compared(x: &mut Exec<'_>, i: &Insn, f: &Form, a: u64, b: u64) -> bool {
-    let (_, flags) = alu::sub(f.w, a, b, false);
-    let repeats = i.iced.has_rep_prefix() || i.iced.has_repne_prefix();
-    let goes_on = flags.contains(Rflags::ZF) != i.iced.has_repne_prefix();
-    let last = !repeats || !goes_on || x.cpu.read(Gpr::Rcx, f.address) == 1;
-    if last || Vendor::host() == Vendor::Amd {
+/// Does REPE or REPNE go on with these flags?
+fn goes_on(i: &Insn, flags: Rflags) -> bool {
+    flags.contains(Rflags::ZF) != i.iced.has_repne_prefix()
+}
+
+/// Runs `element` as [`repeat`] does; it says how its comparison came out. On Raptor Cove the flags are those before the instruction until the
+/// last element is done: whatever comes in between, an exception, an interrupt or a trap of TF, finds them so (SDM 2B REP says it of page
+/// faults). On Zen 4 they are the last element's.
+fn compare(x: &mut Exec<'_>, i: &Insn, f: &Form, mut element: impl FnMut(&mut Exec<'_>, &Form) -> Result<Rflags, Stop>) -> Step {
+    let at_once = Vendor::host() == Vendor::Amd;
+    let mut last = None;
+    repeat(x, i, f, |x, f, _| {
+        let flags = element(x, f)?;
+        if at_once {
+            x.cpu.rflags.replace(Rflags::STATUS, flags);
+        }
+        last = Some(flags);
+        Ok((1, goes_on(i, flags)))
+    })?;
+    // Not behind the instruction: it was put off.
+    if let Some(flags) = last.filter(|_| x.next_rip != x.cpu.rip) {
         x.cpu.rflags.replace(Rflags::STATUS, flags);
     }
-    goes_on
+    Ok(())
 }
 
 /// CMPS: source minus destination.
 pub fn cmps(x: &mut Exec<'_>, i: &Insn) -> Step {
     let f = Form::of(x, i);
-    let source_first = f.w == Width::B && i.iced.has_rep_prefix() && !i.iced.has_repne_prefix();
-    repeat(x, i, &f, &[], |x, f, _| {
+    let source_first = Vendor::host() == Vendor::Amd
+        && f.w == Width::B
+        && i.iced.has_rep_prefix()
+        && !i.iced.has_repne_prefix();
+    compare(x, i, &f, |x, f| {
         let (from, to) = (f.index(x, Gpr::Rsi), f.index(x, Gpr::Rdi));
-        // If both fault, Zen 4 reports the second operand, but of REPE CMPSB the first.
+        // If both fault, Zen 4 and Raptor Cove report the second operand, but Zen 4 of REPE CMPSB the first.
         let first = match source_first {
             true => Some(access::load(x, f.source, from, f.w)?),
             false => None,
@@ -214,22 +234,22 @@ pub fn cmps(x: &mut Exec<'_>, i: &Insn) -> Step {
             Some(a) => a,
             None => access::load(x, f.source, from, f.w)?,
         };
-        let goes_on = compared(x, i, f, a, b);
+        let (_, flags) = alu::sub(f.w, a, b, false);
         f.advance(x, Gpr::Rsi, 1);
         f.advance(x, Gpr::Rdi, 1);
-        Ok((1, goes_on))
+        Ok(flags)
     })
 }
 
 /// SCAS: accumulator minus memory.
 pub fn scas(x: &mut Exec<'_>, i: &Insn) -> Step {
     let f = Form::of(x, i);
-    repeat(x, i, &f, &[], |x, f, _| {
+    compare(x, i, &f, |x, f| {
         let to = f.index(x, Gpr::Rdi);
         let b = access::load(x, Seg::Es, to, f.w)?;
-        let goes_on = compared(x, i, f, x.cpu.read(Gpr::Rax, f.w), b);
+        let (_, flags) = alu::sub(f.w, x.cpu.read(Gpr::Rax, f.w), b, false);
         f.advance(x, Gpr::Rdi, 1);
-        Ok((1, goes_on))
+        Ok(flags)
     })
 }
 
@@ -328,38 +348,6 @@ mod tests {
         let (_, regs) = go(&mut m, [8, 0, DATA]);
         assert_eq!(regs, [4, 0, DATA + 4, 2]);
         assert_eq!(m.cpu().rflags & Rflags::STATUS, Rflags::ZF | Rflags::PF);
-    }
-
-    /// Runs out of the 2 MiB that are mapped.
-    #[test]
-    fn flags_of_a_comparison_that_faults() {
-        for prefix in [0xf2, 0xf3] {
-            let mut m = Machine::long64(3, &[prefix, 0xae]);
-            let end = 2 << 20;
-            m.mem.write(end - 3, &[1; 3]).expect("in RAM");
-            m.cpu().gpr[0] = if prefix == 0xf2 { 2 } else { 1 };
-            m.cpu().rflags |= Rflags::OF | Rflags::SF;
-            let (exit, regs) = go(&mut m, [5, 0, end - 3]);
-            assert_eq!((exit, regs), (Exit::Exception(Fault::Pf { addr: end, code: 4 }), [2, 0, end, 0]));
-            let expected = match (Vendor::host(), prefix) {
-                (Vendor::Intel, _) => Rflags::OF | Rflags::SF,
-                (Vendor::Amd, 0xf2) => Rflags::empty(),
-                (Vendor::Amd, _) => Rflags::ZF | Rflags::PF,
-            };
-            assert_eq!(m.cpu().rflags & Rflags::STATUS, expected, "{prefix:x}");
-        }
-    }
-
-    #[test]
-    fn what_32_bit_addresses_cut() {
-        let high = 0xabcd << 32;
-        for (opcode, rsi, rdi) in [(0xa4, true, true), (0xaa, false, true), (0xac, false, false), (0xa6, false, false)]
-        {
-            let mut m = Machine::long64(3, &[0xf3, 0x67, opcode]);
-            let (_, regs) = go(&mut m, [high, high | DATA, high | DATA]);
-            let cut = |yes: bool, v: u64| if yes && Vendor::host() == Vendor::Intel { v & 0xffff_ffff } else { v };
-            assert_eq!(regs, [cut(true, high), cut(rsi, high | DATA), cut(rdi, high | DATA), 3], "{opcode:x}");
-        }
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! Processors find the length by the opcode map, before they know whether the instruction is one: a group's member that does not exist is
 //! as long as the others, and an opcode that does not exist in 64-bit code as in 32-bit code. Measured on Zen 4 for every opcode that
 //! iced-x86 calls invalid, by the number of prefixes at which #UD becomes #GP and by the bytes at a page's end at which it becomes #PF: the same.
+//! Measured on Raptor Cove at a page's end, for every opcode of every map.
 
 use super::decode::{is_amd, options};
 use iced_x86::{Decoder, DecoderOptions};
@@ -31,8 +32,8 @@ pub fn fetched(bytes: &[u8], bitness: u32) -> Fetched {
     let prefixes = bytes.iter().take_while(|b| is_prefix(**b, bitness)).count();
     let (before, rest) = bytes.split_at(prefixes);
     let [first, after @ ..] = rest else { return Fetched::Unknown };
-    // Behind REX they are LES, LDS and BOUND.
-    let rex = bitness == 64 && before.last().is_some_and(|b| b & 0xf0 == 0x40);
+    // Behind REX they are LES, LDS and BOUND on Zen 4.
+    let rex = is_amd() && bitness == 64 && before.last().is_some_and(|b| b & 0xf0 == 0x40);
     let is_modrm_of_register = after.first().map(|b| b >> 6 == 3 || bitness == 64);
     let (opcode, shape) = match (first, after) {
         (0xc4 | 0xc5 | 0x62, []) => return Fetched::Unknown,
@@ -43,9 +44,14 @@ pub fn fetched(bytes: &[u8], bitness: u32) -> Fetched {
                 // Map 5 is as map 1 here.
                 _ => (5, if second & 7 == 5 { 1 } else { second & 7 }),
             };
+            // Raptor Cove looks at two bits of it.
+            let map = if is_amd() { map } else { map & 3 };
             match (map, rest.get(len - 1)) {
+                // There it finds LES, LDS and BOUND.
+                (0, _) if !is_amd() => (1, Some(Shape { modrm: true, immediate: 0 })),
                 (1, None) => return Fetched::Unknown,
-                (1, Some(0x38 | 0x3a | 0xb9)) => return Fetched::NoOpcode,
+                (1, Some(0xb9)) if is_amd() => return Fetched::NoOpcode,
+                (1, Some(0x38..=0x3f)) => return Fetched::NoOpcode,
                 (1, Some(0x20..=0x23)) => (len + 1, Some(Shape { modrm: false, immediate: 0 })),
                 // Conversions that only EVEX has.
                 (1, Some(0x7a | 0x7b)) if *first == 0x62 => (len, Some(Shape { modrm: true, immediate: 0 })),
@@ -65,8 +71,11 @@ pub fn fetched(bytes: &[u8], bitness: u32) -> Fetched {
         (0x0f, [0x20..=0x23, ..]) => (3, Some(Shape { modrm: false, immediate: 0 })),
         (0x0f, [0x38, ..]) => (3, Some(Shape { modrm: true, immediate: 0 })),
         (0x0f, [0x3a, ..]) => (3, Some(Shape { modrm: true, immediate: 1 })),
+        // Raptor Cove has more such maps, and nothing in them.
+        (0x0f, [0x39 | 0x3c | 0x3d, ..]) if !is_amd() => (3, Some(Shape { modrm: true, immediate: 0 })),
+        (0x0f, [0x3b | 0x3e | 0x3f, ..]) if !is_amd() => (3, Some(Shape { modrm: true, immediate: 1 })),
         // Whole ones are VIA's to the decoder.
-        (0x0f, [0xa6 | 0xa7]) => return Fetched::Unknown,
+        (0x0f, [0xa6 | 0xa7]) if is_amd() => return Fetched::Unknown,
         (0x0f, [second, ..]) => (2, legacy(before, &[0x0f, *second], bitness)),
         (first, _) => (1, legacy(before, &[*first], bitness)),
     };
@@ -98,8 +107,10 @@ fn address_size(before: &[u8], bitness: u32) -> usize {
 /// 32-bit code.
 fn legacy(before: &[u8], opcode: &[u8], bitness: u32) -> Option<Shape> {
     match opcode {
-        // 3DNow! has its opcode behind all else.
-        [0x0f, 0x0f] => return Some(Shape { modrm: true, immediate: 1 }),
+        // 3DNow! has its opcode behind all else; Raptor Cove does not know it.
+        [0x0f, 0x0f] => return is_amd().then_some(Shape { modrm: true, immediate: 1 }),
+        // Without AMD's EXTRQ; what Cyrix had; MOVNTI with 66; without VIA's PadLock.
+        [0x0f, 0x78 | 0x7a | 0x7b | 0xa6 | 0xa7 | 0xc3] if !is_amd() => return Some(Shape { modrm: true, immediate: 0 }),
         // EXTRQ, INSERTQ, and as long as these without a prefix.
         [0x0f, 0x78] if is_amd() => return Some(Shape { modrm: true, immediate: 2 }),
         // VIA's PadLock, which iced knows.
@@ -144,7 +155,7 @@ fn memory_operand(before: &[u8], operand: &[u8], bitness: u32) -> Option<usize> 
 mod tests {
     use super::*;
 
-    /// Each measured on Zen 4, twice: by prefixes before it, and at the end of a page.
+    /// Each measured on Zen 4, twice: by prefixes before it, and at the end of a page; and on Raptor Cove at the end of a page.
     #[test]
     fn as_measured() {
         let hex = |s: &str| -> Vec<u8> {
@@ -167,7 +178,6 @@ mod tests {
             ("fe bf", 6),
             ("fe bc", 7),
             ("d9 8f", 6),
-            ("0f 0f 87", 8),
             ("0f 20 8f", 3),
             ("0f 71 87", 8),
             ("0f 71 c7", 4),
@@ -177,8 +187,6 @@ mod tests {
             ("0f 38 ff 87", 8),
             ("0f 3a ff 87", 9),
             ("c5 f8 71 87", 9),
-            ("c5 f8 ff", 3),
-            ("c5 f8 0f c7", 5),
             ("a1", 9),
             ("67 a1", 6),
             ("f7 a7", 6),
@@ -191,18 +199,48 @@ mod tests {
             ("62 f2 7c 48 ff c7", 6),
             ("62 f3 7c 48 ff 87", 11),
             ("62 bf f7 df 5e a4", 12),
-            ("43 62 bf f7 df 5e a4", 7),
-            ("66 43 62 bf f7 df 5e a4", 8),
-            ("c4 e7 78 04 87", 9),
-            ("c4 eb 78 04 87", 9),
-            ("43 c4 e3 78 04 87", 3),
-            ("48 c5 f8 71 87", 3),
         ];
-        for (bytes, len) in rows {
-            assert_eq!(fetched(&hex(bytes), 64), Fetched::Whole(len), "{bytes}");
+        let zen: (&[_], &[_]) = (
+            &[
+                ("0f 0f 87", 8),
+                ("c5 f8 ff", 3),
+                ("c5 f8 0f c7", 5),
+                ("43 62 bf f7 df 5e a4", 7),
+                ("66 43 62 bf f7 df 5e a4", 8),
+                ("c4 e7 78 04 87", 9),
+                ("c4 eb 78 04 87", 9),
+                ("43 c4 e3 78 04 87", 3),
+                ("48 c5 f8 71 87", 3),
+            ],
+            &["0f 39", "0f 7a", "0f a6"],
+        );
+        let raptor: (&[_], &[_]) = (
+            &[
+                ("0f 39 00 87", 8),
+                ("0f 3b 00 87", 9),
+                ("0f 7a 87", 7),
+                ("0f a6 87", 7),
+                ("66 0f 78 87", 8),
+                ("66 0f c3 87", 8),
+                ("c5 f8 ff", 4),
+                ("43 62 bf f7 df 5e a4", 13),
+                ("66 43 62 bf f7 df 5e a4", 14),
+                ("36 3e 67 4c 62 bf ee d1 c3 ac", 16),
+                ("c4 e0 78 04", 2),
+                ("c4 a4 14 ae", 7),
+                ("62 f4 7c 48", 2),
+                ("c4 e7 78 04 87", 10),
+                ("c4 eb 78 04 87", 10),
+                ("43 c4 e3 78 04 87", 11),
+                ("48 c5 f8 71 87", 10),
+            ],
+            &["0f 0f", "c5 f8 0f"],
+        );
+        let (own, without) = if is_amd() { zen } else { raptor };
+        for (bytes, len) in rows.iter().chain(own) {
+            assert_eq!(fetched(&hex(bytes), 64), Fetched::Whole(*len), "{bytes}");
         }
-        for bytes in ["0f 04", "0f 24", "0f 36", "0f 39", "0f 7a", "0f a6", "c4 e1 78 04", "c5 44 38", "62 f1 7c 48 36"]
-        {
+        for bytes in ["0f 04", "0f 24", "0f 36", "c4 e1 78 04", "c5 44 38", "62 f1 7c 48 36"].iter().chain(without) {
             assert_eq!(fetched(&hex(bytes), 64), Fetched::NoOpcode, "{bytes}");
         }
         for (bytes, bits) in [(&[][..], 64), (&[0x66, 0x48], 64), (&[0x0f], 32), (&[0xc7], 16), (&[0x62, 0xf1], 64)] {

@@ -36,14 +36,13 @@ fn pointer(x: &mut Exec<'_>, i: &Insn, w: Width) -> Result<(u16, u64), Stop> {
     }
 }
 
-/// "If the target offset is beyond the new code segment limit", in 64-bit code "is in a non-canonical form": #GP(0).
-pub fn check_target(cpu: &CpuState, cs: &Segment, offset: u64) -> Result<(), Fault> {
-    let ok = if is_ia32e(cpu) && cs.attr.contains(Attr::L) {
-        is_canonical(cpu, offset)
-    } else {
-        offset <= u64::from(cs.limit)
-    };
-    if ok { Ok(()) } else { Err(Fault::Gp(0)) }
+/// The RIP that `offset` comes to in the new code segment. "If the target offset is beyond the new code segment limit", in 64-bit code "is in a
+/// non-canonical form": #GP(0). Of a 64-bit offset in code that is not, Raptor Cove takes the lower half (JMP, CALL, RET and IRET).
+pub fn check_target(cpu: &CpuState, cs: &Segment, offset: u64) -> Result<u64, Fault> {
+    let long = is_ia32e(cpu) && cs.attr.contains(Attr::L);
+    let rip = if long || Vendor::host() == Vendor::Amd { offset } else { Width::D.cut(offset) };
+    let ok = if long { is_canonical(cpu, rip) } else { rip <= u64::from(cs.limit) };
+    if ok { Ok(rip) } else { Err(Fault::Gp(0)) }
 }
 
 /// "If the code segment descriptor's L and D bits are both set in IA-32e mode": #GP(selector).
@@ -71,12 +70,10 @@ pub fn push_all(x: &mut Exec<'_>, w: Width, values: &[u64]) -> Step {
     Ok(())
 }
 
-/// The frame of a far CALL without a gate. AMD's processors store word by word: the first is in memory though the second faults, and the
-/// exceptions come in that order (seen on Zen 4; APM 3 CALL writes them as two stores). Intel's check that there is room for all (SDM 2A CALL).
+/// The frame of a far CALL at the same level. Processors store word by word: the first is in memory though the second faults, and the
+/// exceptions come in that order (seen on Zen 4 and Raptor Cove; APM 3 CALL writes them as two stores, SDM 2A CALL checks first that there is
+/// room for all).
 fn push_return(x: &mut Exec<'_>, w: Width, values: [u64; 2]) -> Step {
-    if Vendor::host() != Vendor::Amd {
-        return push_all(x, w, &values);
-    }
     let (a, top) = (stack::address_width(x.cpu), stack::pointer(x.cpu));
     for (n, v) in (1..).zip(values) {
         access::store(x, Seg::Ss, a.cut(top.wrapping_sub(w.bytes() * n)), w, w.cut(v))?;
@@ -111,7 +108,6 @@ fn transfer(x: &mut Exec<'_>, i: &Insn, is_call: bool) -> Step {
     let d = found.descriptor;
     if d.is_code() {
         let cs = direct_target(x, &found, selector)?;
-        check_target(x.cpu, &cs, offset)?;
         return direct(x, w, cs, offset, is_call);
     }
     match d.kind() {
@@ -158,32 +154,32 @@ fn direct_target(x: &mut Exec<'_>, found: &Found, selector: u16) -> Result<Segme
     Ok(code_segment(found, selector, cpl))
 }
 
-/// The transfer itself, at the same privilege level.
+/// The transfer itself, at the same privilege level. Zen 4 checks the offset before it pushes, Raptor Cove after: the frame of a CALL to where
+/// no code can be is in memory, and only RSP is as it was.
 fn direct(x: &mut Exec<'_>, w: Width, cs: Segment, offset: u64, is_call: bool) -> Step {
-    check_target(x.cpu, &cs, offset)?;
-    if is_call && !access::is_long64(x.cpu) {
-        return push_and_go(x, w, cs, offset);
+    let checked = check_target(x.cpu, &cs, offset);
+    if !is_call || Vendor::host() == Vendor::Amd {
+        checked?;
     }
-    if is_call {
-        let from = u64::from(x.cpu.segment(Seg::Cs).selector);
-        push_return(x, w, [from, x.next_rip])?;
+    let (from, rsp) = (*x.cpu.segment(Seg::Cs), x.cpu.gpr[Gpr::Rsp as usize]);
+    // The frame is pushed by the rules of the code that is called: a 64-bit stack if compatibility code calls 64-bit code; 64-bit code has
+    // one stack for all.
+    if !access::is_long64(x.cpu) {
+        x.cpu.seg[Seg::Cs as usize] = cs;
     }
-    x.cpu.seg[Seg::Cs as usize] = cs;
-    x.next_rip = offset;
-    Ok(())
-}
-
-/// The frame of a far CALL is pushed by the rules of the code that is called: a 64-bit stack if compatibility code calls 64-bit code.
-fn push_and_go(x: &mut Exec<'_>, w: Width, cs: Segment, offset: u64) -> Step {
-    let from = *x.cpu.segment(Seg::Cs);
-    let next = x.next_rip;
-    x.cpu.seg[Seg::Cs as usize] = cs;
-    if let Err(stop) = push_return(x, w, [u64::from(from.selector), next]) {
-        x.cpu.seg[Seg::Cs as usize] = from;
-        return Err(stop);
+    let pushed = if is_call { push_return(x, w, [u64::from(from.selector), x.next_rip]) } else { Ok(()) };
+    match pushed.and_then(|()| Ok(checked?)) {
+        Ok(rip) => {
+            x.cpu.seg[Seg::Cs as usize] = cs;
+            x.next_rip = rip;
+            Ok(())
+        }
+        Err(stop) => {
+            x.cpu.seg[Seg::Cs as usize] = from;
+            x.cpu.gpr[Gpr::Rsp as usize] = rsp;
+            Err(stop)
+        }
     }
-    x.next_rip = offset;
-    Ok(())
 }
 
 /// CALL-GATE.
@@ -233,10 +229,7 @@ fn gate(x: &mut Exec<'_>, selector: u16, is_call: bool) -> Step {
     }
     let cs = code_segment(&found, target, cpl);
     check_target(x.cpu, &cs, offset)?;
-    if !is_call {
-        return direct(x, w, cs, offset, false);
-    }
-    push_and_go(x, w, cs, offset)
+    direct(x, w, cs, offset, is_call)
 }
 
 /// MORE-PRIVILEGE: the stack of the inner level from the TSS, the old SS:rSP, parameters, the return address.
@@ -293,6 +286,23 @@ pub fn inner_stack(x: &mut Exec<'_>, cpl: u8) -> Result<(Segment, u64), Stop> {
     Ok((segment_of(&found, selector), esp))
 }
 
+/// How much of a stack slot with a selector is read: Zen 4 reads all of it, Raptor Cove the word that counts.
+pub fn selector_width(w: Width) -> Width {
+    if Vendor::host() == Vendor::Amd { w } else { Width::W }
+}
+
+/// Offset and selector on top of the stack. The selector is read first (seen on Zen 4 and Raptor Cove).
+pub fn return_address(x: &mut Exec<'_>, w: Width) -> Result<(u64, u16), Stop> {
+    let selector = stack::peek(x, w.bytes(), selector_width(w))? as u16;
+    Ok((stack::peek(x, 0, w)?, selector))
+}
+
+/// SP and SS above them, `depth` bytes from the top; SS is read first, as [`return_address`] has it.
+pub fn return_pointer(x: &mut Exec<'_>, depth: u64, w: Width) -> Result<(u64, u16), Stop> {
+    let selector = stack::peek(x, depth + w.bytes(), selector_width(w))? as u16;
+    Ok((stack::peek(x, depth, w)?, selector))
+}
+
 /// Far RET, with and without an immediate.
 pub fn ret(x: &mut Exec<'_>, i: &Insn) -> Step {
     let w = match i.iced.code() {
@@ -301,36 +311,33 @@ pub fn ret(x: &mut Exec<'_>, i: &Insn) -> Step {
         _ => Width::D,
     };
     let released = if i.iced.op_count() > 0 { u64::from(i.iced.immediate16()) } else { 0 };
-    let offset = stack::peek(x, 0, w)?;
-    let selector = stack::peek(x, w.bytes(), w)? as u16;
+    let (offset, selector) = return_address(x, w)?;
     if !is_protected(x.cpu) {
         let cs = selector::real_segment(x.cpu, Seg::Cs, selector);
-        check_target(x.cpu, &cs, offset)?;
+        x.next_rip = check_target(x.cpu, &cs, offset)?;
         x.cpu.seg[Seg::Cs as usize] = cs;
-        x.next_rip = offset;
         stack::adjust(x, (2 * w.bytes() + released) as i64);
         return Ok(());
     }
     let (found, new_cpl) = return_code(x, selector)?;
     let cs = code_segment(&found, selector, new_cpl);
     if new_cpl == x.cpu.cpl() {
-        check_target(x.cpu, &cs, offset)?;
+        let rip = check_target(x.cpu, &cs, offset)?;
         selector::set_accessed(x, &found)?;
         // The frame is popped by the rules of the old code; parameters are released by those of the new: 64-bit code has all of RSP.
         stack::adjust(x, (2 * w.bytes()) as i64);
         x.cpu.seg[Seg::Cs as usize] = cs;
         stack::adjust(x, released as i64);
-        x.next_rip = offset;
+        x.next_rip = rip;
         return Ok(());
     }
-    let rsp = stack::peek(x, 2 * w.bytes() + released, w)?;
-    let ss = stack::peek(x, 3 * w.bytes() + released, w)? as u16;
+    let (rsp, ss) = return_pointer(x, 2 * w.bytes() + released, w)?;
     let ss = return_stack(x, ss, &cs)?;
-    check_target(x.cpu, &cs, offset)?;
+    let rip = check_target(x.cpu, &cs, offset)?;
     selector::set_accessed(x, &found)?;
     to_outer(x, cs, ss, rsp);
     stack::adjust(x, released as i64);
-    x.next_rip = offset;
+    x.next_rip = rip;
     Ok(())
 }
 

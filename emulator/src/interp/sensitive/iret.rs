@@ -2,7 +2,9 @@
 
 use crate::cpu::{CpuState, Cr4, Efer, Fault, Mode, Rflags, Segment};
 use crate::interp::access::is_long64;
-use crate::interp::sensitive::far::{check_target, code_segment, return_code, return_stack, to_outer};
+use crate::interp::sensitive::far::{
+    check_target, code_segment, return_address, return_code, return_pointer, return_stack, to_outer,
+};
 use crate::interp::sensitive::{selector, switch};
 use crate::interp::{Exec, Step, Stop, stack};
 use crate::isa::{Insn, Seg, Width};
@@ -42,9 +44,9 @@ pub fn iret(x: &mut Exec<'_>, i: &Insn) -> Step {
 }
 
 fn pop_frame(x: &mut Exec<'_>, w: Width) -> Result<Frame, Stop> {
-    let rip = stack::peek(x, 0, w)?;
-    let cs = stack::peek(x, w.bytes(), w)? as u16;
+    // The flags are read first (seen on Zen 4 and Raptor Cove).
     let flags = Rflags::from_bits_retain(stack::peek(x, 2 * w.bytes(), w)?);
+    let (rip, cs) = return_address(x, w)?;
     Ok(Frame { w, rip, cs, flags })
 }
 
@@ -52,12 +54,12 @@ fn pop_frame(x: &mut Exec<'_>, w: Width) -> Result<Frame, Stop> {
 fn real(x: &mut Exec<'_>, w: Width, mask: Rflags) -> Step {
     let f = pop_frame(x, w)?;
     let cs = selector::real_segment(x.cpu, Seg::Cs, f.cs);
-    check_target(x.cpu, &cs, f.rip)?;
+    let rip = check_target(x.cpu, &cs, f.rip)?;
     let mask = if w == Width::W { mask } else { mask | WIDE };
     stack::adjust(x, 3 * w.bytes() as i64);
     x.cpu.seg[Seg::Cs as usize] = cs;
     x.cpu.rflags.replace(mask, f.flags);
-    x.next_rip = f.rip;
+    x.next_rip = rip;
     Ok(())
 }
 
@@ -108,21 +110,22 @@ fn protected(x: &mut Exec<'_>, w: Width) -> Step {
     let cs = code_segment(&found, f.cs, new_cpl);
     let mask = mask(x.cpu, w);
     // 64-bit code pops SS:RSP always, other code only when it returns to an outer level.
-    if is_long64(x.cpu) || new_cpl > cpl {
-        let rsp = stack::peek(x, 3 * w.bytes(), w)?;
-        let ss = stack::peek(x, 4 * w.bytes(), w)? as u16;
+    let rip = if is_long64(x.cpu) || new_cpl > cpl {
+        let (rsp, ss) = return_pointer(x, 3 * w.bytes(), w)?;
         let ss = return_stack(x, ss, &cs)?;
-        check_target(x.cpu, &cs, f.rip)?;
+        let rip = check_target(x.cpu, &cs, f.rip)?;
         selector::set_accessed(x, &found)?;
         to_outer(x, cs, ss, rsp);
+        rip
     } else {
-        check_target(x.cpu, &cs, f.rip)?;
+        let rip = check_target(x.cpu, &cs, f.rip)?;
         selector::set_accessed(x, &found)?;
         stack::adjust(x, 3 * w.bytes() as i64);
         x.cpu.seg[Seg::Cs as usize] = cs;
-    }
+        rip
+    };
     x.cpu.rflags.replace(mask, f.flags);
-    x.next_rip = f.rip;
+    x.next_rip = rip;
     Ok(())
 }
 

@@ -5,6 +5,7 @@ use crate::cpu::descriptor::{Descriptor, is_null, kind, rpl};
 use crate::cpu::{Cr4, Fault, Rflags};
 use crate::interp::access::{self, is_canonical, is_long64};
 use crate::interp::alu::Vendor;
+use crate::interp::sensitive::far::selector_width;
 use crate::interp::sensitive::selector;
 use crate::interp::{Exec, Step, Stop, operand, stack};
 use crate::isa::{Gpr, Insn, Seg, Width};
@@ -69,12 +70,11 @@ pub fn push(x: &mut Exec<'_>, i: &Insn) -> Step {
     Ok(())
 }
 
-/// POP Sreg: only the low word of the slot is the selector. Zen 4 reads all of it.
+/// POP Sreg: only the low word of the slot is the selector. Zen 4 reads all of it, Raptor Cove only the word.
 pub fn pop(x: &mut Exec<'_>, i: &Insn) -> Step {
     let seg = sreg(i, 0)?;
     let w = i.width;
-    let word = w == Width::D && Vendor::host() != Vendor::Amd;
-    let selector = stack::peek(x, 0, if word { Width::W } else { w })? as u16;
+    let selector = stack::peek(x, 0, selector_width(w))? as u16;
     // The stack-address size is that of the SS before.
     let old = x.cpu.gpr[Gpr::Rsp as usize];
     stack::adjust(x, w.bytes() as i64);
