@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn a_target_that_is_not_canonical_changes_nothing() {
+    fn a_target_that_is_not_canonical_changes_no_register() {
         // jmp rax; call rax; ret
         for code in [&[0xff, 0xe0][..], &[0xff, 0xd0], &[0xc3]] {
             let mut m = Machine::long64(3, code);
@@ -256,7 +256,9 @@ mod tests {
             let before = m.cpu().clone();
             assert_eq!(m.run(1), Exit::Exception(Fault::Gp(0)));
             assert_eq!(*m.cpu(), before);
-            assert_eq!(m.load(STACK - 8, Width::Q), 0);
+            // Raptor Cove has stored where a CALL would return to.
+            let stored = code == [0xff, 0xd0] && Vendor::host() == Vendor::Intel;
+            assert_eq!(m.load(STACK - 8, Width::Q), if stored { CODE + 2 } else { 0 });
         }
     }
 

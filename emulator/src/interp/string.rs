@@ -197,7 +197,12 @@ fn goes_on(i: &Insn, flags: Rflags) -> bool {
 /// Runs `element` as [`repeat`] does; it says how its comparison came out. On Raptor Cove the flags are those before the instruction until the
 /// last element is done: whatever comes in between, an exception, an interrupt or a trap of TF, finds them so (SDM 2B REP says it of page
 /// faults). On Zen 4 they are the last element's.
-fn compare(x: &mut Exec<'_>, i: &Insn, f: &Form, mut element: impl FnMut(&mut Exec<'_>, &Form) -> Result<Rflags, Stop>) -> Step {
+fn compare(
+    x: &mut Exec<'_>,
+    i: &Insn,
+    f: &Form,
+    mut element: impl FnMut(&mut Exec<'_>, &Form) -> Result<Rflags, Stop>,
+) -> Step {
     let at_once = Vendor::host() == Vendor::Amd;
     let mut last = None;
     repeat(x, i, f, |x, f, _| {
@@ -218,10 +223,8 @@ fn compare(x: &mut Exec<'_>, i: &Insn, f: &Form, mut element: impl FnMut(&mut Ex
 /// CMPS: source minus destination.
 pub fn cmps(x: &mut Exec<'_>, i: &Insn) -> Step {
     let f = Form::of(x, i);
-    let source_first = Vendor::host() == Vendor::Amd
-        && f.w == Width::B
-        && i.iced.has_rep_prefix()
-        && !i.iced.has_repne_prefix();
+    let source_first =
+        Vendor::host() == Vendor::Amd && f.w == Width::B && i.iced.has_rep_prefix() && !i.iced.has_repne_prefix();
     compare(x, i, &f, |x, f| {
         let (from, to) = (f.index(x, Gpr::Rsi), f.index(x, Gpr::Rdi));
         // If both fault, Zen 4 and Raptor Cove report the second operand, but Zen 4 of REPE CMPSB the first.
@@ -305,6 +308,30 @@ mod tests {
             m.cpu().cr0 |= crate::cpu::Cr0::AM;
             m.cpu().rflags |= Rflags::AC;
             assert_eq!(go(&mut m, [16, DATA + 1, DATA + 0x40]), expected, "CPL {cpl}");
+        }
+    }
+
+    /// Before the last element the flags are those before the instruction, on Intel; the upper halves are cleared without an element.
+    #[test]
+    fn what_a_repetition_leaves_before_its_end() {
+        let amd = Vendor::host() == Vendor::Amd;
+        // repne scasb, and with 67; the byte after the first is not mapped.
+        let end = 2 << 20;
+        for code in [&[0xf2, 0xae][..], &[0x67, 0xf2, 0xae]] {
+            let mut m = Machine::long64(3, code);
+            m.cpu().gpr[0] = 1;
+            m.cpu().rflags |= Rflags::STATUS;
+            let (exit, regs) = go(&mut m, [2, 0, end - 1]);
+            assert_eq!((exit, regs), (Exit::Exception(Fault::Pf { addr: end, code: 4 }), [1, 0, end, 0]));
+            // 1 - 0
+            assert_eq!(m.cpu().rflags & Rflags::STATUS, if amd { Rflags::empty() } else { Rflags::STATUS });
+        }
+        // rep stosb, rep movsb, rep lodsb with 67 and a count of 0
+        let high = 5 << 32;
+        let cleared = |r: &[u64]| if amd { [high, high, high, 3] } else { [r[0], r[1], r[2], 3] };
+        for (opcode, left) in [(0xaa, [0, high, 0]), (0xa4, [0, 0, 0]), (0xac, [0, high, high])] {
+            let mut m = Machine::long64(3, &[0x67, 0xf3, opcode]);
+            assert_eq!(go(&mut m, [high; 3]), (Exit::Budget, cleared(&left)), "{opcode:x}");
         }
     }
 

@@ -110,7 +110,9 @@ fn legacy(before: &[u8], opcode: &[u8], bitness: u32) -> Option<Shape> {
         // 3DNow! has its opcode behind all else; Raptor Cove does not know it.
         [0x0f, 0x0f] => return is_amd().then_some(Shape { modrm: true, immediate: 1 }),
         // Without AMD's EXTRQ; what Cyrix had; MOVNTI with 66; without VIA's PadLock.
-        [0x0f, 0x78 | 0x7a | 0x7b | 0xa6 | 0xa7 | 0xc3] if !is_amd() => return Some(Shape { modrm: true, immediate: 0 }),
+        [0x0f, 0x78 | 0x7a | 0x7b | 0xa6 | 0xa7 | 0xc3] if !is_amd() => {
+            return Some(Shape { modrm: true, immediate: 0 });
+        }
         // EXTRQ, INSERTQ, and as long as these without a prefix.
         [0x0f, 0x78] if is_amd() => return Some(Shape { modrm: true, immediate: 2 }),
         // VIA's PadLock, which iced knows.

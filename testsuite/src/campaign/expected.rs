@@ -156,7 +156,9 @@ fn holds(when: &str, about: Option<(&Case, &Outcome, &Outcome)>) -> Option<bool>
             | "amd"
             | "alignment check"
             | "another byte of the operand"
+            | "another byte of the operand, amd"
             | "another exception"
+            | "another exception, amd"
             | "another exception, at a limit"
             | "in a hypervisor"
             | "at the canonical edge"
@@ -184,15 +186,18 @@ fn holds(when: &str, about: Option<(&Case, &Outcome, &Outcome)>) -> Option<bool>
             case.rflags & 0x4_0000 != 0 && (ac(is) || ac(should))
         }
         // Both #PF, with the same error code but for the address.
-        ("another byte of the operand", Some((case, is, should))) => match (pf(is), pf(should)) {
-            (Some(a), Some(b)) => {
-                let near = a.0.abs_diff(b.0) < 0x1000 || !case.code.is_empty() && a.0.abs_diff(b.0) < 0x2000;
-                a.1 & !2 == b.1 & !2 && near
+        ("another byte of the operand, amd" | "another exception, amd", Some(_)) if !amd => false,
+        ("another byte of the operand" | "another byte of the operand, amd", Some((case, is, should))) => {
+            match (pf(is), pf(should)) {
+                (Some(a), Some(b)) => {
+                    let near = a.0.abs_diff(b.0) < 0x1000 || !case.code.is_empty() && a.0.abs_diff(b.0) < 0x2000;
+                    a.1 & !2 == b.1 & !2 && near
+                }
+                _ => false,
             }
-            _ => false,
-        },
+        }
         // Both raise one, but not the same: which comes first is the processor's choice.
-        ("another exception", Some((_, is, should))) => {
+        ("another exception" | "another exception, amd", Some((_, is, should))) => {
             matches!((is.end, should.end), (End::Fault(_), End::Fault(_)))
         }
         // #GP or #SS of a limit here, #PF or #AC there, in 16- and 32-bit code.
