@@ -4,6 +4,7 @@
 use bivisor_emulator::bus::EmptyBus;
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::cpu::{CpuState, Fault, Rflags};
+use bivisor_emulator::interp::alu::Vendor;
 use bivisor_emulator::isa::Gpr;
 use bivisor_emulator::mem::{FlatSpace, GuestMemory, Prot, Vma};
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Vcpu};
@@ -314,7 +315,9 @@ fn faults_are_exact() {
         assert_eq!(g.run(), Exit::Exception(Fault::Gp(0)), "{name} {bit:?}");
         assert_eq!(g.t.state().rip, code + 1, "{name} {bit:?}");
         assert_eq!(g.t.state().gpr, before, "{name} {bit:?}");
-        assert_eq!(get(top - 8), 0x77, "{name} {bit:?}");
+        // Raptor Cove has stored where a CALL would return to.
+        let stored = name.starts_with("call") && Vendor::host() == Vendor::Intel;
+        assert_eq!(get(top - 8), if stored { code + 3 } else { 0x77 }, "{name} {bit:?}");
     }
 
     // A call whose push faults has not happened.
