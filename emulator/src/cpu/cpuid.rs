@@ -38,8 +38,10 @@ enum By {
     Software,
 }
 
-/// First of the named models that has it; `HOST`: only `host` and `max`, if the host has it; `MAX`: only `max`.
+/// First of the named models that has it; `HOST`: only `host` and `max`, if the host has it; `MACHINE`: none but as
+/// [`CpuModel::in_software`] offers it.
 const HOST: u8 = 8;
+const MACHINE: u8 = 9;
 
 struct Row(&'static str, &'static [F], u32, u32, Reg, u32, By, u8);
 
@@ -127,6 +129,7 @@ const ROWS: &[Row] = &[
     Row("avx512_vpopcntdq",&[F::AVX512_VPOPCNTDQ],          7,          0, Ecx, 14, By::Avx512, HOST),
     Row("fsrm",            &[],                             7,          0, Edx,  4, By::Host, HOST),
     Row("avx512_fp16",     &[F::AVX512_FP16],               7,          0, Edx, 23, By::Avx512, HOST),
+    Row("arch_capabilities",&[],                            7,          0, Edx, 29, By::Software, MACHINE),
     Row("sha512",          &[F::SHA512],                    7,          1, Eax,  0, By::Avx, HOST),
     Row("sm3",             &[F::SM3],                       7,          1, Eax,  1, By::Avx, HOST),
     Row("sm4",             &[F::SM4],                       7,          1, Eax,  2, By::Avx, HOST),
@@ -200,13 +203,16 @@ impl CpuModel {
         MODEL.get_or_init(|| CpuModel::build("host", HOST, |_, in_host| in_host)).clone()
     }
 
-    /// As the interpreter and the translator offer it to a machine: a guest's RET is no RET of the host's, so nothing in a guest can make the
-    /// host's return stack mispredict one (SRSO; AMD64 APM 3 appendix E.4.15), and kernels need no detour for each.
+    /// As the interpreter and the translator offer it to a machine. A guest's RET is no RET of the host's, so nothing in a guest can make the
+    /// host's return stack mispredict one (SRSO; AMD64 APM 3 appendix E.4.15), and kernels need no detour for each. And rights of the
+    /// guest's pages are looked at before an access is made, or the page is not mapped on the host at all: no load of user code runs
+    /// ahead of the host's check of U/S, which RDCL_NO in IA32_ARCH_CAPABILITIES says (SDM 4), and kernels need no page tables of their
+    /// own, with a write of CR3 on each way in and out.
     #[must_use]
     pub fn in_software(self) -> CpuModel {
-        let more: Vec<_> =
-            ROWS.iter().filter(|r| r.6 == By::Software && !self.name.contains(r.0)).map(|r| r.0).collect();
-        if self.intel || more.is_empty() {
+        let own = |r: &&Row| (r.2 < 0x8000_0000) == self.intel && !self.name.contains(r.0);
+        let more: Vec<_> = ROWS.iter().filter(|r| r.6 == By::Software && own(r)).map(|r| r.0).collect();
+        if more.is_empty() {
             return self;
         }
         CpuModel::build(&self.name, u8::MAX, |row, _| self.names.contains(&row.0) || more.contains(&row.0))
@@ -568,6 +574,17 @@ mod tests {
         assert!(!without.offers("srso_no"), "unless it is asked not to");
     }
 
+    /// SDM 2A CPUID, leaf 7: EDX bit 29, IA32_ARCH_CAPABILITIES.
+    #[test]
+    fn machines_in_software_need_no_tables_for_the_kernel_alone() {
+        let (bare, model) = (CpuModel::host(), CpuModel::host().in_software());
+        assert!(!bare.offers("arch_capabilities"), "hardware has to say it of itself");
+        assert_eq!(model.offers("arch_capabilities"), model.is_intel());
+        assert_eq!(model.leaf(7, 0)[3] >> 29 & 1 != 0, model.is_intel());
+        let without = CpuModel::from_name("max,-arch_capabilities").expect("a feature").in_software();
+        assert!(!without.offers("arch_capabilities"), "unless it is asked not to");
+    }
+
     #[test]
     fn levels_contain_each_other() {
         for level in 2..=4 {
@@ -608,7 +625,7 @@ mod tests {
     #[test]
     fn host_model_is_within_the_host() {
         let (model, host) = (CpuModel::host(), Host::probe());
-        for r in ROWS {
+        for r in ROWS.iter().filter(|r| r.7 <= HOST) {
             let offered = model.leaf(r.2, r.3)[r.4 as usize] >> r.5 & 1 != 0;
             assert_eq!(offered, host.has(r), "{}", r.0);
         }

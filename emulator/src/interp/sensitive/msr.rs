@@ -14,6 +14,10 @@ const GP0: Fault = Fault::Gp(0);
 const X2APIC_MODE: u64 = 1 << 10;
 const APIC_ENABLED: u64 = 1 << 11;
 
+/// Of IA32_ARCH_CAPABILITIES: no loads ahead of the check of U/S. See
+/// [`CpuModel::in_software`](crate::cpu::cpuid::CpuModel::in_software).
+const RDCL_NO: u64 = 1;
+
 /// IA32_MISC_ENABLE: performance monitoring, no BTS, no PEBS cannot be written.
 const MISC_ENABLE_FIXED: u64 = 0x1880;
 
@@ -62,6 +66,7 @@ fn read(x: &mut Exec<'_>, n: u32) -> Option<u64> {
         index::TSC_AUX => msr.tsc_aux,
         // Fixed ranges, write combining, and so many variable ranges.
         index::MTRR_CAP => 0x500 | u64::from(MTRR_RANGES),
+        index::ARCH_CAPABILITIES if x.env.cpu_model.offers("arch_capabilities") => RDCL_NO,
         index::TSC_DEADLINE if x.env.cpu_model.offers("tsc_deadline_timer") => {
             let at = x.bus.read_msr(n)?;
             if at == 0 { 0 } else { at.wrapping_add(msr.tsc_offset) }
@@ -250,8 +255,11 @@ fn write_efer(x: &mut Exec<'_>, v: u64) -> Step {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::cpuid::CpuModel;
+    use crate::interp::Interpreter;
     use crate::interp::sensitive::testing::machine;
-    use crate::vcpu::Exit;
+    use crate::vcpu::{Exit, Intercepts, Vcpu};
+    use std::sync::Arc;
 
     const GP: Exit = Exit::Exception(Fault::Gp(0));
 
@@ -321,6 +329,26 @@ mod tests {
         // What AMD's processors have and Linux writes: kept.
         for n in [0xc001_0010, 0xc001_0015, 0xc001_1029, 0xc001_001f] {
             assert_eq!(write_read(n, 1 << 46), Ok(1 << 46), "{n:#x}");
+        }
+    }
+
+    /// SDM 4: only to be read, and only where CPUID says so.
+    #[test]
+    fn architectural_capabilities_follow_the_model() {
+        for model in [CpuModel::host(), CpuModel::host().in_software()] {
+            let offered = model.offers("arch_capabilities");
+            for (write, exit) in [(false, if offered { Exit::Budget } else { GP }), (true, GP)] {
+                let mut m = machine(0, &[0x0f, if write { 0x30 } else { 0x32 }]);
+                m.vcpu = Interpreter::new(Arc::new(model.clone()));
+                m.vcpu.set_intercepts(Intercepts::EXCEPTIONS);
+                *m.vcpu.state() = machine(0, &[]).cpu().clone();
+                m.cpu().gpr[Gpr::Rcx as usize] = u64::from(index::ARCH_CAPABILITIES);
+                assert_eq!(m.run(1), exit, "{offered} {write}");
+                if exit == Exit::Budget {
+                    assert_eq!(m.cpu().gpr[Gpr::Rax as usize], RDCL_NO);
+                    assert_eq!(m.cpu().gpr[Gpr::Rdx as usize], 0);
+                }
+            }
         }
     }
 
