@@ -3,7 +3,7 @@
 
 use bivisor_emulator::bus::EmptyBus;
 use bivisor_emulator::cpu::cpuid::CpuModel;
-use bivisor_emulator::cpu::{CpuState, Rflags};
+use bivisor_emulator::cpu::{CpuState, Cr4, Rflags};
 use bivisor_emulator::interp::Interpreter;
 use bivisor_emulator::isa::{Gpr, Width};
 use bivisor_emulator::mem::{GuestMemory, Ram};
@@ -140,6 +140,92 @@ fn kernel() -> Vec<u8> {
     })
 }
 
+/// For a kernel alone: at 0 a word, at 0x40 a function, at 0x100 one that maps what RSI says in its own place, of which the rest is another.
+fn own_piece(n: i32) -> Vec<u8> {
+    let parts = [
+        (
+            0x40,
+            assembled(WINDOW + 0x40, |a| {
+                a.lea(r14, ptr(r14 * 2 + n + 1))?;
+                a.ret()
+            }),
+        ),
+        (
+            0x100,
+            assembled(WINDOW + 0x100, |a| {
+                a.cmp(ebx, 50)?;
+                a.mov(qword_ptr(rcx), rsi)?;
+                a.invlpg(byte_ptr(WINDOW + 0x123))?;
+                a.adc(r14, 0x100 * n)?;
+                a.ret()
+            }),
+        ),
+    ];
+    let mut code = vec![0x11 * (n as u8 + 1); 0x200];
+    for (at, part) in parts {
+        code[at..at + part.len()].copy_from_slice(&part);
+    }
+    code
+}
+
+/// EDX becomes the page-table entry of piece EBX + `more` modulo 3, global in every other eight rounds.
+fn choose(a: &mut CodeAssembler, more: i32) -> Result<(), IcedError> {
+    a.lea(eax, ptr(rbx + more))?;
+    a.xor(edx, edx)?;
+    a.mov(ecx, 3)?;
+    a.div(ecx)?;
+    a.shl(edx, 12)?;
+    a.mov(ecx, ebx)?;
+    a.and(ecx, 8)?;
+    a.shl(ecx, 5)?;
+    a.lea(edx, ptr(rdx + rcx + (PIECES[0] | 3) as i32))
+}
+
+/// A kernel that maps another piece at the window and uses it at once, in the same block: data, code, the code it is in.
+fn kernel_alone() -> Vec<u8> {
+    assembled(KERNEL, |a| {
+        let mut again = a.create_label();
+        a.mov(ecx, 0xc000_0101u32)?;
+        a.mov(eax, 0x1000)?;
+        a.xor(edx, edx)?;
+        a.wrmsr()?;
+        a.mov(ebx, ROUNDS)?;
+        a.mov(r12, NOTES)?;
+        a.xor(r14d, r14d)?;
+        a.set_label(&mut again)?;
+        choose(a, 2)?;
+        a.mov(rsi, rdx)?;
+        choose(a, 1)?;
+        a.mov(r10, rdx)?;
+        choose(a, 0)?;
+        a.mov(ecx, PTE as i32)?;
+        a.mov(eax, WINDOW as i32)?;
+        // Flags and what is known of the page meet each INVLPG.
+        a.mov(r8, qword_ptr(rax))?;
+        a.cmp(ebx, 40)?;
+        a.mov(qword_ptr(rcx), rdx)?;
+        a.invlpg(byte_ptr(rax))?;
+        a.adc(r14, qword_ptr(rax))?;
+        a.mov(qword_ptr(rax + 0x800), r14)?;
+        a.mov(qword_ptr(rcx), r10)?;
+        a.invlpg(byte_ptr(rax + r8 * 8 - 0x1000).gs())?;
+        a.invlpg(byte_ptr(rax - 0x1000).gs())?;
+        a.add(r14, qword_ptr(rax + 0x800))?;
+        a.xor(r14, qword_ptr(rax + 8))?;
+        a.lea(r11, ptr(rax + 0x40))?;
+        a.call(r11)?;
+        a.call(WINDOW + 0x40)?;
+        a.lea(r11, ptr(rax + 0x100))?;
+        a.call(r11)?;
+        a.mov(qword_ptr(r12), r14)?;
+        a.add(r12, 8)?;
+        a.dec(ebx)?;
+        a.jne(again)?;
+        a.cli()?;
+        a.hlt()
+    })
+}
+
 fn memory() -> GuestMemory {
     let mem = GuestMemory::Ram(Ram::shared(1 << 20).expect("1 MiB"));
     let put = |at: u64, v: u64| mem.store(at, Width::Q, v).expect("in RAM");
@@ -160,12 +246,16 @@ fn memory() -> GuestMemory {
 }
 
 fn run(vcpu: &mut dyn Vcpu) -> (Vec<u8>, [u64; 16]) {
-    let mem = memory();
+    run_on(vcpu, &memory())
+}
+
+fn run_on(vcpu: &mut dyn Vcpu, mem: &GuestMemory) -> (Vec<u8>, [u64; 16]) {
     let mut s = CpuState::long64(0);
+    s.cr4 |= Cr4::PGE;
     (s.cr3, s.rip, s.rflags) = (TABLES, KERNEL, Rflags::FIXED);
     s.gpr[Gpr::Rsp as usize] = STACK;
     *vcpu.state() = s;
-    assert_eq!(vcpu.run(Board { mem: &mem, bus: &EmptyBus }, u64::MAX), Exit::Halt, "RIP {:#x}", vcpu.state().rip);
+    assert_eq!(vcpu.run(Board { mem, bus: &EmptyBus }, u64::MAX), Exit::Halt, "RIP {:#x}", vcpu.state().rip);
     let mut notes = vec![0; 8 * ROUNDS as usize];
     mem.read(NOTES, &mut notes).expect("in RAM");
     (notes, vcpu.state().gpr)
@@ -181,6 +271,25 @@ fn translator() -> Translator {
 fn branches_between_pages_follow_the_page_tables() {
     let wanted = run(&mut Interpreter::new(Arc::new(CpuModel::host())));
     let seen = run(&mut translator());
+    for (n, (w, s)) in wanted.0.chunks(8).zip(seen.0.chunks(8)).enumerate() {
+        assert_eq!(w, s, "round {n}");
+    }
+    assert_eq!(wanted.1, seen.1);
+}
+
+/// SDM 2A INVLPG: what is used next, by the same block, is what is mapped then; and its own code.
+#[test]
+fn a_kernel_sees_what_it_maps_at_once() {
+    let alone = || {
+        let mem = memory();
+        mem.write(KERNEL, &kernel_alone()).expect("in RAM");
+        for (n, at) in PIECES.into_iter().enumerate() {
+            mem.write(at, &own_piece(n as i32)).expect("in RAM");
+        }
+        mem
+    };
+    let wanted = run_on(&mut Interpreter::new(Arc::new(CpuModel::host())), &alone());
+    let seen = run_on(&mut translator(), &alone());
     for (n, (w, s)) in wanted.0.chunks(8).zip(seen.0.chunks(8)).enumerate() {
         assert_eq!(w, s, "round {n}");
     }

@@ -104,6 +104,8 @@ pub enum Way {
     Return(u16),
     /// IN or OUT at CPL 0.
     Port,
+    /// INVLPG at CPL 0.
+    Invalidate,
     /// SYSCALL.
     Syscall,
     /// SYSRET to 64-bit code at CPL 0.
@@ -415,7 +417,8 @@ fn item(
         }
         _ => {}
     }
-    if matches!(way, Way::Step | Way::Asleep | Way::VerifyWrite | Way::Port | Way::Syscall | Way::Sysret | Way::Iret) {
+    let shows_flags = matches!(way, Way::Step | Way::Asleep | Way::VerifyWrite | Way::Port | Way::Invalidate);
+    if shows_flags || matches!(way, Way::Syscall | Way::Sysret | Way::Iret) {
         flags_in = STATUS;
     }
     // Division, x87 and SIMD exceptions; all others have an access.
@@ -669,6 +672,7 @@ fn wide(iced: &Instruction, mode: Mode, routes: &Routes) -> Way {
         Code::Sysretq => return Way::Sysret,
         // The processor's own loads of descriptors know no RFLAGS.AC.
         Code::Iretq if mode.alignment() != Some(true) => return Way::Iret,
+        Code::Invlpg_m => return Way::Invalidate,
         _ if matches!(iced.mnemonic(), Mnemonic::In | Mnemonic::Out) => return Way::Port,
         _ => {}
     }

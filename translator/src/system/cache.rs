@@ -364,7 +364,9 @@ impl Cache {
             e.block = b;
             e.site = e.site.map(|s| s + offset);
             e.again = e.again.map(|a| a + offset);
-            if let Kind::Miss { retry: at, .. } | Kind::Port { resume: at, .. } = &mut e.kind {
+            if let Kind::Miss { retry: at, .. } | Kind::Port { resume: at, .. } | Kind::Invalidate { resume: at } =
+                &mut e.kind
+            {
                 *at += offset;
             }
             e

@@ -64,8 +64,8 @@ pub struct System {
     calls: Vec<Option<Box<Call>>>,
     /// How often, of those that were thrown away.
     called: BTreeMap<Code, u64>,
-    /// IN and OUT done without leaving the code.
-    ports: [u64; 2],
+    /// IN, OUT and INVLPG done without leaving the code.
+    ports: [u64; 3],
     flushes: u64,
     /// Components above XMM are in use.
     upper: bool,
@@ -145,7 +145,7 @@ impl System {
             store: None,
             calls: Vec::new(),
             called: BTreeMap::new(),
-            ports: [0; 2],
+            ports: [0; 3],
             flushes: 0,
             upper: false,
             wants_upper: false,
@@ -168,7 +168,8 @@ impl System {
     /// How often the interpreter was called, by instruction.
     pub fn called(&self) -> BTreeMap<Code, u64> {
         let mut all = self.called.clone();
-        for (code, n) in [Code::In_AL_imm8, Code::Out_imm8_AL].into_iter().zip(self.ports).filter(|(_, n)| *n > 0) {
+        let codes = [Code::In_AL_imm8, Code::Out_imm8_AL, Code::Invlpg_m];
+        for (code, n) in codes.into_iter().zip(self.ports).filter(|(_, n)| *n > 0) {
             *all.entry(code).or_default() += n;
         }
         for c in self.calls.iter().flatten() {
@@ -224,7 +225,7 @@ impl System {
     fn forget_calls(&mut self) {
         self.flushes = self.cache.counts.flushes;
         self.called = self.called();
-        self.ports = [0; 2];
+        self.ports = [0; 3];
         self.calls.clear();
         self.close_gates();
     }
@@ -642,7 +643,7 @@ impl System {
             _ => match self.cache.exit(id).kind {
                 Kind::To | Kind::Indirect => "block looked up or translated",
                 Kind::Look | Kind::Shadow => "event looked for",
-                Kind::Step | Kind::Asleep | Kind::Port { .. } => "call-out",
+                Kind::Step | Kind::Asleep | Kind::Port { .. } | Kind::Invalidate { .. } => "call-out",
                 Kind::Miss { .. } => "TLB miss",
             },
         }
@@ -702,6 +703,12 @@ impl System {
                 if self.area.get(at::CALLED) == 0 {
                     let port = port.unwrap_or(t.cpu.gpr[Gpr::Rdx as usize] as u16);
                     self.access_port(t, board, port, width, write);
+                }
+                Next::Go(Via::Start)
+            }
+            Kind::Invalidate { .. } => {
+                if self.area.get(at::CALLED) == 0 {
+                    self.invalidate(t, ram, exit.block);
                 }
                 Next::Go(Via::Start)
             }

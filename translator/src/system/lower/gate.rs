@@ -1,4 +1,4 @@
-//! Ways over a border that stay in the cache: IN and OUT call the device, SYSCALL, SYSRET and IRETQ go where they went before
+//! Ways over a border that stay in the cache: IN and OUT call the device, INVLPG what forgets the page, SYSCALL, SYSRET and IRETQ go where they went before
 //! ([`at::SYSCALL`], [`at::SYSRET`], [`at::IRET`]: what the interpreter made of the state when it did one).
 
 use super::asm::{Assembler, At, W};
@@ -6,7 +6,7 @@ use super::memory::Host;
 use super::scratch::bit;
 use super::{Flags, Kind, Lower};
 use crate::system::area::at;
-use crate::system::block::{Access, Item};
+use crate::system::block::{Access, Item, Segment as Relative, operand_of};
 use bivisor_emulator::cpu::{CpuState, Rflags, Segment};
 use bivisor_emulator::interp::sensitive::{fast, iret};
 use bivisor_emulator::isa::{Gpr, Seg, Width};
@@ -63,6 +63,32 @@ impl Lower<'_> {
         self.stub(exit);
         let resume = self.e.len() as u32;
         self.exits[exit].kind = Kind::Port { port, width, write, resume };
+        Some(true)
+    }
+
+    /// INVLPG at CPL 0.
+    pub(super) fn invalidate(&mut self, item: &Item) -> Option<bool> {
+        let a = operand_of(&item.iced, 1, false).filter(|a| !a.narrow)?;
+        self.keep_flags()?;
+        let address = self.scratch(item, false)?;
+        if a.base.is_none() && a.index.is_none() {
+            self.e.constant(address, a.disp as u64);
+        } else {
+            self.e.lea(address, At::any(a.base, a.index, i32::try_from(a.disp).ok()?, false));
+        }
+        match a.segment {
+            Relative::Flat => {}
+            Relative::Fs => self.e.add(address, At::slot(at::FS_BASE)),
+            Relative::Gs => self.e.add(address, At::slot(at::GS_BASE)),
+            Relative::Fs32 | Relative::Gs32 => return None,
+        }
+        self.e.store(At::slot(at::TEMP), address);
+        // What follows asks the TLB anew.
+        self.windows.clear();
+        let exit = self.exit(Kind::Invalidate { resume: 0 }, self.block.next(item), Flags::Slot, self.n + 1);
+        self.exits[exit].spilled = self.spilled;
+        self.stub(exit);
+        self.exits[exit].kind = Kind::Invalidate { resume: self.e.len() as u32 };
         Some(true)
     }
 

@@ -153,7 +153,7 @@ impl Lower<'_> {
                     (low, high, write) = (l, h, write || a.write);
                 }
             }
-            if i.way.ends() && n > 0 {
+            if i.way.ends() && n > 0 || i.way == Way::Invalidate {
                 break;
             }
             if i.writes & bit(base) != 0 {

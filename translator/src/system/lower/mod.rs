@@ -71,6 +71,11 @@ pub enum Kind {
         /// Where to go on.
         resume: u32,
     },
+    /// INVLPG of the address in [`at::TEMP`]; the code goes on at an offset when it is done, or is left then.
+    Invalidate {
+        /// Where to go on.
+        resume: u32,
+    },
     /// An indirect branch whose target was not found; it has not begun.
     Indirect,
     /// Look at events, then go on at RIP.
@@ -429,7 +434,7 @@ impl Lower<'_> {
         let Exit { kind, native, .. } = self.exits[exit];
         let light = matches!(kind, Kind::Miss { .. } | Kind::Step) && !native;
         let to = match kind {
-            Kind::Port { .. } => self.around.port,
+            Kind::Port { .. } | Kind::Invalidate { .. } => self.around.port,
             _ if light => self.around.leave_light,
             _ => self.around.leave,
         };
@@ -522,6 +527,7 @@ impl Lower<'_> {
             Way::JumpIndirect | Way::CallIndirect => self.indirect(item),
             Way::Return(more) => self.ret(item, more),
             Way::Port => self.port(item),
+            Way::Invalidate => self.invalidate(item),
             Way::Syscall => self.syscall(item),
             Way::Sysret => self.sysret(item),
             Way::Iret => self.iret(item),

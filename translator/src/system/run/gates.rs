@@ -1,17 +1,18 @@
-//! What the code does by itself where the interpreter has gone before: SYSCALL, SYSRET, IRETQ, IN and OUT; and when it has the vector registers.
+//! What the code does by itself where the interpreter has gone before: SYSCALL, SYSRET, IRETQ, IN, OUT and INVLPG; and when it has the vector registers.
 
 use super::System;
 use super::calls::tell_priority;
 use crate::emit::slot;
 use crate::run::Translator;
 use crate::system::area::at;
+use crate::system::cache::next_page;
 use crate::system::lower::Kind;
 use crate::system::{Control, Mode};
 use bivisor_emulator::cpu::{CpuState, Cr0, Cr4, Rflags};
 use bivisor_emulator::host::thread::ThreadBlock;
 use bivisor_emulator::interp::sensitive::{fast, io};
 use bivisor_emulator::isa::{Gpr, Seg, Width};
-use bivisor_emulator::mem::{Access, By, PAGE_SIZE, Ram};
+use bivisor_emulator::mem::{Access, By, Flushed, PAGE_SIZE, Ram};
 use bivisor_emulator::vcpu::Board;
 use iced_x86::Mnemonic;
 
@@ -180,7 +181,24 @@ impl System {
         }
     }
 
-    /// IN or OUT at CPL 0, called from the code: where to go on, or 0 if it must be left.
+    /// INVLPG of the address in its slot. False if the code of block `b` must be left: something else has changed too, or it may not
+    /// be mapped any more as it was.
+    pub(super) fn invalidate(&mut self, t: &mut Translator, ram: &Ram, b: u32) -> bool {
+        let (laddr, same) = (self.area.get(at::TEMP), self.is_same(t, ram));
+        t.stats.steps += 1;
+        self.ports[2] += 1;
+        t.core.mmu.flush_page(laddr);
+        let Flushed::Page(page) = t.core.mmu.flushed() else { return false };
+        if same {
+            self.mapping = t.core.mmu.generation();
+            self.flush_page(page);
+        }
+        let block = self.cache.block(b);
+        let its_own = |rip: u64| rip / PAGE_SIZE == page / PAGE_SIZE;
+        same && !its_own(block.rip) && !(block.second.is_some() && its_own(next_page(block.rip)))
+    }
+
+    /// IN, OUT or INVLPG at CPL 0, called from the code: where to go on, or 0 if it must be left.
     pub(super) fn device(
         &mut self,
         t: &mut Translator,
@@ -189,7 +207,12 @@ impl System {
         block: &ThreadBlock,
         id: u32,
     ) -> u64 {
-        let Kind::Port { port, width, write, resume } = self.cache.exit(id).kind else { return 0 };
+        let exit = *self.cache.exit(id);
+        if let Kind::Invalidate { resume } = exit.kind {
+            let stays = self.invalidate(t, ram, exit.block) && block.scratch[slot::LOOK].get() == 0;
+            return if stays { self.cache.host(resume) } else { 0 };
+        }
+        let Kind::Port { port, width, write, resume } = exit.kind else { return 0 };
         let register = |r: Gpr| at::CALLER + 8 * r as usize;
         let port = port.unwrap_or(self.area.get(register(Gpr::Rdx)) as u16);
         t.cpu.gpr[Gpr::Rax as usize] = self.area.get(register(Gpr::Rax));
