@@ -7,7 +7,7 @@
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::linux::{LastWords, Successor};
 use bivisor_emulator::mem::{FlatSpace, Prot, Vma};
-use bivisor_translator::lower::finds_by_pext;
+use bivisor_translator::lower::{adds_up, finds_by_pext};
 use bivisor_translator::persist::{Archive, hash};
 use bivisor_translator::{Cache, Policy};
 use rustix::fs::{self, AtFlags, CWD, FileType, Mode, OFlags, Stat};
@@ -97,13 +97,14 @@ impl Place {
         let this = std::fs::metadata("/proc/self/exe").map_err(|e| format!("/proc/self/exe: {e}"))?;
         // Another build of bivisor may translate otherwise.
         let key = format!(
-            "bivisor {} of {} bytes, {}.{:09}; CPU {:016x}; PEXT {}; {:?}; {}",
+            "bivisor {} of {} bytes, {}.{:09}; CPU {:016x}; PEXT {} {}; {:?}; {}",
             env!("CARGO_PKG_VERSION"),
             this.size(),
             this.mtime(),
             this.mtime_nsec(),
             model.fingerprint(),
             finds_by_pext(),
+            adds_up(),
             Policy::default(),
             program.display(),
         );

@@ -1,6 +1,6 @@
 //! The teaching commands: doctor, classify, explain, demo, compare: what they print, as text and as JSON, with and without /dev/kvm.
 
-use bivisor_translator::lower::finds_by_pext;
+use bivisor_translator::lower::{adds_up, finds_by_pext};
 use serde_json::Value;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -497,10 +497,12 @@ fn the_course_runs() {
                 if std::env::var_os("UPDATE").is_some() {
                     page.replace_range(from..end, &printed);
                     std::fs::write(&path, &page).expect("the page is written");
-                } else if finds_by_pext() {
+                } else if finds_by_pext() && !adds_up() {
                     assert_eq!(page[from..end], printed, "{name}: {line}: UPDATE=1 writes it anew");
                 } else {
-                    println!("SKIPPED what `{line}` prints: this host has no fast PEXT, or little address space");
+                    println!(
+                        "SKIPPED what `{line}` prints: the pages show what a host does that finds branch targets by PEXT and compares"
+                    );
                 }
             }
             if !args_.iter().any(|a| ["--json", "--markdown"].contains(a)) {

@@ -3,7 +3,8 @@
 //! The code lies in the host's huge pages where it gives them: a compiler's code, translated, is thousands of small ones, more than a
 //! CPU has TLB entries for.
 //!
-//! In front of the code lies the table of branch targets: one code address for each value of the low 16 bits of a guest address.
+//! In front of the code lies the table of branch targets: a code address for each value of the low 16 bits of a guest address, or, where
+//! branches add to it what says that they are foreseen ([`adds_up`]), a number and which bits of the target are added to it.
 //! Every thread maps it read-only behind its thread block, so that generated code reaches it through GS. At first the table is half as
 //! large and mapped twice, so that the highest of these bits does not count: most programs need no more, and its pages are a good part
 //! of what starting one costs.
@@ -12,6 +13,8 @@
 //! any more, and who has to takes a copy of that piece first.
 #![allow(unsafe_code)]
 
+use crate::lower::{ADDEND, addend, adds_up};
+use bivisor_emulator::host::code_space::{self, Claim};
 use bivisor_emulator::host::thread::{ENGINE_AREA_OFFSET, ENGINE_AREA_SIZE, ThreadBlock};
 use std::cell::Cell;
 use std::fs::File;
@@ -23,7 +26,6 @@ use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 /// Entries of the table of branch targets: at first, at last.
 const FEW_ENTRIES: usize = 1 << 15;
 const MOST_ENTRIES: usize = 1 << 16;
-const TABLE_SIZE: usize = MOST_ENTRIES * 8;
 /// Where the code begins in the memory, which is where a huge page may begin.
 const CODE_AT: usize = HUGE;
 /// A huge page.
@@ -33,7 +35,7 @@ const PIECE: usize = 64 << 10;
 const SMALL_PIECE: usize = 16 << 10;
 /// What is shared over a fork is copied in pieces of this size.
 const SHARED_PIECE: usize = 16 << 10;
-const _: () = assert!(TABLE_SIZE <= ENGINE_AREA_SIZE);
+const _: () = assert!(16 * MOST_ENTRIES <= ENGINE_AREA_SIZE && 16 * MOST_ENTRIES <= CODE_AT);
 
 /// The two views. Offsets count from the start of the code.
 pub struct CodeBuffer {
@@ -45,6 +47,10 @@ pub struct CodeBuffer {
     used: usize,
     /// Of the table.
     entries: usize,
+    /// Bytes of one.
+    entry_size: usize,
+    /// That no executable memory lies where a branch may go astray; there may be no such place.
+    place: Option<Claim>,
     /// Rarely executed code lies from here on to the end, put downwards, so that it does not lie between what is executed often.
     cold: usize,
     /// The memory, as long as nothing was written to the table.
@@ -83,6 +89,8 @@ impl CodeBuffer {
                 size,
                 used: 0,
                 entries: FEW_ENTRIES,
+                entry_size: if adds_up() { 16 } else { 8 },
+                place: None,
                 cold: size - 64,
                 fresh: None,
                 ready: 0,
@@ -92,7 +100,12 @@ impl CodeBuffer {
                 shared: vec![Cell::new(false); size.div_ceil(SHARED_PIECE)],
             };
             let prot = libc::PROT_READ | libc::PROT_EXEC;
-            let rx = reserve(size)?;
+            let (rx, place) = match code_space::reserve(size, HUGE) {
+                Ok((rx, place)) if adds_up() => (rx, Some(place)),
+                Ok((rx, _)) => (rx, None),
+                Err(_) => (reserve(size)?, None),
+            };
+            buffer.place = place;
             buffer.rx = map(rx, size, prot, libc::MAP_FIXED, &fd, CODE_AT)?;
             buffer.fresh = Some(fd);
             Ok(buffer)
@@ -117,7 +130,7 @@ impl CodeBuffer {
 
     /// Bytes of memory in use: table, code, rarely executed code.
     pub fn memory(&self) -> usize {
-        self.entries * 8 + self.used + self.size - self.cold
+        self.entries * self.entry_size + self.used + self.size - self.cold
     }
 
     /// Bytes in use.
@@ -272,15 +285,33 @@ impl CodeBuffer {
         guest as u16 & (self.entries - 1) as u16
     }
 
-    fn entry(&self, index: usize) -> &AtomicU64 {
-        assert!(index < self.entries, "no entry");
+    fn word(&self, index: usize, word: usize) -> &AtomicU64 {
+        assert!(index < self.entries && word < self.entry_size / 8, "no entry");
         // SAFETY: in range of the table; it is only accessed as atomics.
-        unsafe { &*self.rw.cast::<AtomicU64>().add(index) }
+        unsafe { &*self.rw.cast::<AtomicU64>().add(index * self.entry_size / 8 + word) }
     }
 
     /// Sets a branch target, which [`CodeBuffer::index`] gave, to code offset `target`.
+    ///
+    /// A thread that reads one word before this and the other after it goes astray.
     pub fn set_target(&self, index: u16, target: usize) {
-        self.entry(index.into()).store(self.base() + target as u64, Ordering::Release);
+        if self.entry_size > 8 {
+            self.word(index.into(), 1).store(0, Ordering::Release);
+        }
+        self.word(index.into(), 0).store(self.base() + target as u64, Ordering::Release);
+    }
+
+    /// Sets it to code offset `target` for branches to `guest`; others go astray.
+    pub fn set_only_target(&self, index: u16, target: usize, guest: u64) {
+        assert!(self.is_alone());
+        let to = (self.base() + target as u64).wrapping_sub(addend(guest));
+        self.word(index.into(), 0).store(to, Ordering::Release);
+        self.word(index.into(), 1).store(ADDEND, Ordering::Release);
+    }
+
+    /// Is nothing executable where a branch may go astray?
+    pub fn is_alone(&self) -> bool {
+        self.place.is_some()
     }
 
     /// Would so many targets be better off with a larger table?
@@ -296,15 +327,16 @@ impl CodeBuffer {
     }
 
     fn set_targets(&self, range: Range<usize>, target: usize) {
-        range.for_each(|i| self.entry(i).store(self.base() + target as u64, Ordering::Relaxed));
+        range.for_each(|i| self.set_target(i as u16, target));
     }
 
     /// Sets all branch targets.
     pub fn fill_targets(&mut self, target: usize) {
         // Written by the kernel, fresh memory costs half of what it does through the mapping.
-        let size = self.entries * 8;
+        let size = self.entries * self.entry_size;
         if let Some(fd) = self.fresh.take() {
-            let page = (self.base() + target as u64).to_ne_bytes().repeat(512);
+            let entry = [self.base() + target as u64, 0].map(u64::to_ne_bytes).concat();
+            let page = entry[..self.entry_size].repeat(4096 / self.entry_size);
             let pages = vec![IoSlice::new(&page); size / page.len()];
             if File::from(fd).write_vectored(&pages).is_ok_and(|n| n == size) {
                 // Faults would come one by one. It need not succeed.
@@ -345,8 +377,8 @@ impl CodeBuffer {
                 return Err(Error::last_os_error());
             }
         }
-        let size = self.entries * 8;
-        for at in (area..area + TABLE_SIZE).step_by(size) {
+        let size = self.entries * self.entry_size;
+        for at in (area..area + MOST_ENTRIES * self.entry_size).step_by(size) {
             // SAFETY: as above. An old size of 0 makes a second mapping of a shared one (mremap(2)).
             unsafe {
                 let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
@@ -358,7 +390,7 @@ impl CodeBuffer {
         }
         // SAFETY: the mappings just made.
         unsafe {
-            if libc::mprotect(area as *mut libc::c_void, TABLE_SIZE, libc::PROT_READ) != 0 {
+            if libc::mprotect(area as *mut libc::c_void, MOST_ENTRIES * self.entry_size, libc::PROT_READ) != 0 {
                 return Err(Error::last_os_error());
             }
         }

@@ -3,8 +3,10 @@
 //! The handler does nothing that needs a lock or memory: what the host PC means is found out afterwards in normal context.
 #![allow(unsafe_code)]
 
+use crate::astray::Caught;
 use crate::emit::{NO_TRAP, slot};
 use crate::enter::{self, CAPTURED};
+use crate::lower::{JMP_R11, adds_up};
 use bivisor_emulator::cpu::xsave::Layout;
 use bivisor_emulator::cpu::{CpuState, Rflags};
 use bivisor_emulator::host::thread::ThreadBlock;
@@ -43,6 +45,22 @@ pub unsafe fn hook(block: &ThreadBlock, sig: i32, info: *mut libc::siginfo_t, uc
     }
     let pc = regs[REG_RIP as usize] as u64;
     let slots = &block.scratch;
+    let caught = Caught {
+        pc,
+        r11: regs[libc::REG_R11 as usize] as u64,
+        trap: regs[REG_TRAPNO as usize] as u64,
+        error: regs[REG_ERR as usize] as u64,
+        cache: (slots[slot::CACHE_START].get(), slots[slot::CACHE_END].get()),
+    };
+    // SAFETY: `pc` is in the cache, and the thread has executed what is there.
+    let jumps = |pc: u64| unsafe { (pc as *const [u8; 3]).read() } == JMP_R11;
+    if exception
+        && adds_up()
+        && let Some(on) = caught.on(jumps)
+    {
+        regs[REG_RIP as usize] = on as i64;
+        return true;
+    }
     if (slots[slot::CACHE_START].get()..slots[slot::CACHE_END].get()).contains(&pc) {
         slots[slot::PC].set(pc);
         slots[slot::TRAP].set(if exception { regs[REG_TRAPNO as usize] as u64 } else { NO_TRAP });

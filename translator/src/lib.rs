@@ -23,6 +23,7 @@
 //! memory operands as they are and shares its cache among threads, the latter checks every access. 64-bit code is translated, by the latter
 //! 32-bit code with flat segments too; everything else, and every instruction that cannot be copied or rewritten, is done by the interpreter.
 
+mod astray;
 pub mod block;
 pub mod cache;
 pub mod code_buffer;

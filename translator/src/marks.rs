@@ -19,6 +19,8 @@ pub enum What {
     Undo(u16, Gpr),
     /// As [`What::At`]; a fault here says that the target of the branch is no code that can be read.
     Probe(u16),
+    /// The same, with RCX in [`slot::TMP`].
+    ProbeRcx(u16),
     /// The instruction that ends at this distance, SYSCALL, is done; what it says of RCX is still to be done.
     Called(u16),
     /// RCX is in [`slot::TMP`], the block has not begun; a fault here says that its code cannot be read.
@@ -74,6 +76,7 @@ impl What {
             What::Copied(d) => (0, d.into()),
             What::At(d) => (1, d.into()),
             What::Probe(d) => (2, d.into()),
+            What::ProbeRcx(d) => (9, d.into()),
             What::Called(d) => (3, d.into()),
             What::Compare => (4, 0),
             What::Target => (5, 0),
@@ -91,6 +94,7 @@ impl What {
             0 => What::Copied(d),
             1 => What::At(d),
             2 => What::Probe(d),
+            9 => What::ProbeRcx(d),
             3 => What::Called(d),
             4 => What::Compare,
             5 => What::Target,
@@ -187,7 +191,7 @@ pub trait Registers {
 
 /// Does the instruction `at` bytes into a piece of code only look at guest code, or whether the target of a branch can be read?
 pub fn probes(marks: &[Packed], at: usize) -> bool {
-    mark_at(marks, at).is_some_and(|m| matches!(m.unpack(0).what, What::Probe(_) | What::Compare))
+    mark_at(marks, at).is_some_and(|m| matches!(m.unpack(0).what, What::Probe(_) | What::ProbeRcx(_) | What::Compare))
 }
 
 /// Mends the registers of a thread stopped `at` bytes into a piece of code translated from `start`, with its first exit; gives RIP.
@@ -213,6 +217,10 @@ pub fn recover(
     match mark.what {
         What::Copied(from) => start.wrapping_add(u64::from(from)).wrapping_add((at - usize::from(mark.at)) as u64),
         What::At(d) => start.wrapping_add(u64::from(d)),
+        What::ProbeRcx(d) => {
+            regs.set_gpr(Gpr::Rcx, regs.slot(slot::TMP));
+            start.wrapping_add(u64::from(d))
+        }
         What::Undo(d, r) => {
             regs.set_gpr(r, regs.slot(slot::TMP));
             start.wrapping_add(u64::from(d))
@@ -285,7 +293,7 @@ mod tests {
     fn what_is_packed_comes_back() {
         let mut all: Vec<What> = Gpr::ALL.iter().map(|&r| What::Undo(960, r)).collect();
         all.extend([What::Copied(0), What::At(960), What::Probe(7), What::Called(2), What::Compare, What::Target]);
-        all.extend([What::Comparing, What::Exit(100 + 1023), What::Exiting]);
+        all.extend([What::Comparing, What::Exit(100 + 1023), What::Exiting, What::ProbeRcx(7)]);
         for what in all {
             for home in [Home::Slot, Home::Register] {
                 let mark = Mark { at: u16::MAX, what, home };
@@ -293,7 +301,7 @@ mod tests {
                 assert_eq!((packed.unpack(100), Packed::read(packed.bytes())), (mark, packed));
             }
         }
-        for kind in 9..16u32 {
+        for kind in 10..16u32 {
             assert!(!Packed::read((kind << 26).to_le_bytes()).is_of_block(9), "no such kind");
         }
     }

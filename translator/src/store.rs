@@ -1,5 +1,6 @@
 //! The content of a code cache, under its lock: blocks, the links between them, the landings, what was made from which page.
 
+use crate::astray::Budget;
 use crate::block::{Constant, GuestBlock, page_of};
 use crate::code_buffer::CodeBuffer;
 use crate::emit::{Emitter, slot};
@@ -87,6 +88,7 @@ pub struct Store {
     landings: Map<u16, u32>,
     /// Is there any landing?
     landed: bool,
+    astray: Budget,
     pub(crate) exits_used: u32,
     pub(crate) miss: u32,
     keep: (usize, usize),
@@ -124,6 +126,7 @@ impl Store {
             refused: 0,
             landings: Map::default(),
             landed: false,
+            astray: Budget::new(),
             exits_used: 0,
             miss: miss as u32,
             keep,
@@ -420,7 +423,38 @@ impl Store {
         if !leads {
             self.buffer.patch(l.next(), next);
         }
-        self.buffer.set_target(entry, l.at());
+        self.aim(entry, b);
+        self.aim_waiting();
+    }
+
+    /// Makes a table entry lead to a block's landing, or past it if it is the only one.
+    fn aim(&mut self, entry: u16, b: u32) {
+        match self.only(b) {
+            Some((to, start)) if self.astray.may_be_more() => self.buffer.set_only_target(entry, to, start),
+            only => {
+                self.buffer.set_target(entry, self.landing_at(b));
+                self.astray.waiting.extend(only.map(|_| entry));
+            }
+        }
+    }
+
+    /// Of a block whose landing is the only one of its entry: what comes behind the comparison, and the guest's address.
+    fn only(&self, b: u32) -> Option<(usize, u64)> {
+        let block = self.blocks.get(b as usize).filter(|_| self.buffer.is_alone())?;
+        let l = block.landing.filter(|_| self.landing_at(block.next_landing) == self.miss as usize)?;
+        Some((l.meant(), block.start()))
+    }
+
+    /// Entries that were to wait, if they need not any more.
+    fn aim_waiting(&mut self) {
+        while self.astray.may_be_more()
+            && let Some(entry) = self.astray.waiting.pop()
+        {
+            let b = self.landings.get(&entry).copied().unwrap_or(0);
+            if let Some((to, start)) = self.only(b) {
+                self.buffer.set_only_target(entry, to, start);
+            }
+        }
     }
 
     /// Takes all landings out of the table. Nobody is in the code, and no block is found before its landing is entered again.
@@ -466,7 +500,7 @@ impl Store {
         let head = self.landings.get(&entry).copied().unwrap_or(0);
         if head == b {
             self.landings.insert(entry, next);
-            self.buffer.set_target(entry, self.landing_at(next));
+            self.aim(entry, next);
         } else {
             let mut before = head;
             while before != 0 && self.blocks[before as usize].next_landing != b {
@@ -476,6 +510,9 @@ impl Store {
                 *next_landing = next;
                 let site = l.next();
                 self.buffer.patch(site, self.landing_at(next));
+                if before == head {
+                    self.aim(entry, head);
+                }
             }
         }
         self.blocks[b as usize].landing = None;
@@ -530,6 +567,7 @@ impl Store {
         if std::mem::take(&mut self.landed) {
             self.buffer.fill_targets(self.miss as usize);
             self.landings.clear();
+            self.astray.waiting.clear();
         }
         self.blocks.truncate(1);
         self.notes.truncate(self.keep.1);
@@ -576,10 +614,11 @@ impl Store {
                 }
             }
         }
-        for (&entry, &first) in &self.landings {
+        let entries: Vec<(u16, u32)> = self.landings.iter().map(|(&entry, &first)| (entry, first)).collect();
+        for (entry, first) in entries {
             let mut b = first;
             if b != 0 {
-                self.buffer.set_target(entry, self.landing_at(b));
+                self.aim(entry, b);
             }
             while let Some(Block { landing: Some(l), next_landing, .. }) = self.blocks.get(b as usize) {
                 if !self.buffer.is_shared(l.next()) {

@@ -191,6 +191,66 @@ fn indirect_branches_keep_flags_and_registers() {
     assert_eq!([Gpr::Rcx, Gpr::R11, Gpr::R8, Gpr::R9, Gpr::Rsp].map(|r| g.reg(r)), [0x1111, 0x2222, 1, 7, stack + 32]);
 }
 
+/// Functions and places to return to whose addresses have their low 16 bits in common: they share an entry of the table.
+#[test]
+fn targets_that_share_an_entry_are_told_apart() {
+    const ROUNDS: u64 = 2000;
+    let mut g = Guest::new();
+    // Four pieces of code at one offset in pages of 64 KiB, the guest's own first.
+    let far: Vec<u64> = (0..3)
+        .map(|_| {
+            let (at, space) = (map(2 * CODE, false), g.mem.flat().expect("a flat space"));
+            let start = at.next_multiple_of(CODE) + g.code % CODE;
+            let start = if start + CODE > at + 2 * CODE { start - CODE } else { start };
+            let (prot, name) = (Prot::all(), "".into());
+            space.insert(Vma { start: at, end: at + 2 * CODE, prot, shared: false, name, offset: 0, backing: None });
+            start
+        })
+        .collect();
+    // Each adds its number to RAX, with all flags set by what was there before, and goes back or on to the next.
+    const AT: u64 = 0x100;
+    for (n, start) in far.iter().enumerate() {
+        let mut a = CodeAssembler::new(64).expect("64-bit");
+        a.lea(rax, qword_ptr(rax + (n as i32 + 1) * 1000)).unwrap();
+        a.adc(rdx, 0).unwrap();
+        a.stc().unwrap();
+        match far.get(n + 1) {
+            // Behind the call all return addresses are alike in their low 16 bits, too.
+            Some(next) => {
+                a.mov(r8, next + AT).unwrap();
+                a.call(r8).unwrap();
+                a.adc(rdx, 0).unwrap();
+                a.stc().unwrap();
+            }
+            None => {}
+        }
+        a.ret().unwrap();
+        put(start + AT, &a.assemble(start + AT).expect("assembles"));
+    }
+    let all = far.clone();
+    g.asm(|a| {
+        let mut top = a.create_label();
+        a.mov(rcx, ROUNDS).unwrap();
+        a.xor(eax, eax).unwrap();
+        a.xor(edx, edx).unwrap();
+        a.set_label(&mut top).unwrap();
+        for start in &all {
+            a.mov(r11, start + AT).unwrap();
+            a.stc().unwrap();
+            a.call(r11).unwrap();
+            a.adc(rdx, 0).unwrap();
+        }
+        a.dec(rcx).unwrap();
+        a.jnz(top).unwrap();
+        a.syscall().unwrap();
+    });
+    g.until_syscall();
+    // 6000, 5000 and 3000 a round; a carry comes through each of the six calls and returns behind them.
+    assert_eq!(g.reg(Gpr::Rax), 14_000 * ROUNDS);
+    assert_eq!(g.reg(Gpr::Rdx), 12 * ROUNDS);
+    assert!(g.t.stats().entries < 60, "{:?}", g.t.stats());
+}
+
 #[test]
 fn rip_relative_operands_near_low_and_far() {
     for low in [false, true] {

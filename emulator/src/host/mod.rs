@@ -1,6 +1,7 @@
 //! The plumbing under engines that share the host's address space: fault-tolerant access, the signal handler, per-thread blocks, the clock.
 
 pub mod clock;
+pub mod code_space;
 pub mod fds;
 pub mod fork;
 pub mod fpu;

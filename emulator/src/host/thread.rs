@@ -51,7 +51,7 @@ pub const ENGINE_AREA_SIZE: usize = 8 << 20;
 
 /// Bytes behind that range which nothing is ever mapped at, where the host has that much address space for every thread: all offsets of
 /// 36 bits, from the start of the range, fault or are the engine's.
-pub const GUARD_SIZE: usize = 64 << 30;
+pub const GUARD_SIZE: usize = 128 << 30;
 
 /// Is there a guard? Decided at the first thread; another that cannot have one then has no block at all.
 static GUARDED: OnceLock<bool> = OnceLock::new();

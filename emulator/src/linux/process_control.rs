@@ -1,7 +1,7 @@
 //! New guest processes: a host process each (fork(2), vfork(2)).
 
 use crate::host::thread::ThreadBlock;
-use crate::host::{fds, fork as host_fork, signal as host_signal};
+use crate::host::{code_space, fds, fork as host_fork, signal as host_signal};
 use crate::linux::clone::{CLONE_CLEAR_SIGHAND, Request, store_tid};
 use crate::linux::host::{self, err};
 use crate::linux::signal::{self, RESTART};
@@ -60,6 +60,7 @@ fn fork_locked(task: &mut Task, request: &Request) -> i64 {
         let _space = process.space.flat().lock_for_fork();
         let _actions = process.signals.lock_for_fork();
         let _fds = fds::lock_for_fork();
+        let _code = code_space::lock_for_fork();
         pid = if by_library(request) {
             host_fork::fork()
         } else {

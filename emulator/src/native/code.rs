@@ -5,6 +5,7 @@
 #![allow(unsafe_code)]
 
 use crate::cpu::CpuState;
+use crate::host::code_space::{self, Claim};
 use crate::host::{probe::Reach, signal};
 use std::ffi::c_void;
 use std::ptr::NonNull;
@@ -38,6 +39,7 @@ pub struct Entry(u32);
 pub struct CodeBuffer {
     base: NonNull<u8>,
     used: usize,
+    _place: Claim,
 }
 
 // SAFETY: the mapping belongs to the buffer alone and is not tied to a thread.
@@ -76,15 +78,12 @@ pub enum Ran {
 impl CodeBuffer {
     /// An empty buffer; `None` if the host gives no memory for it.
     pub fn new() -> Option<CodeBuffer> {
-        // SAFETY: a fresh anonymous mapping.
-        let base = unsafe {
-            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-            libc::mmap(std::ptr::null_mut(), SIZE, libc::PROT_READ | libc::PROT_EXEC, flags, -1, 0)
-        };
-        if base == libc::MAP_FAILED {
+        let (base, place) = code_space::reserve(SIZE, PAGE).ok()?;
+        let mut buffer = CodeBuffer { base: NonNull::new(base)?, used: 0, _place: place };
+        // SAFETY: the range just reserved.
+        if unsafe { libc::mprotect(base.cast(), SIZE, libc::PROT_READ | libc::PROT_EXEC) } != 0 {
             return None;
         }
-        let mut buffer = CodeBuffer { base: NonNull::new(base.cast())?, used: 0 };
         buffer.add(&recover())?;
         Some(buffer)
     }

@@ -18,6 +18,7 @@ use crate::enter::MISS;
 use crate::lower::memory::load_target;
 use crate::lower::{Depends, Leave, Lowering, R11, use_of_r11};
 use crate::marks::{Home, Mark, What};
+use bivisor_emulator::host::code_space;
 use bivisor_emulator::host::thread::{GUARD_SIZE, ThreadBlock};
 use bivisor_emulator::isa::Gpr;
 use bivisor_emulator::isa::decode::is_amd;
@@ -40,6 +41,17 @@ impl Landing {
     /// Its offset.
     pub fn at(self) -> usize {
         self.0.get() as usize
+    }
+
+    /// Offset of what comes behind the comparison.
+    pub fn meant(self) -> usize {
+        static LEN: OnceLock<usize> = OnceLock::new();
+        self.at()
+            + LEN.get_or_init(|| {
+                let mut e = Emitter::new(0);
+                let l = emit_landing(&mut e, &mut Vec::new(), 0x1234_5678, 0);
+                e.len() - l.at()
+            })
     }
 
     /// Offset of the displacement of its jump to the next landing.
@@ -153,17 +165,55 @@ fn put_away(l: &mut Lowering<'_>, item: &Item) {
 fn probe(l: &mut Lowering<'_>, item: &Item, r: u8) {
     let target = gs(slot::TARGET);
     dynasm!(l.e; .arch x64; gs mov [target], Rq(r));
+    if adds_up() {
+        let tmp = gs(slot::TMP);
+        dynasm!(l.e; .arch x64; gs mov [tmp], rcx);
+        l.mark(What::Undo(item.at, Gpr::Rcx));
+        find(&mut l.e, r);
+        l.mark(What::ProbeRcx(item.at));
+        add_up(&mut l.e);
+        l.mark(What::Undo(item.at, Gpr::Rcx));
+        dynasm!(l.e; .arch x64; gs mov rcx, [tmp]);
+        l.mark(What::At(item.at));
+        return;
+    }
     l.mark(What::Probe(item.at));
     fault_unless_user(&mut l.e, r, finds_by_pext());
     l.mark(What::At(item.at));
 }
 
+/// With a target in a register: R11 counts half entries, or leads into the guard, and RCX has the target from bit 15 on.
+fn find(e: &mut Emitter, r: u8) {
+    // rorx rcx, r, 15
+    let rorx = [0xc4, 0xe3 & !(r >> 3 << 5), 0xfb, 0xf0, 0xc8 | r & 7, 15];
+    if r == Gpr::R11 as u8 {
+        e.bytes.extend_from_slice(&rorx);
+        pext_r11(e, r);
+    } else {
+        pext_r11(e, r);
+        e.bytes.extend_from_slice(&rorx);
+    }
+    dynasm!(e; .arch x64; lea r11, [r11 + r11]);
+}
+
+/// After [`find`]: R11 is where to go, RCX is lost. These loads find out whether the target is one of user code.
+fn add_up(e: &mut Emitter) {
+    // pdep rcx, rcx, gs:[r11 * 8 + TABLE + 8]
+    e.bytes.extend_from_slice(&[0x65, 0xc4, 0xa2, 0xf3, 0xf5, 0x0c, 0xdd]);
+    e.push_i32(TABLE + 8);
+    dynasm!(e; .arch x64; gs mov r11, [r11 * 8 + TABLE]; lea r11, [r11 + rcx]);
+}
+
+/// pext r11, r, gs:[ADDRESS_BITS]
+fn pext_r11(e: &mut Emitter, r: u8) {
+    e.bytes.extend_from_slice(&[0x65, 0xc4, 0x62, 0x82 | (!r & 15) << 3, 0xf5, 0x1c, 0x25]);
+    e.push_i32(gs(slot::ADDRESS_BITS));
+}
+
 /// A load through the target takes a line of the cache for data, and a translation, from every page of code.
 fn fault_unless_user(e: &mut Emitter, r: u8, pext: bool) {
     if pext {
-        // pext r11, r, gs:[ADDRESS_BITS]
-        e.bytes.extend_from_slice(&[0x65, 0xc4, 0x62, 0x82 | (!r & 15) << 3, 0xf5, 0x1c, 0x25]);
-        e.push_i32(gs(slot::ADDRESS_BITS));
+        pext_r11(e, r);
         dynasm!(e; .arch x64; gs mov r11, [r11 * 8 + TABLE]);
         return;
     }
@@ -178,7 +228,7 @@ fn fault_unless_user(e: &mut Emitter, r: u8, pext: bool) {
 /// What [`slot::ADDRESS_BITS`] holds: the bits of an address that are 0 in user space, and those that choose the table's entry.
 pub const ADDRESS_BITS: u64 = !0 << 47 | 0xffff;
 // Whatever these bits are, they lead to the table or into the guard.
-const _: () = assert!(8 << ADDRESS_BITS.count_ones() <= GUARD_SIZE as u64);
+const _: () = assert!(16 << ADDRESS_BITS.count_ones() <= GUARD_SIZE as u64);
 
 /// Is the table's index made by PEXT? Not where that is slow: on AMD's CPUs before family 19h (Fog, Instruction tables).
 pub fn finds_by_pext() -> bool {
@@ -190,6 +240,29 @@ pub fn finds_by_pext() -> bool {
         ThreadBlock::make().is_ok() && ThreadBlock::is_guarded() && has_bmi2() && !slow
     })
 }
+
+/// Do branches add what an entry gives and bits 15 to 47 of their target up to an address, so that nothing is compared at the landing?
+/// There it takes a fifth to a third off programs that call much on Intel's Raptor Cove; it was never measured on AMD's CPUs.
+pub fn adds_up() -> bool {
+    static DOES: OnceLock<bool> = OnceLock::new();
+    *DOES.get_or_init(|| finds_by_pext() && !is_amd())
+}
+
+/// The second word of an entry: where PDEP puts the bits of a target from bit 15 on, and none of it if there is more than one landing.
+/// These are multiples of [`code_space::PERIOD`].
+pub const ADDEND: u64 = !0 << 31;
+const _: () = assert!(1 << ADDEND.trailing_zeros() == code_space::PERIOD);
+
+/// What PDEP gives for a target.
+pub fn addend(target: u64) -> u64 {
+    target >> 15 << ADDEND.trailing_zeros()
+}
+
+/// JMP R11.
+pub const JMP_R11: [u8; 3] = [0x41, 0xff, 0xe3];
+
+/// Where the way out for missed targets is, from the start of the code.
+pub const MISS_AT: usize = 8;
 
 /// With the target in its slot, and in a register if one is given; after [`probe`].
 fn dispatch(l: &mut Lowering<'_>, r: Option<u8>) {
@@ -204,7 +277,7 @@ fn dispatch(l: &mut Lowering<'_>, r: Option<u8>) {
     }
     match r {
         _ if finds_by_pext() => {
-            dynasm!(l.e; .arch x64; jmp r11);
+            l.e.bytes.extend_from_slice(&JMP_R11);
             return;
         }
         Some(r) => dynasm!(l.e; .arch x64; movzx r11d, Rw(r)),
@@ -330,6 +403,7 @@ pub fn emit_trampolines(e: &mut Emitter, marks: &mut Vec<Mark>) -> usize {
     dynasm!(e; .arch x64; gs jmp QWORD [leave]);
     e.align(4, 0xcc);
     let miss = e.len();
+    assert_eq!(miss, MISS_AT);
     marks.push(Mark { at: miss as u16, what: What::Target, home: Home::Slot });
     dynasm!(e
         ; .arch x64
@@ -417,6 +491,76 @@ mod tests {
             }
         }
         assert!(pext(u64::MAX) < GUARD_SIZE as u64 / 8);
+    }
+
+    fn bits(mask: u64) -> impl Iterator<Item = u32> {
+        (0..64).filter(move |i| mask >> i & 1 != 0)
+    }
+
+    /// What R11 is after the instructions that find an entry and add up, with a table of one entry: its index and two words. `None`:
+    /// the entry is not read, but another or the guard.
+    fn sum(code: &[u8], target: u64, (index, words): (u64, [u64; 2])) -> Option<u64> {
+        let (mut rcx, mut r11) = (target, target);
+        let read = |i: &Instruction, r11: u64| {
+            assert_eq!(
+                (i.segment_prefix(), i.memory_index(), i.memory_index_scale()),
+                (Register::GS, Register::R11, 8)
+            );
+            let at = (r11 * 8).wrapping_add(i.memory_displacement64()).wrapping_sub(TABLE as u64);
+            (at / 16 == index).then(|| words[at as usize % 16 / 8])
+        };
+        for i in Decoder::new(64, code, DecoderOptions::NONE) {
+            let from = match i.op1_register() {
+                Register::R11 => r11,
+                Register::RCX => rcx,
+                _ => target,
+            };
+            match i.code() {
+                Code::VEX_Rorx_r64_rm64_imm8 => rcx = from.rotate_right(u32::from(i.immediate8())),
+                Code::VEX_Pext_r64_r64_rm64 => {
+                    assert_eq!(i.memory_displacement64(), gs(slot::ADDRESS_BITS) as u64);
+                    r11 = bits(ADDRESS_BITS).enumerate().fold(0, |all, (to, bit)| all | (from >> bit & 1) << to);
+                }
+                Code::VEX_Pdep_r64_r64_rm64 => {
+                    rcx = bits(read(&i, r11)?).enumerate().fold(0, |all, (from, to)| all | (rcx >> from & 1) << to);
+                }
+                Code::Mov_r64_rm64 => r11 = read(&i, r11)?,
+                Code::Lea_r64_m if i.memory_index() == Register::R11 => r11 *= 2,
+                Code::Lea_r64_m => r11 = r11.wrapping_add(rcx),
+                code => panic!("{code:?}"),
+            }
+        }
+        Some(r11)
+    }
+
+    #[test]
+    fn a_sum_is_the_code_for_its_own_target_alone() {
+        const BODY: u64 = 0x7f00_4010_1234;
+        for r in 0..16u8 {
+            let mut e = Emitter::new(0);
+            find(&mut e, r);
+            add_up(&mut e);
+            for i in Decoder::new(64, &e.bytes, DecoderOptions::NONE).into_iter().take(2) {
+                assert_eq!(i.op1_register().number(), usize::from(r), "{i}");
+            }
+            for guest in [0x40_1234u64, 0xffff, 0x7fff_dead_beef, 0x8000_1234, 0x1_8000_1234] {
+                let entry = (guest & 0xffff, [BODY.wrapping_sub(addend(guest)), ADDEND]);
+                assert_eq!(sum(&e.bytes, guest, entry), Some(BODY), "{guest:x}");
+                for bit in 0..64 {
+                    match sum(&e.bytes, guest ^ 1 << bit, entry) {
+                        Some(to) => {
+                            assert!((15..47).contains(&bit), "{bit}");
+                            let distance = to.wrapping_sub(BODY);
+                            assert!(distance != 0 && distance % code_space::PERIOD == 0, "{guest:x} {bit}");
+                        }
+                        None => assert!(bit < 16 || bit >= 47, "{bit}"),
+                    }
+                }
+                // An entry of several adds nothing.
+                let entry = (guest & 0xffff, [BODY, 0]);
+                assert_eq!(sum(&e.bytes, guest ^ 0x7ff_1234_0000, entry), Some(BODY));
+            }
+        }
     }
 
     #[test]

@@ -20,7 +20,9 @@ use crate::route::Route;
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
-pub use branch::{ADDRESS_BITS, Landing, emit_landing, emit_trampolines, finds_by_pext};
+pub use branch::{
+    ADDEND, ADDRESS_BITS, JMP_R11, Landing, MISS_AT, addend, adds_up, emit_landing, emit_trampolines, finds_by_pext,
+};
 pub use relocate::{Depends, Relocation, move_code};
 pub use stub::{emit_stubs, exit_said, nth_said, stub_at, stub_before, stubs_size};
 
