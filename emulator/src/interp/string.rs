@@ -397,4 +397,57 @@ mod tests {
         assert_eq!(bytes(&m, 0xfff0, 0x11), [&[0x5a; 0x10][..], &[0]].concat());
         assert_eq!(bytes(&m, 0, 0x11), [&[0x5a; 0x10][..], &[0]].concat());
     }
+
+    /// Runs out of the 2 MiB that are mapped.
+    #[test]
+    fn flags_of_a_comparison_that_faults() {
+        for prefix in [0xf2, 0xf3] {
+            let mut m = Machine::long64(3, &[prefix, 0xae]);
+            let end = 2 << 20;
+            m.mem.write(end - 3, &[1; 3]).expect("in RAM");
+            m.cpu().gpr[0] = if prefix == 0xf2 { 2 } else { 1 };
+            m.cpu().rflags |= Rflags::OF | Rflags::SF;
+            let (exit, regs) = go(&mut m, [5, 0, end - 3]);
+            assert_eq!((exit, regs), (Exit::Exception(Fault::Pf { addr: end, code: 4 }), [2, 0, end, 0]));
+            let expected = match (Vendor::host(), prefix) {
+                (Vendor::Intel, _) => Rflags::OF | Rflags::SF,
+                (Vendor::Amd, 0xf2) => Rflags::empty(),
+                (Vendor::Amd, _) => Rflags::ZF | Rflags::PF,
+            };
+            assert_eq!(m.cpu().rflags & Rflags::STATUS, expected, "{prefix:x}");
+        }
+    }
+
+    #[test]
+    fn what_32_bit_addresses_cut() {
+        let high = 0xabcd << 32;
+        for (opcode, rsi, rdi) in [(0xa4, true, true), (0xaa, false, true), (0xac, false, false), (0xa6, false, false)]
+        {
+            let mut m = Machine::long64(3, &[0xf3, 0x67, opcode]);
+            let (_, regs) = go(&mut m, [high, high | DATA, high | DATA]);
+            let cut = |yes: bool, v: u64| if yes && Vendor::host() == Vendor::Intel { v & 0xffff_ffff } else { v };
+            assert_eq!(regs, [cut(true, high), cut(rsi, high | DATA), cut(rdi, high | DATA), 3], "{opcode:x}");
+        }
+    }
+
+    #[test]
+    fn count_zero_does_nothing_and_lods_keeps_the_last() {
+        let mut m = Machine::long64(3, &[0xf3, 0xa4]);
+        assert_eq!(go(&mut m, [0, 0x7fff_0000_0000, 1 << 40]).1, [0, 0x7fff_0000_0000, 1 << 40, 2]);
+        let mut m = Machine::long64(3, &[0xf3, 0xac]);
+        m.mem.write(DATA, &[7, 8, 9]).expect("in RAM");
+        m.cpu().gpr[0] = 0x1100;
+        go(&mut m, [3, DATA, 0]);
+        assert_eq!(m.cpu().gpr[0], 0x1109);
+    }
+
+    #[test]
+    fn real_mode_indices_wrap_at_64_kib() {
+        let mut m = Machine::real(&[0xf3, 0xaa]);
+        m.cpu().gpr[0] = 0x5a;
+        let (exit, regs) = go(&mut m, [0x20, 0, 0xfff0]);
+        assert_eq!((exit, regs), (Exit::Budget, [0, 0, 0x10, 2]));
+        assert_eq!(bytes(&m, 0xfff0, 0x11), [&[0x5a; 0x10][..], &[0]].concat());
+        assert_eq!(bytes(&m, 0, 0x11), [&[0x5a; 0x10][..], &[0]].concat());
+    }
 }
