@@ -429,25 +429,4 @@ mod tests {
             assert_eq!(regs, [cut(true, high), cut(rsi, high | DATA), cut(rdi, high | DATA), 3], "{opcode:x}");
         }
     }
-
-    #[test]
-    fn count_zero_does_nothing_and_lods_keeps_the_last() {
-        let mut m = Machine::long64(3, &[0xf3, 0xa4]);
-        assert_eq!(go(&mut m, [0, 0x7fff_0000_0000, 1 << 40]).1, [0, 0x7fff_0000_0000, 1 << 40, 2]);
-        let mut m = Machine::long64(3, &[0xf3, 0xac]);
-        m.mem.write(DATA, &[7, 8, 9]).expect("in RAM");
-        m.cpu().gpr[0] = 0x1100;
-        go(&mut m, [3, DATA, 0]);
-        assert_eq!(m.cpu().gpr[0], 0x1109);
-    }
-
-    #[test]
-    fn real_mode_indices_wrap_at_64_kib() {
-        let mut m = Machine::real(&[0xf3, 0xaa]);
-        m.cpu().gpr[0] = 0x5a;
-        let (exit, regs) = go(&mut m, [0x20, 0, 0xfff0]);
-        assert_eq!((exit, regs), (Exit::Budget, [0, 0, 0x10, 2]));
-        assert_eq!(bytes(&m, 0xfff0, 0x11), [&[0x5a; 0x10][..], &[0]].concat());
-        assert_eq!(bytes(&m, 0, 0x11), [&[0x5a; 0x10][..], &[0]].concat());
-    }
 }

@@ -304,7 +304,7 @@ mod tests {
     use crate::cpu::Fault;
     use crate::interp::alu::Vendor;
     use crate::interp::testing::Machine;
-    use crate::isa::Gpr;
+    use crate::isa::{Gpr, Width};
     use crate::vcpu::Exit;
 
     /// Behind it no page is there.
@@ -356,5 +356,18 @@ mod tests {
             let should = if Vendor::host() == Vendor::Amd { amd } else { intel };
             assert_eq!(store(code, rdi, before), should, "{name}");
         }
+    }
+
+    /// Measured on Zen 4 and on Raptor Cove.
+    #[test]
+    fn eighty_bits_over_a_page_end() {
+        // fldpi; fstp tbyte ptr [rdi]
+        let mut m = Machine::long64(3, &[0xd9, 0xeb, 0xdb, 0x3f]);
+        m.cpu().gpr[Gpr::Rdi as usize] = END - 8;
+        m.mem.write(END - 8, &[0xee; 8]).expect("in RAM");
+        assert_eq!(m.run(2), Exit::Exception(Fault::Pf { addr: END, code: 6 }));
+        let stored = if Vendor::host() == Vendor::Amd { [0xee; 8] } else { 0xc90f_daa2_2168_c235_u64.to_le_bytes() };
+        assert_eq!(m.load(END - 8, Width::Q).to_le_bytes(), stored);
+        assert_eq!(m.cpu().xsave.ftw_abridged(), 0x80, "it is not popped");
     }
 }

@@ -157,7 +157,9 @@ fn run_bounced(x: &mut Exec<'_>, i: &Insn, m: &MemRef, offset: u64, t: &Thunk) -
     }
     if t.needs.contains(Needs::STORE) && (t.needs.contains(Needs::X87) || faults_before_mxcsr(t)) {
         // The instruction changes registers too: what the store can raise comes first.
-        access::check_write(x, m.seg, offset, len as u64)?;
+        if let Err(stop) = access::check_write(x, m.seg, offset, len as u64) {
+            return if in_pieces(t) { run_refused_store(x, i, m, offset, t, stop) } else { Err(stop) };
+        }
     }
     execute(x, t, None)?;
     if t.needs.contains(Needs::POINTERS) {
@@ -208,7 +210,12 @@ fn run_unmasked_store(x: &mut Exec<'_>, i: &Insn, m: &MemRef, offset: u64, t: &T
     if x.env.native.operand()[..len] == old[..len] { Ok(()) } else { store(x, m.seg, offset, len) }
 }
 
-/// The same where the store cannot be done: what is not stored does not fault (Raptor Cove).
+/// Raptor Cove stores what has 80 bits as eight bytes and two; where the two cannot be stored, the eight are.
+fn in_pieces(t: &Thunk) -> bool {
+    t.needs.contains(Needs::X87) && t.len == 10 && Vendor::host() == Vendor::Intel
+}
+
+/// An x87 store that cannot be done: what is not stored for an exception does not fault (Raptor Cove).
 #[cold]
 fn run_refused_store(x: &mut Exec<'_>, i: &Insn, m: &MemRef, offset: u64, t: &Thunk, stop: Stop) -> Step {
     /// FSW and FCW: every exception but precision, with which the result is stored.
@@ -224,6 +231,9 @@ fn run_refused_store(x: &mut Exec<'_>, i: &Insn, m: &MemRef, offset: u64, t: &Th
     }
     x.env.native.leave_x87(&mut x.cpu.xsave);
     x.cpu.xsave = before;
+    if in_pieces(t) && access::check_write(x, m.seg, offset, 8).is_ok() {
+        store(x, m.seg, offset, 8)?;
+    }
     Err(stop)
 }
 
