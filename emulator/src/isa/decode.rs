@@ -3,7 +3,7 @@
 use super::length::{Fetched, fetched};
 use crate::isa::Insn;
 use crate::isa::host_cpu::cpuid;
-use iced_x86::{Code, CodeSize, Decoder, DecoderOptions, Instruction, Register};
+use iced_x86::{Code, CodeSize, Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic, Register};
 use std::sync::OnceLock;
 
 /// SDM 2A 2.3.11: longer instructions give #GP(0).
@@ -50,7 +50,7 @@ pub fn decode(bytes: &[u8], bitness: u32) -> Result<Insn, DecodeError> {
     if bitness != 64 && wide_is_none(&iced, window) {
         return Err(DecodeError::Invalid);
     }
-    if !iced.is_invalid() {
+    if !iced.is_invalid() && (is_amd() || !is_amds(&iced)) {
         correct(&mut iced, window);
         return Ok(Insn::new(iced));
     }
@@ -87,6 +87,12 @@ pub fn correct(iced: &mut Instruction, window: &[u8]) {
     if iced.code() == Code::Pause && is_amd() {
         xchg_r8_not_pause(iced, window);
     }
+}
+
+/// 3DNow!, SSE4A and XOP: to Intel's processors their bytes are no such instruction, and not as long (measured on Raptor Cove).
+fn is_amds(iced: &Instruction) -> bool {
+    matches!(iced.code().encoding(), EncodingKind::D3NOW | EncodingKind::XOP)
+        || matches!(iced.mnemonic(), Mnemonic::Extrq | Mnemonic::Insertq)
 }
 
 /// With VEX.W Zen 4 has neither VPINSRD nor VPEXTRD in 16- and 32-bit code; Intel's manual says that W is ignored there.

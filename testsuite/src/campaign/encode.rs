@@ -254,7 +254,8 @@ pub fn codes_in(bits: u32, supports: impl Fn(Code) -> bool) -> (Vec<Code>, Vec<(
         if !decodes || !op.is_instruction() {
             continue;
         }
-        if !supports(code) || super::never_decodes(code) {
+        let never = super::never_decodes(code) || bits == 64 && super::never_decodes_in_64_bits(code);
+        if !supports(code) || never {
             continue;
         }
         match super::reason_against(code) {

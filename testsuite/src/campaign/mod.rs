@@ -68,6 +68,12 @@ fn umip() -> bool {
     std::arch::x86_64::__cpuid_count(7, 0).ecx & 4 != 0
 }
 
+/// The same in 64-bit mode: on Intel's CPUs near branches ignore a 66 prefix there, so that none has an operand of 16 bits.
+pub fn never_decodes_in_64_bits(code: Code) -> bool {
+    let op = code.op_code();
+    Vendor::host() == Vendor::Intel && op.mode64() && op.amd_decoder64() && !op.intel_decoder64()
+}
+
 /// Does this host's decoder never give this code? WAIT and another instruction are two; AMD's UD0 has no ModRM byte, and its far pointers no
 /// offset of 64 bits.
 pub fn never_decodes(code: Code) -> bool {
