@@ -4,6 +4,7 @@
 use bivisor_emulator::bus::EmptyBus;
 use bivisor_emulator::cpu::{Attr, CpuModel, CpuState, Cr0, Cr4, Efer, Fault, Segment};
 use bivisor_emulator::interp::Interpreter;
+use bivisor_emulator::interp::alu::Vendor;
 use bivisor_emulator::isa::{Gpr, Seg, Width};
 use bivisor_emulator::mem::{GuestMemory, Ram};
 use bivisor_emulator::vcpu::{Board, Exit, Intercepts, Vcpu};
@@ -91,10 +92,12 @@ struct Case {
     /// Doublewords after: physical address, value.
     memory: &'static [(u64, u64)],
     end: Fault,
+    end_on_intel: Option<Fault>,
 }
 
 /// Changes nothing, and ends behind its code.
-const PLAIN: Case = Case { name: "", code: |_| Ok(()), before: &[], after: &[], memory: &[], end: Fault::Bp };
+const PLAIN: Case =
+    Case { name: "", code: |_| Ok(()), before: &[], after: &[], memory: &[], end: Fault::Bp, end_on_intel: None };
 
 const CASES: [Case; 14] = [
     Case {
@@ -206,6 +209,8 @@ const CASES: [Case; 14] = [
         code: |a| a.mov(eax, dword_ptr(ebx + 2)),
         before: &[(Gpr::Rbx, 0xffff_fffc)],
         end: Fault::Gp(0),
+        // It goes on at offset 0 (measured on Raptor Cove), where there is memory.
+        end_on_intel: Some(Fault::Bp),
         ..PLAIN
     },
     Case {
@@ -290,7 +295,8 @@ fn check(case: &Case, name: &str, engine: &mut dyn Vcpu, under: Under, cpl: u8, 
     case.before.iter().for_each(|(r, v)| s.gpr[*r as usize] = *v);
     let exit = engine.run(Board { mem: &mem, bus: &EmptyBus }, budget);
     let Exit::Exception(fault) = exit else { panic!("{what}: {exit:?}") };
-    assert_eq!(fault, case.end, "{what}");
+    let end = case.end_on_intel.filter(|_| Vendor::host() == Vendor::Intel).unwrap_or(case.end);
+    assert_eq!(fault, end, "{what}");
     let s = engine.state();
     for (r, v) in case.after {
         assert_eq!(s.gpr[*r as usize], *v, "{what}: {r:?}");

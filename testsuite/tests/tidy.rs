@@ -30,6 +30,7 @@ const CRATES: &[(&str, &[&str])] = &[
 /// The only files with `unsafe` code.
 const UNSAFE: &[&str] = &[
     "emulator/src/host/clock.rs",
+    "emulator/src/host/code_space.rs",
     "emulator/src/host/fds.rs",
     "emulator/src/host/fork.rs",
     "emulator/src/host/fpu.rs",

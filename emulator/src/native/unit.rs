@@ -364,13 +364,16 @@ impl NativeUnit {
         let b = self.operand();
         // SDM 1 figures 8-9 and 8-11: control, status, tag, then FIP, FCS with the opcode, FDP, FDS in words or doublewords.
         let size = if matches!(len, 14 | 94) { 2 } else { 4 };
+        // Where FOP and FDP are noted for unmasked exceptions only (SDM 1 8.1.9; CPUID leaf 7, FDP_EXCPTN_ONLY) the image has 0 of others.
+        let has_fop = size == 4 && (b[18], b[19] & 7) != (0, 0);
+        let has_fdp = b[5 * size..6 * size].iter().any(|byte| *byte != 0);
         let mut put = |n: usize, v: u64| b[n * size..(n + 1) * size].copy_from_slice(&v.to_le_bytes()[..size]);
         if noted.0 {
             put(3, p.fip);
-            let opcode = if size == 4 && amd { u64::from(p.fop) << 16 } else { 0 };
+            let opcode = if size == 4 && (amd || has_fop) { u64::from(p.fop) << 16 } else { 0 };
             put(4, u64::from(if amd { p.fcs } else { 0 }) | opcode);
         }
-        if noted.1 {
+        if noted.1 && (amd || has_fdp) {
             put(5, p.fdp);
             let unused = if size == 4 { 0xffff_0000 } else { 0 };
             put(6, u64::from(if amd { p.fds } else { 0 }) | unused);

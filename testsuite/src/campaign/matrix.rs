@@ -12,6 +12,8 @@ use std::fmt::Write;
 
 /// The committed summary.
 const SUMMARY: &str = include_str!("../../fidelity.txt");
+/// Of a campaign on a CPU of the other make, whose matrix is not shown.
+const OTHER: &str = include_str!("../../fidelity-intel.txt");
 /// What surrounds the table: written by hand.
 const TEXT: &str = include_str!("../../fidelity.head.md");
 
@@ -116,27 +118,31 @@ struct Line<'a> {
 }
 
 fn value<'a>(key: &str) -> &'a str {
-    SUMMARY.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(' ')).unwrap_or("?")
+    value_in(SUMMARY, key)
 }
 
-fn lines() -> Vec<Line<'static>> {
+fn value_in(summary: &'static str, key: &str) -> &'static str {
+    summary.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(' ')).unwrap_or("?")
+}
+
+fn lines(summary: &'static str) -> Vec<Line<'static>> {
     let line = |l: &'static str| {
         let words: Vec<&str> = l.split(' ').collect();
         let [mnemonic, engine, numbers @ ..] = &words[..] else { return None };
         let n: Vec<u64> = numbers.iter().map(|w| w.parse().ok()).collect::<Option<_>>()?;
         Some(Line { mnemonic, engine, n: n.try_into().ok()? })
     };
-    SUMMARY.lines().filter_map(line).collect()
+    summary.lines().filter_map(line).collect()
 }
 
 /// The campaigns: seed, engines, cases, seconds, revision.
-fn campaigns() -> Vec<(&'static str, &'static str, u64, u64, &'static str)> {
+fn campaigns(summary: &'static str) -> Vec<(&'static str, &'static str, u64, u64, &'static str)> {
     let one = |l: &'static str| {
         let words: Vec<&str> = l.strip_prefix("campaign ")?.split(' ').collect();
         let [seed, engines, cases, seconds, revision] = words[..] else { return None };
         Some((seed, engines, cases.parse().ok()?, seconds.parse().ok()?, revision))
     };
-    SUMMARY.lines().filter_map(one).collect()
+    summary.lines().filter_map(one).collect()
 }
 
 /// What the campaigns on record are together.
@@ -154,7 +160,11 @@ pub struct Totals {
 impl Totals {
     /// Of the committed summary.
     pub fn on_record() -> Totals {
-        let lines = lines();
+        Totals::of(SUMMARY)
+    }
+
+    fn of(summary: &'static str) -> Totals {
+        let lines = lines(summary);
         let sum = |i: usize| lines.iter().map(|l| l.n[i]).sum::<u64>();
         let of = |e: &Which| lines.iter().filter(|l| l.engine == e.name()).map(|l| l.n[1]).sum::<u64>();
         let is_form = |l: &&Line<'_>| l.mnemonic != "invalid" && Kind::named(l.mnemonic).is_none();
@@ -179,7 +189,7 @@ type Rows = BTreeMap<&'static str, BTreeMap<&'static str, [u64; 5]>>;
 
 fn pairs() -> (BTreeSet<&'static str>, Rows) {
     let (mut engines, mut rows) = (BTreeSet::new(), Rows::new());
-    for l in lines() {
+    for l in lines(SUMMARY) {
         engines.insert(l.engine);
         rows.entry(l.mnemonic).or_default().insert(l.engine, l.n);
     }
@@ -201,11 +211,25 @@ fn parts(conditions: &[(&str, bool)]) -> String {
     out
 }
 
+/// What the other make's campaign came to.
+fn other() -> String {
+    let (t, cpu) = (Totals::of(OTHER), value_in(OTHER, "cpu"));
+    let seeds: Vec<&str> = campaigns(OTHER).iter().map(|c| c.0).collect();
+    format!(
+        "On {cpu} (seed {}), {} instruction forms, {}: {} expected divergences, {} unexpected.",
+        seeds.join(", "),
+        t.forms,
+        t.by_engine(),
+        t.expected,
+        t.unexpected
+    )
+}
+
 /// `docs/fidelity.md`.
 pub fn page() -> String {
     let totals = Totals::on_record();
     let mut table = String::new();
-    for (seed, engines, cases, seconds, revision) in campaigns() {
+    for (seed, engines, cases, seconds, revision) in campaigns(SUMMARY).into_iter().chain(campaigns(OTHER)) {
         let rate = cases / seconds.max(1);
         let _ = writeln!(table, "| {engines} | {seed} | {cases} | {seconds} | {rate} | {revision} |");
     }
@@ -218,12 +242,13 @@ pub fn page() -> String {
         let (why, codes) = l.rsplit_once(": ").unwrap_or((l, ""));
         let _ = writeln!(without, "| {why} | {} | {codes} |", codes.split(' ').count());
     }
-    let has_kvm = campaigns().iter().any(|c| c.1.split(',').any(|e| e == Which::Kvm.name()));
+    let has_kvm = campaigns(SUMMARY).iter().any(|c| c.1.split(',').any(|e| e == Which::Kvm.name()));
     let mut out = parts(&[("unexpected", totals.unexpected > 0), ("kvm", has_kvm), ("no kvm", !has_kvm)]);
     for (key, text) in [
         ("{campaigns}\n", table),
         ("{without}\n", without),
         ("{cases}", totals.by_engine()),
+        ("{other}", other()),
         ("{cpu}", value("cpu").into()),
         ("{forms}", totals.forms.to_string()),
         ("{unexpected}", totals.unexpected.to_string()),
@@ -300,12 +325,12 @@ mod tests {
 
     #[test]
     fn the_summary_adds_up() {
-        for l in lines() {
+        for l in lines(SUMMARY) {
             assert_eq!(l.n[1], l.n[2] + l.n[3] + l.n[4], "{} on {}", l.mnemonic, l.engine);
         }
         for e in ["interp", "bt"] {
-            let by_engine: u64 = lines().iter().filter(|l| l.engine == e).map(|l| l.n[1]).sum();
-            let runs = campaigns().into_iter().filter(|c| c.1.split(',').any(|name| name == e));
+            let by_engine: u64 = lines(SUMMARY).iter().filter(|l| l.engine == e).map(|l| l.n[1]).sum();
+            let runs = campaigns(SUMMARY).into_iter().filter(|c| c.1.split(',').any(|name| name == e));
             assert_eq!(by_engine, runs.map(|c| c.2).sum::<u64>(), "{e}");
         }
     }

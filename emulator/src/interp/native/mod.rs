@@ -11,7 +11,7 @@ use crate::cpu::{CpuState, Cr0, Cr4, Fault, Rflags};
 use crate::host::probe::Reach;
 use crate::interp::alu::Vendor;
 use crate::interp::operand::effective_address;
-use crate::interp::{Exec, Step, Stop, access};
+use crate::interp::{Exec, Step, Stop, Why, access};
 use crate::isa::{Base, Gpr, Insn, MemRef, Seg, Width};
 use crate::mem::{Access, PAGE_SIZE};
 use crate::native::{Needs, Ran, Thunk};
@@ -231,7 +231,8 @@ fn run_refused_store(x: &mut Exec<'_>, i: &Insn, m: &MemRef, offset: u64, t: &Th
     }
     x.env.native.leave_x87(&mut x.cpu.xsave);
     x.cpu.xsave = before;
-    if in_pieces(t) && access::check_write(x, m.seg, offset, 8).is_ok() {
+    let missing = matches!(stop.why(), Why::Fault(Fault::Pf { .. }));
+    if missing && in_pieces(t) && access::check_write(x, m.seg, offset, 8).is_ok() {
         store(x, m.seg, offset, 8)?;
     }
     Err(stop)
