@@ -231,8 +231,9 @@ fn run_refused_store(x: &mut Exec<'_>, i: &Insn, m: &MemRef, offset: u64, t: &Th
     }
     x.env.native.leave_x87(&mut x.cpu.xsave);
     x.cpu.xsave = before;
-    let missing = matches!(stop.why(), Why::Fault(Fault::Pf { .. }));
-    if missing && in_pieces(t) && access::check_write(x, m.seg, offset, 8).is_ok() {
+    // Alignment is asked of the whole.
+    let aligned = stop.why() != Why::Fault(Fault::Ac);
+    if aligned && in_pieces(t) && access::check_write(x, m.seg, offset, 8).is_ok() {
         store(x, m.seg, offset, 8)?;
     }
     Err(stop)
