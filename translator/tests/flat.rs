@@ -214,15 +214,12 @@ fn targets_that_share_an_entry_are_told_apart() {
         a.lea(rax, qword_ptr(rax + (n as i32 + 1) * 1000)).unwrap();
         a.adc(rdx, 0).unwrap();
         a.stc().unwrap();
-        match far.get(n + 1) {
-            // Behind the call all return addresses are alike in their low 16 bits, too.
-            Some(next) => {
-                a.mov(r8, next + AT).unwrap();
-                a.call(r8).unwrap();
-                a.adc(rdx, 0).unwrap();
-                a.stc().unwrap();
-            }
-            None => {}
+        // Behind the call all return addresses are alike in their low 16 bits, too.
+        if let Some(next) = far.get(n + 1) {
+            a.mov(r8, next + AT).unwrap();
+            a.call(r8).unwrap();
+            a.adc(rdx, 0).unwrap();
+            a.stc().unwrap();
         }
         a.ret().unwrap();
         put(start + AT, &a.assemble(start + AT).expect("assembles"));
