@@ -15,6 +15,7 @@
 
 use crate::lower::{ADDEND, addend, adds_up};
 use bivisor_emulator::host::code_space::{self, Claim};
+use bivisor_emulator::host::reserved::Reserved;
 use bivisor_emulator::host::thread::{ENGINE_AREA_OFFSET, ENGINE_AREA_SIZE, ThreadBlock};
 use std::cell::Cell;
 use std::fs::File;
@@ -81,7 +82,7 @@ impl CodeBuffer {
         let fd = memfd(CODE_AT + size)?;
         // SAFETY: fresh mappings of our own file over addresses reserved for them; failure of the second unmaps the first by `Drop`.
         unsafe {
-            let rw = reserve(CODE_AT + size)?;
+            let rw = Reserved::anywhere(CODE_AT + size, HUGE)?.keep();
             map(rw, CODE_AT + size, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_FIXED, &fd, 0)?;
             let mut buffer = CodeBuffer {
                 rw,
@@ -100,10 +101,10 @@ impl CodeBuffer {
                 shared: vec![Cell::new(false); size.div_ceil(SHARED_PIECE)],
             };
             let prot = libc::PROT_READ | libc::PROT_EXEC;
-            let (rx, place) = match code_space::reserve(size, HUGE) {
-                Ok((rx, place)) if adds_up() => (rx, Some(place)),
-                Ok((rx, _)) => (rx, None),
-                Err(_) => (reserve(size)?, None),
+            let apart = if adds_up() { code_space::reserve(size, HUGE).ok() } else { None };
+            let (rx, place) = match apart {
+                Some((rx, place)) => (rx, Some(place)),
+                None => (Reserved::anywhere(size, HUGE)?.keep(), None),
             };
             buffer.place = place;
             buffer.rx = map(rx, size, prot, libc::MAP_FIXED, &fd, CODE_AT)?;
@@ -491,25 +492,6 @@ fn memfd(size: usize) -> Result<OwnedFd> {
         return Err(Error::last_os_error());
     }
     Ok(fd)
-}
-
-/// Addresses for `len` bytes, where a huge page may begin.
-fn reserve(len: usize) -> Result<*mut u8> {
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    // SAFETY: a fresh mapping, of which the ends are given back.
-    unsafe {
-        let p = libc::mmap(std::ptr::null_mut(), len + HUGE, libc::PROT_NONE, flags, -1, 0);
-        if p == libc::MAP_FAILED {
-            return Err(Error::last_os_error());
-        }
-        let before = (p as usize).wrapping_neg() % HUGE;
-        let start = p.cast::<u8>().add(before);
-        if before > 0 {
-            libc::munmap(p, before);
-        }
-        libc::munmap(start.add(len).cast(), HUGE - before);
-        Ok(start)
-    }
 }
 
 /// # Safety

@@ -4,6 +4,7 @@
 //! else if it is not. The sum then is the code, or no executable memory at all: it faults.
 #![allow(unsafe_code)]
 
+use crate::host::reserved::Reserved;
 use std::ffi::c_void;
 use std::io::{Error, ErrorKind, Result};
 use std::ops::Range;
@@ -54,8 +55,12 @@ fn residues(start: u64, len: u64) -> impl Iterator<Item = Range<u64>> {
     [first..end.min(PERIOD), 0..end.saturating_sub(PERIOD)].into_iter().filter(|r| !r.is_empty())
 }
 
-fn collides(taken: &[Range<u64>], start: u64, len: u64) -> bool {
-    residues(start, len).any(|r| taken.iter().any(|t| t.start < r.end && r.start < t.end))
+/// How far below `start` a range would have to begin to end where something begins that it now shares addresses with.
+fn over(taken: &[Range<u64>], start: u64, len: u64) -> Option<u64> {
+    residues(start, len).find_map(|r| {
+        let t = taken.iter().find(|t| t.start < r.end && r.start < t.end)?;
+        Some((start % PERIOD + len - t.start) % PERIOD)
+    })
 }
 
 /// A range of executable memory that shares no address modulo [`PERIOD`] with any other.
@@ -63,14 +68,14 @@ fn collides(taken: &[Range<u64>], start: u64, len: u64) -> bool {
 pub struct Claim(Range<u64>);
 
 impl Claim {
-    /// Takes a range, if it is free.
-    pub fn new(start: u64, len: u64) -> Option<Claim> {
+    /// Takes a range if it is free; if not, how many bytes below `start` one may begin that is.
+    fn new(start: u64, len: u64) -> std::result::Result<Claim, u64> {
         let mut taken = taken();
-        if collides(&taken, start, len) {
-            return None;
+        if let Some(over) = over(&taken, start, len) {
+            return Err(over);
         }
         taken.extend(residues(start, len));
-        Some(Claim(start..start + len))
+        Ok(Claim(start..start + len))
     }
 }
 
@@ -90,37 +95,20 @@ impl Drop for Claim {
 /// # Errors
 /// The host's, or that there is no such place.
 pub fn reserve(len: usize, align: usize) -> Result<(*mut u8, Claim)> {
+    // Until one is found the others stay, or the kernel, which does not follow a hint to what is in use, would give one of them again.
+    let mut rejected = Vec::new();
     let mut hint = 0;
-    // Each try begins where the one before ended, or below it.
     for _ in 0..256 {
-        let p = anywhere(hint, len + align)?;
-        let start = (p as usize).next_multiple_of(align);
-        if let Some(claim) = Claim::new(start as u64, len as u64) {
-            // SAFETY: the ends of the mapping just made.
-            unsafe {
-                let (before, after) = (start - p as usize, p as usize + align - start);
-                if before > 0 {
-                    libc::munmap(p, before);
-                }
-                if after > 0 {
-                    libc::munmap((start + len) as *mut c_void, after);
-                }
-            }
-            return Ok((start as *mut u8, claim));
+        let place = Reserved::near(hint, len, align)?;
+        let start = place.start() as u64;
+        match Claim::new(start, len as u64) {
+            Ok(claim) => return Ok((place.keep(), claim)),
+            // The next try is below.
+            Err(over) => hint = start.saturating_sub(over) as usize / align * align,
         }
-        // SAFETY: the mapping just made.
-        unsafe { libc::munmap(p, len + align) };
-        hint = (p as usize).saturating_sub(len + align);
+        rejected.push(place);
     }
     Err(Error::new(ErrorKind::AddrNotAvailable, "executable memory lies everywhere modulo 2 GiB"))
-}
-
-/// So many bytes without rights, at `hint` if that is free.
-fn anywhere(hint: usize, len: usize) -> Result<*mut c_void> {
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    // SAFETY: a fresh mapping without rights.
-    let p = unsafe { libc::mmap(hint as *mut c_void, len, libc::PROT_NONE, flags, -1, 0) };
-    if p == libc::MAP_FAILED { Err(Error::last_os_error()) } else { Ok(p) }
 }
 
 #[cfg(test)]
@@ -147,10 +135,10 @@ mod tests {
         assert!(all.len() >= 2, "text and vDSO at least: {all:x?}");
         for r in all {
             let around = taken();
-            assert!(collides(&around, r.start, 4096), "{r:x?} is not among {around:x?}");
-            assert!(collides(&around, r.start.wrapping_add(5 * PERIOD), 4096));
+            assert!(over(&around, r.start, 4096).is_some(), "{r:x?} is not among {around:x?}");
+            assert!(over(&around, r.start.wrapping_add(5 * PERIOD), 4096).is_some());
         }
-        assert!(Claim::new(VSYSCALL.start - 17 * PERIOD, 4096).is_none());
+        assert!(Claim::new(VSYSCALL.start - 17 * PERIOD, 4096).is_err());
     }
 
     #[test]
@@ -168,13 +156,41 @@ mod tests {
             }
         }
         let first = all[0].0 as u64;
-        assert!(Claim::new(first + PERIOD, 4096).is_none());
+        assert!(Claim::new(first + PERIOD, 4096).is_err());
         for (p, claim) in all {
             drop(claim);
             // SAFETY: reserved above.
             unsafe { libc::munmap(p.cast(), 3 << 20) };
         }
-        assert!(Claim::new(first + PERIOD, 4096).is_some());
+        assert!(Claim::new(first + PERIOD, 4096).is_ok());
+    }
+
+    #[test]
+    fn a_place_is_found_below_what_is_taken_even_if_that_is_in_use() {
+        let (p, all) = reserve(1 << 20, 4096).expect("a place");
+        // What the kernel would give next, and much below it, is taken, and the place below that is in use.
+        let much: Vec<_> = (1..=300).filter_map(|n| Claim::new(p as u64 - (n << 20), 1 << 20).ok()).collect();
+        let _used = Reserved::at(p as usize - (301 << 20), 1 << 20);
+        let (q, next) = reserve(1 << 20, 4096).expect("a place");
+        let (r, last) = reserve(1 << 20, 4096).expect("another");
+        for (p, claim) in [(p, all), (q, next), (r, last)] {
+            assert!(much.iter().all(|m| !claim.0.contains(&m.0.start)));
+            drop(claim);
+            // SAFETY: reserved above.
+            unsafe { libc::munmap(p.cast(), 1 << 20) };
+        }
+    }
+
+    #[test]
+    fn how_far_below_something_the_next_place_is() {
+        let taken = [0x10_0000..0x20_0000, PERIOD - 0x1000..PERIOD];
+        let at = |start| over(&taken, 7 * PERIOD + start, 0x4000);
+        assert_eq!(at(0x10_0000 - 0x4000), None);
+        assert_eq!(at(0x10_0000 - 0x3000), Some(0x1000));
+        assert_eq!(at(0x1f_f000), Some(0x10_3000));
+        assert_eq!(at(0x20_0000), None);
+        assert_eq!(at(PERIOD - 0x2000), Some(0x3000), "over the end of the period");
+        assert_eq!(at(0), None);
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub mod inbox;
 pub mod inherited;
 pub mod kicker;
 pub mod probe;
+pub mod reserved;
 pub mod signal;
 pub mod stopwatch;
 pub mod syscall;

@@ -4,6 +4,7 @@
 //! storage nor a Rust stack. It finds this block through GS, restores the host's FS base from it and runs on the alternate stack.
 #![allow(unsafe_code)]
 
+use crate::host::reserved::Reserved;
 use std::cell::{Cell, OnceCell};
 use std::ffi::c_void;
 use std::io::{Error, Result};
@@ -56,14 +57,6 @@ pub const GUARD_SIZE: usize = 128 << 30;
 /// Is there a guard? Decided at the first thread; another that cannot have one then has no block at all.
 static GUARDED: OnceLock<bool> = OnceLock::new();
 
-/// Reserves so many bytes of address space.
-fn reserve(len: usize) -> Result<*mut c_void> {
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    // SAFETY: a fresh mapping without rights.
-    let p = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_NONE, flags, -1, 0) };
-    if p == libc::MAP_FAILED { Err(Error::last_os_error()) } else { Ok(p) }
-}
-
 /// Is there a limit on address space? What it leaves is for the guest.
 fn is_limited() -> bool {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
@@ -89,14 +82,16 @@ impl Attached {
         let host_fs = arch_prctl_get(ARCH_GET_FS);
         let mut reserved = None;
         let guarded = *GUARDED.get_or_init(|| {
-            reserved = if is_limited() { None } else { reserve(BLOCK_SIZE + GUARD_SIZE).ok() };
+            reserved =
+                if is_limited() { None } else { Reserved::anywhere(BLOCK_SIZE + GUARD_SIZE, ENGINE_AREA_OFFSET).ok() };
             reserved.is_some()
         });
         let size = BLOCK_SIZE + if guarded { GUARD_SIZE } else { 0 };
         let block: *mut ThreadBlock = match reserved {
-            Some(p) => p,
-            None => reserve(size)?,
+            Some(r) => r,
+            None => Reserved::anywhere(size, ENGINE_AREA_OFFSET)?,
         }
+        .keep()
         .cast();
         // SAFETY: a fresh mapping; its first page is the block's, the rest stays out of reach until an engine maps it.
         if unsafe { libc::mprotect(block.cast(), ENGINE_AREA_OFFSET, libc::PROT_READ | libc::PROT_WRITE) } != 0 {

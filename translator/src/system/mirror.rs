@@ -27,6 +27,7 @@
 use crate::system::area;
 use crate::system::area::{Area, at};
 use crate::system::hash::Map;
+use bivisor_emulator::host::reserved::Reserved;
 use bivisor_emulator::mem::{PAGE_SIZE, Ram};
 use std::collections::HashMap;
 use std::os::fd::AsRawFd;
@@ -100,32 +101,10 @@ pub struct Mirror {
     slots: Vec<Slot>,
     /// The usual slots that have one distance: all of them, or none.
     usual: u64,
-    /// Address space that is taken: from where, and bytes.
-    reserved: Vec<(u64, u64)>,
+    /// Address space that is taken.
+    reserved: Vec<Reserved>,
     /// By linear page: guest-physical page, and whether it may be stored to.
     pages: Map<u64, (u64, bool)>,
-}
-
-/// Takes `len` bytes of address space, at `at` if that is not 0.
-fn reserve(at: u64, len: u64) -> Option<(u64, u64)> {
-    let fixed = if at == 0 { 0 } else { libc::MAP_FIXED_NOREPLACE };
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | fixed;
-    // SAFETY: a fresh mapping without rights, which replaces none.
-    let p = unsafe { libc::mmap(at as *mut _, len as usize, libc::PROT_NONE, flags, -1, 0) };
-    if p == libc::MAP_FAILED {
-        return None;
-    }
-    if at != 0 && p as u64 != at {
-        // A kernel before 4.17.
-        release((p as u64, len));
-        return None;
-    }
-    Some((p as u64, len))
-}
-
-fn release((at, len): (u64, u64)) {
-    // SAFETY: reservations of our own, which no code reaches any more.
-    unsafe { libc::munmap(at as *mut _, len as usize) };
 }
 
 /// The one page of the kernel's addresses that programs can see, unless the kernel was told otherwise only to execute it.
@@ -134,8 +113,13 @@ fn vsyscall_is_readable() -> bool {
     maps.map_or(true, |m| m.lines().any(|l| l.ends_with("[vsyscall]") && l.contains(" r")))
 }
 
+/// Takes address space for a slot.
+fn reserve_slot() -> Option<Reserved> {
+    Reserved::anywhere((SLOT + 2 * GUARD) as usize, PAGE_SIZE as usize).ok()
+}
+
 /// Takes address space for the usual slots; gives their distance, and what was taken.
-fn reserve_usual() -> Option<(u64, Vec<(u64, u64)>)> {
+fn reserve_usual() -> Option<(u64, Vec<Reserved>)> {
     // Host addresses where nothing is by custom: away from where the host has programs, libraries and stacks itself.
     let distances = (20..40).map(|n| (n * SLOT).wrapping_neg());
     distances.into_iter().find_map(|distance| {
@@ -144,13 +128,7 @@ fn reserve_usual() -> Option<(u64, Vec<(u64, u64)>)> {
         for n in (1..SLOTS as u64).filter(first) {
             let slots = (USUAL >> n).trailing_ones() as u64;
             let at = (n * SLOT).wrapping_add(distance) - GUARD;
-            match reserve(at, slots * SLOT + 2 * GUARD) {
-                Some(range) => taken.push(range),
-                None => {
-                    taken.drain(..).for_each(release);
-                    return None;
-                }
-            }
+            taken.push(Reserved::at(at as usize, (slots * SLOT + 2 * GUARD) as usize).ok()?);
         }
         Some((distance, taken))
     })
@@ -162,9 +140,9 @@ impl Mirror {
         if !std::is_x86_feature_detected!("bmi2") {
             return None;
         }
-        let nowhere = reserve(0, SLOT + 2 * GUARD)?;
+        let nowhere = reserve_slot()?;
         let mut mirror = Mirror {
-            nowhere: nowhere.0 + GUARD,
+            nowhere: nowhere.start() as u64 + GUARD,
             slots: Vec::new(),
             usual: 0,
             reserved: vec![nowhere],
@@ -175,7 +153,7 @@ impl Mirror {
         }
         // Only one mirror can have that.
         if !vsyscall_is_readable()
-            && let Some(taken) = reserve(LEAST, SLOT + GUARD - LEAST)
+            && let Ok(taken) = Reserved::at(LEAST as usize, (SLOT + GUARD - LEAST) as usize)
         {
             mirror.add(area, 0, 0);
             mirror.reserved.push(taken);
@@ -223,9 +201,9 @@ impl Mirror {
         if self.slots.len() == MOST_SLOTS {
             return None;
         }
-        let taken = reserve(0, SLOT + 2 * GUARD)?;
+        let taken = reserve_slot()?;
+        self.add(area, number, taken.start() as u64 + GUARD);
         self.reserved.push(taken);
-        self.add(area, number, taken.0 + GUARD);
         self.slots.last_mut()
     }
 
@@ -302,12 +280,6 @@ fn empty(host: u64, len: u64) {
     // SAFETY: inside a reservation of our own, over which nothing in Rust has a reference.
     let p = unsafe { libc::mmap(host as *mut _, len as usize, libc::PROT_NONE, flags, -1, 0) };
     assert!(p != libc::MAP_FAILED, "mappings can be taken away: {}", std::io::Error::last_os_error());
-}
-
-impl Drop for Mirror {
-    fn drop(&mut self) {
-        self.reserved.drain(..).for_each(release);
-    }
 }
 
 #[cfg(test)]
