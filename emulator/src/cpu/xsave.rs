@@ -47,6 +47,7 @@ impl Layout {
     pub const HEADER: usize = 512;
 
     /// The host's layout, asked once. Without XSAVE only x87 and SSE are there.
+    #[inline]
     pub fn host() -> &'static Layout {
         static HOST: OnceLock<Layout> = OnceLock::new();
         HOST.get_or_init(Layout::probe)
@@ -147,6 +148,7 @@ macro_rules! legacy_field {
             <$t>::from_le_bytes(self.bytes[$offset..$offset + size_of::<$t>()].try_into().expect("length is the type's"))
         }
         /// Sets it.
+        #[inline]
         pub fn $set(&mut self, v: $t) {
             if $component != 0 {
                 self.activate($component);
@@ -173,11 +175,13 @@ impl XsaveArea {
         mxcsr, set_mxcsr, u32, 24, 0, 0x1f80);
 
     /// XSTATE_BV.
+    #[inline]
     pub fn xstate_bv(&self) -> u64 {
         u64::from_le_bytes(self.bytes[512..520].try_into().expect("8 bytes"))
     }
 
     /// Sets XSTATE_BV.
+    #[inline]
     pub fn set_xstate_bv(&mut self, v: u64) {
         self.bytes[512..520].copy_from_slice(&v.to_le_bytes());
     }

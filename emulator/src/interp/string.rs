@@ -141,15 +141,16 @@ fn unaligned_ok(x: &Exec<'_>) -> bool {
 
 /// Moves bytes that lie inside one page each. False, and nothing done, if it cannot be done whole.
 fn move_run(x: &mut Exec<'_>, f: &Form, from: u64, to: u64, len: u64) -> bool {
-    let mut buffer = [0; PAGE_SIZE as usize];
-    let Some(bytes) = buffer.get_mut(..len as usize).filter(|_| unaligned_ok(x)) else { return false };
+    if !unaligned_ok(x) {
+        return false;
+    }
     let Some(from) = access::whole(x, f.source, from, len, Access::Read) else { return false };
     let Some(to) = access::whole(x, Seg::Es, to, len, Access::Write) else { return false };
     // A destination that begins inside the source repeats a pattern: element by element.
     if to.wrapping_sub(from) < len {
         return false;
     }
-    x.mem.read(from, bytes).is_some() && x.mem.write(to, bytes).is_some()
+    x.mem.copy(from, to, len).is_some()
 }
 
 /// STOS.
@@ -160,13 +161,15 @@ pub fn stos(x: &mut Exec<'_>, i: &Insn) -> Step {
         let v = x.cpu.read(Gpr::Rax, f.w);
         let n = run_length(x, f, to, base(x, Seg::Es), most);
         if n >= 4 && unaligned_ok(x) {
-            let mut buffer = [0; PAGE_SIZE as usize];
-            let bytes = &mut buffer[..((n * f.w.bytes()) as usize).min(PAGE_SIZE as usize)];
+            let mut buffer = [0; 256];
+            let len = n * f.w.bytes();
+            let bytes = &mut buffer[..len.min(256) as usize];
             for element in bytes.chunks_exact_mut(f.w.bytes() as usize) {
                 element.copy_from_slice(&v.to_le_bytes()[..f.w.bytes() as usize]);
             }
-            let at = access::whole(x, Seg::Es, to, bytes.len() as u64, Access::Write);
-            if at.is_some_and(|at| x.mem.write(at, bytes).is_some()) {
+            let part = |done: u64| &bytes[..(len - done).min(256) as usize];
+            let at = access::whole(x, Seg::Es, to, len, Access::Write);
+            if at.is_some_and(|at| (0..len).step_by(256).all(|done| x.mem.write(at + done, part(done)).is_some())) {
                 f.advance(x, Gpr::Rdi, n);
                 return Ok((n, true));
             }

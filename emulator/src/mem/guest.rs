@@ -115,6 +115,20 @@ impl GuestMemory {
         each!(self, m => m.write(gpa, from))
     }
 
+    /// Copies up to a page of bytes as if through a buffer; `None` if any of them is not there or cannot be written (then some may have
+    /// been).
+    pub fn copy(&self, from: u64, to: u64, len: u64) -> Option<()> {
+        match self {
+            GuestMemory::Ram(m) => m.copy(from, to, len),
+            GuestMemory::Flat(m) => {
+                let mut buffer = [0; PAGE_SIZE as usize];
+                let bytes = buffer.get_mut(..len as usize)?;
+                m.read(from, bytes)?;
+                m.write(to, bytes)
+            }
+        }
+    }
+
     /// May instructions be fetched from this page, as far as memory itself decides? Always for RAM (paging decides); by the
     /// mapping's PROT_EXEC for a flat space.
     pub fn may_execute(&self, gpa: u64) -> bool {

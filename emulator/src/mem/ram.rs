@@ -294,6 +294,7 @@ impl Ram {
     }
 
     /// See [`crate::mem::GuestMemory::read`].
+    #[inline]
     pub fn read(&self, gpa: u64, to: &mut [u8]) -> Option<()> {
         let p = self.at(gpa, to.len() as u64)?;
         // SAFETY: in range; no Rust reference to guest bytes exists, so `to` cannot overlap them.
@@ -302,16 +303,31 @@ impl Ram {
     }
 
     /// See [`crate::mem::GuestMemory::write`].
+    #[inline]
     pub fn write(&self, gpa: u64, from: &[u8]) -> Option<()> {
         let p = self.at(gpa, from.len() as u64)?;
         // SAFETY: as for `read`.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), p, from.len()) };
+        self.wrote_all(gpa, from.len() as u64);
+        Some(())
+    }
+
+    /// See [`crate::mem::GuestMemory::copy`].
+    pub fn copy(&self, from: u64, to: u64, len: u64) -> Option<()> {
+        let (source, destination) = (self.at(from, len)?, self.at(to, len)?);
+        // SAFETY: both in range; they may overlap; no Rust reference to guest bytes exists.
+        unsafe { std::ptr::copy(source, destination, len as usize) };
+        self.wrote_all(to, len);
+        Some(())
+    }
+
+    /// Stores have gone there.
+    fn wrote_all(&self, gpa: u64, len: u64) {
         let mut page = gpa & !(PAGE_SIZE - 1);
-        while page < gpa + from.len() as u64 {
+        while page < gpa + len {
             self.wrote(page);
             page += PAGE_SIZE;
         }
-        Some(())
     }
 
     /// Gives the host back the memory of whole pages: they are zeros from now on.
@@ -352,6 +368,7 @@ impl Ram {
     }
 
     /// Raised whenever stores to another page begin to need care because code was cached from it.
+    #[inline]
     pub fn watches(&self) -> u64 {
         self.watches.load(Ordering::Acquire)
     }

@@ -328,11 +328,13 @@ impl NativeUnit {
     }
 
     /// Room for an image, whatever is in it: XSAVE and XRSTOR would spend their time on clearing it.
+    #[inline]
     pub fn take_area(&mut self) -> Box<XsaveArea> {
         self.area.take().unwrap_or_default()
     }
 
     /// The room is free again.
+    #[inline]
     pub fn give_area(&mut self, area: Box<XsaveArea>) {
         self.area = Some(area);
     }

@@ -2,15 +2,16 @@
 
 use crate::cpu::xsave::{Layout, component};
 use crate::cpu::{CpuState, Cr0, Cr4, Fault, XsaveArea};
+use crate::interp::access::{self, Known};
 use crate::interp::alu::Vendor;
 use crate::interp::native::{behind, check, enter_x87};
 use crate::interp::operand::effective_address;
-use crate::interp::{Exec, Step, Stop, access};
+use crate::interp::{Exec, Step, Stop};
 use crate::isa::host_cpu::cpuid;
-use crate::isa::{Gpr, Insn, MemRef, Width};
+use crate::isa::{Gpr, Insn, MemRef, Seg, Width};
 use crate::mem::Access;
 use crate::native::Needs;
-use iced_x86::{CpuidFeature, EncodingKind, Mnemonic};
+use iced_x86::{Code, EncodingKind, Mnemonic};
 use std::ops::Range;
 use std::sync::OnceLock;
 
@@ -125,12 +126,57 @@ fn aligned(x: &Exec<'_>, m: &MemRef, offset: u64, len: u64, to: u64, access: Acc
     Ok(())
 }
 
-/// Looks at these bytes of an image before all others, as Raptor Cove does: CR2 is the address of one of them. All other bytes are on their
-/// pages, because an image is shorter than a page.
-fn probe(x: &mut Exec<'_>, m: &MemRef, offset: u64, bytes: &[usize], access: Access) -> Step {
-    match Vendor::host() {
-        Vendor::Amd => Ok(()),
-        Vendor::Intel => bytes.iter().try_for_each(|n| access::check(x, m.seg, behind(offset, *n), 1, access)),
+/// A state image in memory.
+struct Image {
+    seg: Seg,
+    offset: u64,
+    access: Access,
+    known: Option<Known>,
+}
+
+impl Image {
+    /// At the operand, usually of `len` bytes.
+    fn new(x: &Exec<'_>, (m, offset): (&MemRef, u64), len: usize, access: Access) -> Image {
+        Image { seg: m.seg, offset, access, known: access::known(x, m.seg, offset, len, access) }
+    }
+
+    /// Looks at these bytes before all others, as Raptor Cove does: CR2 is the address of one of them. All other bytes are on their
+    /// pages, because an image is shorter than a page.
+    fn probe(&self, x: &mut Exec<'_>, bytes: &[usize]) -> Step {
+        match Vendor::host() {
+            Vendor::Amd => Ok(()),
+            Vendor::Intel => bytes.iter().try_for_each(|n| self.check(x, *n..n + 1)),
+        }
+    }
+
+    /// All faults of an access of these bytes.
+    fn check(&self, x: &mut Exec<'_>, bytes: Range<usize>) -> Step {
+        match &self.known {
+            Some(k) if k.has(bytes.clone()) => Ok(()),
+            _ => access::check(x, self.seg, behind(self.offset, bytes.start), bytes.len() as u64, self.access),
+        }
+    }
+
+    /// Reads from byte `at` on.
+    fn read(&self, x: &mut Exec<'_>, at: usize, to: &mut [u8]) -> Step {
+        match &self.known {
+            Some(k) if k.has(at..at + to.len()) => {
+                k.read(x, at, to);
+                Ok(())
+            }
+            _ => access::read_bytes(x, self.seg, behind(self.offset, at), to),
+        }
+    }
+
+    /// Writes from byte `at` on.
+    fn write(&self, x: &mut Exec<'_>, at: usize, from: &[u8]) -> Step {
+        match &self.known {
+            Some(k) if k.has(at..at + from.len()) => {
+                k.write(x, at, from);
+                Ok(())
+            }
+            _ => access::write_bytes(x, self.seg, behind(self.offset, at), from),
+        }
     }
 }
 
@@ -165,20 +211,22 @@ fn legacy(x: &mut Exec<'_>, wide: bool, out: &mut [u8]) {
 pub fn fxsave(x: &mut Exec<'_>, i: &Insn) -> Step {
     let (m, offset) = memory(x, i)?;
     fx_checks(x, &m, offset, Access::Write)?;
-    probe(x, &m, offset, &[LEGACY_REGION - 1, 0], Access::Write)?;
-    access::check_write(x, m.seg, offset, 512)?;
+    let image = Image::new(x, (&m, offset), LEGACY_REGION, Access::Write);
+    image.probe(x, &[LEGACY_REGION - 1, 0])?;
+    image.check(x, 0..LEGACY_REGION)?;
     let mut out = [0; LEGACY_REGION];
     legacy(x, is_64(i), &mut out);
-    access::write_bytes(x, m.seg, offset, &out[..Layout::XMM + 16 * registers(x.cpu)])
+    image.write(x, 0, &out[..Layout::XMM + 16 * registers(x.cpu)])
 }
 
 /// FXRSTOR, FXRSTOR64.
 pub fn fxrstor(x: &mut Exec<'_>, i: &Insn) -> Step {
     let (m, offset) = memory(x, i)?;
     fx_checks(x, &m, offset, Access::Read)?;
-    probe(x, &m, offset, &[LEGACY_REGION - 1, 0], Access::Read)?;
+    let image = Image::new(x, (&m, offset), LEGACY_REGION, Access::Read);
+    image.probe(x, &[LEGACY_REGION - 1, 0])?;
     let mut from = [0; 512];
-    access::read_bytes(x, m.seg, offset, &mut from)?;
+    image.read(x, 0, &mut from)?;
     let mxcsr = word(&from, MXCSR);
     if mxcsr & !mxcsr_mask() != 0 {
         return Err(Fault::Gp(0).into());
@@ -346,7 +394,7 @@ fn by_way_of_area(
 }
 
 /// XSAVE by way of `area`.
-fn save(x: &mut Exec<'_>, i: &Insn, (m, offset): (&MemRef, u64), area: &mut XsaveArea) -> Step {
+fn save(x: &mut Exec<'_>, i: &Insn, operand: (&MemRef, u64), area: &mut XsaveArea) -> Step {
     let area = &mut area.bytes;
     let compact = matches!(i.iced.mnemonic(), Mnemonic::Xsavec | Mnemonic::Xsavec64);
     let all = !compact && matches!(i.iced.mnemonic(), Mnemonic::Xsave | Mnemonic::Xsave64);
@@ -376,14 +424,15 @@ fn save(x: &mut Exec<'_>, i: &Insn, (m, offset): (&MemRef, u64), area: &mut Xsav
     let extent = extent(x.cpu, wanted, compact);
     let wants_mxcsr = wanted & if compact { component::SSE } else { component::SSE | component::AVX } != 0;
     let first = first_byte(wanted, wants_mxcsr);
-    probe(x, m, offset, &[extent - 1, first], Access::Write)?;
+    let to = Image::new(x, operand, extent, Access::Write);
+    to.probe(x, &[extent - 1, first])?;
     let header_len = if compact {
         area[XSTATE_BV..XSTATE_BV + 8].copy_from_slice(&used.to_le_bytes());
         area[XSTATE_BV + 8..XSTATE_BV + 16].copy_from_slice(&(wanted | COMPACT).to_le_bytes());
         16
     } else {
         let mut old = [0; 8];
-        access::read_bytes(x, m.seg, behind(offset, XSTATE_BV), &mut old)?;
+        to.read(x, XSTATE_BV, &mut old)?;
         area[XSTATE_BV..XSTATE_BV + 8].copy_from_slice(&(u64::from_le_bytes(old) & !wanted | used).to_le_bytes());
         8
     };
@@ -391,7 +440,7 @@ fn save(x: &mut Exec<'_>, i: &Insn, (m, offset): (&MemRef, u64), area: &mut Xsav
     let image = &x.cpu.xsave;
     let mut next = LEGACY;
     for p in parts(x.cpu) {
-        let to = if compact { next } else { p.at };
+        let at = if compact { next } else { p.at };
         if wanted & p.bit != 0 {
             next += p.size;
         }
@@ -400,15 +449,13 @@ fn save(x: &mut Exec<'_>, i: &Insn, (m, offset): (&MemRef, u64), area: &mut Xsav
         }
         let in_use = image.xstate_bv() & p.bit != 0;
         let bytes = if in_use { &image.bytes[p.at..p.at + p.used] } else { &ZEROS[..p.used] };
-        area[to..to + p.used].copy_from_slice(bytes);
-        runs.add(to..to + p.used);
+        area[at..at + p.used].copy_from_slice(bytes);
+        runs.add(at..at + p.used);
     }
     // A processor looks at the whole area of the requested components, in use or not; Raptor Cove not at the legacy region if it is not.
     let start = if Vendor::host() == Vendor::Intel { first } else { 0 };
-    access::check_write(x, m.seg, behind(offset, start), (extent - start) as u64)?;
-    runs.list[..runs.count]
-        .iter()
-        .try_for_each(|r| access::write_bytes(x, m.seg, behind(offset, r.start), &area[r.clone()]))
+    to.check(x, start..extent)?;
+    runs.list[..runs.count].iter().try_for_each(|r| to.write(x, r.start, &area[r.clone()]))
 }
 
 /// XRSTOR, XRSTOR64: both formats, with the checks of the header (SDM 1 13.8).
@@ -417,18 +464,20 @@ pub fn xrstor(x: &mut Exec<'_>, i: &Insn) -> Step {
 }
 
 /// XRSTOR by way of `area`.
-fn restore(x: &mut Exec<'_>, i: &Insn, (m, offset): (&MemRef, u64), area: &mut XsaveArea) -> Step {
+fn restore(x: &mut Exec<'_>, i: &Insn, operand: (&MemRef, u64), area: &mut XsaveArea) -> Step {
     let area = &mut area.bytes;
+    let wanted = requested(x.cpu);
+    let from = Image::new(x, operand, extent(x.cpu, wanted, false), Access::Read);
     let intel = Vendor::host() == Vendor::Intel;
     // Raptor Cove looks at the header first, and at the legacy region only if anything of it is requested.
-    probe(x, m, offset, &[XSTATE_BV + 8], Access::Read)?;
+    from.probe(x, &[XSTATE_BV + 8])?;
     let header = if intel { XSTATE_BV } else { 0 };
-    access::read_bytes(x, m.seg, behind(offset, header), &mut area[header..LEGACY])?;
+    from.read(x, header, &mut area[header..LEGACY])?;
     let quad = |n: usize| u64::from_le_bytes(area[n..n + 8].try_into().expect("eight bytes"));
     let (bv, xcomp) = (quad(XSTATE_BV), quad(XSTATE_BV + 8));
     let compact = xcomp & COMPACT != 0;
     let bad = if compact {
-        !x.env.cpu_model.has(CpuidFeature::XSAVEC)
+        !x.env.cpu_model.supports(Code::Xsavec_mem)
             || xcomp & !COMPACT & !x.cpu.xcr0 != 0
             || bv & !xcomp != 0
             || area[XSTATE_BV + 16..LEGACY].iter().any(|&b| b != 0)
@@ -438,17 +487,16 @@ fn restore(x: &mut Exec<'_>, i: &Insn, (m, offset): (&MemRef, u64), area: &mut X
     if bad {
         return Err(Fault::Gp(0).into());
     }
-    let wanted = requested(x.cpu);
     // Everything is looked at before anything changes: all that is requested, but of the compacted format only what is not initial.
     let mut looked_at = if compact { LEGACY } else { extent(x.cpu, wanted, false) };
     let (mut next, mut read) = (LEGACY, LEGACY);
     for p in parts(x.cpu) {
-        let from = if compact { next } else { p.at };
+        let at = if compact { next } else { p.at };
         if compact && xcomp & p.bit != 0 {
             next += p.size;
         }
         if wanted & bv & p.bit != 0 {
-            read = read.max(from + p.size);
+            read = read.max(at + p.size);
         }
     }
     looked_at = looked_at.max(read);
@@ -459,13 +507,13 @@ fn restore(x: &mut Exec<'_>, i: &Insn, (m, offset): (&MemRef, u64), area: &mut X
     if intel {
         let wants_mxcsr = wanted & if compact { component::SSE } else { component::SSE | component::AVX } != 0;
         start = first_byte(wanted, wants_mxcsr);
-        probe(x, m, offset, &[looked_at - 1, start], Access::Read)?;
+        from.probe(x, &[looked_at - 1, start])?;
         let legacy = area.get_mut(start..XSTATE_BV).unwrap_or_default();
-        access::read_bytes(x, m.seg, behind(offset, start), legacy)?;
+        from.read(x, start, legacy)?;
     }
-    access::check(x, m.seg, behind(offset, start), (looked_at - start) as u64, Access::Read)?;
+    from.check(x, start..looked_at)?;
     let rest = area.get_mut(LEGACY..read).ok_or(Fault::Gp(0))?;
-    access::read_bytes(x, m.seg, behind(offset, LEGACY), rest)?;
+    from.read(x, LEGACY, rest)?;
     let mxcsr = word(area, MXCSR);
     let loads_mxcsr =
         if compact { wanted & bv & component::SSE != 0 } else { wanted & (component::SSE | component::AVX) != 0 };
@@ -499,14 +547,14 @@ fn restore(x: &mut Exec<'_>, i: &Insn, (m, offset): (&MemRef, u64), area: &mut X
     }
     let mut next = LEGACY;
     for p in parts(x.cpu) {
-        let from = if compact { next } else { p.at };
+        let at = if compact { next } else { p.at };
         if compact && xcomp & p.bit != 0 {
             next += p.size;
         }
         if wanted & p.bit == 0 {
             continue;
         }
-        let bytes = if bv & p.bit == 0 { &ZEROS[..p.used] } else { &area[from..from + p.used] };
+        let bytes = if bv & p.bit == 0 { &ZEROS[..p.used] } else { &area[at..at + p.used] };
         set_part(&mut x.cpu.xsave, p.bit, p.at..p.at + p.used, bytes, bv, long || p.bit == component::OPMASK);
     }
     Ok(())

@@ -1,5 +1,5 @@
 //! MOVS, STOS and LODS upwards: one element through the TLB, or under REP all of them by the host's REP if both ranges lie in one page
-//! each; the interpreter does the rest.
+//! each, bytes page by page; the interpreter does the rest.
 
 use super::asm::{Assembler, At, W};
 use super::memory::JNE;
@@ -72,15 +72,20 @@ impl Lower<'_> {
         Some(true)
     }
 
-    /// Host minus guest address of the page of `base`, which holds `count` (at most a page of) elements from there on.
-    fn whole(&mut self, item: &Item, base: Gpr, len: u8, write: bool) -> Option<Gpr> {
-        let (delta, t) = (self.scratch(item, false)?, self.scratch(item, false)?);
+    /// Looks the page of `base` up: `delta` is its entry in the TLB then. Destroys `t`.
+    fn page(&mut self, item: &Item, (base, len, write): (Gpr, u8, bool), delta: Gpr, t: Gpr) {
         let retry = self.begin(item);
         self.index(delta, base, 0);
         self.e.copy(t, base);
         self.e.and(W::Q, t, PAGE_MASK);
         self.e.compare(t, At::table(self.tag(write), delta));
         self.miss(item, self.at(base, len, write), (0, i64::from(len), write), retry);
+    }
+
+    /// Host minus guest address of the page of `base`, which holds RCX (at most a page of) elements from there on.
+    fn whole(&mut self, item: &Item, base: Gpr, len: u8, write: bool) -> Option<Gpr> {
+        let (delta, t) = (self.scratch(item, false)?, self.scratch(item, false)?);
+        self.page(item, (base, len, write), delta, t);
         // The last byte is in the same page.
         self.e.lea(t, At::any(Some(base), Some((Gpr::Rcx, len)), -1, false));
         self.e.rr(W::Q, &[0x33], t as u8, base, &[]);
@@ -102,8 +107,17 @@ impl Lower<'_> {
         // cmp rcx, 4096: no address wraps below that.
         self.e.rr(W::Q, &[0x81], 7, Gpr::Rcx, &(PAGE_SIZE as u32).to_le_bytes());
         self.leave_if(&JA, item, Kind::Step, self.block.rip(item), self.n);
+        if len == 1 {
+            return self.bytes(item, moves);
+        }
         let to = self.whole(item, Gpr::Rdi, len, true)?;
         let from = if moves { Some(self.whole(item, Gpr::Rsi, len, false)?) } else { None };
+        self.host(to, from, len, moves);
+        Some(true)
+    }
+
+    /// The host's REP, with the distances of the host's addresses.
+    fn host(&mut self, to: Gpr, from: Option<Gpr>, len: u8, moves: bool) {
         self.e.rr(W::Q, &[0x01], to as u8, Gpr::Rdi, &[]);
         if let Some(from) = from {
             self.e.rr(W::Q, &[0x01], from as u8, Gpr::Rsi, &[]);
@@ -121,6 +135,39 @@ impl Lower<'_> {
         if let Some(from) = from {
             self.e.rr(self.word(), &[0x29], from as u8, Gpr::Rsi, &[]);
         }
+    }
+
+    /// REP MOVSB, REP STOSB: as many bytes as are left in both pages, until none is.
+    fn bytes(&mut self, item: &Item, moves: bool) -> Option<bool> {
+        let (to, t, n) = (self.scratch(item, false)?, self.scratch(item, false)?, self.scratch(item, false)?);
+        let from = if moves { Some(self.scratch(item, false)?) } else { None };
+        // All that is borrowed is put away before this.
+        let again = self.e.len();
+        self.page(item, (Gpr::Rdi, 1, true), to, t);
+        self.e.load(to, At::table(self.around.tlb + tlb::ADDEND, to));
+        if let Some(from) = from {
+            self.page(item, (Gpr::Rsi, 1, false), from, t);
+            self.e.load(from, At::table(self.around.tlb + tlb::ADDEND, from));
+        }
+        self.e.copy(n, Gpr::Rcx);
+        for base in [Gpr::Rdi, Gpr::Rsi].into_iter().take(1 + usize::from(moves)) {
+            // not t; and t, 4095; inc t; cmp n, t; cmova n, t
+            self.e.copy(t, base);
+            self.e.rr(W::Q, &[0xf7], 2, t, &[]);
+            self.e.and(W::D, t, !PAGE_MASK);
+            self.e.lea(t, At::base(t, 1));
+            self.e.rr(W::Q, &[0x3b], n as u8, t, &[]);
+            self.e.rr(W::Q, &[0x0f, 0x47], n as u8, t, &[]);
+        }
+        // What is left after these waits in `t`.
+        self.e.copy(t, Gpr::Rcx);
+        self.e.rr(W::Q, &[0x2b], t as u8, n, &[]);
+        self.e.copy(Gpr::Rcx, n);
+        self.host(to, from, 1, moves);
+        self.e.copy(Gpr::Rcx, t);
+        self.e.rr(W::Q, &[0x85], t as u8, t, &[]);
+        let site = self.branch(&JNE);
+        self.e.set_rel32(site, self.around.at + again as u64);
         Some(true)
     }
 }
