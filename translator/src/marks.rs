@@ -21,6 +21,8 @@ pub enum What {
     Probe(u16),
     /// The same, with RCX in [`slot::TMP`].
     ProbeRcx(u16),
+    /// The same, and RSP is behind the eight bytes of the target.
+    ProbePopped(u16),
     /// The instruction that ends at this distance, SYSCALL, is done; what it says of RCX is still to be done.
     Called(u16),
     /// RCX is in [`slot::TMP`], the block has not begun; a fault here says that its code cannot be read.
@@ -77,6 +79,7 @@ impl What {
             What::At(d) => (1, d.into()),
             What::Probe(d) => (2, d.into()),
             What::ProbeRcx(d) => (9, d.into()),
+            What::ProbePopped(d) => (10, d.into()),
             What::Called(d) => (3, d.into()),
             What::Compare => (4, 0),
             What::Target => (5, 0),
@@ -95,6 +98,7 @@ impl What {
             1 => What::At(d),
             2 => What::Probe(d),
             9 => What::ProbeRcx(d),
+            10 => What::ProbePopped(d),
             3 => What::Called(d),
             4 => What::Compare,
             5 => What::Target,
@@ -191,7 +195,8 @@ pub trait Registers {
 
 /// Does the instruction `at` bytes into a piece of code only look at guest code, or whether the target of a branch can be read?
 pub fn probes(marks: &[Packed], at: usize) -> bool {
-    mark_at(marks, at).is_some_and(|m| matches!(m.unpack(0).what, What::Probe(_) | What::ProbeRcx(_) | What::Compare))
+    let probes = |what| matches!(what, What::Probe(_) | What::ProbeRcx(_) | What::ProbePopped(_) | What::Compare);
+    mark_at(marks, at).is_some_and(|m| probes(m.unpack(0).what))
 }
 
 /// Mends the registers of a thread stopped `at` bytes into a piece of code translated from `start`, with its first exit; gives RIP.
@@ -219,6 +224,11 @@ pub fn recover(
         What::At(d) => start.wrapping_add(u64::from(d)),
         What::ProbeRcx(d) => {
             regs.set_gpr(Gpr::Rcx, regs.slot(slot::TMP));
+            start.wrapping_add(u64::from(d))
+        }
+        What::ProbePopped(d) => {
+            regs.set_gpr(Gpr::Rcx, regs.slot(slot::TMP));
+            regs.set_gpr(Gpr::Rsp, regs.gpr(Gpr::Rsp).wrapping_sub(8));
             start.wrapping_add(u64::from(d))
         }
         What::Undo(d, r) => {
@@ -271,6 +281,7 @@ mod tests {
             mark(20, What::Undo(9, Gpr::Rdi), Home::Register),
             mark(30, What::Comparing, Home::Slot),
             mark(40, What::Exit(5), Home::Register),
+            mark(50, What::ProbePopped(8), Home::Slot),
         ]
         .map(|m| m.pack(3));
         let mut f = Fake([0; 16]);
@@ -287,13 +298,18 @@ mod tests {
         assert_eq!(recover(&marks, (0x400000, 3), 30, &mut f, &exits), 1000 + slot::TARGET as u64);
         assert_eq!(f.0[Gpr::Rcx as usize], 0x123);
         assert_eq!(f.0[Gpr::R11 as usize], 1000 + slot::R11 as u64);
+        f.0[Gpr::Rsp as usize] = 4;
+        assert_eq!(recover(&marks, (0x400000, 3), 50, &mut f, &exits), 0x400008);
+        assert_eq!(f.0[Gpr::Rcx as usize], 1000 + slot::TMP as u64);
+        assert_eq!(f.0[Gpr::Rsp as usize], 4u64.wrapping_sub(8));
+        assert!(probes(&marks, 50) && !probes(&marks, 49));
     }
 
     #[test]
     fn what_is_packed_comes_back() {
         let mut all: Vec<What> = Gpr::ALL.iter().map(|&r| What::Undo(960, r)).collect();
         all.extend([What::Copied(0), What::At(960), What::Probe(7), What::Called(2), What::Compare, What::Target]);
-        all.extend([What::Comparing, What::Exit(100 + 1023), What::Exiting, What::ProbeRcx(7)]);
+        all.extend([What::Comparing, What::Exit(100 + 1023), What::Exiting, What::ProbeRcx(7), What::ProbePopped(960)]);
         for what in all {
             for home in [Home::Slot, Home::Register] {
                 let mark = Mark { at: u16::MAX, what, home };
@@ -301,7 +317,7 @@ mod tests {
                 assert_eq!((packed.unpack(100), Packed::read(packed.bytes())), (mark, packed));
             }
         }
-        for kind in 10..16u32 {
+        for kind in 11..16u32 {
             assert!(!Packed::read((kind << 26).to_le_bytes()).is_of_block(9), "no such kind");
         }
     }

