@@ -37,6 +37,7 @@ const UNSAFE: &[&str] = &[
     "emulator/src/host/inbox.rs",
     "emulator/src/host/inherited.rs",
     "emulator/src/host/probe.rs",
+    "emulator/src/host/reserved.rs",
     "emulator/src/host/signal.rs",
     "emulator/src/host/syscall.rs",
     "emulator/src/host/thread.rs",
