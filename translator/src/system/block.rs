@@ -106,6 +106,8 @@ pub enum Way {
     Port,
     /// INVLPG at CPL 0.
     Invalidate,
+    /// XSAVE64 or XRSTOR64 at CPL 0, in a mode without vector registers.
+    Image,
     /// SYSCALL.
     Syscall,
     /// SYSRET to 64-bit code at CPL 0.
@@ -417,7 +419,8 @@ fn item(
         }
         _ => {}
     }
-    let shows_flags = matches!(way, Way::Step | Way::Asleep | Way::VerifyWrite | Way::Port | Way::Invalidate);
+    let shows_flags =
+        matches!(way, Way::Step | Way::Asleep | Way::VerifyWrite | Way::Port | Way::Invalidate | Way::Image);
     if shows_flags || matches!(way, Way::Syscall | Way::Sysret | Way::Iret) {
         flags_in = STATUS;
     }
@@ -673,6 +676,7 @@ fn wide(iced: &Instruction, mode: Mode, routes: &Routes) -> Way {
         // The processor's own loads of descriptors know no RFLAGS.AC.
         Code::Iretq if mode.alignment() != Some(true) => return Way::Iret,
         Code::Invlpg_m => return Way::Invalidate,
+        Code::Xsave64_mem | Code::Xrstor64_mem if !mode.down() => return Way::Image,
         _ if matches!(iced.mnemonic(), Mnemonic::In | Mnemonic::Out) => return Way::Port,
         _ => {}
     }

@@ -12,7 +12,7 @@ use crate::system::block::{GuestBlock, MAX_INSNS, MAX_MIRRORED, Source, decode};
 use crate::system::hash::Map;
 use crate::system::lower::asm::{Assembler, At};
 use crate::system::lower::{Around, Entries, Exit, Flags, Guess, Kind, Point, Replay, Told, Unit, lower};
-use crate::system::{enter, tlb};
+use crate::system::{enter, tlb, xsave};
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::isa::{Gpr, MAX_INSN_LEN};
 use bivisor_emulator::mem::{PAGE_SIZE, Ram};
@@ -171,7 +171,8 @@ impl Cache {
     pub fn new(model: Arc<CpuModel>, policy: Policy) -> std::io::Result<Cache> {
         let mut buffer = CodeBuffer::new(SIZE)?;
         let mut e = Emitter::new(buffer.base());
-        for to in [enter::leave(), enter::leave_light(), enter::port(), enter::wake()] {
+        for to in [enter::leave(), enter::leave_light(), enter::port(), enter::wake(), xsave::save(), xsave::restore()]
+        {
             // jmp [rip + 0]
             e.bytes.extend_from_slice(&[0xff, 0x25, 0, 0, 0, 0]);
             e.push_u64(to);
@@ -330,6 +331,8 @@ impl Cache {
             leave_light: self.leave + 14,
             port: self.leave + 28,
             wake: self.leave + 42,
+            save: self.leave + 56,
+            restore: self.leave + 70,
             targets,
             fast,
             tlb: at::TLB + mode.context() * tlb::TABLE,
@@ -727,7 +730,7 @@ impl Cache {
 }
 
 /// Where the code for [`enter::KICKED`] is, behind four jumps of 14 bytes.
-const KICKED_AT: u64 = 56;
+const KICKED_AT: u64 = 84;
 
 /// Stores to a code page that hit no code, before its blocks give way.
 const HARMLESS: u32 = 256;

@@ -67,6 +67,8 @@ macro_rules! code_fs {
     };
 }
 
+pub(super) use code_fs;
+
 /// Loads what a call of Rust may change, as it was noted before the call.
 macro_rules! load_callers {
     () => {

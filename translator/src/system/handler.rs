@@ -6,6 +6,7 @@ use crate::emit::slot;
 use crate::system::area::at;
 use crate::system::cache::Cache;
 use crate::system::enter::{self, FAULT};
+use crate::system::xsave;
 use bivisor_emulator::host::thread::{ENGINE_AREA_OFFSET, ThreadBlock};
 use bivisor_emulator::vcpu::Kicker;
 
@@ -23,6 +24,8 @@ pub unsafe fn hook(block: &ThreadBlock, sig: i32, info: *mut libc::siginfo_t, uc
             regs[libc::REG_RIP as usize] = enter::abort() as i64;
         } else if enter::returning().contains(&pc) {
             regs[libc::REG_RIP as usize] = enter::give_up() as i64;
+        } else if xsave::returning().contains(&pc) {
+            regs[libc::REG_RIP as usize] = xsave::again() as i64;
         } else if (block.scratch[slot::CACHE_START].get()..block.scratch[slot::CACHE_END].get()).contains(&pc) {
             // SAFETY: the run loop has put its cache there, and this thread is in the code: nobody changes the cache.
             unsafe { &*block.engine_data.get().cast::<Cache>() }.poison(pc);

@@ -18,7 +18,7 @@ use crate::system::cache::{Cache, cell_at, next_page};
 use crate::system::enter::{self, ABORTED, FAULT, KICKED};
 use crate::system::lower::{Flags, Kind};
 use crate::system::tlb::Tlb;
-use crate::system::{Control, Mode, handler};
+use crate::system::{Control, Mode, handler, xsave};
 use bivisor_emulator::cpu::xsave::component;
 use bivisor_emulator::cpu::{CpuState, Rflags};
 use bivisor_emulator::host::signal;
@@ -128,6 +128,7 @@ impl System {
         let mut cache = Cache::new(t.cache.model().clone(), t.cache.policy())?;
         cache.flush(&area);
         enter::prepare(&area);
+        xsave::prepare(&area);
         area.set(at::X87_DATA, u64::MAX);
         let tlb = Tlb::new(&area);
         Ok(System {

@@ -1,4 +1,5 @@
-//! Ways over a border that stay in the cache: IN and OUT call the device, INVLPG what forgets the page, SYSCALL, SYSRET and IRETQ go where they went before
+//! Ways over a border that stay in the cache: IN and OUT call the device, INVLPG what forgets the page, XSAVE64 and
+//! XRSTOR64 what does them in assembly, SYSCALL, SYSRET and IRETQ go where they went before
 //! ([`at::SYSCALL`], [`at::SYSRET`], [`at::IRET`]: what the interpreter made of the state when it did one).
 
 use super::asm::{Assembler, At, W};
@@ -7,9 +8,12 @@ use super::scratch::bit;
 use super::{Flags, Kind, Lower};
 use crate::system::area::at;
 use crate::system::block::{Access, Item, Segment as Relative, operand_of};
+use crate::system::tlb;
+use bivisor_emulator::cpu::xsave::Layout;
 use bivisor_emulator::cpu::{CpuState, Rflags, Segment};
 use bivisor_emulator::interp::sensitive::{fast, iret};
 use bivisor_emulator::isa::{Gpr, Seg, Width};
+use bivisor_emulator::mem::PAGE_SIZE;
 use dynasmrt::DynasmApi;
 use iced_x86::{Code, Register};
 use std::mem::offset_of;
@@ -90,6 +94,61 @@ impl Lower<'_> {
         self.stub(exit);
         self.exits[exit].kind = Kind::Invalidate { resume: self.e.len() as u32 };
         Some(true)
+    }
+
+    /// XSAVE64 and XRSTOR64 in a kernel without the vector registers.
+    pub(super) fn image(&mut self, item: &Item) -> Option<bool> {
+        let write = item.iced.code() == Code::Xsave64_mem;
+        let a = operand_of(&item.iced, 1, write).filter(|a| !a.narrow && a.segment == Relative::Flat)?;
+        // What registers tell of flags they tell afterwards too.
+        if self.flags != Flags::Slot || self.told.is_none() {
+            self.keep_flags()?;
+        }
+        let (rip, n) = (self.block.rip(item), self.n);
+        let [address, page, index] =
+            [self.scratch(item, false)?, self.scratch(item, false)?, self.scratch(item, false)?];
+        self.e.is_zero(At::slot(at::IMAGE));
+        self.leave_if(&JE, item, Kind::Step, rip, n);
+        if a.base.is_none() && a.index.is_none() {
+            self.e.constant(address, a.disp as u64);
+        } else {
+            self.e.lea(address, At::any(a.base, a.index, i32::try_from(a.disp).ok()?, false));
+        }
+        self.e.store(At::slot(at::TEMP), address);
+        // test address, 63
+        self.e.rr(W::D, &[0xf7], 0, address, &63u32.to_le_bytes());
+        self.leave_if(&JNE, item, Kind::Step, rip, n);
+        let last = Layout::host().size as i32 - 1;
+        for (to, disp) in [(at::IMAGE_FIRST, 0), (at::IMAGE_SECOND, last)] {
+            self.index(index, address, disp);
+            self.e.lea(page, At::base(address, disp));
+            self.e.and(W::Q, page, -(PAGE_SIZE as i32));
+            self.e.compare(page, At::table(self.tag(write), index));
+            self.leave_if(&JNE, item, Kind::Step, rip, n);
+            self.e.load(index, At::table(self.around.tlb + tlb::ADDEND, index));
+            self.e.lea(index, At::sum(index, address, 0));
+            self.e.store(At::slot(to), index);
+        }
+        let (after, slow) = (self.address_of(page), self.address_of(index));
+        self.e.store(At::slot(at::ENTRY), page);
+        self.e.store(At::slot(at::IMAGE_SLOW), index);
+        let jump = self.branch(&[0xe9]);
+        self.e.set_rel32(jump, if write { self.around.save } else { self.around.restore });
+        let here = self.e.here();
+        self.e.set_rel32(slow, here);
+        self.leave_if(&[0xe9], item, Kind::Step, rip, n);
+        let here = self.e.here();
+        self.e.set_rel32(after, here);
+        Some(true)
+    }
+
+    /// The address of a place to come in a register; gives what is to be set.
+    fn address_of(&mut self, r: Gpr) -> usize {
+        // lea r, [rip + ..]
+        self.e.bytes.extend_from_slice(&[0x48 | r as u8 >> 3 << 2, 0x8d, (r as u8 & 7) << 3 | 5]);
+        let site = self.e.len();
+        self.e.push_u32(0);
+        site
     }
 
     /// CS and SS from their slots, one behind the other, to the state.
@@ -248,10 +307,7 @@ impl Lower<'_> {
     fn wake(&mut self, t: Gpr) {
         self.e.is_zero(At::slot(at::ASLEEP));
         let awake = self.branch(&JE);
-        // lea t, [rip + ..]
-        self.e.bytes.extend_from_slice(&[0x48 | t as u8 >> 3 << 2, 0x8d, (t as u8 & 7) << 3 | 5]);
-        let after = self.e.len();
-        self.e.push_u32(0);
+        let after = self.address_of(t);
         self.e.store(At::slot(at::ENTRY), t);
         let jump = self.branch(&[0xe9]);
         self.e.set_rel32(jump, self.around.wake);

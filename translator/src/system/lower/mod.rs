@@ -240,6 +240,10 @@ pub struct Around {
     pub port: u64,
     /// Host address of what loads the vector registers.
     pub wake: u64,
+    /// Host address of what does XSAVE64.
+    pub save: u64,
+    /// Host address of what does XRSTOR64.
+    pub restore: u64,
     /// Offset of the cache of branch targets.
     pub targets: usize,
     /// Offset of the fast one, if there is one.
@@ -528,6 +532,7 @@ impl Lower<'_> {
             Way::Return(more) => self.ret(item, more),
             Way::Port => self.port(item),
             Way::Invalidate => self.invalidate(item),
+            Way::Image => self.image(item),
             Way::Syscall => self.syscall(item),
             Way::Sysret => self.sysret(item),
             Way::Iret => self.iret(item),

@@ -345,6 +345,8 @@ mod tests {
             leave_light: 0,
             port: 0,
             wake: 0,
+            save: 0,
+            restore: 0,
             targets: 0,
             fast: None,
             tlb: 0,

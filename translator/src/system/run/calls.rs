@@ -5,6 +5,7 @@ use crate::emit::slot;
 use crate::run::Translator;
 use crate::system::Mode;
 use crate::system::area::{Area, at};
+use crate::system::block::{Access as GuestAccess, operand_of};
 use crate::system::cache::Cache;
 use crate::system::lower::{Flags, Kind, Told};
 use bivisor_emulator::cpu::msr::index;
@@ -29,6 +30,8 @@ pub(super) struct Call {
     pub(super) segments: bool,
     /// It is XSAVE, XRSTOR or the like.
     pub(super) image: bool,
+    /// Where the image is, if the code may come to do it.
+    pub(super) image_at: Option<GuestAccess>,
     /// It stands for [`Kind::Step`], without vector registers or for their image: where things are when it is reached.
     pub(super) light: bool,
     pub(super) rip: u64,
@@ -91,6 +94,14 @@ pub(super) fn is_quiet(insn: &Insn) -> bool {
         || mov
         || insn.facts.sensitivity == Sensitivity::Innocuous
             && !matches!(insn.facts.class, Class::Native | Class::System)
+}
+
+/// The operand of XSAVE64 and XRSTOR64.
+fn image_at(insn: &Insn) -> Option<GuestAccess> {
+    match insn.iced.code() {
+        code @ (Code::Xsave64_mem | Code::Xrstor64_mem) => operand_of(&insn.iced, 1, code == Code::Xsave64_mem),
+        _ => None,
+    }
 }
 
 /// May it load ES, DS, FS or GS?
@@ -168,6 +179,7 @@ impl System {
             let image = state_image(insn.iced.mnemonic()).is_some();
             let light = exit.kind == Kind::Step && (!exit.native || image);
             let segments = is_segments(&insn);
+            let image_at = image_at(&insn).filter(|_| bits == 64);
             let priority = [0, 1].map(|i| insn.iced.op_register(i)).contains(&Register::CR8);
             let insn = t.core.prepare(&mut t.cpu, board, insn);
             self.calls[n] = Some(Box::new(Call {
@@ -177,6 +189,7 @@ impl System {
                 quiet,
                 segments,
                 image,
+                image_at,
                 light,
                 rip,
                 spilled,

@@ -5,16 +5,18 @@ use super::calls::tell_priority;
 use crate::emit::slot;
 use crate::run::Translator;
 use crate::system::area::at;
+use crate::system::block::Access as GuestAccess;
 use crate::system::cache::next_page;
 use crate::system::lower::Kind;
-use crate::system::{Control, Mode};
+use crate::system::{Control, Mode, xsave};
+use bivisor_emulator::cpu::xsave::Layout;
 use bivisor_emulator::cpu::{CpuState, Cr0, Cr4, Rflags};
 use bivisor_emulator::host::thread::ThreadBlock;
 use bivisor_emulator::interp::sensitive::{fast, io};
 use bivisor_emulator::isa::{Gpr, Seg, Width};
 use bivisor_emulator::mem::{Access, By, Flushed, PAGE_SIZE, Ram};
 use bivisor_emulator::vcpu::Board;
-use iced_x86::Mnemonic;
+use iced_x86::{Code, Mnemonic};
 
 /// Times that code of CPL 0 is entered with the vector registers after it has used them: at first, and at most if it uses them again soon.
 const AWAKE: [u32; 2] = [16, 4096];
@@ -115,11 +117,18 @@ impl System {
     /// An instruction may have changed what modes depend on.
     pub(super) fn forget_control(&mut self) {
         self.control = None;
+        self.area.set(at::IMAGE, 0);
         self.close_gates();
     }
 
     /// After SYSCALL, SYSRET or IRETQ by the interpreter, which led to block `b`: from now on they go there by themselves.
     pub(super) fn open_gate(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, id: u32, b: u32) {
+        if let Some(Some(c)) = self.calls.get(id as usize)
+            && let Some(at) = c.image_at
+        {
+            self.open_image(t, board, ram, &at);
+            return;
+        }
         let mnemonic = match self.calls.get(id as usize) {
             Some(Some(c)) if !self.is_narrow(id) => c.code.mnemonic(),
             _ => return,
@@ -178,6 +187,24 @@ impl System {
             for (word, v) in words.into_iter().enumerate() {
                 self.area.set(segments + 8 * (3 * n + word), v);
             }
+        }
+    }
+
+    /// After XSAVE or XRSTOR by the interpreter, which found its image there: from now on the code does it by itself.
+    pub(super) fn open_image(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, image: &GuestAccess) {
+        let l = Layout::host();
+        // All but the registers' place: x87 and vector instructions would run.
+        if Mode::of(&t.cpu, 3).is_none_or(|m| m.vectors() == 0) || t.cpu.xcr0 != l.components {
+            return;
+        }
+        let model = t.cache.model();
+        let mut open = xsave::OPEN;
+        open |= if model.supports(Code::Xsavec64_mem) { xsave::COMPACT } else { 0 };
+        // SDM 1 8.1.8.
+        open |= if model.cpuid(&t.cpu, 7, 0)[1] >> 13 & 1 != 0 { xsave::NO_SELECTORS } else { 0 };
+        self.area.set(at::IMAGE, open);
+        for disp in [image.disp, image.disp + l.size as i64 - 1] {
+            self.fill(t, board, ram, &GuestAccess { disp, ..*image }, 1);
         }
     }
 
