@@ -444,10 +444,17 @@ pub fn read_bytes(x: &mut Exec<'_>, seg: Seg, offset: u64, to: &mut [u8]) -> Ste
     if to.is_empty() {
         return Ok(());
     }
-    let len = to.len() as u64;
-    let laddr = linear(x, seg, offset, len, Access::Read)?;
+    let laddr = linear(x, seg, offset, to.len() as u64, Access::Read)?;
+    read_linear(x, laddr, to)
+}
+
+/// The same (a byte or more) at a linear address.
+///
+/// # Errors
+/// #PF.
+pub fn read_linear(x: &mut Exec<'_>, laddr: u64, to: &mut [u8]) -> Step {
     let by = accessor(x.cpu);
-    let p = place(x, laddr, len, Access::Read, by)?;
+    let p = place(x, laddr, to.len() as u64, Access::Read, by)?;
     read_place(x, &p, to)
 }
 
@@ -459,10 +466,17 @@ pub fn write_bytes(x: &mut Exec<'_>, seg: Seg, offset: u64, from: &[u8]) -> Step
     if from.is_empty() {
         return Ok(());
     }
-    let len = from.len() as u64;
-    let laddr = linear(x, seg, offset, len, Access::Write)?;
+    let laddr = linear(x, seg, offset, from.len() as u64, Access::Write)?;
+    write_linear(x, laddr, from)
+}
+
+/// The same (a byte or more) at a linear address.
+///
+/// # Errors
+/// #PF.
+pub fn write_linear(x: &mut Exec<'_>, laddr: u64, from: &[u8]) -> Step {
     let by = accessor(x.cpu);
-    let p = place(x, laddr, len, Access::Write, by)?;
+    let p = place(x, laddr, from.len() as u64, Access::Write, by)?;
     write_place(x, &p, from)
 }
 
@@ -558,6 +572,14 @@ pub fn check(x: &mut Exec<'_>, seg: Seg, offset: u64, len: u64, access: Access) 
         return Ok(());
     }
     let laddr = linear(x, seg, offset, len, access)?;
+    check_linear(x, laddr, len, access)
+}
+
+/// The same (a byte or more) at a linear address.
+///
+/// # Errors
+/// #PF.
+pub fn check_linear(x: &mut Exec<'_>, laddr: u64, len: u64, access: Access) -> Step {
     if let Some(flat) = x.mem.flat() {
         let last = laddr.wrapping_add(len - 1);
         let there = |a: u64| {

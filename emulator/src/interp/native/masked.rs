@@ -1,6 +1,7 @@
 //! Memory operands of which only the elements that a mask selects are accessed (SDM 2A 2.8.1, 1 15.6.4): EVEX with an opmask,
 //! VMASKMOV, VPMASKMOV, MASKMOVQ, MASKMOVDQU. What is not selected cannot fault.
 
+use crate::cpu::Attr;
 use crate::cpu::xsave::component;
 use crate::interp::alu::Vendor;
 use crate::interp::native::{
@@ -18,7 +19,7 @@ struct Active {
     bits: u64,
     lanes: usize,
     element: usize,
-    /// Each element has an address of its own, which wraps at the address size (VEX); else the operand has one (EVEX).
+    /// On Zen 4 each element has an address of its own, which wraps at the address size (VEX); else the operand has one (EVEX).
     apart: bool,
 }
 
@@ -38,9 +39,23 @@ impl Active {
         Ok(())
     }
 
-    /// The offset of the bytes from `start` on of an operand.
-    fn offset(&self, m: &MemRef, offset: u64, start: usize) -> u64 {
-        if self.apart { at(m, offset, start as u64) } else { behind(offset, start) }
+    /// The bytes from the first active one to the last: start and end.
+    fn span(&self) -> (usize, usize) {
+        let end = u64::BITS - self.bits.leading_zeros();
+        (self.bits.trailing_zeros() as usize * self.element, end as usize * self.element)
+    }
+
+    /// The linear address of `len` bytes from `start` on, among them an active one, and none behind the last.
+    fn linear(&self, x: &Exec<'_>, m: &MemRef, offset: u64, part: (usize, usize), access: Access) -> Result<u64, Stop> {
+        let (start, len) = part;
+        match Vendor::host() {
+            Vendor::Amd if self.apart => access::linear(x, m.seg, at(m, offset, start as u64), len as u64, access),
+            Vendor::Amd => access::linear(x, m.seg, behind(offset, start), len as u64, access),
+            Vendor::Intel => {
+                let first = linear_span(x, m, offset, self, access)?.wrapping_add((start - self.span().0) as u64);
+                Ok(if access::is_long64(x.cpu) { first } else { Width::D.cut(first) })
+            }
+        }
     }
 }
 
@@ -125,7 +140,8 @@ fn repeats(m: Mnemonic) -> bool {
 fn read(x: &mut Exec<'_>, m: &MemRef, offset: u64, active: &Active) -> Step {
     active.runs(|start, len| {
         let mut bytes = [0; 64];
-        access::read_bytes(x, m.seg, active.offset(m, offset, start), &mut bytes[..len])?;
+        let laddr = active.linear(x, m, offset, (start, len), Access::Read)?;
+        access::read_linear(x, laddr, &mut bytes[..len])?;
         x.env.native.operand()[start..start + len].copy_from_slice(&bytes[..len]);
         Ok(())
     })
@@ -136,20 +152,30 @@ fn check_store(x: &mut Exec<'_>, m: &MemRef, offset: u64, active: &Active) -> St
     if Vendor::host() == Vendor::Intel && active.lanes > 1 {
         return check_span(x, m, offset, active);
     }
-    active.runs(|start, len| access::check_write(x, m.seg, active.offset(m, offset, start), len as u64))
+    active.runs(|start, len| {
+        let laddr = active.linear(x, m, offset, (start, len), Access::Write)?;
+        access::check_linear(x, laddr, len as u64, Access::Write)
+    })
 }
 
-/// The bytes from the first active one to the last: start and end.
-fn span(active: &Active) -> (usize, usize) {
-    let end = u64::BITS - active.bits.leading_zeros();
-    (active.bits.trailing_zeros() as usize * active.element, end as usize * active.element)
-}
-
-/// The linear address of the first active byte. Raptor Cove looks whether all bytes up to the last one are at canonical addresses before it
-/// accesses any of them.
+/// The linear address of the first active byte. Raptor Cove looks whether all bytes up to the last one are at canonical addresses, or within
+/// the segment's limit, before it accesses any of them. The first one's offset wraps at 32 bits, also where addresses have 16; those of the
+/// others go on from there. In a segment that ends at 4 GiB they wrap, so there only the first element is looked at, or byte of a store.
 fn linear_span(x: &Exec<'_>, m: &MemRef, offset: u64, active: &Active, access: Access) -> Result<u64, Stop> {
-    let (start, end) = span(active);
-    access::linear(x, m.seg, behind(offset, start), (end - start) as u64, access)
+    let (start, end) = active.span();
+    let (first, len) = (behind(offset, start), (end - start) as u64);
+    if access::is_long64(x.cpu) {
+        return access::linear(x, m.seg, first, len, access);
+    }
+    let first = Width::D.cut(first);
+    let s = x.cpu.segment(m.seg);
+    let whole = s.limit == u32::MAX && !s.attr.contains(Attr::EXPAND_DOWN);
+    let len = match access {
+        _ if !whole => len,
+        Access::Write if active.lanes > 1 => 1,
+        _ => active.element as u64,
+    };
+    access::linear(x, m.seg, first, len, access)
 }
 
 /// Raptor Cove looks at the first active byte and, if it is on another page, at the last one. What is between them may be inactive, and CR2
@@ -158,15 +184,11 @@ fn check_span(x: &mut Exec<'_>, m: &MemRef, offset: u64, active: &Active) -> Ste
     if active.bits == 0 {
         return Ok(());
     }
-    let (start, end) = span(active);
+    let (_, end) = active.span();
     let first = linear_span(x, m, offset, active, Access::Write)?;
-    let last = first.wrapping_add((end - start - 1) as u64);
-    access::check_write(x, m.seg, behind(offset, start), 1)?;
-    if (first ^ last) & !(PAGE_SIZE - 1) != 0 {
-        access::check_write(x, m.seg, behind(offset, end - 1), 1)
-    } else {
-        Ok(())
-    }
+    let last = active.linear(x, m, offset, (end - 1, 1), Access::Write)?;
+    access::check_linear(x, first, 1, Access::Write)?;
+    if (first ^ last) & !(PAGE_SIZE - 1) != 0 { access::check_linear(x, last, 1, Access::Write) } else { Ok(()) }
 }
 
 /// All faults of all elements first.
@@ -177,7 +199,10 @@ fn write(x: &mut Exec<'_>, m: &MemRef, offset: u64, active: &Active, bytes: &[u8
 
 /// The elements of which it is known that they can be stored.
 fn store_active(x: &mut Exec<'_>, m: &MemRef, offset: u64, active: &Active, bytes: &[u8]) -> Step {
-    active.runs(|start, len| access::write_bytes(x, m.seg, active.offset(m, offset, start), &bytes[start..start + len]))
+    active.runs(|start, len| {
+        let laddr = active.linear(x, m, offset, (start, len), Access::Write)?;
+        access::write_linear(x, laddr, &bytes[start..start + len])
+    })
 }
 
 /// The sign bits of a vector register's elements.
@@ -301,10 +326,10 @@ pub fn clear_top(x: &mut Exec<'_>) {
 
 #[cfg(test)]
 mod tests {
-    use crate::cpu::Fault;
+    use crate::cpu::{Fault, Segment};
     use crate::interp::alu::Vendor;
     use crate::interp::testing::Machine;
-    use crate::isa::{Gpr, Width};
+    use crate::isa::{Gpr, Seg, Width};
     use crate::vcpu::Exit;
 
     /// Behind it no page is there.
@@ -355,6 +380,38 @@ mod tests {
             }
             let should = if Vendor::host() == Vendor::Amd { amd } else { intel };
             assert_eq!(store(code, rdi, before), should, "{name}");
+        }
+    }
+
+    /// Measured on Zen 4 and on Raptor Cove: elements behind the end of 16-bit addresses. testsuite/tests/masked.rs compares all sorts of them
+    /// with the host CPU.
+    #[test]
+    fn elements_wrap_or_go_on() {
+        if !std::is_x86_feature_detected!("avx") {
+            return;
+        }
+        // vmaskmovpd xmm2, xmm1, [bx]; vmaskmovpd [bx], xmm1, xmm2, in 32-bit code
+        for (load, code) in
+            [(true, [0x67, 0xc4, 0xe2, 0x71, 0x2d, 0x17]), (false, [0x67, 0xc4, 0xe2, 0x71, 0x2f, 0x17])]
+        {
+            let mut m = Machine::long64(3, &code);
+            m.cpu().seg[Seg::Cs as usize] = Segment::code32(0x23, 3);
+            m.cpu().seg[Seg::Ds as usize] = Segment::data32(0x2b, 3);
+            m.cpu().gpr[Gpr::Rbx as usize] = 0xfff8;
+            let (mut mask, mut data) = ([0; 64], [0; 64]);
+            mask[15] = 0x80;
+            data[8..16].fill(0xdd);
+            m.cpu().xsave.set_zmm(1, mask);
+            m.cpu().xsave.set_zmm(2, data);
+            m.mem.write(0, &[0xaa; 8]).expect("in RAM");
+            m.mem.write(0x1_0000, &[0xbb; 8]).expect("in RAM");
+            assert_eq!(m.run(1), Exit::Budget);
+            let amd = Vendor::host() == Vendor::Amd;
+            if load {
+                assert_eq!(m.cpu().xsave.zmm(2)[8..16], [if amd { 0xaa } else { 0xbb }; 8]);
+            } else {
+                assert_eq!(m.load(if amd { 0 } else { 0x1_0000 }, Width::Q), 0xdddd_dddd_dddd_dddd);
+            }
         }
     }
 
