@@ -467,7 +467,8 @@ pub fn xrstor(x: &mut Exec<'_>, i: &Insn) -> Step {
 fn restore(x: &mut Exec<'_>, i: &Insn, operand: (&MemRef, u64), area: &mut XsaveArea) -> Step {
     let area = &mut area.bytes;
     let wanted = requested(x.cpu);
-    let from = Image::new(x, operand, extent(x.cpu, wanted, false), Access::Read);
+    let whole = extent(x.cpu, wanted, false);
+    let from = Image::new(x, operand, whole, Access::Read);
     let intel = Vendor::host() == Vendor::Intel;
     // Raptor Cove looks at the header first, and at the legacy region only if anything of it is requested.
     from.probe(x, &[XSTATE_BV + 8])?;
@@ -488,7 +489,7 @@ fn restore(x: &mut Exec<'_>, i: &Insn, operand: (&MemRef, u64), area: &mut Xsave
         return Err(Fault::Gp(0).into());
     }
     // Everything is looked at before anything changes: all that is requested, but of the compacted format only what is not initial.
-    let mut looked_at = if compact { LEGACY } else { extent(x.cpu, wanted, false) };
+    let mut looked_at = if compact { LEGACY } else { whole };
     let (mut next, mut read) = (LEGACY, LEGACY);
     for p in parts(x.cpu) {
         let at = if compact { next } else { p.at };
