@@ -9,7 +9,9 @@ pub mod slot {
     pub const CPU: usize = 0;
     /// The host's RSP while guest code runs.
     pub const HOST_RSP: usize = 1;
-    /// The guest's R11 where it is not in R11: see [`crate::marks::Home`].
+    /// The guest's R10 where it is not in R10: see [`crate::marks::homed`].
+    pub const R10: usize = 2;
+    /// The guest's R11 where it is not in R11.
     pub const R11: usize = 3;
     /// The guest's value of a register used as scratch inside one instruction.
     pub const TMP: usize = 4;

@@ -10,6 +10,7 @@
 
 use crate::emit::{gs, slot};
 use crate::lower::{ADDRESS_BITS, exit_said};
+use crate::marks::homed;
 use crate::registers::{load_registers, store_others};
 use bivisor_emulator::cpu::CpuState;
 use bivisor_emulator::cpu::xsave::{Layout, component};
@@ -278,8 +279,10 @@ pub fn prepare(block: &ThreadBlock) {
 /// is the start of live code of that cache. `cpu` is what [`slot::CPU`] names; its FS base is canonical and its MXCSR valid.
 pub fn run(block: &ThreadBlock, cpu: &mut CpuState, entry: u64) -> u32 {
     debug_assert_eq!(block.scratch[slot::CPU].get(), std::ptr::from_mut(cpu) as u64);
-    // Some code expects R11 in its register, some in its slot.
-    block.scratch[slot::R11].set(cpu.gpr[Gpr::R11 as usize]);
+    // Some code expects them in the registers, some in the slots.
+    for &(r, slot) in homed() {
+        block.scratch[slot].set(cpu.gpr[r as usize]);
+    }
     let bv = cpu.xsave.xstate_bv() & Layout::host().components;
     cpu.xsave.set_xstate_bv(bv);
     // SAFETY: as the caller says; XRSTOR finds a valid image; the routine keeps the calling convention and touches only `cpu`, the

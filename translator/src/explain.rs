@@ -167,9 +167,7 @@ fn starts(marks: &[Mark], unit: &Unit, start: u64) -> Vec<(u16, usize)> {
         match mark.what {
             // Copied byte for byte: every guest distance in the run is a host offset.
             What::Copied(d) => out.extend((0..(end - at) as u16).map(|n| (d + n, at + usize::from(n)))),
-            What::At(d) | What::Undo(d, _) | What::Probe(d) | What::ProbeRcx(d) | What::ProbePopped(d) => {
-                out.push((d, at))
-            }
+            What::At(d) | What::Undo(d, _) | What::Probe(d) | What::ProbePopped(d) => out.push((d, at)),
             What::Exit(id) => {
                 let rip = match unit.exits[id as usize].leave {
                     Leave::Step(rip) | Leave::Syscall(rip, _) | Leave::Changed(rip) => rip,

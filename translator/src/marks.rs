@@ -5,7 +5,7 @@
 
 use crate::block::MAX_INSNS;
 use crate::emit::slot;
-use crate::lower::{Depends, Relocation, exit_said};
+use crate::lower::{Depends, Relocation, adds_up, exit_said};
 use bivisor_emulator::isa::{Gpr, MAX_INSN_LEN};
 
 /// How the guest's state is found at a host PC.
@@ -19,8 +19,6 @@ pub enum What {
     Undo(u16, Gpr),
     /// As [`What::At`]; a fault here says that the target of the branch is no code that can be read.
     Probe(u16),
-    /// The same, with RCX in [`slot::TMP`].
-    ProbeRcx(u16),
     /// The same, and RSP is behind the eight bytes of the target.
     ProbePopped(u16),
     /// The instruction that ends at this distance, SYSCALL, is done; what it says of RCX is still to be done.
@@ -37,8 +35,8 @@ pub enum What {
     Exiting,
 }
 
-/// Where the guest's R11 is. Indirect branches need a register, and putting it away and fetching it again each time would make every
-/// branch wait for the one before. So it stays away until an instruction wants it.
+/// Where the guest's R11 is, and with it R10 where branches need two registers ([`homed`]). Putting them away and fetching them again at
+/// each indirect branch would make every branch wait for the one before. So they stay away until an instruction wants one of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Home {
     /// In [`slot::R11`]; the host's R11 means nothing.
@@ -48,6 +46,19 @@ pub enum Home {
     Register,
 }
 
+/// The registers that have a [`Home`], and their slots: those that indirect branches use.
+pub fn homed() -> &'static [(Gpr, usize)] {
+    const BOTH: [(Gpr, usize); 2] = [(Gpr::R11, slot::R11), (Gpr::R10, slot::R10)];
+    if adds_up() { &BOTH } else { &BOTH[..1] }
+}
+
+/// Fetches them from their slots.
+pub fn fetch_homed(regs: &mut dyn Registers) {
+    for &(r, slot) in homed() {
+        regs.set_gpr(r, regs.slot(slot));
+    }
+}
+
 /// Holds from its offset to the next mark's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mark {
@@ -55,7 +66,7 @@ pub struct Mark {
     pub at: u16,
     /// What holds.
     pub what: What,
-    /// Where R11 is.
+    /// Where R11 is, and R10 if it is one of [`homed`].
     pub home: Home,
 }
 
@@ -78,8 +89,7 @@ impl What {
             What::Copied(d) => (0, d.into()),
             What::At(d) => (1, d.into()),
             What::Probe(d) => (2, d.into()),
-            What::ProbeRcx(d) => (9, d.into()),
-            What::ProbePopped(d) => (10, d.into()),
+            What::ProbePopped(d) => (9, d.into()),
             What::Called(d) => (3, d.into()),
             What::Compare => (4, 0),
             What::Target => (5, 0),
@@ -97,8 +107,7 @@ impl What {
             0 => What::Copied(d),
             1 => What::At(d),
             2 => What::Probe(d),
-            9 => What::ProbeRcx(d),
-            10 => What::ProbePopped(d),
+            9 => What::ProbePopped(d),
             3 => What::Called(d),
             4 => What::Compare,
             5 => What::Target,
@@ -195,7 +204,7 @@ pub trait Registers {
 
 /// Does the instruction `at` bytes into a piece of code only look at guest code, or whether the target of a branch can be read?
 pub fn probes(marks: &[Packed], at: usize) -> bool {
-    let probes = |what| matches!(what, What::Probe(_) | What::ProbeRcx(_) | What::ProbePopped(_) | What::Compare);
+    let probes = |what| matches!(what, What::Probe(_) | What::ProbePopped(_) | What::Compare);
     mark_at(marks, at).is_some_and(|m| probes(m.unpack(0).what))
 }
 
@@ -217,17 +226,12 @@ pub fn recover(
     }
     .map(exits);
     if exit.map_or(mark.home, |(_, home)| home) == Home::Slot {
-        regs.set_gpr(Gpr::R11, regs.slot(slot::R11));
+        fetch_homed(regs);
     }
     match mark.what {
         What::Copied(from) => start.wrapping_add(u64::from(from)).wrapping_add((at - usize::from(mark.at)) as u64),
         What::At(d) => start.wrapping_add(u64::from(d)),
-        What::ProbeRcx(d) => {
-            regs.set_gpr(Gpr::Rcx, regs.slot(slot::TMP));
-            start.wrapping_add(u64::from(d))
-        }
         What::ProbePopped(d) => {
-            regs.set_gpr(Gpr::Rcx, regs.slot(slot::TMP));
             regs.set_gpr(Gpr::Rsp, regs.gpr(Gpr::Rsp).wrapping_sub(8));
             start.wrapping_add(u64::from(d))
         }
@@ -293,14 +297,15 @@ mod tests {
         assert_eq!(at(21), 0x400009);
         assert_eq!(at(41), 0x5005);
         assert_eq!(f.0[Gpr::Rdi as usize], 1000 + slot::TMP as u64);
-        assert_eq!(f.0[Gpr::R11 as usize], 0);
+        assert_eq!((f.0[Gpr::R11 as usize], f.0[Gpr::R10 as usize]), (0, 0));
         f.0[Gpr::R11 as usize] = 0x123;
         assert_eq!(recover(&marks, (0x400000, 3), 30, &mut f, &exits), 1000 + slot::TARGET as u64);
         assert_eq!(f.0[Gpr::Rcx as usize], 0x123);
         assert_eq!(f.0[Gpr::R11 as usize], 1000 + slot::R11 as u64);
+        assert_eq!(f.0[Gpr::R10 as usize], if adds_up() { 1000 + slot::R10 as u64 } else { 0 });
         f.0[Gpr::Rsp as usize] = 4;
         assert_eq!(recover(&marks, (0x400000, 3), 50, &mut f, &exits), 0x400008);
-        assert_eq!(f.0[Gpr::Rcx as usize], 1000 + slot::TMP as u64);
+        assert_eq!(f.0[Gpr::Rcx as usize], 0x123);
         assert_eq!(f.0[Gpr::Rsp as usize], 4u64.wrapping_sub(8));
         assert!(probes(&marks, 50) && !probes(&marks, 49));
     }
@@ -309,7 +314,7 @@ mod tests {
     fn what_is_packed_comes_back() {
         let mut all: Vec<What> = Gpr::ALL.iter().map(|&r| What::Undo(960, r)).collect();
         all.extend([What::Copied(0), What::At(960), What::Probe(7), What::Called(2), What::Compare, What::Target]);
-        all.extend([What::Comparing, What::Exit(100 + 1023), What::Exiting, What::ProbeRcx(7), What::ProbePopped(960)]);
+        all.extend([What::Comparing, What::Exit(100 + 1023), What::Exiting, What::ProbePopped(960)]);
         for what in all {
             for home in [Home::Slot, Home::Register] {
                 let mark = Mark { at: u16::MAX, what, home };
@@ -317,7 +322,7 @@ mod tests {
                 assert_eq!((packed.unpack(100), Packed::read(packed.bytes())), (mark, packed));
             }
         }
-        for kind in 11..16u32 {
+        for kind in 10..16u32 {
             assert!(!Packed::read((kind << 26).to_le_bytes()).is_of_block(9), "no such kind");
         }
     }

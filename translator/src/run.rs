@@ -5,7 +5,7 @@ use crate::cache::{Cache, DEFAULT_SIZE, Entry, Member, Via};
 use crate::emit::{NO_TRAP, slot};
 use crate::enter::{ABORTED, CAPTURED, MISS};
 use crate::lower::{Leave, compare};
-use crate::marks::{Home, Registers};
+use crate::marks::{Home, Registers, fetch_homed};
 use crate::route::Policy;
 use crate::stats::Stats;
 use crate::system::run::System;
@@ -306,7 +306,7 @@ impl Translator {
             MISS => {
                 self.stats.misses += 1;
                 self.cpu.rip = block.scratch[slot::TARGET].get();
-                self.cpu.gpr[Gpr::R11 as usize] = block.scratch[slot::R11].get();
+                fetch_homed(&mut Mend { cpu: &mut self.cpu, block });
                 *via = Via::Indirect;
                 None
             }
@@ -336,7 +336,7 @@ impl Translator {
             }
             id => {
                 if self.cache.home(id) == Home::Slot {
-                    self.cpu.gpr[Gpr::R11 as usize] = block.scratch[slot::R11].get();
+                    fetch_homed(&mut Mend { cpu: &mut self.cpu, block });
                 }
                 match self.cache.leave(id) {
                     Leave::To(rip) => {

@@ -653,7 +653,7 @@ impl Store {
     pub fn recover(&self, offset: u32, regs: &mut dyn Registers, exits: &Exits) -> u64 {
         if let Some(id) = self.stub(offset, regs) {
             if exits.home(id) == Home::Slot {
-                regs.set_gpr(Gpr::R11, regs.slot(slot::R11));
+                marks::fetch_homed(regs);
             }
             return exits.rip(id);
         }

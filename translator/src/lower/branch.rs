@@ -16,8 +16,8 @@ use crate::block::Item;
 use crate::emit::{Emitter, TABLE, gs, slot};
 use crate::enter::MISS;
 use crate::lower::memory::load_target;
-use crate::lower::{Depends, Leave, Lowering, R11, use_of_r11};
-use crate::marks::{Home, Mark, What};
+use crate::lower::{Depends, Leave, Lowering, Use, use_of};
+use crate::marks::{Home, Mark, What, homed};
 use bivisor_emulator::host::code_space;
 use bivisor_emulator::host::thread::{GUARD_SIZE, ThreadBlock};
 use bivisor_emulator::isa::Gpr;
@@ -141,7 +141,7 @@ fn push_constant(l: &mut Lowering<'_>, v: u64) {
 /// CALL rel. The target comes after the push.
 pub(crate) fn call(l: &mut Lowering<'_>, item: &Item, to: u64) -> bool {
     let back = l.block.next_rip(item);
-    put_away(l, item);
+    l.put_away(item.at);
     push_constant(l, back);
     let id = l.around.first_exit + l.exits.len() as u32;
     l.mark(What::Exit(id));
@@ -149,55 +149,36 @@ pub(crate) fn call(l: &mut Lowering<'_>, item: &Item, to: u64) -> bool {
     false
 }
 
-/// Marks the beginning of a branch after which R11 is in its slot.
-fn put_away(l: &mut Lowering<'_>, item: &Item) {
-    let s_r11 = gs(slot::R11);
-    l.mark(What::At(item.at));
-    if l.home == Home::Register {
-        dynasm!(l.e; .arch x64; gs mov [s_r11], r11);
-        l.home = Home::Slot;
-        l.mark(What::At(item.at));
-    }
-}
-
 /// With the target in a register: notes it in its slot, and faults if it is no address of user code. R11 is lost, or the host address
-/// of the first landing.
+/// to go to, and all of [`homed`] are lost with it.
 fn probe(l: &mut Lowering<'_>, item: &Item, r: u8) {
     let target = gs(slot::TARGET);
     dynasm!(l.e; .arch x64; gs mov [target], Rq(r));
-    if adds_up() {
-        let tmp = gs(slot::TMP);
-        dynasm!(l.e; .arch x64; gs mov [tmp], rcx);
-        l.mark(What::Undo(item.at, Gpr::Rcx));
-        find(&mut l.e, r);
-        l.mark(What::ProbeRcx(item.at));
-        add_up(&mut l.e);
-        l.mark(What::Undo(item.at, Gpr::Rcx));
-        dynasm!(l.e; .arch x64; gs mov rcx, [tmp]);
-        l.mark(What::At(item.at));
-        return;
-    }
     l.mark(What::Probe(item.at));
-    fault_unless_user(&mut l.e, r, finds_by_pext());
+    if adds_up() {
+        find(&mut l.e, r);
+        add_up(&mut l.e);
+    } else {
+        fault_unless_user(&mut l.e, r, finds_by_pext());
+    }
     l.mark(What::At(item.at));
 }
 
 /// As [`probe`], of the target that a RET pops. POP leaves RSP to the host's stack engine, which a load from RSP and an LEA to it do not:
 /// recursive calls took a seventh less on Raptor Cove.
 fn pop_and_add_up(l: &mut Lowering<'_>, item: &Item) {
-    let (target, tmp) = (gs(slot::TARGET), gs(slot::TMP));
-    dynasm!(l.e; .arch x64; gs mov [tmp], rcx; pop r11);
+    let target = gs(slot::TARGET);
+    dynasm!(l.e; .arch x64; pop r11);
     l.mark(What::ProbePopped(item.at));
     dynasm!(l.e; .arch x64; gs mov [target], r11);
     find(&mut l.e, Gpr::R11 as u8);
     add_up(&mut l.e);
-    dynasm!(l.e; .arch x64; gs mov rcx, [tmp]);
 }
 
-/// With a target in a register: R11 counts half entries, or leads into the guard, and RCX has the target from bit 15 on.
+/// With a target in a register: R11 counts half entries, or leads into the guard, and R10 has the target from bit 15 on.
 fn find(e: &mut Emitter, r: u8) {
-    // rorx rcx, r, 15
-    let rorx = [0xc4, 0xe3 & !(r >> 3 << 5), 0xfb, 0xf0, 0xc8 | r & 7, 15];
+    // rorx r10, r, 15
+    let rorx = [0xc4, 0x63 & !(r >> 3 << 5), 0xfb, 0xf0, 0xd0 | r & 7, 15];
     if r == Gpr::R11 as u8 {
         e.bytes.extend_from_slice(&rorx);
         pext_r11(e, r);
@@ -208,12 +189,12 @@ fn find(e: &mut Emitter, r: u8) {
     dynasm!(e; .arch x64; lea r11, [r11 + r11]);
 }
 
-/// After [`find`]: R11 is where to go, RCX is lost. These loads find out whether the target is one of user code.
+/// After [`find`]: R11 is where to go, R10 is lost. These loads find out whether the target is one of user code.
 fn add_up(e: &mut Emitter) {
-    // pdep rcx, rcx, gs:[r11 * 8 + TABLE + 8]
-    e.bytes.extend_from_slice(&[0x65, 0xc4, 0xa2, 0xf3, 0xf5, 0x0c, 0xdd]);
+    // pdep r10, r10, gs:[r11 * 8 + TABLE + 8]
+    e.bytes.extend_from_slice(&[0x65, 0xc4, 0x22, 0xab, 0xf5, 0x14, 0xdd]);
     e.push_i32(TABLE + 8);
-    dynasm!(e; .arch x64; gs mov r11, [r11 * 8 + TABLE]; lea r11, [r11 + rcx]);
+    dynasm!(e; .arch x64; gs mov r11, [r11 * 8 + TABLE]; lea r11, [r11 + r10]);
 }
 
 /// pext r11, r, gs:[ADDRESS_BITS]
@@ -300,14 +281,12 @@ fn dispatch(l: &mut Lowering<'_>, r: Option<u8>) {
 
 /// JMP or CALL through a register or memory.
 pub(crate) fn indirect(l: &mut Lowering<'_>, item: &Item) -> bool {
-    let s_r11 = gs(slot::R11);
     let start = (l.e.len(), l.marks.len(), l.home, l.relocations.len());
-    let reads = use_of_r11(&item.iced) != R11::Unused;
-    if l.home == Home::Slot && reads {
-        l.mark(What::At(item.at));
-        dynasm!(l.e; .arch x64; gs mov r11, [s_r11]);
-    } else {
-        put_away(l, item);
+    let apart = l.home == Home::Slot;
+    l.put_away(item.at);
+    for &(r, from) in homed().iter().filter(|(r, _)| apart && use_of(&item.iced, *r) != Use::Unused) {
+        let (r, from) = (r as u8, gs(from));
+        dynasm!(l.e; .arch x64; gs mov Rq(r), [from]);
     }
     let r = match Gpr::from_iced(item.iced.op0_register()) {
         Some(r) if item.iced.op0_kind() == OpKind::Register => r,
@@ -333,7 +312,7 @@ pub(crate) fn indirect(l: &mut Lowering<'_>, item: &Item) -> bool {
 
 /// RET, RET n.
 pub(crate) fn ret(l: &mut Lowering<'_>, item: &Item) -> bool {
-    put_away(l, item);
+    l.put_away(item.at);
     let n = if item.iced.op_count() == 0 { 8 } else { i32::from(item.iced.immediate16()) + 8 };
     if adds_up() {
         pop_and_add_up(l, item);
@@ -530,7 +509,7 @@ mod tests {
     /// What R11 is after the instructions that find an entry and add up, with a table of one entry: its index and two words. `None`:
     /// the entry is not read, but another or the guard.
     fn sum(code: &[u8], target: u64, (index, words): (u64, [u64; 2])) -> Option<u64> {
-        let (mut rcx, mut r11) = (target, target);
+        let (mut r10, mut r11) = (target, target);
         let read = |i: &Instruction, r11: u64| {
             assert_eq!(
                 (i.segment_prefix(), i.memory_index(), i.memory_index_scale()),
@@ -542,21 +521,22 @@ mod tests {
         for i in Decoder::new(64, code, DecoderOptions::NONE) {
             let from = match i.op1_register() {
                 Register::R11 => r11,
-                Register::RCX => rcx,
+                Register::R10 => r10,
                 _ => target,
             };
             match i.code() {
-                Code::VEX_Rorx_r64_rm64_imm8 => rcx = from.rotate_right(u32::from(i.immediate8())),
+                Code::VEX_Rorx_r64_rm64_imm8 => r10 = from.rotate_right(u32::from(i.immediate8())),
                 Code::VEX_Pext_r64_r64_rm64 => {
                     assert_eq!(i.memory_displacement64(), gs(slot::ADDRESS_BITS) as u64);
                     r11 = bits(ADDRESS_BITS).enumerate().fold(0, |all, (to, bit)| all | (from >> bit & 1) << to);
                 }
                 Code::VEX_Pdep_r64_r64_rm64 => {
-                    rcx = bits(read(&i, r11)?).enumerate().fold(0, |all, (from, to)| all | (rcx >> from & 1) << to);
+                    assert_eq!([0, 1].map(|n| i.op_register(n)), [Register::R10; 2]);
+                    r10 = bits(read(&i, r11)?).enumerate().fold(0, |all, (from, to)| all | (r10 >> from & 1) << to);
                 }
                 Code::Mov_r64_rm64 => r11 = read(&i, r11)?,
                 Code::Lea_r64_m if i.memory_index() == Register::R11 => r11 *= 2,
-                Code::Lea_r64_m => r11 = r11.wrapping_add(rcx),
+                Code::Lea_r64_m => r11 = r11.wrapping_add(r10),
                 code => panic!("{code:?}"),
             }
         }

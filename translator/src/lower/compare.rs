@@ -16,7 +16,7 @@ use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Code, Instruction, OpKind};
 use std::ops::Range;
 
-/// The way out for a block that is no longer what it was made from; gives its host address. RCX is in its slot, and so is R11.
+/// The way out for a block that is no longer what it was made from; gives its host address. RCX is in its slot, and so is what has a home.
 pub(crate) fn emit_failure(l: &mut Lowering<'_>) -> u64 {
     let save = gs(slot::TMP);
     let at = l.e.here();
@@ -30,14 +30,9 @@ pub(crate) fn emit_failure(l: &mut Lowering<'_>) -> u64 {
 
 /// The comparison, which comes before the block's first instruction.
 pub(crate) fn emit(l: &mut Lowering<'_>, failure: u64) {
-    let (save, s_r11) = (gs(slot::TMP), gs(slot::R11));
+    let save = gs(slot::TMP);
     let block = l.block;
-    l.mark(What::At(0));
-    if l.home == Home::Register {
-        dynasm!(l.e; .arch x64; gs mov [s_r11], r11);
-        l.home = Home::Slot;
-        l.mark(What::At(0));
-    }
+    l.put_away(0);
     dynasm!(l.e; .arch x64; gs mov [save], rcx);
     l.mark(What::Compare);
     load_constant(l, Gpr::R11, block.start);

@@ -121,6 +121,8 @@ fn borrow(l: &mut Lowering<'_>, item: &Item, target: u64) -> bool {
     if !by_hand && !encode(l, &iced) {
         return false;
     }
+    // It may have set what has a home.
+    l.home = l.then;
     // A load into the borrowed register itself needs no restoring.
     l.mark(What::Undo(item.at + u16::from(item.len), r));
     dynasm!(l.e; .arch x64; gs mov Rq(reg), [save]);

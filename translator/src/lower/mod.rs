@@ -1,8 +1,11 @@
 //! Lowering: a guest block becomes host code; one file a way of lowering.
 //!
-//! Guest registers are the host's registers, RSP and flags included, but for R11, which may be in a slot ([`Home`]): code for a guest
-//! address comes in up to two kinds, by where R11 is at its start. The context is reached through GS. A piece of code has an
+//! Guest registers are the host's registers, RSP and flags included, but for R11, and R10 on some CPUs, which may be in slots ([`Home`]):
+//! code for a guest address comes in up to two kinds, by where they are at its start. The context is reached through GS. A piece of code has an
 //! optional *landing* (the way in for indirect branches), the body, the stubs of its exits, and constants.
+
+// dynasm's dynamic registers convert a u8 to itself.
+#![allow(clippy::useless_conversion)]
 
 mod branch;
 mod bytes;
@@ -14,9 +17,10 @@ mod stub;
 mod syscall;
 
 use crate::block::{GuestBlock, Item};
-use crate::emit::{Emitter, gs, slot};
-use crate::marks::{Home, Mark, What};
+use crate::emit::{Emitter, gs};
+use crate::marks::{Home, Mark, What, homed};
 use crate::route::Route;
+use bivisor_emulator::isa::Gpr;
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
@@ -82,7 +86,7 @@ pub struct Exit {
     pub linked: Option<u64>,
     /// Instructions of the block that have begun when it is taken, the one that takes it included.
     pub begun: u16,
-    /// Where R11 is.
+    /// Where R11 is, and what has a home with it.
     pub home: Home,
 }
 
@@ -154,40 +158,46 @@ pub(crate) struct Lowering<'a> {
     pub short: bool,
     /// Instructions lowered, the one at work included.
     pub begun: u16,
-    /// Where R11 is.
+    /// Where R11 is, and what has a home with it.
     pub home: Home,
+    /// Where they are once the instruction at work is done.
+    pub then: Home,
 }
 
-/// What an instruction does with R11.
+/// What an instruction does with a register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum R11 {
+pub(crate) enum Use {
     Unused,
     /// Sets all of it, whatever it was.
     Sets,
     Wanted,
 }
 
-/// See [`R11`]. Only SYSCALL uses it without naming it.
-pub(crate) fn use_of_r11(i: &Instruction) -> R11 {
-    let is = |r| matches!(r, Register::R11 | Register::R11D | Register::R11W | Register::R11L);
+/// See [`Use`]; of one of [`homed`]. Only SYSCALL uses them without naming them.
+pub(crate) fn use_of(i: &Instruction, r: Gpr) -> Use {
+    let [whole, half, word, byte] = match r {
+        Gpr::R10 => [Register::R10, Register::R10D, Register::R10W, Register::R10L],
+        _ => [Register::R11, Register::R11D, Register::R11W, Register::R11L],
+    };
+    let is = |r| r == whole || r == half || r == word || r == byte;
     if is(i.memory_base()) || is(i.memory_index()) {
-        return R11::Wanted;
+        return Use::Wanted;
     }
     let named = (0..i.op_count()).filter(|&n| i.op_kind(n) == OpKind::Register && is(i.op_register(n)));
     match named.count() {
-        0 => R11::Unused,
-        1 if i.op_kind(0) == OpKind::Register && matches!(i.op0_register(), Register::R11 | Register::R11D) => {
+        0 => Use::Unused,
+        1 if i.op_kind(0) == OpKind::Register && (i.op0_register() == whole || i.op0_register() == half) => {
             match i.mnemonic() {
                 Mnemonic::Mov
                 | Mnemonic::Lea
                 | Mnemonic::Movzx
                 | Mnemonic::Movsx
                 | Mnemonic::Movsxd
-                | Mnemonic::Pop => R11::Sets,
-                _ => R11::Wanted,
+                | Mnemonic::Pop => Use::Sets,
+                _ => Use::Wanted,
             }
         }
-        _ => R11::Wanted,
+        _ => Use::Wanted,
     }
 }
 
@@ -204,22 +214,39 @@ impl Lowering<'_> {
         }
     }
 
-    /// Sees to it that an instruction finds R11 where it wants it; gives where it is afterwards.
-    fn fetch_r11(&mut self, item: &Item) -> Home {
+    /// Sees to it that an instruction finds the registers that have a home where it wants them; gives where they are afterwards.
+    fn fetch(&mut self, item: &Item) -> Home {
+        let uses = |&(r, _): &(Gpr, usize)| use_of(&item.iced, r);
+        if self.home == Home::Register || homed().iter().all(|r| uses(r) == Use::Unused) {
+            return self.home;
+        }
+        for (r, from) in homed().iter().filter(|&r| uses(r) != Use::Sets) {
+            self.mark(What::At(item.at));
+            let (r, from) = (*r as u8, gs(*from));
+            dynasm!(self.e; .arch x64; gs mov Rq(r), [from]);
+        }
+        if homed().iter().all(|r| uses(r) != Use::Sets) {
+            self.home = Home::Register;
+        }
+        Home::Register
+    }
+
+    /// Marks the beginning of what, `at` bytes from the start of the block, needs these registers for itself.
+    pub(crate) fn put_away(&mut self, at: u16) {
+        self.mark(What::At(at));
         if self.home == Home::Register {
-            return Home::Register;
+            self.store_homed();
+            self.mark(What::At(at));
         }
-        match use_of_r11(&item.iced) {
-            R11::Unused => Home::Slot,
-            R11::Sets => Home::Register,
-            R11::Wanted => {
-                let from = gs(slot::R11);
-                self.mark(What::At(item.at));
-                dynasm!(self.e; .arch x64; gs mov r11, [from]);
-                self.home = Home::Register;
-                Home::Register
-            }
+    }
+
+    /// From where they are registers.
+    pub(crate) fn store_homed(&mut self) {
+        for &(r, to) in homed() {
+            let (r, to) = (r as u8, gs(to));
+            dynasm!(self.e; .arch x64; gs mov [to], Rq(r));
         }
+        self.home = Home::Slot;
     }
 
     /// Notes that the field at `at` depends on where code lies.
@@ -355,6 +382,7 @@ fn attempt_lower(
         short,
         begun: 0,
         home: around.home,
+        then: around.home,
     };
     let failure = block.compared.then(|| compare::emit_failure(&mut l));
     let landing = landing.then(|| emit_landing(&mut l.e, &mut l.marks, block.start, around.miss));
@@ -384,10 +412,10 @@ fn attempt_lower(
         end = usize::from(item.at) + usize::from(item.len);
         open = match item.route {
             Route::Copy | Route::CopyAndEnd => {
-                let then = l.fetch_r11(item);
+                l.then = l.fetch(item);
                 let copied = compare::load_immediate(&mut l, item) || copy::copy(&mut l, item);
                 if copied {
-                    l.home = then;
+                    l.home = l.then;
                 } else {
                     l.leave(Leave::Step(block.rip(item)));
                 }

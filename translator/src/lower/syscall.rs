@@ -12,7 +12,7 @@ use crate::block::Item;
 use crate::emit::{gs, slot};
 use crate::lower::branch::has_bmi2;
 use crate::lower::{Depends, Leave, Lowering};
-use crate::marks::{Home, What};
+use crate::marks::{Home, What, homed};
 use bivisor_emulator::isa::Gpr;
 use dynasmrt::{DynasmApi, dynasm};
 
@@ -26,8 +26,8 @@ pub(crate) fn syscall(l: &mut Lowering<'_>, item: &Item) {
         l.leave(Leave::Syscall(rip, item.len));
         return;
     }
-    let [s_r11, s_tmp, s_number, s_direct, s_calls, s_made] =
-        [slot::R11, slot::TMP, slot::NUMBER, slot::DIRECT, slot::CALLS, slot::MADE].map(gs);
+    let [s_r10, s_r11, s_tmp, s_number, s_direct, s_calls, s_made] =
+        [slot::R10, slot::R11, slot::TMP, slot::NUMBER, slot::DIRECT, slot::CALLS, slot::MADE].map(gs);
     let before = What::Undo(item.at, Gpr::Rcx);
     let next_at = item.at + u16::from(item.len);
     let after = What::Called(next_at);
@@ -35,8 +35,7 @@ pub(crate) fn syscall(l: &mut Lowering<'_>, item: &Item) {
     l.mark(What::At(item.at));
     dynasm!(l.e; .arch x64; gs mov [s_tmp], rcx);
     if l.home == Home::Register {
-        dynasm!(l.e; .arch x64; gs mov [s_r11], r11);
-        l.home = Home::Slot;
+        l.store_homed();
     }
     l.mark(before);
     dynasm!(l.e; .arch x64
@@ -62,6 +61,10 @@ pub(crate) fn syscall(l: &mut Lowering<'_>, item: &Item) {
     l.e.bytes.extend_from_slice(&[0xeb, back as u8]);
 
     here(l, direct);
+    if homed().contains(&(Gpr::R10, slot::R10)) {
+        // An argument, which the kernel leaves as it is.
+        dynasm!(l.e; .arch x64; gs mov r10, [s_r10]);
+    }
     dynasm!(l.e; .arch x64; syscall);
     l.home = Home::Register;
     l.mark(after);

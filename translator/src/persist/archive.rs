@@ -10,7 +10,7 @@ use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-const MAGIC: &[u8; 8] = b"bivisor\x05";
+const MAGIC: &[u8; 8] = b"bivisor\x06";
 /// Sum of the page, its first block and how many there are.
 const PAGE: usize = 16 + 4 + 4;
 /// Where in its page it begins and where R11 is, which page of its cluster that is, its cluster.
