@@ -65,11 +65,7 @@ fn user() -> Result<Vec<u8>, IcedError> {
     a.pop(qword_ptr(r12 + 32))?;
     a.mov(qword_ptr(r12 + 40), r11)?;
     a.movq(qword_ptr(r12 + 48), xmm0)?;
-    a.add(r12, NOTE as i32)?;
-    a.dec(ebx)?;
-    a.jne(again)?;
-    a.mov(esi, 1)?;
-    a.syscall()?;
+    levels::repeat(&mut a, again, NOTE)?;
     a.assemble(USER)
 }
 

@@ -81,11 +81,7 @@ fn user() -> Result<Vec<u8>, IcedError> {
     a.syscall()?;
     // What the kernel gave it.
     a.movq(qword_ptr(r12), xmm0)?;
-    a.add(r12, NOTE as i32)?;
-    a.dec(ebx)?;
-    a.jne(again)?;
-    a.mov(esi, 1)?;
-    a.syscall()?;
+    levels::repeat(&mut a, again, NOTE)?;
     a.assemble(USER)
 }
 

@@ -81,11 +81,7 @@ fn user(wide: bool) -> Result<Vec<u8>, IcedError> {
         a.vmovups(zmmword_ptr(r12 + 64), zmm18)?;
         a.vmovups(zmmword_ptr(r12 + 128), zmm5)?;
     }
-    a.add(r12, NOTE as i32)?;
-    a.dec(ebx)?;
-    a.jne(again)?;
-    a.mov(esi, 1)?;
-    a.syscall()?;
+    levels::repeat(&mut a, again, NOTE)?;
     a.assemble(USER)
 }
 

@@ -36,6 +36,15 @@ pub fn begin(a: &mut CodeAssembler, mask: u64, entry: CodeLabel) -> Result<(), I
     a.mov(r11d, 0x202)
 }
 
+/// The user's end: notes of `note` bytes each until RBX is 0, then a call of the kernel with RSI 1.
+pub fn repeat(a: &mut CodeAssembler, again: CodeLabel, note: u64) -> Result<(), IcedError> {
+    a.add(r12, note as i32)?;
+    a.dec(ebx)?;
+    a.jne(again)?;
+    a.mov(esi, 1)?;
+    a.syscall()
+}
+
 /// Memory with both, identically mapped, and the state to begin with.
 pub fn machine(kernel: &[u8], user: &[u8]) -> (GuestMemory, CpuState) {
     let mem = GuestMemory::Ram(Ram::shared(4 << 20).expect("4 MiB"));

@@ -124,7 +124,7 @@ pub mod at {
     /// Not 0: ZMM16 to ZMM31 and the opmask registers are in [`HIGH`] and [`MASKS`] where XMM0 to XMM15 are in [`VECTORS`], and all above
     /// these is 0.
     pub const IS_WIDE: usize = SLOTS + 0x470;
-    /// May XSAVE and XRSTOR be done in the cache: bits of [`super::super::xsave`].
+    /// May XSAVE and XRSTOR be done in the cache: bits that `xsave.rs` names.
     pub const IMAGE: usize = SLOTS + 0x480;
     /// Host address of the image they are about.
     pub const IMAGE_FIRST: usize = SLOTS + 0x488;
