@@ -137,7 +137,8 @@ static void signals_and_files(void) {
     __builtin_ia32_ldmxcsr(0x9fc0);
     unsigned short fcw = 0x27f;
     __asm__("fldcw %0" ::"m"(fcw));
-    void *page = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    // Where the next program has nothing of its own by chance.
+    void *page = mmap((void *)0x300000000000, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     go("signals and files", 1, page);
 }
 static void posix_timer(void) {
