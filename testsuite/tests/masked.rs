@@ -122,7 +122,7 @@ fn over_the_end() {
         let limit = segment(place.1).map_or(end, |s| u64::from(s.limit) + 1);
         let before = [1, 7, 8, 15, 16, 32].into_iter().map(|n| (end - n) & 0xffff_ffff);
         // The limit of the expand-down segment is its lower end.
-        let behind = [3, 12].into_iter().map(|n| limit - n);
+        let behind = [3, 12].into_iter().map(|n| limit.wrapping_sub(n) & 0xffff_ffff);
         for at in before.chain(behind) {
             for &(code, element) in &codes {
                 for mask in [1, 2, 4, 5, 8, 0xe, u64::MAX] {
