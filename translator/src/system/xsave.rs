@@ -17,7 +17,7 @@ pub const COMPACT: u64 = 2;
 /// Bit 2: its CPU keeps no selectors with the pointers of x87.
 pub const NO_SELECTORS: u64 = 4;
 
-/// The last byte of the header.
+/// Where the header ends.
 const LEGACY: usize = 576;
 const XSTATE_BV: usize = 512;
 const FIP: usize = 8;
