@@ -157,7 +157,7 @@ fn run(vcpu: &mut dyn Vcpu) -> (Vec<u8>, [u64; 16]) {
     *vcpu.state() = s;
     let device = Device::default();
     let ended = || device.end.load(Ordering::Relaxed) != 0;
-    (levels::notes(vcpu, &mem, &device, &ended, ROUNDS as u64 * NOTE + NOTE), vcpu.state().gpr)
+    (levels::notes(vcpu, u64::MAX, &mem, &device, &ended, ROUNDS as u64 * NOTE + NOTE), vcpu.state().gpr)
 }
 
 #[test]

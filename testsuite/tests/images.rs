@@ -1,6 +1,8 @@
 //! XSAVE and XRSTOR where the translator does them without leaving its cache (SDM 1 13.7, 13.8): a kernel that saves what its user left in
 //! the registers and gives it something else leaves the same in memory under the interpreter, which does each by itself.
 
+#[path = "common/kicks.rs"]
+mod kicks;
 #[path = "common/levels.rs"]
 mod levels;
 
@@ -152,7 +154,7 @@ fn kernel() -> Result<Vec<u8>, IcedError> {
 }
 
 /// Runs it; gives the notes, and all images.
-fn run(vcpu: &mut dyn Vcpu) -> (Vec<u8>, Vec<u8>) {
+fn run(vcpu: &mut dyn Vcpu, kicked: bool) -> (Vec<u8>, Vec<u8>) {
     let (kernel, user) = (kernel().expect("it can be assembled"), user().expect("it can be assembled"));
     let (mem, mut s) = levels::machine(&kernel, &user);
     s.xcr0 = Layout::host().components;
@@ -164,7 +166,8 @@ fn run(vcpu: &mut dyn Vcpu) -> (Vec<u8>, Vec<u8>) {
     *vcpu.state() = s;
     let end = End::default();
     let ended = || end.0.load(Ordering::Relaxed);
-    let notes = levels::notes(vcpu, &mem, &end, &ended, ROUNDS as u64 * NOTE);
+    let run = |vcpu: &mut dyn Vcpu| levels::notes(vcpu, u64::MAX, &mem, &end, &ended, ROUNDS as u64 * NOTE);
+    let notes = if kicked { kicks::during(vcpu, run) } else { run(vcpu) };
     let mut images = vec![0; 6 * PAGE_SIZE as usize];
     for (part, at) in images.chunks_mut(PAGE_SIZE as usize).zip(AT.into_iter().chain([COMPACT, INITIAL])) {
         mem.read(at, part).expect("in RAM");
@@ -179,12 +182,13 @@ fn images_in_the_cache_are_the_interpreters() {
         println!("skipped: the host CPU has no XSAVEC");
         return;
     }
-    let (notes, images) = run(&mut Interpreter::new(model.clone()));
+    let (notes, images) = run(&mut Interpreter::new(model.clone()), false);
     let mut mirrored = Translator::new(model.clone()).expect("executable memory");
     mirrored.set_mirror_after(Some(Duration::ZERO));
-    let mut translator = Translator::new(model).expect("executable memory");
-    for (engine, what) in [(&mut translator, "TLB"), (&mut mirrored, "mirror")] {
-        let (seen, also) = run(engine);
+    let mut translator = Translator::new(model.clone()).expect("executable memory");
+    let mut kicked = Translator::new(model).expect("executable memory");
+    for (engine, what) in [(&mut translator, "TLB"), (&mut mirrored, "mirror"), (&mut kicked, "kicked")] {
+        let (seen, also) = run(engine, what == "kicked");
         for n in 0..notes.len() / 8 {
             assert_eq!(levels::word(&seen, n), levels::word(&notes, n), "{what}: round {}, word {}", n / 2, n % 2);
         }

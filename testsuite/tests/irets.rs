@@ -3,12 +3,14 @@
 
 #[path = "common/levels.rs"]
 mod levels;
+#[path = "common/rings.rs"]
+mod rings;
 
 use bivisor_emulator::bus::Bus;
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::cpu::{Cr4, Segment};
 use bivisor_emulator::interp::Interpreter;
-use bivisor_emulator::isa::{Seg, Width};
+use bivisor_emulator::isa::Seg;
 use bivisor_emulator::vcpu::Vcpu;
 use bivisor_translator::Translator;
 use iced_x86::Code;
@@ -190,31 +192,11 @@ fn handler(vector: u8) -> Result<Vec<u8>, IcedError> {
 fn run(vcpu: &mut dyn Vcpu, wide: bool) -> Vec<u8> {
     let (kernel, user) = (kernel().expect("it can be assembled"), user(wide).expect("it can be assembled"));
     let (mem, mut s) = levels::machine(&kernel, &user);
-    let put = |at: u64, v: u64| mem.store(at, Width::Q, v).expect("in RAM");
-    for vector in [1u8, 11, 12, 13] {
-        let at = place(vector);
+    let handlers = [1u8, 11, 12, 13].map(|vector| (vector, place(vector)));
+    for (vector, at) in handlers {
         mem.write(at, &handler(vector).expect("it can be assembled")).expect("in RAM");
-        put(IDT + 16 * u64::from(vector), at & 0xffff | 8 << 16 | 0x8e00 << 32 | (at >> 16 & 0xffff) << 48);
-        put(IDT + 16 * u64::from(vector) + 8, 0);
     }
-    for (n, d) in [
-        0,
-        0x00af_9b00_0000_ffff,
-        0x00cf_9300_0000_ffff,
-        0,
-        0x00cf_f300_0000_ffff,
-        0x00af_fb00_0000_ffffu64,
-        0x00cf_f300_0000_ffff,
-    ]
-    .into_iter()
-    .enumerate()
-    {
-        put(GDT + 8 * n as u64, d);
-    }
-    put(TSS + 4, STACK - 0x100);
-    (s.gdtr.base, s.gdtr.limit) = (GDT, 0x37);
-    (s.idtr.base, s.idtr.limit) = (IDT, 0xfff);
-    s.tr = Segment { base: TSS, limit: 0x67, ..s.tr };
+    rings::prepare(&mem, &mut s, [GDT, IDT, TSS], STACK - 0x100, handlers);
     s.seg[Seg::Ds as usize] = Segment::unusable(0);
     if wide {
         s.cr4 |= Cr4::OSXSAVE;
@@ -223,7 +205,7 @@ fn run(vcpu: &mut dyn Vcpu, wide: bool) -> Vec<u8> {
     *vcpu.state() = s;
     let device = Device::default();
     let ended = || device.0.load(Ordering::Relaxed) != 0;
-    levels::notes(vcpu, &mem, &device, &ended, ROUNDS as u64 * NOTE + NOTE)
+    levels::notes(vcpu, u64::MAX, &mem, &device, &ended, ROUNDS as u64 * NOTE + NOTE)
 }
 
 fn compare(wide: bool) {

@@ -66,6 +66,7 @@ const UNSAFE: &[&str] = &[
     "translator/src/system/enter.rs",
     "translator/src/system/handler.rs",
     "translator/src/system/mirror.rs",
+    "translator/src/system/walk.rs",
     "translator/src/system/xsave.rs",
     "translator/tests/flat.rs",
     "translator/tests/threads.rs",

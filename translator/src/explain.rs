@@ -217,6 +217,8 @@ fn kernel_at(bytes: &[u8], start: u64, model: Arc<CpuModel>, mode: system::Mode)
         wake: OUT,
         save: OUT,
         restore: OUT,
+        walk: OUT,
+        counts: false,
         fast: None,
         targets: at::TARGETS,
         tlb: at::TLB + mode.context() * system::tlb::TABLE,

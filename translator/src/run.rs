@@ -556,8 +556,11 @@ impl Vcpu for Translator {
     }
 
     fn measured(&self) -> Measured {
-        // Translated code does not count what goes well.
-        Measured { costs: self.watch.costs(), tlb_hits: None, tlb_misses: Some(self.stats.tlb_misses) }
+        Measured {
+            costs: self.watch.costs(),
+            tlb_hits: self.watch.is_on().then_some(self.stats.tlb_hits),
+            tlb_misses: Some(self.stats.tlb_misses + self.stats.walks),
+        }
     }
 
     fn set_intercepts(&mut self, intercepts: Intercepts) {

@@ -52,8 +52,12 @@ pub struct Stats {
     pub code_writes: u64,
     /// Blocks that found their bytes changed.
     pub changes: u64,
-    /// Accesses that were not in the inline TLB.
+    /// Accesses that were not in the inline TLB, and for which the code was left.
     pub tlb_misses: u64,
+    /// Those that found their page in the guest's tables without that.
+    pub walks: u64,
+    /// Looks at the inline TLB that found the page, where that is measured; one may serve several accesses.
+    pub tlb_hits: u64,
     /// Kicks and other signals.
     pub signals: u64,
 }
@@ -72,6 +76,8 @@ impl Stats {
             code_writes,
             changes,
             tlb_misses,
+            walks,
+            tlb_hits,
             signals,
         } = other;
         self.entries += entries;
@@ -84,6 +90,8 @@ impl Stats {
         self.code_writes += code_writes;
         self.changes += changes;
         self.tlb_misses += tlb_misses;
+        self.walks += walks;
+        self.tlb_hits += tlb_hits;
         self.signals += signals;
     }
 }

@@ -88,6 +88,15 @@ impl Core {
         done.err().unwrap_or(Exit::Budget)
     }
 
+    /// As [`Core::execute`] of an instruction that raises `fault`, which the caller has found out by itself.
+    pub fn fault(&mut self, cpu: &mut CpuState, board: Board<'_>, fault: Fault) -> Exit {
+        let mut left = 1;
+        let mut x = exec(cpu, &mut self.mmu, &mut self.env, board, self.intercepts);
+        let done = stopped(&mut x, fault.into(), &mut left);
+        self.instructions += 1 - left;
+        done.err().unwrap_or(Exit::Budget)
+    }
+
     /// Delivers an event through the guest's IVT or IDT, for callers that intercept exceptions and then want them delivered.
     ///
     /// # Errors

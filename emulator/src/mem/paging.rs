@@ -9,14 +9,27 @@ use crate::cpu::{CpuState, Cr0, Cr4, Efer, Fault, Rflags};
 use crate::isa::Width;
 use crate::mem::{Access, By, GuestMemory};
 
-const P: u64 = 1;
-const RW: u64 = 1 << 1;
-const US: u64 = 1 << 2;
-const A: u64 = 1 << 5;
-const D: u64 = 1 << 6;
-const PS: u64 = 1 << 7;
-const G: u64 = 1 << 8;
-const XD: u64 = 1 << 63;
+use flag::{A, D, G, P, PS, RW, US, XD};
+
+/// Flags of the entries of tables (SDM 3A tables 4-14 to 4-20).
+pub mod flag {
+    /// Present.
+    pub const P: u64 = 1;
+    /// May be stored to.
+    pub const RW: u64 = 1 << 1;
+    /// May be accessed by user code.
+    pub const US: u64 = 1 << 2;
+    /// Accessed.
+    pub const A: u64 = 1 << 5;
+    /// Dirty.
+    pub const D: u64 = 1 << 6;
+    /// Maps a large page.
+    pub const PS: u64 = 1 << 7;
+    /// Global.
+    pub const G: u64 = 1 << 8;
+    /// Execute-disable.
+    pub const XD: u64 = 1 << 63;
+}
 
 /// Bits of a page fault's error code (SDM 3A 4.7).
 pub mod code {
@@ -133,7 +146,15 @@ struct Missing(u16);
 
 /// Follows the tables without changing them.
 fn look_up(cpu: &CpuState, mem: &GuestMemory, laddr: u64) -> Result<(Page, Path), Missing> {
-    let form = Form::of(cpu);
+    match Form::of(cpu) {
+        // Compiled by itself: every level is a constant.
+        form @ Form::Long(4) => look_up_by(form, cpu, mem, laddr),
+        form => look_up_by(form, cpu, mem, laddr),
+    }
+}
+
+#[inline(always)]
+fn look_up_by(form: Form, cpu: &CpuState, mem: &GuestMemory, laddr: u64) -> Result<(Page, Path), Missing> {
     let mut table = form.root(cpu.cr3);
     let mut path = Path { entries: [(0, 0); 5], len: 0 };
     let (mut user, mut write, mut execute, mut accessed) = (true, true, true, true);

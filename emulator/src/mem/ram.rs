@@ -43,6 +43,9 @@ pub struct Ram {
 }
 
 impl Ram {
+    /// Bits of a word of [`Ram::generations`]: a store there must go through [`Ram::store`].
+    pub const CARE: u32 = CODE | TRACK;
+
     /// `size` bytes, rounded up to a page, zeroed. Pages take host memory when they are touched.
     ///
     /// # Errors
@@ -189,14 +192,14 @@ impl Ram {
 
     /// Must a store to the page of `gpa` go through [`Ram::store`], because somebody wants to know?
     pub fn store_needs_care(&self, gpa: u64) -> bool {
-        self.pages.get((gpa / PAGE_SIZE) as usize).is_none_or(|p| p.load(Ordering::Relaxed) & (CODE | TRACK) != 0)
+        self.pages.get((gpa / PAGE_SIZE) as usize).is_none_or(|p| p.load(Ordering::Relaxed) & Ram::CARE != 0)
     }
 
     /// Tells that the page of `gpa` was written: cached code of it is stale.
     #[inline(always)]
     pub fn wrote(&self, gpa: u64) {
         let page = &self.pages[(gpa / PAGE_SIZE) as usize];
-        if page.load(Ordering::Relaxed) & (CODE | TRACK) != 0 {
+        if page.load(Ordering::Relaxed) & Ram::CARE != 0 {
             self.wrote_marked(page);
         }
     }

@@ -61,10 +61,17 @@ pub fn machine(kernel: &[u8], user: &[u8]) -> (GuestMemory, CpuState) {
     (mem, s)
 }
 
-/// Runs it until it has ended; gives so many bytes of notes.
-pub fn notes(vcpu: &mut dyn Vcpu, mem: &GuestMemory, bus: &dyn Bus, ended: &dyn Fn() -> bool, len: u64) -> Vec<u8> {
-    for _ in 0..1000 {
-        vcpu.run(Board { mem, bus }, u64::MAX);
+/// Runs it until it has ended, at most `budget` instructions at a time; gives so many bytes of notes.
+pub fn notes(
+    vcpu: &mut dyn Vcpu,
+    budget: u64,
+    mem: &GuestMemory,
+    bus: &dyn Bus,
+    ended: &dyn Fn() -> bool,
+    len: u64,
+) -> Vec<u8> {
+    for _ in 0..1_000_000 {
+        vcpu.run(Board { mem, bus }, budget);
         if ended() {
             let mut notes = vec![0; len as usize];
             mem.read(NOTES, &mut notes).expect("in RAM");

@@ -140,6 +140,30 @@ pub mod at {
     pub const IMAGE_PARTS: usize = SLOTS + 0x4d8;
     /// Where XSAVE writes to and XRSTOR reads from.
     pub const BOUNCE: usize = SLOTS + 0xc40;
+    /// What user code asks `walk.rs` for: linear address, and the address of the rest.
+    pub const WALK_ADDRESS: usize = SLOTS + 0x510;
+    /// See [`WALK_ADDRESS`].
+    pub const WALK_WANTED: usize = SLOTS + 0x518;
+    /// Where it goes on if that is not found: host address.
+    pub const WALK_SLOW: usize = SLOTS + 0x520;
+    /// Guest-physical address of the highest table.
+    pub const WALK_ROOT: usize = SLOTS + 0x528;
+    /// Host address of guest RAM.
+    pub const WALK_RAM: usize = SLOTS + 0x530;
+    /// Where its part from address 0 ends.
+    pub const WALK_LOW: usize = SLOTS + 0x538;
+    /// Host address of [`bivisor_emulator::mem::Ram::generations`].
+    pub const WALK_PAGES: usize = SLOTS + 0x540;
+    /// Walks until the next time that the code is left for one; 0: it may not walk.
+    pub const WALKS_LEFT: usize = SLOTS + 0x548;
+    /// Walks that found what they looked for.
+    pub const WALKED: usize = SLOTS + 0x550;
+    /// Looks at the TLB that found the page, if they are counted.
+    pub const HITS: usize = SLOTS + 0x560;
+    /// Entries of the TLB that they filled: how many, and the 16-bit numbers of them.
+    pub const FILLED: usize = SLOTS + 0x558;
+    /// See [`FILLED`].
+    pub const FILLED_LIST: usize = SLOTS + 0x1c00;
     /// ZMM16 to ZMM31.
     pub const HIGH: usize = SLOTS + 0x800;
     /// K0 to K7.
@@ -284,6 +308,13 @@ impl Area {
     #[inline(always)]
     pub fn get(&self, offset: usize) -> u64 {
         self.word(offset).load(Ordering::Relaxed)
+    }
+
+    /// Reads eight bytes and leaves 0 there.
+    pub fn take(&self, offset: usize) -> u64 {
+        let v = self.get(offset);
+        self.set(offset, 0);
+        v
     }
 
     /// Reads two bytes: generated code stores no more of the status flags.

@@ -12,7 +12,7 @@ use crate::system::block::{GuestBlock, MAX_INSNS, MAX_MIRRORED, Source, decode};
 use crate::system::hash::Map;
 use crate::system::lower::asm::{Assembler, At};
 use crate::system::lower::{Around, Entries, Exit, Flags, Guess, Kind, Point, Replay, Told, Unit, lower};
-use crate::system::{enter, tlb, xsave};
+use crate::system::{enter, tlb, walk, xsave};
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::isa::{Gpr, MAX_INSN_LEN};
 use bivisor_emulator::mem::{PAGE_SIZE, Ram};
@@ -159,6 +159,8 @@ pub struct Cache {
     routes: Routes,
     leave: u64,
     keep: usize,
+    /// Does new code count what its looks at the TLB find?
+    pub counts_hits: bool,
     /// Counters.
     pub counts: Counts,
 }
@@ -171,8 +173,8 @@ impl Cache {
     pub fn new(model: Arc<CpuModel>, policy: Policy) -> std::io::Result<Cache> {
         let mut buffer = CodeBuffer::new(SIZE)?;
         let mut e = Emitter::new(buffer.base());
-        for to in [enter::leave(), enter::leave_light(), enter::port(), enter::wake(), xsave::save(), xsave::restore()]
-        {
+        let [save, restore] = [xsave::save(), xsave::restore()];
+        for to in [enter::leave(), enter::leave_light(), enter::port(), enter::wake(), save, restore, walk::walk()] {
             // jmp [rip + 0]
             e.bytes.extend_from_slice(&[0xff, 0x25, 0, 0, 0, 0]);
             e.push_u64(to);
@@ -208,6 +210,7 @@ impl Cache {
             loose: Vec::new(),
             routes: Routes::new(model, policy),
             leave,
+            counts_hits: false,
             counts: Counts::default(),
         })
     }
@@ -333,6 +336,8 @@ impl Cache {
             wake: self.leave + 42,
             save: self.leave + 56,
             restore: self.leave + 70,
+            walk: self.leave + 84,
+            counts: self.counts_hits,
             targets,
             fast,
             tlb: at::TLB + mode.context() * tlb::TABLE,

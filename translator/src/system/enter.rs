@@ -67,16 +67,30 @@ macro_rules! code_fs {
     };
 }
 
-pub(super) use code_fs;
+/// Notes what a call of Rust may change.
+macro_rules! store_callers {
+    () => {
+        concat!(
+            "mov gs:[{caller}], rax\n",
+            "mov gs:[{caller} + 8], rcx\n",
+            "mov gs:[{caller} + 16], rdx\n",
+            "mov gs:[{caller} + 48], rsi\n",
+            "mov gs:[{caller} + 56], rdi\n",
+            "mov gs:[{caller} + 64], r8\n",
+            "mov gs:[{caller} + 72], r9\n",
+            "mov gs:[{caller} + 80], r10\n",
+            "mov gs:[{caller} + 88], r11\n",
+        )
+    };
+}
 
-/// Loads what a call of Rust may change, as it was noted before the call.
+/// Loads it.
 macro_rules! load_callers {
     () => {
         concat!(
             "mov rax, gs:[{caller}]\n",
             "mov rcx, gs:[{caller} + 8]\n",
             "mov rdx, gs:[{caller} + 16]\n",
-            "mov rsp, gs:[{caller} + 32]\n",
             "mov rsi, gs:[{caller} + 48]\n",
             "mov rdi, gs:[{caller} + 56]\n",
             "mov r8, gs:[{caller} + 64]\n",
@@ -86,6 +100,8 @@ macro_rules! load_callers {
         )
     };
 }
+
+pub(super) use {code_fs, load_callers, store_callers};
 
 /// Loads the vector registers from the area, but not MXCSR.
 macro_rules! load_vectors {
@@ -246,16 +262,8 @@ global_asm!(
     "mov dword ptr gs:[{called}], 0",
     "cmp dword ptr gs:[{asleep}], 0",
     "je bivisor_system_leave",
-    "mov gs:[{caller}], rax",
-    "mov gs:[{caller} + 8], rcx",
-    "mov gs:[{caller} + 16], rdx",
+    store_callers!(),
     "mov gs:[{caller} + 32], rsp",
-    "mov gs:[{caller} + 48], rsi",
-    "mov gs:[{caller} + 56], rdi",
-    "mov gs:[{caller} + 64], r8",
-    "mov gs:[{caller} + 72], r9",
-    "mov gs:[{caller} + 80], r10",
-    "mov gs:[{caller} + 88], r11",
     "mov rsp, gs:[{host_rsp}]",
     host_fs!(),
     "mov rdi, gs:[{call}]",
@@ -272,11 +280,13 @@ global_asm!(
     "mov gs:[{entry}], rax",
     code_fs!(),
     load_callers!(),
+    "mov rsp, gs:[{caller} + 32]",
     "jmp qword ptr gs:[{entry}]",
     "bivisor_system_returned:",
     "bivisor_system_give_up:",
     "mov dword ptr gs:[{called}], 1",
     load_callers!(),
+    "mov rsp, gs:[{caller} + 32]",
     "jmp bivisor_system_leave",
     // From the cache: the vector registers were left where they are and are wanted now. Goes on at the address in the slot for going in,
     // with all general registers as they were. Nothing is in EFLAGS.

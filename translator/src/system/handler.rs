@@ -6,7 +6,7 @@ use crate::emit::slot;
 use crate::system::area::at;
 use crate::system::cache::Cache;
 use crate::system::enter::{self, FAULT};
-use crate::system::xsave;
+use crate::system::{walk, xsave};
 use bivisor_emulator::host::thread::{ENGINE_AREA_OFFSET, ThreadBlock};
 use bivisor_emulator::vcpu::Kicker;
 
@@ -26,6 +26,8 @@ pub unsafe fn hook(block: &ThreadBlock, sig: i32, info: *mut libc::siginfo_t, uc
             regs[libc::REG_RIP as usize] = enter::give_up() as i64;
         } else if xsave::returning().contains(&pc) {
             regs[libc::REG_RIP as usize] = xsave::again() as i64;
+        } else if walk::returning().contains(&pc) {
+            regs[libc::REG_RIP as usize] = walk::give_up() as i64;
         } else if (block.scratch[slot::CACHE_START].get()..block.scratch[slot::CACHE_END].get()).contains(&pc) {
             // SAFETY: the run loop has put its cache there, and this thread is in the code: nobody changes the cache.
             unsafe { &*block.engine_data.get().cast::<Cache>() }.poison(pc);

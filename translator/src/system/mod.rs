@@ -39,6 +39,7 @@ pub mod mirror;
 mod narrow;
 pub mod run;
 pub mod tlb;
+mod walk;
 mod xsave;
 
 use bivisor_emulator::cpu::{Activity, CpuState, Cr0, Cr4, Rflags};

@@ -18,9 +18,9 @@ use crate::system::cache::{Cache, cell_at, next_page};
 use crate::system::enter::{self, ABORTED, FAULT, KICKED};
 use crate::system::lower::{Flags, Kind};
 use crate::system::tlb::Tlb;
-use crate::system::{Control, Mode, handler, xsave};
+use crate::system::{Control, Mode, handler, walk, xsave};
 use bivisor_emulator::cpu::xsave::component;
-use bivisor_emulator::cpu::{CpuState, Rflags};
+use bivisor_emulator::cpu::{CpuState, Fault, Rflags};
 use bivisor_emulator::host::signal;
 use bivisor_emulator::host::thread::ThreadBlock;
 use bivisor_emulator::interp::sensitive::time::TimeSource;
@@ -60,6 +60,8 @@ pub struct System {
     tracks: u64,
     /// Where the instruction that the interpreter does next stores, if that is known.
     store: Option<(u64, u64)>,
+    /// What that instruction raises, if that is known.
+    fault: Option<Fault>,
     /// By exit: what it calls the interpreter for.
     calls: Vec<Option<Box<Call>>>,
     /// How often, of those that were thrown away.
@@ -144,6 +146,7 @@ impl System {
             watches: 0,
             tracks: 0,
             store: None,
+            fault: None,
             calls: Vec::new(),
             called: BTreeMap::new(),
             ports: [0; 3],
@@ -181,6 +184,7 @@ impl System {
 
     fn flush_mapping(&mut self) {
         self.clear_mirror();
+        walk::close(&self.area);
         self.tlb.clear(&self.area);
         self.area.fill(at::CELLS..at::CELLS + 4 * CELLS, 0);
         self.local_pages.clear();
@@ -190,6 +194,7 @@ impl System {
     /// Forgets all pages but global ones.
     fn flush_local(&mut self) {
         self.clear_mirror();
+        walk::close(&self.area);
         self.tlb.clear_local(&self.area);
         if self.local_pages.len() >= MOST_LOCAL {
             self.area.fill(at::CELLS..at::CELLS + 4 * CELLS, 0);
@@ -410,6 +415,9 @@ impl System {
         block.scratch[slot::LOOK].set(0);
         block.scratch[slot::CACHE_START].set(start);
         block.scratch[slot::CACHE_END].set(end);
+        if std::mem::replace(&mut self.cache.counts_hits, t.watch.is_on()) != t.watch.is_on() {
+            self.cache.flush(&self.area);
+        }
         let time = t.core.env.time == TimeSource::Host && !t.core.intercepts.contains(Intercepts::RDTSC);
         let cpuid = !t.core.intercepts.contains(Intercepts::CPUID);
         if std::mem::replace(&mut self.in_cache, (time, cpuid)) != (time, cpuid) {
@@ -674,11 +682,14 @@ impl System {
         }
         let exit = *self.cache.exit(id);
         let mut faults = false;
-        if let Kind::Miss { access, low, len, write, retry } = exit.kind {
+        if let Kind::Miss { access, low, len, write, alone, retry } = exit.kind {
             t.stats.tlb_misses += 1;
             let range = GuestAccess { disp: low, write, ..access };
             let filled = self.fill(t, board, ram, &range, len);
-            faults = filled == Filled::Fault;
+            if let Filled::Fault(fault) = filled {
+                faults = true;
+                self.fault = alone.then_some(fault);
+            }
             if filled == Filled::Yes {
                 if !self.is_overtaken(t, exit.block) {
                     return (Next::Resume(self.cache.host(retry)), 0);
@@ -771,6 +782,8 @@ impl Translator {
             self.counted = Some(self.counted.unwrap_or(0) + (budget - left));
         }
         system.sync(self);
+        self.stats.walks += system.area.take(at::WALKED);
+        self.stats.tlb_hits += system.area.take(at::HITS);
         block.scratch[slot::CACHE_START].set(0);
         block.scratch[slot::CACHE_END].set(0);
         self.kicker.left();

@@ -22,6 +22,9 @@ pub const READ: usize = 0;
 pub const WRITE: usize = 8;
 /// Offset of the addend.
 pub const ADDEND: usize = 16;
+/// Entries that generated code may list as filled by itself.
+pub const MOST_LISTED: usize = 512;
+const _: () = assert!(at::FILLED_LIST + 2 * MOST_LISTED <= at::TARGETS);
 const _: () = assert!(at::TLB + CONTEXTS * TABLE <= ENGINE_AREA_SIZE && CONTEXTS * ENTRIES <= 1 << 16);
 
 /// Offset of the entry of a page in its table.
@@ -61,10 +64,28 @@ impl Tlb {
     /// Empty.
     pub fn new(area: &Area) -> Tlb {
         area.fill(at::TLB..at::TLB + CONTEXTS * TABLE, 0xff);
+        area.set(at::FILLED, 0);
         Tlb { listed: vec![0; CONTEXTS * ENTRIES].into(), filled: [Vec::new(), Vec::new()] }
     }
 
+    /// Generated code has filled entries of the first table, with pages that are not global: into the lists.
+    fn take_filled(&mut self, area: &Area) {
+        for i in 0..(area.get(at::FILLED) as usize).min(MOST_LISTED) {
+            let n = area.get_u16(at::FILLED_LIST + 2 * i) as usize % ENTRIES;
+            self.list(n, 0);
+        }
+        area.set(at::FILLED, 0);
+    }
+
+    fn list(&mut self, n: usize, list: usize) {
+        if self.listed[n] & LISTED[list] == 0 {
+            self.listed[n] |= LISTED[list];
+            self.filled[list].push(n as u16);
+        }
+    }
+
     fn forget(&mut self, area: &Area, list: usize) {
+        self.take_filled(area);
         for n in self.filled[list].drain(..) {
             let e = at::TLB + usize::from(n) * ENTRY;
             area.set(e + READ, NONE);
@@ -96,7 +117,8 @@ impl Tlb {
     }
 
     /// From now on stores to the physical page of `gpa` need care.
-    pub fn forbid_stores(&self, area: &Area, ram: &Ram, gpa: u64) {
+    pub fn forbid_stores(&mut self, area: &Area, ram: &Ram, gpa: u64) {
+        self.take_filled(area);
         let host = (ram.host_base() as u64).wrapping_add(gpa & !(PAGE_SIZE - 1));
         for e in self.filled.iter().flatten().map(|n| at::TLB + usize::from(*n) * ENTRY) {
             if area.get(e + READ).wrapping_add(area.get(e + ADDEND)) == host {
@@ -114,10 +136,8 @@ impl Tlb {
             return false;
         }
         let n = context * ENTRIES + (laddr / PAGE_SIZE) as usize % ENTRIES;
-        if self.listed[n] & LISTED[usize::from(global)] == 0 {
-            self.listed[n] |= LISTED[usize::from(global)];
-            self.filled[usize::from(global)].push(n as u16);
-        }
+        self.take_filled(area);
+        self.list(n, global.into());
         let e = at::TLB + context * TABLE + entry(laddr);
         if area.get(e + READ) != page {
             area.set(e + WRITE, NONE);

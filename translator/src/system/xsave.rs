@@ -6,7 +6,7 @@
 #![allow(unsafe_code)]
 
 use crate::system::area::{Area, at, gs};
-use crate::system::enter::code_fs;
+use crate::system::enter::{code_fs, load_callers, store_callers};
 use bivisor_emulator::cpu::xsave::{Layout, XSAVE_SIZE, component};
 use std::arch::global_asm;
 
@@ -39,16 +39,8 @@ const _: () = assert!(gs(at::BOUNCE) % 64 == 0);
 macro_rules! begin {
     () => {
         concat!(
-            "mov gs:[{caller}], rax\n",
-            "mov gs:[{caller} + 8], rcx\n",
-            "mov gs:[{caller} + 16], rdx\n",
+            store_callers!(),
             "mov gs:[{rbx}], rbx\n",
-            "mov gs:[{caller} + 48], rsi\n",
-            "mov gs:[{caller} + 56], rdi\n",
-            "mov gs:[{caller} + 64], r8\n",
-            "mov gs:[{caller} + 72], r9\n",
-            "mov gs:[{caller} + 80], r10\n",
-            "mov gs:[{caller} + 88], r11\n",
             "and eax, dword ptr gs:[{components}]\n",
             "cmp eax, dword ptr gs:[{components}]\n",
             "jne bivisor_system_left\n",
@@ -67,18 +59,7 @@ macro_rules! begin {
 /// The registers as they were.
 macro_rules! registers {
     () => {
-        concat!(
-            "mov rax, gs:[{caller}]\n",
-            "mov rcx, gs:[{caller} + 8]\n",
-            "mov rdx, gs:[{caller} + 16]\n",
-            "mov rbx, gs:[{rbx}]\n",
-            "mov rsi, gs:[{caller} + 48]\n",
-            "mov rdi, gs:[{caller} + 56]\n",
-            "mov r8, gs:[{caller} + 64]\n",
-            "mov r9, gs:[{caller} + 72]\n",
-            "mov r10, gs:[{caller} + 80]\n",
-            "mov r11, gs:[{caller} + 88]\n",
-        )
+        concat!(load_callers!(), "mov rbx, gs:[{rbx}]\n")
     };
 }
 
@@ -110,8 +91,8 @@ macro_rules! fetch {
 }
 
 global_asm!(
-    ".globl bivisor_system_save, bivisor_system_restore, bivisor_system_imaged, bivisor_system_not_imaged",
-    ".hidden bivisor_system_save, bivisor_system_restore, bivisor_system_imaged, bivisor_system_not_imaged",
+    ".globl bivisor_system_save, bivisor_system_restore, bivisor_system_imaged, bivisor_system_left, bivisor_system_not_imaged",
+    ".hidden bivisor_system_save, bivisor_system_restore, bivisor_system_imaged, bivisor_system_left, bivisor_system_not_imaged",
     ".p2align 4",
     "bivisor_system_save:",
     begin!(),
@@ -295,6 +276,7 @@ unsafe extern "sysv64" {
     safe static bivisor_system_save: u8;
     safe static bivisor_system_restore: u8;
     safe static bivisor_system_imaged: u8;
+    safe static bivisor_system_left: u8;
     safe static bivisor_system_not_imaged: u8;
 }
 
@@ -310,7 +292,7 @@ pub fn restore() -> u64 {
 
 /// The host addresses at which a kick must not let the thread go back.
 pub fn returning() -> std::ops::Range<u64> {
-    (&raw const bivisor_system_imaged) as u64..again()
+    (&raw const bivisor_system_imaged) as u64..(&raw const bivisor_system_left) as u64
 }
 
 /// Where the signal handler sends a thread that was about to go back: the same instruction once more does the same.

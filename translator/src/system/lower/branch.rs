@@ -65,7 +65,7 @@ impl Lower<'_> {
         if reload == 0 {
             self.exits[exit].site = Some(site as u32);
         }
-        self.cold.push(Cold { site, reload, exit });
+        self.cold.push(Cold { site, reload, exit, walk: None });
     }
 
     /// LOOP, LOOPE, LOOPNE, JECXZ, JRCXZ: they have only an 8-bit displacement, so they jump over a jump.
@@ -84,7 +84,7 @@ impl Lower<'_> {
         let site = self.branch(&[0xe9]);
         let exit = self.exit(Kind::To, item.iced.near_branch_target(), self.flags, self.n + 1);
         self.exits[exit].site = Some(site as u32);
-        self.cold.push(Cold { site, reload: 0, exit });
+        self.cold.push(Cold { site, reload: 0, exit, walk: None });
         self.n += 1;
         self.go_to(self.block.next(item));
         self.n -= 1;
@@ -183,7 +183,7 @@ impl Lower<'_> {
         let short = if far {
             self.e.bytes.extend_from_slice(&[LOOP, 2, 0xeb, 5]);
             let site = self.branch(&[0xe9]);
-            self.cold.push(Cold { site, reload: 0, exit });
+            self.cold.push(Cold { site, reload: 0, exit, walk: None });
             None
         } else {
             self.e.bytes.extend_from_slice(&[LOOP, 0]);

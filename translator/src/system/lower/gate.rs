@@ -143,7 +143,7 @@ impl Lower<'_> {
     }
 
     /// The address of a place to come in a register; gives what is to be set.
-    fn address_of(&mut self, r: Gpr) -> usize {
+    pub(super) fn address_of(&mut self, r: Gpr) -> usize {
         // lea r, [rip + ..]
         self.e.bytes.extend_from_slice(&[0x48 | r as u8 >> 3 << 2, 0x8d, (r as u8 & 7) << 3 | 5]);
         let site = self.e.len();

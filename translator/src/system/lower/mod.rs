@@ -18,6 +18,7 @@ mod usual;
 use crate::emit::Emitter;
 use crate::system::area::at;
 use crate::system::block::{Access, GuestBlock, Item, STATUS, Way};
+use crate::system::walk::Wanted;
 use asm::{Assembler, At};
 use bivisor_emulator::isa::{Class, Gpr, Width, facts};
 use dynasmrt::DynasmApi;
@@ -57,6 +58,8 @@ pub enum Kind {
         len: u16,
         /// It is to be stored to.
         write: bool,
+        /// It is the access itself, and all that its instruction accesses: a page fault there is the instruction's.
+        alone: bool,
         /// Code offset of the probe.
         retry: u32,
     },
@@ -244,6 +247,10 @@ pub struct Around {
     pub save: u64,
     /// Host address of what does XRSTOR64.
     pub restore: u64,
+    /// Host address of what walks the page tables of user code.
+    pub walk: u64,
+    /// Are looks at the TLB that find their page counted?
+    pub counts: bool,
     /// Offset of the cache of branch targets.
     pub targets: usize,
     /// Offset of the fast one, if there is one.
@@ -268,6 +275,17 @@ struct Cold {
     site: usize,
     reload: u16,
     exit: usize,
+    walk: Option<Walk>,
+}
+
+/// What misses try before the code is left: a register that is free, the address as a register and a displacement (none: all of it), and
+/// what is wanted.
+#[derive(Clone, Copy)]
+struct Walk {
+    free: Gpr,
+    base: Option<Gpr>,
+    disp: i64,
+    wanted: Wanted,
 }
 
 pub(super) struct Lower<'a> {
@@ -428,7 +446,26 @@ impl Lower<'_> {
         let exit = self.exit(kind, rip, Flags::Slot, done);
         self.exits[exit].spilled = self.spilled;
         self.exits[exit].native = touches_vectors(item);
-        self.cold.push(Cold { site, reload: 0, exit });
+        self.cold.push(Cold { site, reload: 0, exit, walk: None });
+    }
+
+    /// Has the tables of the guest walked for what an exit stands for; what follows is where the code goes on if it must be left.
+    fn walk(&mut self, walk: Walk, retry: u32) {
+        let Walk { free, base, disp, wanted } = walk;
+        match base {
+            Some(r) if r == free && disp == 0 => {}
+            Some(r) => self.e.lea(free, At::base(r, disp as i32)),
+            None => self.e.constant(free, disp as u64),
+        }
+        self.e.store(At::slot(at::WALK_ADDRESS), free);
+        let site = self.address_of(free);
+        self.e.store(At::slot(at::WALK_WANTED), free);
+        let jump = self.branch(&[0xe9]);
+        self.e.set_rel32(jump, self.around.walk);
+        let (from, here) = (self.e.len() as i32, self.e.here());
+        self.e.set_rel32(site, here);
+        let bytes = wanted.bytes(size_of_val(&wanted.bytes(0, 0)) as i32, retry as i32 - from);
+        self.e.bytes.extend_from_slice(&bytes);
     }
 
     fn stub(&mut self, exit: usize) {
@@ -448,7 +485,7 @@ impl Lower<'_> {
     /// Emits what was put off.
     fn finish(&mut self) {
         for i in 0..self.cold.len() {
-            let Cold { site, reload, exit } = self.cold[i];
+            let Cold { site, reload, exit, walk } = self.cold[i];
             let here = self.e.here();
             self.e.set_rel32(site, here);
             self.reload(reload);
@@ -458,6 +495,9 @@ impl Lower<'_> {
                 self.exits[exit].site = Some(site as u32);
                 let next = self.e.here();
                 self.e.set_rel32(site, next);
+            }
+            if let (Some(walk), Kind::Miss { retry, .. }) = (walk, self.exits[exit].kind) {
+                self.walk(walk, retry);
             }
             self.stub(exit);
             if let Some(again) = self.exits[exit].again {

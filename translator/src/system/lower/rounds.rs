@@ -143,7 +143,7 @@ impl Lower<'_> {
             self.exits[exit].site = Some(site as u32);
             self.exits[exit].spilled = self.spilled;
             self.exits[exit].again = Some(start);
-            self.cold.push(Cold { site, reload: 0, exit });
+            self.cold.push(Cold { site, reload: 0, exit, walk: None });
         } else {
             let recipe = self.leave_word();
             self.side_exit(&opcode(item), item, recipe);

@@ -79,7 +79,7 @@ impl Lower<'_> {
         self.e.copy(t, base);
         self.e.and(W::Q, t, PAGE_MASK);
         self.e.compare(t, At::table(self.tag(write), delta));
-        self.miss(item, self.at(base, len, write), (0, i64::from(len), write), retry);
+        self.miss(item, self.at(base, len, write), (0, i64::from(len), write), (t, Some(base), 0), retry);
     }
 
     /// Host minus guest address of the page of `base`, which holds RCX (at most a page of) elements from there on.

@@ -347,6 +347,8 @@ mod tests {
             wake: 0,
             save: 0,
             restore: 0,
+            walk: 0,
+            counts: false,
             targets: 0,
             fast: None,
             tlb: 0,

@@ -163,6 +163,7 @@ impl System {
     /// The instruction at RIP, which an exit stands for, without decoding it each time.
     pub(super) fn call(&mut self, t: &mut Translator, board: Board<'_>, ram: &Ram, id: u32) -> Exit {
         let n = id as usize;
+        let fault = self.fault.take();
         if self.calls.len() <= n {
             self.calls.resize_with(n + 1, || None);
         }
@@ -208,7 +209,10 @@ impl System {
                 let other = |n| !matches!(n, index::EFER | index::STAR | index::LSTAR | index::CSTAR | index::FMASK);
                 let quiet = c.quiet || c.code == Code::Wrmsr && other(t.cpu.gpr[Gpr::Rcx as usize] as u32);
                 let cr0 = t.cpu.cr0;
-                let exit = t.core.execute(&mut t.cpu, board, &c.insn);
+                let exit = match fault {
+                    Some(fault) => t.core.fault(&mut t.cpu, board, fault),
+                    None => t.core.execute(&mut t.cpu, board, &c.insn),
+                };
                 // A task switch sets TS.
                 if !quiet || t.cpu.cr0 != cr0 {
                     self.forget_control();

@@ -38,6 +38,9 @@ pub(super) struct Mirroring {
     /// When the guest's last page fault in user mode was, and how many came soon after the one before.
     faulted: Option<Instant>,
     soon: u32,
+    /// One has come since the clock was looked at, which is dear; the access is yet to be done again.
+    unseen: bool,
+    early: bool,
     /// What it was for, in the mirror: likely there when user code goes on.
     wanted: Option<u64>,
 }
@@ -53,6 +56,8 @@ impl Mirroring {
             faults: 0,
             faulted: None,
             soon: 0,
+            unseen: false,
+            early: false,
             wanted: None,
         }
     }
@@ -81,7 +86,13 @@ impl Mirroring {
             && self.mirror.is_some()
             && let Some(quiet) = self.quiet
         {
+            if std::mem::take(&mut self.early) && !quiet.is_zero() {
+                return false;
+            }
             let now = Instant::now();
+            if std::mem::take(&mut self.unseen) {
+                self.faulted = Some(now);
+            }
             let settled = self.faulted.is_none_or(|at| now - at >= SETTLED.min(quiet));
             if settled && now - self.since >= quiet {
                 (self.on, self.since, self.faults, self.soon) = (true, now, 0, 0);
@@ -113,10 +124,14 @@ impl Mirroring {
 
     /// User code has met a page fault of the guest's. True if there are so many that the mirror is given up until they end.
     pub(super) fn page_fault(&mut self) -> bool {
+        if !self.on {
+            (self.unseen, self.early) = (true, true);
+            return false;
+        }
         let now = Instant::now();
         let soon = self.faulted.replace(now).is_some_and(|at| now - at < SETTLED);
         self.soon = if soon { self.soon + 1 } else { 0 };
-        let unsettled = self.on && self.soon >= UNSETTLED && self.quiet.is_some_and(|quiet| !quiet.is_zero());
+        let unsettled = self.soon >= UNSETTLED && self.quiet.is_some_and(|quiet| !quiet.is_zero());
         self.on &= !unsettled;
         unsettled
     }

@@ -6,7 +6,8 @@ use crate::run::Translator;
 use crate::system::area::at;
 use crate::system::block::Access as GuestAccess;
 use crate::system::tlb::Found;
-use bivisor_emulator::cpu::{CpuState, Rflags};
+use crate::system::walk;
+use bivisor_emulator::cpu::{CpuState, Fault, Rflags};
 use bivisor_emulator::mem::{Access, By, PAGE_SIZE, Ram};
 use bivisor_emulator::vcpu::Board;
 
@@ -21,11 +22,12 @@ pub(super) enum Filled {
     /// It cannot be there, or not for all of the range.
     No,
     /// The guest's tables do not allow the access.
-    Fault,
+    Fault(Fault),
 }
 
 impl System {
-    /// Enters the page of an access that missed. [`Filled::No`], [`Filled::Fault`]: the interpreter does the instruction.
+    /// Enters the page of an access that missed. [`Filled::No`], [`Filled::Fault`]: the
+    /// interpreter does the instruction, or only raises the fault.
     pub(super) fn fill(
         &mut self,
         t: &mut Translator,
@@ -51,6 +53,9 @@ impl System {
         let ac = self.area.get(at::FLAGS) & Rflags::AC.bits() != 0;
         t.cpu.rflags.set(Rflags::AC, ac);
         let context = self.context(t);
+        if context == 0 {
+            walk::open(&self.area, &t.cpu, ram);
+        }
         match t.core.mmu.translate(&t.cpu, board.mem, laddr, kind, by) {
             Ok(gpa) => {
                 let global = t.core.mmu.is_global(context, laddr);
@@ -68,11 +73,11 @@ impl System {
                 }
                 Filled::Yes
             }
-            Err(_) => {
+            Err(fault) => {
                 if by == By::User && self.mirroring.page_fault() {
                     self.close_gates();
                 }
-                Filled::Fault
+                Filled::Fault(fault)
             }
         }
     }
