@@ -29,8 +29,12 @@ const WINDOW: i32 = 0x20_0000;
 const COUNT: i32 = 64;
 /// What can be mapped there: one page after the other.
 const PAGES: i32 = 0x30_0000;
-const TABLE: u64 = TABLES + 0x3000;
-const DIRECTORY: u64 = TABLES + 0x2008;
+/// Of each of two sets of tables: the entry of the table of these pages, and the table.
+const DIRECTORY: u64 = 0x2008;
+const TABLE: u64 = 0x3000;
+const SET: u64 = 0x4000;
+/// The table of all that lies below them, in small pages too: what is no walk would begin the walks anew.
+const LOW: u64 = TABLES + 2 * SET;
 /// What is noted of page faults: CR2, error code, RIP, RFLAGS.
 const FAULTS: u64 = 0x18_0000;
 const FAULT: u64 = 32;
@@ -123,6 +127,14 @@ fn user() -> Vec<u8> {
         a.shr(rdi, 20)?;
         a.and(edi, COUNT * PAGE_SIZE as i32 - 1)?;
         a.add(edi, WINDOW)?;
+        // Over the end of a page, a quarter of them.
+        a.bt(r13, 60)?;
+        a.sbb(ecx, ecx)?;
+        a.bt(r13, 61)?;
+        a.sbb(edx, edx)?;
+        a.and(ecx, edx)?;
+        a.and(ecx, PAGE_SIZE as i32 - 8)?;
+        a.or(edi, ecx)?;
         a.mov(ecx, r13d)?;
         a.shr(ecx, 12)?;
         a.and(ecx, 15)?;
@@ -172,16 +184,17 @@ fn kernel() -> Vec<u8> {
         a.shl(r8, 12)?;
         a.add(r8, PAGES)?;
         a.or(r8, qword_ptr(FLAGS + rcx * 8))?;
-        a.mov(qword_ptr(TABLE + rdx * 8), r8)?;
+        a.mov(rdi, cr3)?;
+        a.mov(qword_ptr(rdi + rdx * 8 + TABLE as i32), r8)?;
         a.shl(rdx, 12)?;
         a.invlpg(byte_ptr(rdx + WINDOW))?;
         a.test(ebx, 63)?;
         a.jne(back)?;
         a.mov(r8, qword_ptr(FLAGS + 128 + r10 * 8))?;
-        a.add(r8, TABLE as i32)?;
-        a.mov(qword_ptr(DIRECTORY), r8)?;
-        a.mov(r8, cr3)?;
-        a.mov(cr3, r8)?;
+        a.lea(r8, ptr(rdi + r8 + TABLE as i32))?;
+        a.mov(qword_ptr(rdi + DIRECTORY as i32), r8)?;
+        a.xor(rdi, (TABLES ^ (TABLES + SET)) as i32)?;
+        a.mov(cr3, rdi)?;
         a.set_label(&mut back)?;
         a.mov(rcx, r9)?;
         a.sysretq()?;
@@ -196,17 +209,19 @@ fn kernel() -> Vec<u8> {
 fn handler() -> Vec<u8> {
     assembled(HANDLER, |a| {
         let mut fresh = a.create_label();
-        for r in [rax, rcx, rdx] {
+        for r in [rax, rcx, rdx, rdi] {
             a.push(r)?;
         }
         a.mov(rax, cr2)?;
         a.mov(qword_ptr(r15), rax)?;
-        for (to, from) in [(8, 24), (16, 32), (24, 48)] {
+        for (to, from) in [(8, 32), (16, 40), (24, 56)] {
             a.mov(rcx, qword_ptr(rsp + from))?;
             a.mov(qword_ptr(r15 + to), rcx)?;
         }
         a.add(r15, FAULT as i32)?;
-        a.mov(qword_ptr(DIRECTORY), TABLE as i32 + 7)?;
+        a.mov(rdi, cr3)?;
+        a.lea(rcx, ptr(rdi + TABLE as i32 + 7))?;
+        a.mov(qword_ptr(rdi + DIRECTORY as i32), rcx)?;
         a.lea(rcx, ptr(rax - WINDOW))?;
         a.shr(rcx, 12)?;
         a.and(ecx, COUNT - 1)?;
@@ -218,9 +233,9 @@ fn handler() -> Vec<u8> {
         a.je(fresh)?;
         a.or(edx, 0x60)?;
         a.set_label(&mut fresh)?;
-        a.mov(qword_ptr(TABLE + rcx * 8), rdx)?;
+        a.mov(qword_ptr(rdi + rcx * 8 + TABLE as i32), rdx)?;
         a.invlpg(byte_ptr(rax))?;
-        for r in [rdx, rcx, rax] {
+        for r in [rdi, rdx, rcx, rax] {
             a.pop(r)?;
         }
         a.add(rsp, 8)?;
@@ -244,8 +259,16 @@ fn run(vcpu: &mut dyn Vcpu, by: By) -> [Vec<u8>; 4] {
     let (mem, mut s) = levels::machine(&kernel(), &user());
     let put = |at: u64, v: u64| mem.store(at, Width::Q, v).expect("in RAM");
     mem.write(HANDLER, &handler()).expect("in RAM");
-    put(DIRECTORY, TABLE + 7);
-    put(TABLE + 8 * COUNT as u64, PAGES as u64 + 0x67);
+    for n in 0..512 {
+        put(LOW + 8 * n, n * PAGE_SIZE + 0x67);
+    }
+    for set in [TABLES, TABLES + SET] {
+        put(set, set + 0x1007);
+        put(set + 0x1000, set + 0x2007);
+        put(set + 0x2000, LOW + 0x67);
+        put(set + DIRECTORY, set + TABLE + 7);
+        put(set + TABLE + 8 * COUNT as u64, PAGES as u64 + 0x67);
+    }
     for (at, flags) in (FLAGS..).step_by(8).zip(OF_PAGE.into_iter().chain(OF_TABLE)) {
         put(at, flags);
     }
@@ -257,7 +280,7 @@ fn run(vcpu: &mut dyn Vcpu, by: By) -> [Vec<u8>; 4] {
     let run = |vcpu: &mut dyn Vcpu| levels::notes(vcpu, budget, &mem, &end, &ended, ROUNDS as u64 * NOTE);
     let notes = if matches!(by, By::Kicks) { kicks::during(vcpu, run) } else { run(vcpu) };
     let bytes = |at: u64, len: u64| read(&mem, at, len);
-    [notes, bytes(FAULTS, 0x20_0000 - FAULTS), bytes(TABLES, 0x4000), bytes(PAGES as u64, 8 * PAGE_SIZE)]
+    [notes, bytes(FAULTS, 0x20_0000 - FAULTS), bytes(TABLES, 2 * SET), bytes(PAGES as u64, 8 * PAGE_SIZE)]
 }
 
 fn read(mem: &GuestMemory, at: u64, len: u64) -> Vec<u8> {

@@ -173,12 +173,12 @@ impl Cache {
     pub fn new(model: Arc<CpuModel>, policy: Policy) -> std::io::Result<Cache> {
         let mut buffer = CodeBuffer::new(SIZE)?;
         let mut e = Emitter::new(buffer.base());
-        let [save, restore] = [xsave::save(), xsave::restore()];
-        for to in [enter::leave(), enter::leave_light(), enter::port(), enter::wake(), save, restore, walk::walk()] {
+        for to in ways_out() {
             // jmp [rip + 0]
             e.bytes.extend_from_slice(&[0xff, 0x25, 0, 0, 0, 0]);
             e.push_u64(to);
         }
+        debug_assert_eq!(e.len() as u64, KICKED_AT);
         let leave = buffer.base();
         e.store_u32(At::slot(at::EXIT), enter::KICKED);
         e.push(0xe9);
@@ -326,17 +326,19 @@ impl Cache {
         let page = |a: u64| a & !(PAGE_SIZE - 1);
         let pages = [page(gpa), if crosses { page(second?) } else { page(gpa) }];
         let hints = self.hints.get(&key).copied().unwrap_or_default();
+        let way_out: [u64; WAYS_OUT] = std::array::from_fn(|n| self.leave + WAY_OUT * n as u64);
+        let [leave, leave_light, port, wake, save, restore, walk] = way_out;
         let around = Around {
             at: self.buffer.base() + self.buffer.next() as u64,
             first_exit: self.exits.len() as u32,
             first_recipe: self.recipes.len() as u32,
-            leave: self.leave,
-            leave_light: self.leave + 14,
-            port: self.leave + 28,
-            wake: self.leave + 42,
-            save: self.leave + 56,
-            restore: self.leave + 70,
-            walk: self.leave + 84,
+            leave,
+            leave_light,
+            port,
+            wake,
+            save,
+            restore,
+            walk,
             counts: self.counts_hits,
             targets,
             fast,
@@ -734,8 +736,17 @@ impl Cache {
     }
 }
 
-/// Where the code for [`enter::KICKED`] is, behind four jumps of 14 bytes.
-const KICKED_AT: u64 = 84;
+/// The jumps that the code begins with, as [`Around`] has them, and the bytes of each.
+const WAYS_OUT: usize = 7;
+const WAY_OUT: u64 = 14;
+/// Where the code for [`enter::KICKED`] is, behind them.
+const KICKED_AT: u64 = WAY_OUT * WAYS_OUT as u64;
+
+/// Where they lead.
+fn ways_out() -> [u64; WAYS_OUT] {
+    let [save, restore] = [xsave::save(), xsave::restore()];
+    [enter::leave(), enter::leave_light(), enter::port(), enter::wake(), save, restore, walk::walk()]
+}
 
 /// Stores to a code page that hit no code, before its blocks give way.
 const HARMLESS: u32 = 256;

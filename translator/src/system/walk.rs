@@ -82,8 +82,10 @@ global_asm!(
     "add rcx, rbx",
     "mov gs:[{slow}], rcx",
     "mov rdx, gs:[{root}]",
-    "sub qword ptr gs:[{left}], 1",
+    "mov rdi, gs:[{left}]",
+    "sub rdi, 1",
     "jb bivisor_system_not_walked",
+    "mov gs:[{left}], rdi",
     // In one page of the user's half.
     "mov ecx, eax",
     "and ecx, 4095",
