@@ -109,7 +109,7 @@ use Privilege::{Anyone, Cpl0, Cpl0OrUd, Cr4Pce, Cr4Tsd, Cr4Umip, Iopl};
 use Sensitivity::{Behaviour, Control, Innocuous};
 
 #[rustfmt::skip] // one instruction a line
-const ROWS: &[Row] = &[
+static ROWS: &[Row] = &[
     //  mnemonic          form  class      privilege  sensitivity
     // The flags register.
     row(M::Pushf,         Any,  Flags,     Anyone,    Behaviour),  // shows the real IF, IOPL, VM (Robin-Irvine 3B)
