@@ -22,6 +22,7 @@ use bivisor_emulator::devices::virtio::net::{Net, Wire};
 use bivisor_emulator::devices::virtio::rng::Rng;
 use bivisor_emulator::machine::boot::{self, Payload};
 use bivisor_emulator::machine::{Config, End, Machine, Sink};
+use bivisor_kvm_backend::KvmVcpu;
 use clap::{ArgGroup, Args, ValueEnum};
 use std::fs::File;
 use std::io::{IsTerminal, Write};
@@ -106,6 +107,10 @@ pub struct BootArgs {
     /// The engine.
     #[arg(long, value_enum, default_value = "auto")]
     backend: Backend,
+    /// KVM only: are interrupt controllers those of the kernel, or the board's? [default: on, but off for a software KVM, where the
+    /// interpreter does some instructions and has to reach them]
+    #[arg(long, value_enum, value_name = "SWITCH")]
+    kernel_irqchip: Option<Switch>,
     /// The first serial port: stdio, none, file:PATH, or pty, a new pseudoterminal whose name is said at the start [default: stdio, or none with --display text].
     #[arg(long, value_name = "WHERE")]
     serial: Option<String>,
@@ -195,6 +200,15 @@ fn sink(option: &str, place: &str) -> Result<Sink> {
             bail!("{option}: `{place}` is none of stdio, none, file:PATH{more}")
         }
     }
+}
+
+/// Words for yes and no.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Switch {
+    /// Yes.
+    On,
+    /// No.
+    Off,
 }
 
 /// What becomes of the VGA's text screen.
@@ -290,6 +304,12 @@ pub fn run(args: &BootArgs) -> Result<i32> {
     let model = CpuModel::from_name(&args.cpu).map_err(anyhow::Error::msg)?;
     let start = start(args)?;
     let (backend, why) = engine::choose(args.backend, start.purpose()).map_err(anyhow::Error::msg)?;
+    if args.kernel_irqchip.is_some() && backend != Backend::Kvm {
+        let here = backend.name();
+        bail!(
+            "--kernel-irqchip is about KVM's interrupt controllers, and this machine runs on {here}: leave it out, or use --backend kvm"
+        );
+    }
     let model = Arc::new(if backend == Backend::Kvm { model } else { model.in_software() });
     if args.verbose || backend == Backend::Kvm && !bivisor_kvm_backend::host().usable_for_machine {
         eprintln!("bivisor: {why}");
@@ -370,8 +390,10 @@ pub fn run(args: &BootArgs) -> Result<i32> {
             eprintln!("bivisor: {n} system-management interrupts were ignored: there is no such mode");
         }
         if let Some(words) = complaint(end) {
-            let s = machine.state();
-            eprintln!("bivisor: {words} {}", place(s));
+            let any: &dyn std::any::Any = machine.vcpu();
+            let why = any.downcast_ref::<KvmVcpu>().and_then(KvmVcpu::reason).map(|why| format!(": {why}"));
+            let why = why.filter(|_| end == End::Unsupported).unwrap_or_default();
+            eprintln!("bivisor: {words} {}{why}", place(machine.state()));
         }
         ending.die_if_told();
         return Ok(status);
@@ -542,8 +564,13 @@ fn build(args: &BootArgs, inputs: &Inputs, wire: Option<Box<dyn Wire>>, pty: Opt
         virtio: virtio_devices(args, inputs, wire)?,
         ide: inputs.drives.ide.clone(),
     };
-    let vcpu =
-        engine::for_machine(inputs.backend, inputs.model.clone(), args.deterministic).map_err(anyhow::Error::msg)?;
+    let vcpu = engine::for_machine(
+        inputs.backend,
+        inputs.model.clone(),
+        args.deterministic,
+        args.kernel_irqchip.map(|s| s == Switch::On),
+    )
+    .map_err(anyhow::Error::msg)?;
     let mut machine = Machine::new(vcpu, config).map_err(anyhow::Error::msg)?;
     let (mem, cpu) = machine.guest();
     let bytes = match &inputs.start {

@@ -124,14 +124,20 @@ pub fn for_code(backend: Backend, model: Arc<CpuModel>) -> Result<Box<dyn Vcpu +
     })
 }
 
-/// An engine for a machine; `backend` has been [chosen](choose). If `repeatable`, its random numbers are the same in every run.
+/// An engine for a machine; `backend` has been [chosen](choose). If `repeatable`, its random numbers are the same in every run. Whether KVM has
+/// the interrupt controllers says `irqchip`.
 ///
 /// # Errors
 /// A sentence: the engine is not to be had here.
-pub fn for_machine(backend: Backend, model: Arc<CpuModel>, repeatable: bool) -> Result<Box<dyn Vcpu + Send>, String> {
+pub fn for_machine(
+    backend: Backend,
+    model: Arc<CpuModel>,
+    repeatable: bool,
+    irqchip: Option<bool>,
+) -> Result<Box<dyn Vcpu + Send>, String> {
     if !repeatable {
         return match backend {
-            Backend::Kvm => Ok(Box::new(KvmVm::new(model)?.vcpu().interpreting())),
+            Backend::Kvm => Ok(Box::new(KvmVm::new(model)?.vcpu().interpreting().with_irqchip(irqchip))),
             _ => for_code(backend, model),
         };
     }

@@ -72,7 +72,7 @@ impl Start {
                 "costs": spent.iter().map(Spent::json).collect::<Vec<_>>(),
                 "tlb": {"hits": measured.tlb_hits, "misses": measured.tlb_misses},
                 "seconds": {
-                    "guest": guest.as_secs_f64(), "wall": wall.as_secs_f64(), "halted": slept.as_secs_f64(),
+                    "guest": guest.as_secs_f64(), "wall": wall.as_secs_f64(), "halted": slept.map(|s| s.as_secs_f64()),
                     "processor": cpu.as_secs_f64(),
                 },
             });
@@ -107,10 +107,10 @@ impl Start {
         let s = Duration::as_secs_f64;
         let _ = write!(
             out,
-            "  time         {:.3} s in the guest, {:.3} s here, {:.3} s of them halted; {:.3} s of processor time",
+            "  time         {:.3} s in the guest, {:.3} s here, {}; {:.3} s of processor time",
             s(&guest),
             s(&wall),
-            s(&slept),
+            slept.map_or("halted in the kernel".into(), |slept| format!("{:.3} s of them halted", s(&slept))),
             s(&cpu)
         );
         out

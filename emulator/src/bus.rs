@@ -1,7 +1,30 @@
 //! The traits between an engine and the chips: ports, memory-mapped I/O, interrupts.
 
+use std::sync::Arc;
+
 /// Nanoseconds of virtual time.
 pub type Ns = u64;
+
+/// Interrupt controllers that an engine has itself, in the place of the board's: the pair of 8259s, the I/O APIC, the local APIC.
+pub trait Controllers: Send + Sync {
+    /// The level of an interrupt line, by ISA number; 16 to 23 are on the I/O APIC only.
+    fn set_line(&self, irq: u8, level: bool);
+    /// A message-signalled interrupt (SDM 3A 11.11).
+    fn message(&self, address: u64, data: u32);
+}
+
+/// How an 8259 has been programmed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Programmed {
+    /// The vector of its first input.
+    pub base: u8,
+    /// Masked inputs.
+    pub masked: u8,
+    /// Level-triggered inputs.
+    pub by_level: u8,
+    /// Levels of its inputs.
+    pub lines: u8,
+}
 
 /// The machine as an engine sees it. I/O is a call; everything else that somebody must decide leaves the engine as
 /// [`crate::vcpu::Exit`]. Locks, where needed, are inside. Where nothing is connected reads give all ones, writes are lost, and nothing
@@ -48,6 +71,15 @@ pub trait Bus: Sync {
     /// The local APIC's task-priority class (bits 7:4 of its TPR), which is CR8; `None` without a local APIC.
     fn task_priority(&self) -> Option<u8> {
         None
+    }
+    /// From now on interrupts go to these controllers, and the board's own are not used. Gives how firmware has left its 8259s, the master
+    /// first; `None`: there are none.
+    fn use_controllers(&self, _controllers: Arc<dyn Controllers>) -> Option<[Programmed; 2]> {
+        None
+    }
+    /// Has one of the board's controllers been accessed, although an engine has its own, since the last time this was asked?
+    fn has_strayed(&self) -> bool {
+        false
     }
     /// The time-stamp counter before the guest's offset, where the machine's time is not the host's.
     fn time_stamp(&self) -> Option<u64> {

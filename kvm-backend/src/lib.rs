@@ -1,5 +1,6 @@
 //! The hardware-assisted engine over KVM.
 
+mod controllers;
 mod counts;
 mod exit;
 pub mod host;

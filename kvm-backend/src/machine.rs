@@ -4,6 +4,7 @@
 //! with the state as it was before, and one step of the interpreter says exactly which it was. Small budgets, and intercepts that
 //! hardware has not, go one instruction at a time (KVM_GUESTDBG_SINGLESTEP).
 
+use crate::controllers::{self, InKernel};
 use crate::counts::{self, Counter, Returns};
 use crate::exit::{self, Left, Wiring};
 use crate::host::{Kind, host};
@@ -12,6 +13,7 @@ use crate::process::EXACT_BUDGET;
 use crate::regs;
 use crate::run::{Extended, Hardware, KvmVcpu};
 use crate::vm::{TSS_ADDRESS, Vm, host_error, immediate_exit, set_tsc_offset};
+use bivisor_emulator::bus::Bus;
 use bivisor_emulator::cpu::{Activity, CpuState, Cr0, Cr4, Efer, Mode, Rflags};
 use bivisor_emulator::host::stopwatch::Stopwatch;
 use bivisor_emulator::interp::deliver::Event;
@@ -25,6 +27,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Instructions of the interpreter before it is asked again whether KVM can go on.
@@ -58,13 +61,30 @@ pub(crate) struct Machine {
     returns: Returns,
     /// Of the time between two KVM_RUNs.
     pub watch: Stopwatch,
+    /// Interrupts are the kernel's.
+    in_kernel: bool,
 }
 
+/// What to do where only the board's own controllers will do.
+const WITHOUT: &str = "use --kernel-irqchip off";
+
 impl Machine {
-    fn new(vcpu: &KvmVcpu, ram: &Ram) -> Result<Machine, String> {
+    fn new(vcpu: &KvmVcpu, ram: &Ram, bus: &dyn Bus) -> Result<Machine, String> {
         let cpuid = vcpu.vm.cpuid()?;
         let make = || -> io::Result<Machine> {
             let mut vm = Vm::new()?;
+            let there = controllers::are_there(&vm);
+            if vcpu.irqchip == Some(true) && !there {
+                return Err(io::Error::other(format!("it has no interrupt controllers (KVM_CAP_IRQCHIP): {WITHOUT}")));
+            }
+            // Where KVM is software the interpreter does much for it, and has to reach the same controllers.
+            let in_kernel = vcpu.irqchip.unwrap_or(there && host().kind != Kind::Software);
+            if in_kernel {
+                let controllers = Arc::new(InKernel::new(&mut vm)?);
+                if let Some(pair) = bus.use_controllers(controllers.clone()) {
+                    controllers.program(pair)?;
+                }
+            }
             let place = (ram.host_base() as u64, ram.size());
             if ram.low() <= TSS_ADDRESS {
                 // Three pages that VT-x without "unrestricted guest" needs for real mode.
@@ -91,6 +111,7 @@ impl Machine {
                 stepping: false,
                 returns: Returns::default(),
                 watch: Stopwatch::default(),
+                in_kernel,
             })
         };
         make().map_err(|e| format!("KVM: no virtual machine: {e}"))
@@ -273,7 +294,7 @@ impl KvmVcpu {
         {
             return self.unsupported(reason);
         }
-        if let Err(reason) = self.machine(ram) {
+        if let Err(reason) = self.machine(ram, board.bus) {
             return self.unsupported(reason);
         }
         if self.cpu.mode() == Mode::Real && host().kind == Kind::Software && self.told_of_events() {
@@ -321,12 +342,12 @@ impl KvmVcpu {
     }
 
     /// The hardware with this RAM in it.
-    fn machine(&mut self, ram: &Ram) -> Result<(), String> {
+    fn machine(&mut self, ram: &Ram, bus: &dyn Bus) -> Result<(), String> {
         let place = (ram.host_base() as u64, ram.size());
         let fits = matches!(&self.hardware, Hardware::Machine(m) if m.ram == place);
         if !fits {
             self.hardware = Hardware::None;
-            let mut machine = Box::new(Machine::new(self, ram)?);
+            let mut machine = Box::new(Machine::new(self, ram, bus)?);
             if self.measures {
                 machine.watch.start();
             }
@@ -444,6 +465,9 @@ impl KvmVcpu {
         if !self.interprets {
             return Ok(Some(self.unsupported(reason)));
         }
+        if self.hw()?.0.in_kernel {
+            return Ok(Some(self.unsupported(format!("{reason}, and interrupts are the kernel's: {WITHOUT}"))));
+        }
         if let Some(vector) = self.hw()?.0.injecting.take() {
             self.deliver_in_ram(board, vector)?;
         }
@@ -508,7 +532,12 @@ impl KvmVcpu {
         if let (GuestMemory::Ram(ram), Ok((m, _))) = (board.mem, self.hw()) {
             m.collect_writes(ram)?;
         }
-        Ok(self.assist(board))
+        let exit = self.assist(board);
+        if self.hw()?.0.in_kernel && (exit == Exit::Halt || board.bus.has_strayed()) {
+            let what = "the interpreter had to do an instruction that waits for an interrupt or accesses a controller";
+            return Ok(self.unsupported(format!("KVM: {what}, and these are the kernel's: {WITHOUT}")));
+        }
+        Ok(exit)
     }
 
     /// Exactly `budget` instructions.

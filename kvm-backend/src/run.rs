@@ -69,6 +69,7 @@ impl KvmVm {
             hardware: Hardware::None,
             reason: None,
             interprets: false,
+            irqchip: None,
             assists: 0,
             measures: false,
         }
@@ -127,6 +128,8 @@ pub struct KvmVcpu {
     pub(crate) reason: Option<String>,
     /// See [`KvmVcpu::interpreting`].
     pub(crate) interprets: bool,
+    /// See [`KvmVcpu::with_irqchip`].
+    pub(crate) irqchip: Option<bool>,
     assists: u64,
     /// Is what leaving costs to be measured?
     pub(crate) measures: bool,
@@ -137,6 +140,12 @@ impl KvmVcpu {
     /// compatibility mode, 57-bit addresses, process-context identifiers. Otherwise these are [`Exit::Unsupported`].
     pub fn interpreting(mut self) -> KvmVcpu {
         self.interprets = true;
+        self
+    }
+
+    /// Are a machine's interrupt controllers those of the kernel, or the board's? If nobody says: the kernel's, but for a software KVM.
+    pub fn with_irqchip(mut self, in_kernel: Option<bool>) -> KvmVcpu {
+        self.irqchip = in_kernel;
         self
     }
 

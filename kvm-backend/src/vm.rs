@@ -90,6 +90,15 @@ impl Vm {
         &self.fd
     }
 
+    /// The virtual machine's descriptor once more, for other threads.
+    pub fn second(&mut self) -> io::Result<VmFd> {
+        let kvm = Kvm::new().map_err(host_error)?;
+        let high = kept(&borrowed(&self.fd))?;
+        self.descriptors.push(high);
+        // SAFETY: as in `new`.
+        unsafe { kvm.create_vmfd_from_rawfd(high) }.map_err(host_error)
+    }
+
     /// A virtual CPU; it must not outlive the virtual machine.
     pub fn vcpu(&mut self, id: u64) -> io::Result<VcpuFd> {
         let vcpu = self.fd.create_vcpu(id).map_err(host_error)?;

@@ -40,6 +40,15 @@ fn boot(args: &[&str]) -> Output {
     command.output().expect("bivisor starts")
 }
 
+/// As [`boot`]; on KVM with the board's interrupt controllers and with the kernel's.
+fn boot_each(args: &[&str]) -> Vec<Output> {
+    let switches: &[&[&str]] = match args.contains(&"kvm") {
+        true => &[&["--kernel-irqchip", "off"], &["--kernel-irqchip", "on"]],
+        false => &[&[]],
+    };
+    switches.iter().map(|more| boot(&[args, more].concat())).collect()
+}
+
 /// Assembles a guest of testsuite/guests; a compiler is what the README asks for.
 fn assemble(name: &str, flags: &[&str]) -> String {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("testsuite/guests").join(name);
@@ -69,9 +78,10 @@ fn a_kernel_goes_through_the_modes_and_turns_the_machine_off() {
                 continue;
             }
             let args = ["--backend", engine, "--kernel", kernel, "--append", "two words", "--debug-exit", "0xf4"];
-            let output = boot(&[&args[..], time].concat());
-            assert_eq!(text(&output.stdout), MACHINE, "{engine} {time:?}: {}", text(&output.stderr));
-            assert_eq!(output.status.code(), Some(0), "{engine} {time:?}");
+            for output in boot_each(&[&args[..], time].concat()) {
+                assert_eq!(text(&output.stdout), MACHINE, "{engine} {time:?}: {}", text(&output.stderr));
+                assert_eq!(output.status.code(), Some(0), "{engine} {time:?}");
+            }
         }
     }
 }
@@ -98,9 +108,10 @@ fn a_real_mode_program_ends_with_its_status() {
     let program = assemble("sector.S", &["-m32", "-Wl,-Ttext=0x7c00", "-Wl,--oformat=binary"]);
     for engine in engines() {
         let flat = format!("{program}@0x7c00");
-        let output = boot(&["--backend", engine, "--flat", &flat, "--debug-exit", "0xf4"]);
-        assert_eq!(text(&output.stdout), "real mode\nthree ticks\n", "{engine}: {}", text(&output.stderr));
-        assert_eq!(output.status.code(), Some(21 << 1 | 1), "{engine}");
+        for output in boot_each(&["--backend", engine, "--flat", &flat, "--debug-exit", "0xf4"]) {
+            assert_eq!(text(&output.stdout), "real mode\nthree ticks\n", "{engine}: {}", text(&output.stderr));
+            assert_eq!(output.status.code(), Some(21 << 1 | 1), "{engine}");
+        }
     }
 }
 
@@ -128,9 +139,11 @@ fn the_text_screen_is_shown_and_the_keyboard_is_read() {
         &[0xe4, 0x64, 0xa8, 1, 0x74, 0xfa, 0xe4, 0x60, 0x26, 0xa2, 2, 0, 0xe6, 0xf4],
     ];
     let flat = format!("{}@0x7c00", file("screen", &program.concat()));
-    for engine in engines() {
+    let in_kernel = engines().any(|engine| engine == "kvm").then_some(("kvm", &["--kernel-irqchip", "on"][..]));
+    for (engine, more) in engines().map(|engine| (engine, &[][..])).chain(in_kernel) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_bivisor"));
         command.args(["boot", "--backend", engine, "--flat", &flat, "--display", "text", "--debug-exit", "0xf4"]);
+        command.args(more);
         command.args(["--timeout", "60"]).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().expect("bivisor starts");
         child.stdin.take().expect("piped").write_all(b"q").expect("written");
@@ -155,9 +168,10 @@ fn disks_and_cds_on_ide() {
         let flat = format!("{program}@0x7c00");
         let args =
             ["--backend", engine, "--flat", &flat, "--drive", &drive, "--cdrom", &cd, "--debugcon", "0xe9=stdio"];
-        let output = boot(&[&args[..], &["--debug-exit", "0xf4", "--serial", "none"]].concat());
-        let said = (text(&output.stdout), output.status.code());
-        assert_eq!(said, ("on the disk\non the CD\n".into(), Some(3)), "{engine}: {}", text(&output.stderr));
+        for output in boot_each(&[&args[..], &["--debug-exit", "0xf4", "--serial", "none"]].concat()) {
+            let said = (text(&output.stdout), output.status.code());
+            assert_eq!(said, ("on the disk\non the CD\n".into(), Some(3)), "{engine}: {}", text(&output.stderr));
+        }
         let mut expected = disk.clone();
         expected.copy_within(512..1024, 1024);
         expected[1024..1536].reverse();
@@ -272,6 +286,36 @@ fn stores_to_rom_are_lost() {
         let said = (text(&output.stdout), output.status.code());
         assert_eq!(said, ("ROM!".into(), Some(15)), "{engine}: {}", text(&output.stderr));
     }
+}
+
+/// The kernel's interrupt controllers: the local APIC's ticks need no exit to the monitor; and what cannot be had is said in a line.
+#[test]
+fn interrupts_are_the_kernels_if_that_is_asked_for() {
+    let kernel = assemble("machine.S", &["-Wl,-Ttext=0x100000"]);
+    fails(&["--kernel", &kernel, "--kernel-irqchip", "on"], 1, &["--kernel-irqchip is about KVM", "--backend kvm"]);
+    if !engines().any(|engine| engine == "kvm") {
+        return;
+    }
+    let args = ["--backend", "kvm", "--kernel", &kernel, "--append", "x", "--stats=json"];
+    let [board, kernels] = ["off", "on"].map(|switch| {
+        let output = boot(&[&args[..], &["--kernel-irqchip", switch]].concat());
+        let said = text(&output.stderr);
+        let value: serde_json::Value = serde_json::from_str(said.lines().last().expect("a line")).expect("one object");
+        let rows = value["board"].as_array().expect("rows").clone();
+        let times = |what: &str| {
+            let row = rows.iter().find(|r| r["what"].as_str().is_some_and(|w| w.contains(what)));
+            row.map_or(0, |r| r["times"].as_u64().expect("a number"))
+        };
+        (times("store to an address"), times("interrupt taken"), value["seconds"]["halted"].clone())
+    });
+    // mov edi, 0xfee00080; popcnt eax, [edi], which KVM's emulator has not; hlt
+    let program = file("stray", &[0xbf, 0x80, 0, 0xe0, 0xfe, 0xf3, 0x0f, 0xb8, 0x07, 0xf4]);
+    let flat = format!("{program}@0x7c00");
+    let output = boot(&["--backend", "kvm", "--kernel-irqchip", "on", "--mode", "prot", "--flat", &flat]);
+    let said = text(&output.stderr);
+    assert!(said.contains("accesses a controller") && said.contains("use --kernel-irqchip off"), "{said}");
+    assert!(board.0 >= 10 && board.1 >= 10 && board.2.is_number(), "{board:?}");
+    assert_eq!(kernels, (0, 0, serde_json::Value::Null));
 }
 
 /// Where KVM is software an operating system would take hours: it is not tried, and the line says what to do.

@@ -1,5 +1,7 @@
 //! 8259A interrupt controllers, master and slave (Intel 8259A data sheet, 231468).
 
+use crate::bus::Programmed;
+
 /// One 8259A.
 #[derive(Clone, Debug, Default)]
 struct Chip {
@@ -32,6 +34,10 @@ struct Chip {
 }
 
 impl Chip {
+    fn programmed(&self) -> Programmed {
+        Programmed { base: self.base, masked: self.imr, by_level: self.elcr, lines: self.lines }
+    }
+
     fn set_line(&mut self, n: u8, level: bool) {
         let bit = 1 << n;
         if self.elcr & bit != 0 {
@@ -167,6 +173,11 @@ pub struct Pic {
 const CASCADE: u8 = 2;
 
 impl Pic {
+    /// How it has been programmed, the master first.
+    pub fn programmed(&self) -> [Programmed; 2] {
+        [self.master.programmed(), self.slave.programmed()]
+    }
+
     /// Sets the level of input 0 to 15; 2 is taken by the slave.
     pub fn set_line(&mut self, n: u8, level: bool) {
         match n {

@@ -312,9 +312,9 @@ impl Machine {
         self.pc.lock().watch.costs()
     }
 
-    /// Host time that the processor's thread slept because the guest had halted.
-    pub fn slept(&self) -> Duration {
-        self.slept
+    /// Host time that the processor's thread slept because the guest had halted; `None`: the engine sees to interrupts itself, and does not tell.
+    pub fn slept(&self) -> Option<Duration> {
+        self.pc.lock().controllers.is_none().then_some(self.slept)
     }
 
     /// The machine's time.

@@ -1,6 +1,8 @@
 //! The board of a PC: which chip answers at which port, at which address, and on which interrupt line.
 
-use crate::bus::{Bus, Ns};
+mod bus;
+
+use crate::bus::{Controllers, Ns};
 use crate::devices::cmos::Cmos;
 use crate::devices::fw_cfg::FwCfg;
 use crate::devices::i8042::I8042;
@@ -78,6 +80,10 @@ pub struct Chips {
     pub(super) keyboard: I8042,
     pub(super) lapic: Lapic,
     pub(super) ioapic: IoApic,
+    /// Those of the engine, which are used instead of these three.
+    pub(super) controllers: Option<Arc<dyn Controllers>>,
+    /// One of the three was accessed all the same.
+    strayed: bool,
     pub(super) pm: Pm,
     pub(super) fw_cfg: FwCfg,
     pci: PciHost,
@@ -119,7 +125,7 @@ pub struct Chips {
 /// More ticks than that are not made up for: enough for a processor that waited for 64 ms of ticks at 250 Hz.
 const MOST_OWED: u64 = 16;
 
-/// The board: [`Bus`] for engines.
+/// The board: [`Bus`](crate::bus::Bus) for engines.
 pub struct Pc {
     chips: Mutex<Chips>,
     /// What is waiting for the processor: asked at every turn, so outside the lock.
@@ -158,6 +164,8 @@ impl Chips {
             keyboard: I8042::default(),
             lapic: Lapic::default(),
             ioapic: IoApic::default(),
+            controllers: None,
+            strayed: false,
             pm,
             fw_cfg: FwCfg::new(),
             pci: PciHost::default(),
@@ -233,7 +241,9 @@ impl Chips {
         for (n, device) in self.virtio.iter_mut().enumerate() {
             levels[n % PCI_IRQS.len()] |= device.intx();
             for (address, data) in device.take_messages() {
-                if let Some(m) = Message::from_msi(address, data) {
+                if let Some(controllers) = &self.controllers {
+                    controllers.message(address, data);
+                } else if let Some(m) = Message::from_msi(address, data) {
                     self.lapic.deliver(m);
                 }
             }
@@ -286,9 +296,16 @@ impl Chips {
             self.told = self.levels;
             for irq in (0..24).filter(|irq| changed >> irq & 1 != 0) {
                 let level = self.levels >> irq & 1 != 0;
+                if let Some(controllers) = &self.controllers {
+                    controllers.set_line(irq, level);
+                    continue;
+                }
                 self.pic.set_line(irq, level);
                 self.ioapic.set_line(gsi(irq), level);
             }
+        }
+        if self.controllers.is_some() {
+            return;
         }
         // A level that nobody takes to its end is sent again, but not for ever.
         for _ in 0..64 {
@@ -342,6 +359,10 @@ impl Chips {
 
     /// Is there a tick that the processor has not yet taken, but would? Another one would be lost.
     fn tick_waits(&self) -> bool {
+        // An engine's own controllers cannot be asked.
+        if self.controllers.is_some() {
+            return false;
+        }
         let requested = |v| self.lapic.is_requested(v);
         self.pic.has_request(0) || self.ioapic.edge_vector(gsi(0)).is_some_and(requested)
     }
@@ -354,7 +375,11 @@ impl Chips {
         self.pm.advance(now);
         let ticks = self.pit.rises(from, now);
         if ticks > 0 {
-            let lost = if self.tick_waits() { ticks } else { ticks - 1 };
+            let lost = match (&self.controllers, self.tick_waits()) {
+                (Some(_), _) => 0,
+                (None, true) => ticks,
+                (None, false) => ticks - 1,
+            };
             self.ticks_owed = self.ticks_owed.saturating_add(lost).min(MOST_OWED);
             self.tick();
         }
@@ -523,6 +548,12 @@ impl Chips {
         }
     }
 
+    /// Is it an address of an APIC?
+    fn is_controllers(&self, gpa: u64) -> bool {
+        let page = gpa & !0xfff;
+        page == IOAPIC || page == self.lapic_base && self.lapic.is_mapped()
+    }
+
     /// The memory map.
     fn read_memory(&mut self, gpa: u64, data: &mut [u8], now: Ns) {
         let word = match gpa {
@@ -572,11 +603,6 @@ impl Chips {
     }
 }
 
-/// Chips of which a write may move the next timer event, or of which even a read changes an interrupt line.
-fn has_timer(port: u16) -> bool {
-    matches!(port, 0x40..=0x43 | 0x61 | 0x70 | 0x71 | PM_BASE..0x610)
-}
-
 impl Pc {
     pub(super) fn new(chips: Chips, mem: Arc<GuestMemory>, clock: Clock, kicker: Kicker) -> Pc {
         Pc {
@@ -618,6 +644,11 @@ impl Pc {
         }
     }
 
+    /// Is what is accessed the engine's, and the access one that should not have come here?
+    fn look_for_strays(chips: &mut Chips, is_controllers: bool) {
+        chips.strayed |= is_controllers && chips.controllers.is_some();
+    }
+
     fn settle(&self, mut chips: MutexGuard<'_, Chips>, timers: bool, now: Ns) {
         if timers {
             chips.wire_chips(now);
@@ -639,155 +670,3 @@ impl Pc {
         }
     }
 }
-
-impl Bus for Pc {
-    fn read_port(&self, port: u16, data: &mut [u8]) {
-        let now = self.clock.now();
-        let mut chips = self.lock();
-        chips.watch.out(|| "IN");
-        chips.traffic.port_reads += 1;
-        if !chips.read_wide(port, data) {
-            for (i, b) in data.iter_mut().enumerate() {
-                let at = port.wrapping_add(i as u16);
-                *b = chips.read_byte(at, now);
-                Pc::wire_some(&mut chips, at);
-            }
-        }
-        self.settle(chips, matches!(port, 0x70 | 0x71), now);
-    }
-
-    fn write_port(&self, port: u16, data: &[u8]) {
-        let now = self.clock.now();
-        let mut chips = self.lock();
-        chips.watch.out(|| "OUT");
-        chips.traffic.port_writes += 1;
-        let wide = chips.write_wide(port, data);
-        if !wide {
-            for (i, b) in data.iter().enumerate() {
-                let at = port.wrapping_add(i as u16);
-                chips.write_byte(at, *b, now);
-                Pc::wire_some(&mut chips, at);
-            }
-        }
-        self.settle(chips, wide || has_timer(port), now);
-    }
-
-    fn read_mmio(&self, gpa: u64, data: &mut [u8]) {
-        let now = self.clock.now();
-        let mut chips = self.lock();
-        chips.watch.out(|| "load from an address without RAM");
-        chips.traffic.memory_reads += 1;
-        chips.read_memory(gpa, data, now);
-        self.settle(chips, false, now);
-    }
-
-    fn write_mmio(&self, gpa: u64, data: &[u8]) {
-        let now = self.clock.now();
-        let mut chips = self.lock();
-        chips.watch.out(|| "store to an address without RAM");
-        chips.traffic.memory_writes += 1;
-        chips.write_memory(gpa, data, now);
-        let timers = gpa & !0xfff == chips.lapic_base;
-        self.settle(chips, timers, now);
-    }
-
-    #[inline]
-    fn interrupt_pending(&self) -> bool {
-        self.lines.load(Ordering::Acquire) & INTR != 0
-    }
-
-    fn take_interrupt(&self) -> Option<u8> {
-        let mut chips = self.lock();
-        let ticked = chips.ticks_owed > 0 && chips.tick_waits();
-        let vector = match chips.lapic.acknowledge() {
-            Some(v) => Some(v),
-            None if chips.lint0 && chips.lapic.passes_external() => Some(chips.pic.acknowledge()),
-            None => None,
-        };
-        chips.traffic.interrupts += u64::from(vector.is_some());
-        chips.settle();
-        if ticked && !chips.tick_waits() {
-            chips.ticks_owed -= 1;
-            chips.tick();
-        }
-        self.publish(&mut chips);
-        vector
-    }
-
-    fn nmi_pending(&self) -> bool {
-        self.lines.load(Ordering::Acquire) & NMI != 0
-    }
-
-    fn take_nmi(&self) -> bool {
-        let mut chips = self.lock();
-        let taken = chips.lapic.take_nmi();
-        self.publish(&mut chips);
-        taken
-    }
-
-    fn read_msr(&self, index: u32) -> Option<u64> {
-        let now = self.clock.now();
-        let mut chips = self.lock();
-        chips.traffic.msrs += 1;
-        match index {
-            TSC_DEADLINE => {
-                chips.lapic.advance(now);
-                Some(chips.lapic.deadline())
-            }
-            0x800..=0x8ff => chips.lapic.read_msr(index, now),
-            _ => None,
-        }
-    }
-
-    fn write_msr(&self, index: u32, value: u64) -> Option<()> {
-        let now = self.clock.now();
-        let mut chips = self.lock();
-        chips.watch.out(|| "WRMSR of the local APIC");
-        chips.traffic.msrs += 1;
-        let done = match index {
-            APIC_BASE => {
-                chips.lapic_base = value & 0xf_ffff_f000;
-                chips.lapic.set_base(value);
-                Some(())
-            }
-            TSC_DEADLINE => {
-                let at = self.clock.when(value);
-                chips.lapic.set_deadline(value, at);
-                chips.lapic.advance(now);
-                Some(())
-            }
-            0x800..=0x8ff => chips.lapic.write_msr(index, value, now),
-            _ => None,
-        };
-        self.settle(chips, true, now);
-        done
-    }
-
-    fn time_stamp(&self) -> Option<u64> {
-        self.clock.counter()
-    }
-
-    fn x87_error(&self, waits: bool) -> Option<bool> {
-        let mut chips = self.lock();
-        if chips.ferr != waits {
-            (chips.ferr, chips.ignne) = (waits, false);
-            chips.wire_ferr();
-            chips.settle();
-            self.publish(&mut chips);
-        }
-        Some(chips.ignne)
-    }
-
-    fn task_priority(&self) -> Option<u8> {
-        Some(self.lock().lapic.task_priority())
-    }
-
-    fn set_task_priority(&self, class: u8) {
-        let mut chips = self.lock();
-        chips.lapic.set_task_priority(class);
-        self.publish(&mut chips);
-    }
-}
-
-const APIC_BASE: u32 = 0x1b;
-const TSC_DEADLINE: u32 = 0x6e0;
