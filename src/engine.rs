@@ -125,7 +125,7 @@ pub fn for_code(backend: Backend, model: Arc<CpuModel>) -> Result<Box<dyn Vcpu +
 }
 
 /// An engine for a machine; `backend` has been [chosen](choose). If `repeatable`, its random numbers are the same in every run. Whether KVM has
-/// the interrupt controllers says `irqchip`.
+/// the interrupt controllers says `irqchip`; `None`: where it is hardware.
 ///
 /// # Errors
 /// A sentence: the engine is not to be had here.

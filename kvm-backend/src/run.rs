@@ -69,7 +69,7 @@ impl KvmVm {
             hardware: Hardware::None,
             reason: None,
             interprets: false,
-            irqchip: None,
+            irqchip: Some(false),
             assists: 0,
             measures: false,
         }
@@ -143,7 +143,8 @@ impl KvmVcpu {
         self
     }
 
-    /// Are a machine's interrupt controllers those of the kernel, or the board's? If nobody says: the kernel's, but for a software KVM.
+    /// Are a machine's interrupt controllers those of the kernel, where HLT waits then too, or the bus's, as they are without this? `None`: the
+    /// kernel's, but for a software KVM.
     pub fn with_irqchip(mut self, in_kernel: Option<bool>) -> KvmVcpu {
         self.irqchip = in_kernel;
         self

@@ -310,7 +310,8 @@ impl Write for Ear {
 /// Runs the guest on an engine: what was seen at each step, in MiB, and why the guest was left.
 fn watch(backend: Backend) -> Result<(BTreeMap<usize, u32>, Vec<Count>)> {
     let (backend, _) = engine::choose(backend, Purpose::Machine).map_err(|why| anyhow!(why))?;
-    let vcpu = engine::for_machine(backend, Arc::new(CpuModel::host()), false, None).map_err(|why| anyhow!(why))?;
+    let vcpu =
+        engine::for_machine(backend, Arc::new(CpuModel::host()), false, Some(false)).map_err(|why| anyhow!(why))?;
     let target = Arc::new(Target::default());
     let watch = Arc::new(Watch { mem: OnceLock::new(), target: target.clone(), seen: Mutex::default() });
     let config = Config {
