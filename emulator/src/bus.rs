@@ -22,8 +22,6 @@ pub struct Programmed {
     pub masked: u8,
     /// Level-triggered inputs.
     pub by_level: u8,
-    /// Levels of its inputs.
-    pub lines: u8,
 }
 
 /// The machine as an engine sees it. I/O is a call; everything else that somebody must decide leaves the engine as

@@ -10,7 +10,7 @@
 //! | IN, OUT, loads and stores without memory | #GP | leave, done by the bus |
 //! | CPUID | answered inside KVM from the table of the offered CPU | the same |
 //! | RDTSC, RDRAND | hardware | hardware |
-//! | HLT | #GP | leaves |
+//! | HLT | #GP | leaves; waits in the kernel where the interrupt controllers are its |
 //! | PUSHF, POPF, STI, CLI, segment loads, LGDT ..., SGDT ... | hardware; at CPL 3 of a software KVM some show the host's values | hardware |
 //! | MOV CR, MOV DR, RDMSR, WRMSR | #GP | hardware or inside KVM |
 //!

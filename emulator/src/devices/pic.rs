@@ -35,7 +35,7 @@ struct Chip {
 
 impl Chip {
     fn programmed(&self) -> Programmed {
-        Programmed { base: self.base, masked: self.imr, by_level: self.elcr, lines: self.lines }
+        Programmed { base: self.base, masked: self.imr, by_level: self.elcr }
     }
 
     fn set_line(&mut self, n: u8, level: bool) {

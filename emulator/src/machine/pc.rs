@@ -359,10 +359,6 @@ impl Chips {
 
     /// Is there a tick that the processor has not yet taken, but would? Another one would be lost.
     fn tick_waits(&self) -> bool {
-        // An engine's own controllers cannot be asked.
-        if self.controllers.is_some() {
-            return false;
-        }
         let requested = |v| self.lapic.is_requested(v);
         self.pic.has_request(0) || self.ioapic.edge_vector(gsi(0)).is_some_and(requested)
     }
@@ -375,10 +371,11 @@ impl Chips {
         self.pm.advance(now);
         let ticks = self.pit.rises(from, now);
         if ticks > 0 {
-            let lost = match (&self.controllers, self.tick_waits()) {
-                (Some(_), _) => 0,
-                (None, true) => ticks,
-                (None, false) => ticks - 1,
+            let lost = match self.tick_waits() {
+                // An engine's own controllers do not say what is taken.
+                _ if self.controllers.is_some() => 0,
+                true => ticks,
+                false => ticks - 1,
             };
             self.ticks_owed = self.ticks_owed.saturating_add(lost).min(MOST_OWED);
             self.tick();

@@ -18,7 +18,7 @@ use crate::system::cache::{Cache, cell_at, next_page};
 use crate::system::enter::{self, ABORTED, FAULT, KICKED};
 use crate::system::lower::{Flags, Kind};
 use crate::system::tlb::Tlb;
-use crate::system::{Control, Mode, handler, walk, xsave};
+use crate::system::{Control, Mode, handler, xsave};
 use bivisor_emulator::cpu::xsave::component;
 use bivisor_emulator::cpu::{CpuState, Fault, Rflags};
 use bivisor_emulator::host::signal;
@@ -184,7 +184,6 @@ impl System {
 
     fn flush_mapping(&mut self) {
         self.clear_mirror();
-        walk::close(&self.area);
         self.tlb.clear(&self.area);
         self.area.fill(at::CELLS..at::CELLS + 4 * CELLS, 0);
         self.local_pages.clear();
@@ -194,7 +193,6 @@ impl System {
     /// Forgets all pages but global ones.
     fn flush_local(&mut self) {
         self.clear_mirror();
-        walk::close(&self.area);
         self.tlb.clear_local(&self.area);
         if self.local_pages.len() >= MOST_LOCAL {
             self.area.fill(at::CELLS..at::CELLS + 4 * CELLS, 0);

@@ -5,6 +5,7 @@
 //! whose writes are tracked, has no write tag.
 
 use crate::system::area::{Area, at};
+use crate::system::walk;
 use bivisor_emulator::host::thread::ENGINE_AREA_SIZE;
 use bivisor_emulator::mem::{PAGE_SIZE, Ram};
 
@@ -96,12 +97,13 @@ impl Tlb {
 
     /// Forgets everything.
     pub fn clear(&mut self, area: &Area) {
-        self.forget(area, 0);
+        self.clear_local(area);
         self.forget(area, 1);
     }
 
-    /// Forgets all pages but global ones.
+    /// Forgets all pages but global ones. The tables that they were found in may not be those any more.
     pub fn clear_local(&mut self, area: &Area) {
+        walk::close(area);
         self.forget(area, 0);
     }
 

@@ -16,27 +16,11 @@ use std::arch::global_asm;
 /// Walks before user code is left for once, so that somebody looks whether it should use the mirror.
 const WALKS: u64 = 16;
 
-/// What is looked for, behind the jump that leads here.
-#[derive(Clone, Copy, Debug)]
-pub struct Wanted {
-    /// Bytes of the range.
-    pub len: u16,
-    /// To be stored to?
-    pub write: bool,
-}
-
-impl Wanted {
-    /// As the code has it: the places, counted from the first of these bytes, where it goes on if that is not found, and where it asks
-    /// again; the length less 1; and the flags that the last entry must have.
-    pub fn bytes(self, slow: i32, retry: i32) -> [u8; 16] {
-        let flags = flag::P | flag::US | flag::A | if self.write { flag::RW | flag::D } else { 0 };
-        let words = [slow as u32, retry as u32, u32::from(self.len) - 1, flags as u32];
-        let mut bytes = [0; 16];
-        for (to, word) in bytes.chunks_exact_mut(4).zip(words) {
-            to.copy_from_slice(&word.to_le_bytes());
-        }
-        bytes
-    }
+/// What is looked for, as words behind the jump that leads here: the places, counted from the first of them, where the code goes on if it is
+/// not found, which is behind them, and where it asks again; the length less 1; and the flags that the last entry must have.
+pub fn wanted(len: u16, write: bool, retry: i32) -> [u32; 4] {
+    let flags = flag::P | flag::US | flag::A | if write { flag::RW | flag::D } else { 0 };
+    [size_of::<[u32; 4]>() as u32, retry as u32, u32::from(len) - 1, flags as u32]
 }
 
 /// To the next table or page, by an entry in RDX, which must have the flags in EDI and none of the others in R8D.

@@ -10,7 +10,6 @@ use super::{Cold, Flags, Kind, Lower, Walk};
 use crate::system::area::at;
 use crate::system::block::{Access, Item, Segment, Way, is_bit_string};
 use crate::system::tlb;
-use crate::system::walk::Wanted;
 use bivisor_emulator::isa::Gpr;
 use bivisor_emulator::mem::PAGE_SIZE;
 use iced_x86::{Encoder, Instruction, Register};
@@ -72,16 +71,8 @@ impl Lower<'_> {
         self.e.len() as u32
     }
 
-    /// Leaves unless equal, or asks again. The first byte is at a register and a displacement (none: all of the address); one register is
-    /// free.
-    pub(super) fn miss(
-        &mut self,
-        item: &Item,
-        access: Access,
-        range: (i64, i64, bool),
-        (free, base, disp): (Gpr, Option<Gpr>, i64),
-        retry: u32,
-    ) {
+    /// Leaves unless equal, or asks again.
+    pub(super) fn miss(&mut self, item: &Item, access: Access, range: (i64, i64, bool), walk: Walk, retry: u32) {
         let site = self.branch(&JNE);
         let (low, len, write) = range;
         let native = super::touches_vectors(item);
@@ -93,8 +84,7 @@ impl Lower<'_> {
         self.exits[exit].native = native;
         let mode = self.block.mode;
         let walks = mode.user() && !mode.is_mirrored() && !mode.is_narrow() && !mode.is_counted();
-        let walk = walks.then_some(Walk { free, base, disp, wanted: Wanted { len: len as u16, write } });
-        self.cold.push(Cold { site, reload: 0, exit, walk });
+        self.cold.push(Cold { site, reload: 0, exit, walk: walks.then_some(walk) });
         if self.around.counts {
             // inc qword; nothing is in EFLAGS.
             self.e.rm(W::Q, &[0xff], 0, At::slot(at::HITS), &[]);
@@ -154,7 +144,13 @@ impl Lower<'_> {
         self.e.lea(page, At::base(base, to));
         self.e.and(W::Q, page, -(PAGE_SIZE as i32));
         self.e.compare(page, At::table(self.tag(write), delta));
-        self.miss(item, *a, (i64::from(from), high - low, write), (page, Some(base), from.into()), retry);
+        self.miss(
+            item,
+            *a,
+            (i64::from(from), high - low, write),
+            Walk { free: page, base: Some(base), disp: from.into() },
+            retry,
+        );
         self.e.load(delta, At::table(self.around.tlb + tlb::ADDEND, delta));
         self.busy &= !bit(page);
         let window = Window::over(Some(base), version, delta);
@@ -208,7 +204,7 @@ impl Lower<'_> {
         self.e.constant(delta, page);
         self.e.compare(delta, At::slot(self.tag(a.write) + entry));
         let whole = (a.disp, i64::from(a.len), a.write);
-        self.miss(item, *a, whole, (delta, None, address as i64), retry);
+        self.miss(item, *a, whole, Walk { free: delta, base: None, disp: address as i64 }, retry);
         self.e.add(delta, At::slot(self.around.tlb + tlb::ADDEND + entry));
         let window = Window::over(None, 0, delta);
         self.windows.push(Window { low: page as i64, write: a.write, mirrored: false, ..window });
@@ -243,7 +239,8 @@ impl Lower<'_> {
         self.e.lea(page, At::base(address, i32::from(a.len) - 1));
         self.e.and(W::Q, page, -(PAGE_SIZE as i32));
         self.e.compare(page, At::table(self.tag(a.write), index));
-        self.miss(item, *a, (a.disp, i64::from(a.len), a.write), (page, Some(address), 0), retry);
+        let whole = (a.disp, i64::from(a.len), a.write);
+        self.miss(item, *a, whole, Walk { free: page, base: Some(address), disp: 0 }, retry);
         self.e.add(address, At::table(self.around.tlb + tlb::ADDEND, index));
         self.busy &= !(bit(index) | bit(page));
         Some(Host { base: Some(address), index: None, disp: 0, mirrored: false, usual: false })

@@ -18,7 +18,7 @@ mod usual;
 use crate::emit::Emitter;
 use crate::system::area::at;
 use crate::system::block::{Access, GuestBlock, Item, STATUS, Way};
-use crate::system::walk::Wanted;
+use crate::system::walk::wanted;
 use asm::{Assembler, At};
 use bivisor_emulator::isa::{Class, Gpr, Width, facts};
 use dynasmrt::DynasmApi;
@@ -278,14 +278,12 @@ struct Cold {
     walk: Option<Walk>,
 }
 
-/// What misses try before the code is left: a register that is free, the address as a register and a displacement (none: all of it), and
-/// what is wanted.
+/// Where a miss looks before the code is left: a register that is free, the address as a register and a displacement (none: all of it).
 #[derive(Clone, Copy)]
 struct Walk {
     free: Gpr,
     base: Option<Gpr>,
     disp: i64,
-    wanted: Wanted,
 }
 
 pub(super) struct Lower<'a> {
@@ -450,8 +448,7 @@ impl Lower<'_> {
     }
 
     /// Has the tables of the guest walked for what an exit stands for; what follows is where the code goes on if it must be left.
-    fn walk(&mut self, walk: Walk, retry: u32) {
-        let Walk { free, base, disp, wanted } = walk;
+    fn walk(&mut self, Walk { free, base, disp }: Walk, (len, write): (u16, bool), retry: u32) {
         match base {
             Some(r) if r == free && disp == 0 => {}
             Some(r) => self.e.lea(free, At::base(r, disp as i32)),
@@ -464,8 +461,7 @@ impl Lower<'_> {
         self.e.set_rel32(jump, self.around.walk);
         let (from, here) = (self.e.len() as i32, self.e.here());
         self.e.set_rel32(site, here);
-        let bytes = wanted.bytes(size_of_val(&wanted.bytes(0, 0)) as i32, retry as i32 - from);
-        self.e.bytes.extend_from_slice(&bytes);
+        wanted(len, write, retry as i32 - from).into_iter().for_each(|word| self.e.push_u32(word));
     }
 
     fn stub(&mut self, exit: usize) {
@@ -496,8 +492,8 @@ impl Lower<'_> {
                 let next = self.e.here();
                 self.e.set_rel32(site, next);
             }
-            if let (Some(walk), Kind::Miss { retry, .. }) = (walk, self.exits[exit].kind) {
-                self.walk(walk, retry);
+            if let (Some(walk), Kind::Miss { len, write, retry, .. }) = (walk, self.exits[exit].kind) {
+                self.walk(walk, (len, write), retry);
             }
             self.stub(exit);
             if let Some(again) = self.exits[exit].again {

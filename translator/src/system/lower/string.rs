@@ -4,7 +4,7 @@
 use super::asm::{Assembler, At, W};
 use super::memory::JNE;
 use super::scratch::bit;
-use super::{Kind, Lower};
+use super::{Kind, Lower, Walk};
 use crate::system::block::{Access, Item, Way};
 use crate::system::tlb;
 use bivisor_emulator::isa::Gpr;
@@ -79,7 +79,13 @@ impl Lower<'_> {
         self.e.copy(t, base);
         self.e.and(W::Q, t, PAGE_MASK);
         self.e.compare(t, At::table(self.tag(write), delta));
-        self.miss(item, self.at(base, len, write), (0, i64::from(len), write), (t, Some(base), 0), retry);
+        self.miss(
+            item,
+            self.at(base, len, write),
+            (0, i64::from(len), write),
+            Walk { free: t, base: Some(base), disp: 0 },
+            retry,
+        );
     }
 
     /// Host minus guest address of the page of `base`, which holds RCX (at most a page of) elements from there on.
