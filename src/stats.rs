@@ -73,7 +73,7 @@ fn json(cache: &Cache) -> String {
         },
         "memory": { "bytes": c.memory, "guest_bytes": c.live_bytes },
         "system_calls_inside": t.direct,
-        "links": c.links, "landings": c.landings, "stale": c.stale, "flushes": c.flushes, "found": c.found,
+        "links": c.links, "landings": c.landings, "traces": c.traces, "stale": c.stale, "flushes": c.flushes, "found": c.found,
         "entries": t.entries,
         "exits": {
             "unlinked": t.to_block, "indirect": t.misses, "syscall": t.syscalls, "interpreter": t.steps,
@@ -101,7 +101,10 @@ fn text(cache: &Cache) -> String {
             c.memory,
             each(c.memory, c.live_bytes)
         ),
-        format!("  connected    {} jumps, {} targets of indirect branches", c.links, c.landings),
+        format!(
+            "  connected    {} jumps, {} targets of indirect branches, {} traces made",
+            c.links, c.landings, c.traces
+        ),
         format!("  looked up    {} blocks that were there", c.found),
         format!("  thrown away  {} blocks stale, {} times all", c.stale, c.flushes),
         format!("  carried out  {} system calls without coming out", t.direct),

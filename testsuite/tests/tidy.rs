@@ -41,6 +41,7 @@ const UNSAFE: &[&str] = &[
     "emulator/src/host/signal.rs",
     "emulator/src/host/syscall.rs",
     "emulator/src/host/thread.rs",
+    "emulator/src/host/ticker.rs",
     "emulator/src/linux/host.rs",
     "emulator/src/mem/dma.rs",
     "emulator/src/mem/flat.rs",

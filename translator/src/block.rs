@@ -29,6 +29,24 @@ pub struct Item {
     pub route: Route,
 }
 
+/// A stretch of a trace (`trace.rs`): its first byte, and where that is among the bytes of all stretches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stretch {
+    /// Guest address.
+    pub start: u64,
+    /// Bytes before it.
+    pub at: u16,
+}
+
+/// The guest address of what is `at` bytes into a block at `start`, or into these stretches if there are any.
+pub(crate) fn address(start: u64, stretches: &[Stretch], at: u64) -> u64 {
+    let i = stretches.partition_point(|s| u64::from(s.at) <= at);
+    match i.checked_sub(1).map(|i| stretches[i]) {
+        Some(s) => s.start.wrapping_add(at - u64::from(s.at)),
+        None => start.wrapping_add(at),
+    }
+}
+
 /// Decoded guest code.
 #[derive(Clone, Debug, Default)]
 pub struct GuestBlock {
@@ -45,6 +63,8 @@ pub struct GuestBlock {
     pub changed: Vec<bool>,
     /// It ends with an indirect branch through memory that does not change.
     pub constant: Option<Constant>,
+    /// Of a trace: where its bytes come from. Each instruction then leads to the next.
+    pub stretches: Vec<Stretch>,
 }
 
 /// Where an indirect branch finds its target, and the target. Nobody may write there, and it is told when that ends: so the linker's
@@ -60,7 +80,12 @@ pub struct Constant {
 impl GuestBlock {
     /// Address of an instruction.
     pub fn rip(&self, item: &Item) -> u64 {
-        self.start.wrapping_add(u64::from(item.at))
+        address(self.start, &self.stretches, item.at.into())
+    }
+
+    /// Is it a trace?
+    pub fn is_trace(&self) -> bool {
+        !self.stretches.is_empty()
     }
 
     /// Address after an instruction.
@@ -183,21 +208,16 @@ const PIECE: u64 = 128;
 impl Scratch {
     /// Fetches some more bytes, not beyond the end of a page. Each page is watched before it is read.
     fn more(&mut self, source: &mut dyn CodeSource) -> bool {
-        let bytes = &mut self.block.bytes;
-        let old = bytes.len();
+        let old = self.block.bytes.len();
         let at = self.block.start.wrapping_add(old as u64);
         if old == 0 || at.is_multiple_of(PAGE_SIZE) {
-            let now = source.identity().map(|id| (page_of(at), source.epoch(), id));
-            if now.is_none() || now != self.known {
-                let opened = source.open(at);
-                (self.known, self.opened) = (now, Some(opened));
-            }
-            match self.opened {
+            match self.look(source, at) {
                 Some(Opened::No) | None => return false,
                 Some(Opened::Watched) => {}
                 Some(Opened::Unwatched) => self.block.compared = true,
             }
         }
+        let bytes = &mut self.block.bytes;
         bytes.resize(old + PIECE.min(PAGE_SIZE - at % PAGE_SIZE) as usize, 0);
         if !source.read(at, &mut bytes[old..]) {
             bytes.truncate(old);
@@ -227,12 +247,59 @@ impl Scratch {
         !self.block.items.is_empty()
     }
 
+    /// Looks at the page of an address, if it is not the one that was looked at last.
+    fn look(&mut self, source: &mut dyn CodeSource, at: u64) -> Option<Opened> {
+        let now = source.identity().map(|id| (page_of(at), source.epoch(), id));
+        if now.is_none() || now != self.known {
+            let opened = source.open(at);
+            (self.known, self.opened) = (now, Some(opened));
+        }
+        self.opened
+    }
+
+    /// The instruction at an address of which writes are told, with its bytes.
+    pub fn one(&mut self, source: &mut dyn CodeSource, at: u64) -> Option<(Instruction, [u8; MAX_INSN_LEN])> {
+        let mut bytes = [0; MAX_INSN_LEN];
+        let there = (PAGE_SIZE - at % PAGE_SIZE).min(MAX_INSN_LEN as u64) as usize;
+        let mut have = 0;
+        for end in [there, MAX_INSN_LEN] {
+            let from = at.wrapping_add(have as u64);
+            if self.look(source, from) != Some(Opened::Watched) || !source.read(from, &mut bytes[have..end]) {
+                return None;
+            }
+            have = end;
+            let iced = Decoder::with_ip(64, &bytes[..have], at, options()).decode();
+            if !iced.is_invalid() {
+                return Some((iced, bytes));
+            }
+        }
+        None
+    }
+
+    /// Decodes a trace: the instructions at these addresses, each of which led to the next. False if one of them cannot be had.
+    pub fn decode_path(&mut self, source: &mut dyn CodeSource, path: &[u64], routes: &Routes) -> bool {
+        let Some(&start) = path.first() else { return false };
+        self.block = GuestBlock { start, ..GuestBlock::default() };
+        let mut next = None;
+        for &rip in path {
+            let Some((iced, bytes)) = self.one(source, rip) else { return false };
+            let at = self.block.bytes.len() as u16;
+            if next.replace(iced.next_ip()) != Some(rip) {
+                self.block.stretches.push(Stretch { start: rip, at });
+            }
+            self.block.bytes.extend_from_slice(&bytes[..iced.len()]);
+            self.block.items.push(Item { iced, at, len: iced.len() as u8, route: routes.of(&iced) });
+        }
+        true
+    }
+
     fn attempt(&mut self, source: &mut dyn CodeSource, start: u64, routes: &Routes, most: usize) {
         self.block.start = start;
         self.block.bytes.clear();
         self.block.items.clear();
         self.block.changed.clear();
         self.block.constant = None;
+        self.block.stretches.clear();
         let mut at = 0;
         let mut branches = 0;
         'fetch: while self.more(source) {

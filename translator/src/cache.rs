@@ -440,6 +440,26 @@ impl Cache {
         }
     }
 
+    /// Is what is at this address a trace, if anything?
+    pub fn is_trace(&self, rip: u64) -> bool {
+        self.lock().is_trace(rip)
+    }
+
+    /// Makes a trace of the instructions at these addresses, each of which led to the next. False if they cannot be had.
+    pub fn add_trace(&self, source: &mut dyn CodeSource, path: &[u64], scratch: &mut Scratch) -> bool {
+        let epoch = source.epoch();
+        if !scratch.decode_path(source, path, &self.routes) {
+            return false;
+        }
+        let mut store = self.lock();
+        if source.epoch() != epoch || store.is_full() {
+            return false;
+        }
+        store.insert_trace(&self.exits, &scratch.block);
+        self.version.fetch_add(1, Ordering::SeqCst);
+        true
+    }
+
     /// Code for at most `most` instructions at `rip`, linked to nothing and found by nobody else; `None` if the first cannot be
     /// translated, or pushes flags and must not.
     pub fn apart(

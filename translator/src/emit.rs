@@ -63,6 +63,8 @@ pub mod slot {
     pub const MADE: usize = 25;
     /// [`crate::lower::ADDRESS_BITS`], for PEXT.
     pub const ADDRESS_BITS: usize = 26;
+    /// Not 0 if the clock has ticked for traces.
+    pub const TICK: usize = 27;
     /// System mode: not 0 if somebody wants the code to be left.
     pub const LOOK: usize = 40;
 }

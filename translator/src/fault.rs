@@ -10,6 +10,7 @@ use crate::lower::{JMP_R11, adds_up};
 use bivisor_emulator::cpu::xsave::Layout;
 use bivisor_emulator::cpu::{CpuState, Rflags};
 use bivisor_emulator::host::thread::ThreadBlock;
+use bivisor_emulator::host::ticker::Ticker;
 use bivisor_emulator::vcpu::Kicker;
 use libc::{REG_CR2, REG_EFL, REG_ERR, REG_RIP, REG_RSP, REG_TRAPNO};
 
@@ -45,6 +46,10 @@ pub unsafe fn hook(block: &ThreadBlock, sig: i32, info: *mut libc::siginfo_t, uc
     }
     let pc = regs[REG_RIP as usize] as u64;
     let slots = &block.scratch;
+    // SAFETY: as above.
+    if !exception && unsafe { Ticker::has_ticked(sig, info) } {
+        slots[slot::TICK].set(1);
+    }
     let caught = Caught {
         pc,
         r11: regs[libc::REG_R11 as usize] as u64,

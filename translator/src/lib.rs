@@ -44,6 +44,7 @@ mod run;
 pub mod stats;
 pub mod store;
 pub mod system;
+mod trace;
 
 pub use cache::Cache;
 pub use route::{Policy, how};

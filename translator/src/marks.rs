@@ -21,6 +21,10 @@ pub enum What {
     Probe(u16),
     /// The same, and RSP is behind the eight bytes of the target.
     ProbePopped(u16),
+    /// The same, and RCX is in R10, if that is one of [`homed`], else in [`slot::TMP`].
+    Returning(u16),
+    /// As [`What::At`], and RCX is where [`What::Returning`] has it.
+    Guessing(u16),
     /// The instruction that ends at this distance, SYSCALL, is done; what it says of RCX is still to be done.
     Called(u16),
     /// RCX is in [`slot::TMP`], the block has not begun; a fault here says that its code cannot be read.
@@ -90,6 +94,8 @@ impl What {
             What::At(d) => (1, d.into()),
             What::Probe(d) => (2, d.into()),
             What::ProbePopped(d) => (9, d.into()),
+            What::Returning(d) => (10, d.into()),
+            What::Guessing(d) => (11, d.into()),
             What::Called(d) => (3, d.into()),
             What::Compare => (4, 0),
             What::Target => (5, 0),
@@ -108,6 +114,8 @@ impl What {
             1 => What::At(d),
             2 => What::Probe(d),
             9 => What::ProbePopped(d),
+            10 => What::Returning(d),
+            11 => What::Guessing(d),
             3 => What::Called(d),
             4 => What::Compare,
             5 => What::Target,
@@ -208,17 +216,17 @@ pub fn probes(marks: &[Packed], at: usize) -> bool {
     mark_at(marks, at).is_some_and(|m| probes(m.unpack(0).what))
 }
 
-/// Mends the registers of a thread stopped `at` bytes into a piece of code translated from `start`, with its first exit; gives RIP.
-/// `exits` gives the RIP of an exit and where R11 is then.
+/// Mends the registers of a thread stopped `at` bytes into a piece of code with this first exit, of which `guest` gives the addresses;
+/// gives RIP. `exits` gives the RIP of an exit and where R11 is then.
 pub fn recover(
     marks: &[Packed],
-    (start, first_exit): (u64, u32),
+    (guest, first_exit): (&dyn Fn(u64) -> u64, u32),
     at: usize,
     regs: &mut dyn Registers,
     exits: &dyn Fn(u32) -> (u64, Home),
 ) -> u64 {
-    let Some(mark) = mark_at(marks, at).map(|m| m.unpack(first_exit)) else { return start };
-    let r11 = regs.gpr(Gpr::R11);
+    let Some(mark) = mark_at(marks, at).map(|m| m.unpack(first_exit)) else { return guest(0) };
+    let (r10, r11) = (regs.gpr(Gpr::R10), regs.gpr(Gpr::R11));
     let exit = match mark.what {
         What::Exit(id) => Some(id),
         What::Exiting => Some(exit_said(regs.slot(slot::PENDING))),
@@ -228,34 +236,38 @@ pub fn recover(
     if exit.map_or(mark.home, |(_, home)| home) == Home::Slot {
         fetch_homed(regs);
     }
+    if let What::Returning(_) | What::Guessing(_) = mark.what {
+        let is_r10 = homed().iter().any(|&(r, _)| r == Gpr::R10);
+        regs.set_gpr(Gpr::Rcx, if is_r10 { r10 } else { regs.slot(slot::TMP) });
+    }
     match mark.what {
-        What::Copied(from) => start.wrapping_add(u64::from(from)).wrapping_add((at - usize::from(mark.at)) as u64),
-        What::At(d) => start.wrapping_add(u64::from(d)),
-        What::ProbePopped(d) => {
+        What::Copied(from) => guest(u64::from(from) + (at - usize::from(mark.at)) as u64),
+        What::At(d) | What::Guessing(d) => guest(d.into()),
+        What::ProbePopped(d) | What::Returning(d) => {
             regs.set_gpr(Gpr::Rsp, regs.gpr(Gpr::Rsp).wrapping_sub(8));
-            start.wrapping_add(u64::from(d))
+            guest(d.into())
         }
         What::Undo(d, r) => {
             regs.set_gpr(r, regs.slot(slot::TMP));
-            start.wrapping_add(u64::from(d))
+            guest(d.into())
         }
         What::Called(d) => {
-            let next = start.wrapping_add(u64::from(d));
+            let next = guest(d.into());
             regs.set_gpr(Gpr::Rcx, next);
             regs.called(next);
             next
         }
         What::Compare => {
             regs.set_gpr(Gpr::Rcx, regs.slot(slot::TMP));
-            start
+            guest(0)
         }
-        What::Probe(d) => start.wrapping_add(u64::from(d)),
+        What::Probe(d) => guest(d.into()),
         What::Target => regs.slot(slot::TARGET),
         What::Comparing => {
             regs.set_gpr(Gpr::Rcx, r11);
             regs.slot(slot::TARGET)
         }
-        What::Exit(_) | What::Exiting => exit.map_or(start, |(rip, _)| rip),
+        What::Exit(_) | What::Exiting => exit.map_or(guest(0), |(rip, _)| rip),
     }
 }
 
@@ -288,9 +300,10 @@ mod tests {
             mark(50, What::ProbePopped(8), Home::Slot),
         ]
         .map(|m| m.pack(3));
+        let guest = |d| 0x400000 + d;
         let mut f = Fake([0; 16]);
         let exits = |id| (0x5000 + u64::from(id), Home::Register);
-        let mut at = |n| recover(&marks, (0x400000, 3), n, &mut f, &exits);
+        let mut at = |n| recover(&marks, (&guest, 3), n, &mut f, &exits);
         assert_eq!(at(3), 0x400000);
         assert_eq!(at(4), 0x400007);
         assert_eq!(at(10), 0x40000d);
@@ -299,12 +312,12 @@ mod tests {
         assert_eq!(f.0[Gpr::Rdi as usize], 1000 + slot::TMP as u64);
         assert_eq!((f.0[Gpr::R11 as usize], f.0[Gpr::R10 as usize]), (0, 0));
         f.0[Gpr::R11 as usize] = 0x123;
-        assert_eq!(recover(&marks, (0x400000, 3), 30, &mut f, &exits), 1000 + slot::TARGET as u64);
+        assert_eq!(recover(&marks, (&guest, 3), 30, &mut f, &exits), 1000 + slot::TARGET as u64);
         assert_eq!(f.0[Gpr::Rcx as usize], 0x123);
         assert_eq!(f.0[Gpr::R11 as usize], 1000 + slot::R11 as u64);
         assert_eq!(f.0[Gpr::R10 as usize], if adds_up() { 1000 + slot::R10 as u64 } else { 0 });
         f.0[Gpr::Rsp as usize] = 4;
-        assert_eq!(recover(&marks, (0x400000, 3), 50, &mut f, &exits), 0x400008);
+        assert_eq!(recover(&marks, (&guest, 3), 50, &mut f, &exits), 0x400008);
         assert_eq!(f.0[Gpr::Rcx as usize], 0x123);
         assert_eq!(f.0[Gpr::Rsp as usize], 4u64.wrapping_sub(8));
         assert!(probes(&marks, 50) && !probes(&marks, 49));
@@ -314,7 +327,14 @@ mod tests {
     fn what_is_packed_comes_back() {
         let mut all: Vec<What> = Gpr::ALL.iter().map(|&r| What::Undo(960, r)).collect();
         all.extend([What::Copied(0), What::At(960), What::Probe(7), What::Called(2), What::Compare, What::Target]);
-        all.extend([What::Comparing, What::Exit(100 + 1023), What::Exiting, What::ProbePopped(960)]);
+        all.extend([
+            What::Comparing,
+            What::Exit(100 + 1023),
+            What::Exiting,
+            What::ProbePopped(960),
+            What::Returning(960),
+            What::Guessing(9),
+        ]);
         for what in all {
             for home in [Home::Slot, Home::Register] {
                 let mark = Mark { at: u16::MAX, what, home };
@@ -322,7 +342,7 @@ mod tests {
                 assert_eq!((packed.unpack(100), Packed::read(packed.bytes())), (mark, packed));
             }
         }
-        for kind in 10..16u32 {
+        for kind in 12..16u32 {
             assert!(!Packed::read((kind << 26).to_le_bytes()).is_of_block(9), "no such kind");
         }
     }

@@ -9,6 +9,7 @@ use crate::marks::{Home, Registers, fetch_homed};
 use crate::route::Policy;
 use crate::stats::Stats;
 use crate::system::run::System;
+use crate::trace::Sampler;
 use crate::{enter, fault};
 use bivisor_emulator::cpu::cpuid::CpuModel;
 use bivisor_emulator::cpu::xsave::component;
@@ -56,6 +57,7 @@ pub struct Translator {
     pub(crate) counted: Option<u64>,
     /// See [`Translator::set_mirror_after`].
     pub(crate) mirror_after: Option<Duration>,
+    pub(crate) sampler: Sampler,
 }
 
 impl Translator {
@@ -99,6 +101,7 @@ impl Translator {
             direct: None,
             counted: None,
             mirror_after: Some(Translator::MIRROR_AFTER),
+            sampler: Sampler::default(),
         }
     }
 
@@ -267,6 +270,13 @@ impl Translator {
             entries -= 1;
             if self.kicker.requested() && self.kicker.take() {
                 return Exit::Kicked;
+            }
+            if self.is_to_sample(block) {
+                if let Some(exit) = self.sample(board, block) {
+                    return exit;
+                }
+                // It is elsewhere now.
+                via = Via::Start;
             }
             let interrupts = self.cpu.rflags & Rflags::IF;
             let entry = match self.translatable(false) {

@@ -13,6 +13,8 @@ pub struct CacheStats {
     pub host_bytes: u64,
     /// Blocks taken over from earlier runs; they are among the blocks, but their instructions are not counted.
     pub adopted: u64,
+    /// Traces made; they are among the blocks.
+    pub traces: u64,
     /// Jumps patched to their target.
     pub links: u64,
     /// Landings made.

@@ -1,7 +1,7 @@
 //! The content of a code cache, under its lock: blocks, the links between them, the landings, what was made from which page.
 
 use crate::astray::Budget;
-use crate::block::{Constant, GuestBlock, page_of};
+use crate::block::{Constant, GuestBlock, Stretch, address, page_of};
 use crate::code_buffer::CodeBuffer;
 use crate::emit::{Emitter, slot};
 use crate::exits::{self, Exits, MAX_EXITS, Place};
@@ -80,6 +80,8 @@ pub struct Store {
     pub(crate) ending: Map<u64, Vec<u32>>,
     /// Blocks in which something of a page is a constant.
     pub(crate) constants: Map<u64, Vec<(u32, Constant)>>,
+    /// Of traces, where they come from.
+    traces: Map<u32, Box<[Stretch]>>,
     /// Those of earlier programs.
     pub(crate) bound: HashSet<u32>,
     /// So many jumps of shared code were not linked.
@@ -122,6 +124,7 @@ impl Store {
             by_page: Map::default(),
             ending: Map::default(),
             constants: Map::default(),
+            traces: Map::default(),
             bound: HashSet::new(),
             refused: 0,
             landings: Map::default(),
@@ -204,6 +207,35 @@ impl Store {
             self.note_constant(found.0, c);
         }
         found
+    }
+
+    /// Is what is at this address a trace, if anything?
+    pub fn is_trace(&self, rip: u64) -> bool {
+        let is = |home| self.get(rip, home).is_some_and(|(b, _)| self.traces.contains_key(&b));
+        is(Home::Slot) || is(Home::Register)
+    }
+
+    /// Lowers a trace, which takes the place of the blocks that are there.
+    pub fn insert_trace(&mut self, exits: &Exits, block: &GuestBlock) {
+        // The second may end where the first begins.
+        for home in [Home::Slot, Home::Register] {
+            let old = self.get(block.start, home).map(|(b, _)| b);
+            if home == Home::Register && old.is_none() {
+                continue;
+            }
+            let landed = old.is_some_and(|b| self.blocks[b as usize].landing.is_some());
+            if let Some(old) = old {
+                self.kill(exits, old);
+            }
+            let (b, _) = self.insert(exits, block, home, landed);
+            self.traces.insert(b, block.stretches.clone().into());
+            let mut pages: Vec<u64> =
+                block.items.iter().flat_map(|i| [block.rip(i), block.next_rip(i) - 1]).map(page_of).collect();
+            pages.sort_unstable();
+            pages.dedup();
+            pages.into_iter().for_each(|at| self.note_constant(b, Constant { at, target: 0 }));
+            self.stats.traces += 1;
+        }
     }
 
     /// Notes that a block knows something of a page other than its own.
@@ -575,6 +607,7 @@ impl Store {
         self.by_page.clear();
         self.ending.clear();
         self.constants.clear();
+        self.traces.clear();
         self.bound.clear();
         self.pages.iter_mut().for_each(Pages::clear);
         self.taken.clear();
@@ -658,8 +691,12 @@ impl Store {
             return exits.rip(id);
         }
         let Some((block, marks)) = self.at(offset) else { return 0 };
-        let from = (block.start(), block.first_exit);
-        marks::recover(marks, from, (offset - block.at) as usize, regs, &|id| (exits.rip(id), exits.home(id)))
+        let b = self.blocks.partition_point(|b| b.at <= offset) as u32 - 1;
+        let stretches = self.traces.get(&b).map_or(&[][..], |all| all);
+        let guest = |at| address(block.start(), stretches, at);
+        marks::recover(marks, (&guest, block.first_exit), (offset - block.at) as usize, regs, &|id| {
+            (exits.rip(id), exits.home(id))
+        })
     }
 
     /// The guest instruction at a code offset.

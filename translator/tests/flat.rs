@@ -14,6 +14,8 @@ use std::sync::Arc;
 
 #[path = "flat/homes.rs"]
 mod homes;
+#[path = "flat/traces.rs"]
+mod traces;
 
 const CODE: u64 = 64 << 10;
 

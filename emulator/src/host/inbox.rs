@@ -9,6 +9,7 @@ use crate::host::kicker::Kicker;
 use crate::host::signal::{NEVER_BLOCKED, REG_RIP, bit};
 use crate::host::syscall::fixup;
 use crate::host::thread::ThreadBlock;
+use crate::host::ticker::Ticker;
 use std::cell::UnsafeCell;
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -147,7 +148,8 @@ unsafe fn hook(block: &ThreadBlock, sig: i32, info: *mut libc::siginfo_t, uc: *m
     // the kernel's 8 bytes, the first of libc's type.
     unsafe {
         let inbox = &*block.process_data.get().cast::<Inbox>();
-        if sig == Kicker::SIGNAL && (*info).si_code == libc::SI_TKILL && inbox.kicker.arrived() {
+        let kick = sig == Kicker::SIGNAL && (*info).si_code == libc::SI_TKILL && inbox.kicker.arrived();
+        if kick || Ticker::has_ticked(sig, info) {
             inbox.disturbed.store(true, Ordering::Relaxed);
             return false;
         }

@@ -14,3 +14,4 @@ pub mod signal;
 pub mod stopwatch;
 pub mod syscall;
 pub mod thread;
+pub mod ticker;

@@ -18,6 +18,7 @@ use crate::enter::MISS;
 use crate::lower::memory::load_target;
 use crate::lower::{Depends, Leave, Lowering, Use, use_of};
 use crate::marks::{Home, Mark, What, homed};
+use crate::route::Route;
 use bivisor_emulator::host::code_space;
 use bivisor_emulator::host::thread::{GUARD_SIZE, ThreadBlock};
 use bivisor_emulator::isa::Gpr;
@@ -72,11 +73,18 @@ pub(crate) fn jump(l: &mut Lowering<'_>, item: &Item, to: u64) -> bool {
     false
 }
 
-/// Jcc.
-pub(crate) fn conditional(l: &mut Lowering<'_>, item: &Item) {
+/// Jcc. In a trace that goes on where it leads to, it leaves if it is not taken.
+pub(crate) fn conditional(l: &mut Lowering<'_>, item: &Item, next: Option<u64>) {
     let to = item.iced.near_branch_target();
+    let code = 0x80 | condition(item.iced.condition_code());
     l.mark(What::At(item.at));
-    l.link(&[0x0f, 0x80 | condition(item.iced.condition_code())], to);
+    let after = l.block.next_rip(item);
+    if next == Some(to) && to != after {
+        // Of two opposite conditions the lowest bit differs (SDM 1 appendix B).
+        l.link(&[0x0f, code ^ 1], after);
+    } else {
+        l.link(&[0x0f, code], to);
+    }
 }
 
 /// The low four bits of the opcode (SDM 1 appendix B).
@@ -138,11 +146,16 @@ fn push_constant(l: &mut Lowering<'_>, v: u64) {
     }
 }
 
-/// CALL rel. The target comes after the push.
-pub(crate) fn call(l: &mut Lowering<'_>, item: &Item, to: u64) -> bool {
+/// Of a CALL, what it pushes.
+fn push_return(l: &mut Lowering<'_>, item: &Item) {
     let back = l.block.next_rip(item);
     l.put_away(item.at);
     push_constant(l, back);
+}
+
+/// CALL rel. The target comes after the push.
+pub(crate) fn call(l: &mut Lowering<'_>, item: &Item, to: u64) -> bool {
+    push_return(l, item);
     let id = l.around.first_exit + l.exits.len() as u32;
     l.mark(What::Exit(id));
     l.link(&[0xe9], to);
@@ -279,8 +292,8 @@ fn dispatch(l: &mut Lowering<'_>, r: Option<u8>) {
     dynasm!(l.e; .arch x64; gs jmp QWORD [r11 * 8 + TABLE]);
 }
 
-/// JMP or CALL through a register or memory.
-pub(crate) fn indirect(l: &mut Lowering<'_>, item: &Item) -> bool {
+/// JMP or CALL through a register or memory. Falls through in a trace that goes on at `next`.
+pub(crate) fn indirect(l: &mut Lowering<'_>, item: &Item, next: Option<u64>) -> bool {
     let start = (l.e.len(), l.marks.len(), l.home, l.relocations.len());
     let apart = l.home == Home::Slot;
     l.put_away(item.at);
@@ -300,14 +313,103 @@ pub(crate) fn indirect(l: &mut Lowering<'_>, item: &Item) -> bool {
             return false;
         }
     };
+    // R10 keeps RCX.
+    let Some(next) = next.filter(|_| r != Gpr::R10) else {
+        look_up(l, item, r);
+        return false;
+    };
+    keep_rcx(l);
+    let over = jump_if_it_is(l, r, next, What::Guessing(item.at));
+    fetch_rcx(l);
+    l.mark(What::At(item.at));
+    look_up(l, item, r);
+    l.land(over);
+    l.mark(What::Guessing(item.at));
+    fetch_rcx(l);
+    if item.route == Route::CallIndirect {
+        l.mark(What::At(item.at));
+        let back = l.block.next_rip(item);
+        push_constant(l, back);
+    }
+    true
+}
+
+/// JMP or CALL to what is in a register.
+fn look_up(l: &mut Lowering<'_>, item: &Item, r: Gpr) {
     probe(l, item, r as u8);
-    if item.route == crate::route::Route::CallIndirect {
+    if item.route == Route::CallIndirect {
         let back = l.block.next_rip(item);
         push_constant(l, back);
     }
     // The push changes RSP.
     dispatch(l, (r != Gpr::R11 && r != Gpr::Rsp).then_some(r as u8));
-    false
+}
+
+/// JMP, CALL or RET in a trace, which goes on at `next`. Falls through.
+pub(crate) fn inside(l: &mut Lowering<'_>, item: &Item, next: Option<u64>) -> bool {
+    match (item.route, next) {
+        (Route::Return, Some(next)) => ret_to(l, item, next),
+        (Route::Call, _) => push_return(l, item),
+        _ => {}
+    }
+    true
+}
+
+/// RET in a trace that goes on at `next` if that is what it pops: no look-up, and no indirect branch.
+fn ret_to(l: &mut Lowering<'_>, item: &Item, next: u64) {
+    l.put_away(item.at);
+    keep_rcx(l);
+    dynasm!(l.e; .arch x64; pop r11);
+    let over = jump_if_it_is(l, Gpr::R11, next, What::Returning(item.at));
+    fetch_rcx(l);
+    l.mark(What::ProbePopped(item.at));
+    dynasm!(l.e; .arch x64; lea rsp, [rsp - 8]);
+    ret(l, item);
+    l.land(over);
+    l.mark(What::Returning(item.at));
+    fetch_rcx(l);
+    if let 1.. = item.iced.op_count() {
+        l.mark(What::ProbePopped(item.at));
+        let more = i32::from(item.iced.immediate16());
+        dynasm!(l.e; .arch x64; lea rsp, [rsp + more]);
+    }
+}
+
+/// Jumps if a register is `next`, without a flag; RCX, which was kept, is lost, and `what` holds all the while. Gives where its displacement is.
+fn jump_if_it_is(l: &mut Lowering<'_>, r: Gpr, next: u64, what: What) -> usize {
+    l.mark(what);
+    let minus = (next as i64).wrapping_neg();
+    let r = r as u8;
+    match i32::try_from(minus) {
+        Ok(minus) => dynasm!(l.e; .arch x64; lea rcx, [Rq(r) + minus]),
+        Err(_) if r == Gpr::Rcx as u8 => {
+            dynasm!(l.e; .arch x64; mov r11, rcx; mov rcx, QWORD minus; lea rcx, [rcx + r11])
+        }
+        Err(_) => dynasm!(l.e; .arch x64; mov rcx, QWORD minus; lea rcx, [rcx + Rq(r)]),
+    }
+    // jrcxz
+    l.e.bytes.extend_from_slice(&[0xe3, 0]);
+    l.e.len() - 1
+}
+
+/// Where R10 and R11 are in their slots.
+fn keep_rcx(l: &mut Lowering<'_>) {
+    let kept = gs(slot::TMP);
+    if adds_up() {
+        dynasm!(l.e; .arch x64; mov r10, rcx);
+    } else {
+        dynasm!(l.e; .arch x64; gs mov [kept], rcx);
+    }
+}
+
+/// What [`keep_rcx`] kept.
+fn fetch_rcx(l: &mut Lowering<'_>) {
+    let kept = gs(slot::TMP);
+    if adds_up() {
+        dynasm!(l.e; .arch x64; mov rcx, r10);
+    } else {
+        dynasm!(l.e; .arch x64; gs mov rcx, [kept]);
+    }
 }
 
 /// RET, RET n.

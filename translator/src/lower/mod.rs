@@ -296,6 +296,12 @@ impl Lowering<'_> {
         self.exit(Leave::To(target), site, to);
     }
 
+    /// Makes the 8-bit displacement at `site` lead here.
+    pub(crate) fn land(&mut self, site: usize) {
+        let by = self.e.len() - (site + 1);
+        self.e.bytes[site] = i8::try_from(by).expect("what is jumped over is short") as u8;
+    }
+
     /// A jump back to the start of this block with an 8-bit displacement, if it can be.
     pub(crate) fn close_loop(&mut self, opcode: &[u8], target: u64) -> bool {
         let back = self.body.wrapping_sub(self.e.here() + opcode.len() as u64 + 1) as i64;
@@ -402,6 +408,7 @@ fn attempt_lower(
     for item in &block.items {
         // What follows a conditional branch may be there already.
         if insns > 0
+            && !block.is_trace()
             && block.items[insns - 1].route == Route::Conditional
             && (around.known)(block.rip(item), l.home).is_some()
         {
@@ -410,6 +417,7 @@ fn attempt_lower(
         insns += 1;
         l.begun = insns as u16;
         end = usize::from(item.at) + usize::from(item.len);
+        let next = block.items.get(insns).filter(|_| block.is_trace()).map(|next| block.rip(next));
         open = match item.route {
             Route::Copy | Route::CopyAndEnd => {
                 l.then = l.fetch(item);
@@ -422,19 +430,20 @@ fn attempt_lower(
                 copied
             }
             Route::Conditional => {
-                branch::conditional(&mut l, item);
+                branch::conditional(&mut l, item, next);
                 true
             }
             Route::Counted => {
                 branch::counted(&mut l, item);
                 true
             }
+            Route::Jump | Route::Call | Route::Return if next.is_some() => branch::inside(&mut l, item, next),
             Route::Jump => branch::jump(&mut l, item, item.iced.near_branch_target()),
             Route::Call => branch::call(&mut l, item, item.iced.near_branch_target()),
             Route::JumpIndirect | Route::CallIndirect => match (block.constant, item.route) {
                 (Some(c), Route::JumpIndirect) => branch::jump(&mut l, item, c.target),
                 (Some(c), _) => branch::call(&mut l, item, c.target),
-                (None, _) => branch::indirect(&mut l, item),
+                (None, _) => branch::indirect(&mut l, item, next),
             },
             Route::Return => branch::ret(&mut l, item),
             Route::Syscall => {
@@ -451,7 +460,7 @@ fn attempt_lower(
         }
     }
     if open {
-        let next = block.start.wrapping_add(end as u64);
+        let next = block.items.get(insns.wrapping_sub(1)).map_or(block.start, |last| block.next_rip(last));
         l.mark(What::At(end as u16));
         l.link(&[0xe9], next);
     }
@@ -462,7 +471,8 @@ fn attempt_lower(
         exits: l.exits,
         landing,
         body,
-        guest_len: end as u16,
+        // A trace is made from what blocks are there for.
+        guest_len: if block.is_trace() { 0 } else { end as u16 },
         insns: insns as u16,
         constants: l.constants,
         relocations: l.relocations,

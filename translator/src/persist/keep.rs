@@ -21,7 +21,8 @@ impl Store {
     /// What is in the first and in the last page of a block that can be kept.
     pub(crate) fn contents(&self, b: &Block) -> Option<[Content; 2]> {
         let [first, last] = b.pages();
-        let content = self.content(first).filter(|_| b.is_live())?;
+        // Traces, which have no length, are not: they are made where it proves worth while.
+        let content = self.content(first).filter(|_| b.is_live() && b.len() > 0)?;
         Some([content, if last == first { content } else { self.content(last)? }])
     }
 

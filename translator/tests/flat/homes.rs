@@ -11,13 +11,16 @@ use iced_x86::code_asm::*;
 #[test]
 fn r10_and_r11_survive_branches_and_kicks() {
     for (r, other, [reg, rest]) in [(r11, r10, [Gpr::R11, Gpr::R10]), (r10, r11, [Gpr::R10, Gpr::R11])] {
-        survives_branches_and_kicks(r, other, reg, rest);
+        for traces in [false, true] {
+            survives_branches_and_kicks(r, other, [reg, rest], traces);
+        }
     }
 }
 
-fn survives_branches_and_kicks(r: AsmRegister64, other: AsmRegister64, reg: Gpr, rest: Gpr) {
+fn survives_branches_and_kicks(r: AsmRegister64, other: AsmRegister64, [reg, rest]: [Gpr; 2], traces: bool) {
     const ROUNDS: u64 = 200_000;
     let mut g = Guest::new();
+    g.t.trace_every(if traces { 8 } else { 0 });
     let data = g.data;
     g.asm(|a| {
         let [mut top, mut add, mut jump, mut out, mut even, mut next] = std::array::from_fn(|_| a.create_label());
@@ -82,6 +85,7 @@ fn survives_branches_and_kicks(r: AsmRegister64, other: AsmRegister64, reg: Gpr,
         assert!(matches!(exit, Exit::Intercept { what: Intercepts::SYSCALL, .. }), "{exit:?}");
     });
     assert_eq!((g.reg(reg), g.reg(rest)), (wanted, 7 + ROUNDS), "after {kicks} kicks");
+    assert_eq!(g.t.cache().stats().traces > 0, traces);
 
     // A fault far from the last instruction that named them; and one of an instruction that sets one of them.
     for set in [rcx, r] {
