@@ -271,12 +271,10 @@ impl Translator {
             if self.kicker.requested() && self.kicker.take() {
                 return Exit::Kicked;
             }
-            if self.is_to_sample(block) {
-                if let Some(exit) = self.sample(board, block) {
-                    return exit;
-                }
-                // It is elsewhere now.
-                via = Via::Start;
+            if self.is_to_sample(block)
+                && let Some(exit) = self.sample(board, block, &mut via)
+            {
+                return exit;
             }
             let interrupts = self.cpu.rflags & Rflags::IF;
             let entry = match self.translatable(false) {

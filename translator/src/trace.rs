@@ -8,6 +8,7 @@
 //! Hot paths as traces are Dynamo's and DynamoRIO's (Bala, Duesterwald and Banerjia 2000; Bruening 2004); these count how often a block is
 //! reached where here a clock ticks, so that code which is not hot has no counters.
 
+use crate::cache::Via;
 use crate::emit::slot;
 use crate::route::{Route, Routes};
 use crate::run::Translator;
@@ -31,6 +32,8 @@ const MOST_HEADS: usize = 64;
 const WORTH: usize = 128;
 /// Traces one thread makes.
 const MOST_TRACES: usize = 256;
+/// After so many blocks or targets that were not known, since the tick before, what is done is new, not hot.
+const NEW: u64 = 32;
 /// A thread that has left the code so often is worth a clock.
 const BEFORE: u64 = 64;
 /// Processor time between ticks, at first; after every one without a trace twice that, so many times.
@@ -45,6 +48,8 @@ pub(crate) struct Sampler {
     fruitless: u32,
     /// The host has no clock for us.
     none: bool,
+    /// Blocks and targets not known, up to the last tick.
+    unknown: u64,
     /// See [`Translator::trace_every`].
     every: Option<u64>,
     /// The traces it made: their instructions.
@@ -94,9 +99,9 @@ impl Translator {
     }
 
     /// Looks for a trace. `Some`: `run` returns.
-    pub(crate) fn sample(&mut self, board: Board<'_>, block: &ThreadBlock) -> Option<Exit> {
+    pub(crate) fn sample(&mut self, board: Board<'_>, block: &ThreadBlock, via: &mut Via) -> Option<Exit> {
         if self.sampler.every.is_some() {
-            return self.look_for_trace(board);
+            return self.look_for_trace(board, via);
         }
         let ticked = block.scratch[slot::TICK].take() != 0;
         let thread = block.tid.get();
@@ -109,14 +114,18 @@ impl Translator {
             self.sampler.ticker = Ticker::new(thread);
             self.sampler.none = self.sampler.ticker.is_none();
         }
-        let exit = if ticked { self.look_for_trace(board) } else { None };
+        let unknown = self.stats.to_block + self.stats.misses;
+        let new = unknown - std::mem::replace(&mut self.sampler.unknown, unknown);
+        let exit = if ticked && new < NEW { self.look_for_trace(board, via) } else { None };
         if let Some(ticker) = &self.sampler.ticker {
             ticker.tick_after(TICK * (1 << self.sampler.fruitless.min(MOST_DOUBLED)));
         }
         exit
     }
 
-    fn look_for_trace(&mut self, board: Board<'_>) -> Option<Exit> {
+    fn look_for_trace(&mut self, board: Board<'_>, via: &mut Via) -> Option<Exit> {
+        // What was to be found by it is left behind.
+        *via = Via::Start;
         let mut exit = None;
         let mut done = Vec::with_capacity(STEPS);
         let mut known = Map::default();

@@ -65,6 +65,20 @@ fn is_limited() -> bool {
     limit.rlim_cur != libc::RLIM_INFINITY
 }
 
+/// Takes what little is free above the first guard, between what this program was loaded with. A guest's library that came to lie there,
+/// by the chance of where the kernel puts things, would be too far from its translated code.
+fn fill_gaps_above(guard: usize) {
+    const MOST_OF_A_SIZE: usize = 4;
+    for size in (14..=21).rev().map(|bits| 1 << bits) {
+        for _ in 0..MOST_OF_A_SIZE {
+            match Reserved::anywhere(size, 4096) {
+                Ok(r) if r.start() > guard => _ = r.keep(),
+                _ => break,
+            }
+        }
+    }
+}
+
 struct Attached {
     size: usize,
     block: *mut ThreadBlock,
@@ -84,7 +98,7 @@ impl Attached {
         let guarded = *GUARDED.get_or_init(|| {
             reserved =
                 if is_limited() { None } else { Reserved::anywhere(BLOCK_SIZE + GUARD_SIZE, ENGINE_AREA_OFFSET).ok() };
-            reserved.is_some()
+            reserved.as_ref().inspect(|r| fill_gaps_above(r.start())).is_some()
         });
         let size = BLOCK_SIZE + if guarded { GUARD_SIZE } else { 0 };
         let block: *mut ThreadBlock = match reserved {
