@@ -445,7 +445,8 @@ impl Cache {
         self.lock().is_trace(rip)
     }
 
-    /// Makes a trace of the instructions at these addresses, each of which led to the next. False if they cannot be had.
+    /// Makes a trace of the instructions at these addresses, each of which led to the next. False if they cannot be had, or
+    /// are too many.
     pub fn add_trace(&self, source: &mut dyn CodeSource, path: &[u64], scratch: &mut Scratch) -> bool {
         let epoch = source.epoch();
         if !scratch.decode_path(source, path, &self.routes) {
@@ -455,9 +456,9 @@ impl Cache {
         if source.epoch() != epoch || store.is_full() {
             return false;
         }
-        store.insert_trace(&self.exits, &scratch.block);
+        let made = store.insert_trace(&self.exits, &scratch.block);
         self.version.fetch_add(1, Ordering::SeqCst);
-        true
+        made
     }
 
     /// Code for at most `most` instructions at `rip`, linked to nothing and found by nobody else; `None` if the first cannot be

@@ -124,7 +124,7 @@ impl Translator {
     /// the guest's.
     ///
     /// IF is 1 on the host. A single instruction may run with the guest's at 0, if it is not PUSHF.
-    fn translatable(&self, single: bool) -> bool {
+    pub(crate) fn translatable(&self, single: bool) -> bool {
         let s = &*self.cpu;
         let fs = s.seg[Seg::Fs as usize].base;
         (single || s.rflags.contains(Rflags::IF))

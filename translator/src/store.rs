@@ -215,8 +215,12 @@ impl Store {
         is(Home::Slot) || is(Home::Register)
     }
 
-    /// Lowers a trace, which takes the place of the blocks that are there.
-    pub fn insert_trace(&mut self, exits: &Exits, block: &GuestBlock) {
+    /// Lowers a trace, which takes the place of the blocks that are there. False if it is too large.
+    pub fn insert_trace(&mut self, exits: &Exits, block: &GuestBlock) -> bool {
+        let mut pages: Vec<u64> =
+            block.items.iter().flat_map(|i| [block.rip(i), block.next_rip(i) - 1]).map(page_of).collect();
+        pages.sort_unstable();
+        pages.dedup();
         // The second may end where the first begins.
         for home in [Home::Slot, Home::Register] {
             let old = self.get(block.start, home).map(|(b, _)| b);
@@ -224,18 +228,27 @@ impl Store {
                 continue;
             }
             let landed = old.is_some_and(|b| self.blocks[b as usize].landing.is_some());
-            if let Some(old) = old {
-                self.kill(exits, old);
+            if self.is_full() {
+                return false;
             }
-            let (b, _) = self.insert(exits, block, home, landed);
-            self.traces.insert(b, block.stretches.clone().into());
-            let mut pages: Vec<u64> =
-                block.items.iter().flat_map(|i| [block.rip(i), block.next_rip(i) - 1]).map(page_of).collect();
-            pages.sort_unstable();
-            pages.dedup();
-            pages.into_iter().for_each(|at| self.note_constant(b, Constant { at, target: 0 }));
-            self.stats.traces += 1;
+            self.lower(block, home, landed && may_land(block.start), true);
+            let unit = std::mem::take(&mut self.unit);
+            let is_small = Block::can_be(unit.code.len(), unit.body as usize, unit.marks.len(), 0);
+            if is_small {
+                if let Some(old) = old {
+                    self.kill(exits, old);
+                }
+                let (b, _) = self.enter(exits, (block.start, home), &unit);
+                self.traces.insert(b, block.stretches.clone().into());
+                pages.iter().for_each(|&at| self.note_constant(b, Constant { at, target: 0 }));
+                self.stats.traces += 1;
+            }
+            self.unit = unit;
+            if !is_small {
+                return false;
+            }
         }
+        true
     }
 
     /// Notes that a block knows something of a page other than its own.

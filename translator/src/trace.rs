@@ -26,6 +26,8 @@ const STEPS: usize = 2048;
 const MOST_BYTES: usize = 960;
 /// Conditional branches of a trace.
 const MOST_BRANCHES: usize = 64;
+/// Indirect branches of a trace, returns included.
+const MOST_GUESSES: usize = 48;
 /// Places where a trace might begin that are looked at.
 const MOST_HEADS: usize = 64;
 /// Of so many instructions, one must be a branch that a trace saves.
@@ -101,7 +103,7 @@ impl Translator {
     /// Looks for a trace. `Some`: `run` returns.
     pub(crate) fn sample(&mut self, board: Board<'_>, block: &ThreadBlock, via: &mut Via) -> Option<Exit> {
         if self.sampler.every.is_some() {
-            return self.look_for_trace(board, via);
+            return if self.translatable(false) { self.look_for_trace(board, via) } else { None };
         }
         let ticked = block.scratch[slot::TICK].take() != 0;
         let thread = block.tid.get();
@@ -116,7 +118,7 @@ impl Translator {
         }
         let unknown = self.stats.to_block + self.stats.misses;
         let new = unknown - std::mem::replace(&mut self.sampler.unknown, unknown);
-        let exit = if ticked && new < NEW { self.look_for_trace(board, via) } else { None };
+        let exit = if ticked && new < NEW && self.translatable(false) { self.look_for_trace(board, via) } else { None };
         if let Some(ticker) = &self.sampler.ticker {
             ticker.tick_after(TICK * (1 << self.sampler.fruitless.min(MOST_DOUBLED)));
         }
@@ -207,13 +209,15 @@ fn follow(done: &[Known], path: &[u64], mut tell: impl FnMut(usize, bool)) {
 
 /// The trace that begins with this instruction.
 fn path(done: &[Known], from: usize) -> Box<[u64]> {
-    let (mut bytes, mut branches) = (0, 0);
+    let (mut bytes, mut branches, mut guesses) = (0, 0, 0);
     let mut pushed: Vec<u64> = Vec::new();
     let mut path = Vec::new();
     for (i, now) in done.iter().enumerate().skip(from) {
         bytes += usize::from(now.len);
         branches += usize::from(now.route == Route::Conditional);
-        if i > from && now.at == done[from].at || bytes > MOST_BYTES || branches > MOST_BRANCHES {
+        guesses += usize::from(now.guesses());
+        let too_much = bytes > MOST_BYTES || branches > MOST_BRANCHES || guesses > MOST_GUESSES;
+        if i > from && now.at == done[from].at || too_much {
             break;
         }
         path.push(now.at);

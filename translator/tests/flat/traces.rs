@@ -182,3 +182,34 @@ fn a_trace_goes_with_its_code() {
         }
     }
 }
+
+/// As many calls through a register as can be, each of another function: more than a trace can have.
+#[test]
+fn what_is_too_much_for_a_trace_is_blocks() {
+    const CALLS: u64 = 300;
+    let mut g = Guest::new();
+    g.t.trace_every(8);
+    g.asm(|a| {
+        let [mut top, mut f] = std::array::from_fn(|_| a.create_label());
+        a.lea(rdi, ptr(f)).unwrap();
+        a.set_label(&mut top).unwrap();
+        for _ in 0..CALLS {
+            a.call(rdi).unwrap();
+        }
+        a.dec(rsi).unwrap();
+        a.jne(top).unwrap();
+        a.syscall().unwrap();
+        a.set_label(&mut f).unwrap();
+        a.lea(r11, qword_ptr(r11 + r10)).unwrap();
+        a.ret().unwrap();
+    });
+    for _ in 0..4 {
+        for (r, v) in [(Gpr::R10, 1), (Gpr::R11, 0), (Gpr::Rsi, 500)] {
+            g.set(r, v);
+        }
+        g.t.state().rip = g.code;
+        g.until_syscall();
+        assert_eq!(g.reg(Gpr::R11), 500 * CALLS);
+    }
+    assert!(g.t.cache().stats().traces > 0);
+}
