@@ -117,6 +117,23 @@ impl GuestBlock {
     }
 }
 
+/// Can an instruction of this route lead from one in a trace to the next, at `to`? What comes after it is at `after`; `target` is a direct
+/// branch's.
+pub(crate) fn leads(route: Route, after: u64, target: Option<u64>, to: u64) -> bool {
+    match route {
+        Route::Copy => to == after,
+        Route::Conditional => to == after || Some(to) == target,
+        Route::Jump | Route::Call => Some(to) == target,
+        Route::Return | Route::JumpIndirect | Route::CallIndirect => true,
+        Route::CopyAndEnd | Route::Counted | Route::Syscall | Route::Step => false,
+    }
+}
+
+/// The target of a direct branch.
+pub(crate) fn direct_target(iced: &Instruction, route: Route) -> Option<u64> {
+    matches!(route, Route::Jump | Route::Call | Route::Conditional).then(|| iced.near_branch_target())
+}
+
 /// Can code of a process be there?
 pub(crate) fn is_user(target: &u64) -> bool {
     target >> 47 == 0
@@ -276,7 +293,8 @@ impl Scratch {
         None
     }
 
-    /// Decodes a trace: the instructions at these addresses, each of which led to the next. False if one of them cannot be had.
+    /// Decodes a trace: the instructions at these addresses, each of which led to the next. False if one of them cannot be had, or does not
+    /// any more.
     pub fn decode_path(&mut self, source: &mut dyn CodeSource, path: &[u64], routes: &Routes) -> bool {
         let Some(&start) = path.first() else { return false };
         self.block = GuestBlock { start, ..GuestBlock::default() };
@@ -290,7 +308,10 @@ impl Scratch {
             self.block.bytes.extend_from_slice(&bytes[..iced.len()]);
             self.block.items.push(Item { iced, at, len: iced.len() as u8, route: routes.of(&iced) });
         }
-        true
+        let leads = |(item, &to): (&Item, &u64)| {
+            leads(item.route, item.iced.next_ip(), direct_target(&item.iced, item.route), to)
+        };
+        self.block.items.iter().zip(&path[1..]).all(leads)
     }
 
     fn attempt(&mut self, source: &mut dyn CodeSource, start: u64, routes: &Routes, most: usize) {

@@ -8,6 +8,7 @@
 //! Hot paths as traces are Dynamo's and DynamoRIO's (Bala, Duesterwald and Banerjia 2000; Bruening 2004); these count how often a block is
 //! reached where here a clock ticks, so that code which is not hot has no counters.
 
+use crate::block::{direct_target, leads};
 use crate::cache::Via;
 use crate::emit::slot;
 use crate::route::{Route, Routes};
@@ -72,7 +73,7 @@ struct Known {
 impl Known {
     fn new(iced: &Instruction, routes: &Routes) -> Known {
         let route = routes.of(iced);
-        let target = matches!(route, Route::Jump | Route::Call | Route::Conditional).then(|| iced.near_branch_target());
+        let target = direct_target(iced, route);
         Known { at: iced.ip(), route, len: iced.len() as u8, next: iced.next_ip(), target }
     }
 
@@ -225,15 +226,9 @@ fn path(done: &[Known], from: usize) -> Box<[u64]> {
         if matches!(now.route, Route::Call | Route::CallIndirect) {
             pushed.push(now.next);
         }
-        let goes_on = match now.route {
-            Route::Copy => next == now.next,
-            Route::Conditional => next == now.next || Some(next) == now.target,
-            Route::Jump | Route::Call => Some(next) == now.target,
-            Route::Return => pushed.pop() == Some(next),
-            Route::JumpIndirect | Route::CallIndirect => true,
-            _ => false,
-        };
-        if !goes_on {
+        // A return from a call that is not in it is another one the next time.
+        let is_strange = now.route == Route::Return && pushed.pop() != Some(next);
+        if is_strange || !leads(now.route, now.next, now.target, next) {
             break;
         }
     }

@@ -3,6 +3,7 @@
 use super::Guest;
 use bivisor_emulator::isa::Gpr;
 use bivisor_emulator::vcpu::{Exit, Intercepts, Vcpu};
+use bivisor_translator::block::Scratch;
 use iced_x86::code_asm::*;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -212,4 +213,26 @@ fn what_is_too_much_for_a_trace_is_blocks() {
         assert_eq!(g.reg(Gpr::R11), 500 * CALLS);
     }
     assert!(g.t.cache().stats().traces > 0);
+}
+
+/// A program may have changed its code since it went that way.
+#[test]
+fn a_way_that_the_code_does_not_go_is_no_trace() {
+    let mut g = Guest::new();
+    g.asm(|a| {
+        let mut over = a.create_label();
+        a.inc(rax).unwrap();
+        a.jne(over).unwrap();
+        a.inc(rcx).unwrap();
+        a.set_label(&mut over).unwrap();
+        a.jmp(over).unwrap();
+    });
+    let at = |offsets: &[u64]| offsets.iter().map(|o| g.code + o).collect::<Vec<u64>>();
+    let can = |offsets| g.t.cache().add_trace(&mut { &g.mem }, &at(offsets), &mut Scratch::default());
+    for ways in [&[0, 3, 5, 8][..], &[0, 3, 8, 8], &[3]] {
+        assert!(can(ways), "{ways:?}");
+    }
+    for ways in [&[0, 5][..], &[0, 3, 0], &[0, 3, 8, 0], &[3, 6], &[]] {
+        assert!(!can(ways), "{ways:?}");
+    }
 }
