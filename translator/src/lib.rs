@@ -17,6 +17,7 @@
 //! | [`system`] | guest RAM behind page tables, all privilege levels |
 //! | [`persist`] | translations that outlive the process |
 //! | [`explain`] | one block for people to read |
+//! | `trace` | hot paths through several blocks as one |
 //! | [`fault`] | signals that arrive in the cache (unsafe) |
 //!
 //! Processes (flat memory, guest address = host address) and machines ([`system`]) have translators of their own: the former copies

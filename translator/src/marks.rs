@@ -298,6 +298,8 @@ mod tests {
             mark(30, What::Comparing, Home::Slot),
             mark(40, What::Exit(5), Home::Register),
             mark(50, What::ProbePopped(8), Home::Slot),
+            mark(60, What::Returning(5), Home::Slot),
+            mark(70, What::Guessing(6), Home::Slot),
         ]
         .map(|m| m.pack(3));
         let guest = |d| 0x400000 + d;
@@ -321,6 +323,14 @@ mod tests {
         assert_eq!(f.0[Gpr::Rcx as usize], 0x123);
         assert_eq!(f.0[Gpr::Rsp as usize], 4u64.wrapping_sub(8));
         assert!(probes(&marks, 50) && !probes(&marks, 49));
+        for (at, rip, rsp) in [(60, 0x400005, 32), (70, 0x400006, 40)] {
+            for (r, v) in [(Gpr::Rcx, 1), (Gpr::Rsp, 40), (Gpr::R10, 0x77)] {
+                f.0[r as usize] = v;
+            }
+            assert_eq!(recover(&marks, (&guest, 3), at, &mut f, &exits), rip);
+            assert_eq!(f.0[Gpr::Rcx as usize], if adds_up() { 0x77 } else { 1000 + slot::TMP as u64 });
+            assert_eq!(f.0[Gpr::Rsp as usize], rsp);
+        }
     }
 
     #[test]

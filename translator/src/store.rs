@@ -215,7 +215,7 @@ impl Store {
         is(Home::Slot) || is(Home::Register)
     }
 
-    /// Lowers a trace, which takes the place of the blocks that are there. False if it is too large.
+    /// Lowers a trace, which takes the place of the blocks that are there. False if it is too large, or there is no room.
     pub fn insert_trace(&mut self, exits: &Exits, block: &GuestBlock) -> bool {
         let mut pages: Vec<u64> =
             block.items.iter().flat_map(|i| [block.rip(i), block.next_rip(i) - 1]).map(page_of).collect();
@@ -227,26 +227,24 @@ impl Store {
             if home == Home::Register && old.is_none() {
                 continue;
             }
-            let landed = old.is_some_and(|b| self.blocks[b as usize].landing.is_some());
             if self.is_full() {
                 return false;
             }
-            self.lower(block, home, landed && may_land(block.start), true);
-            let unit = std::mem::take(&mut self.unit);
-            let is_small = Block::can_be(unit.code.len(), unit.body as usize, unit.marks.len(), 0);
-            if is_small {
-                if let Some(old) = old {
-                    self.kill(exits, old);
-                }
-                let (b, _) = self.enter(exits, (block.start, home), &unit);
-                self.traces.insert(b, block.stretches.clone().into());
-                pages.iter().for_each(|&at| self.note_constant(b, Constant { at, target: 0 }));
-                self.stats.traces += 1;
-            }
-            self.unit = unit;
-            if !is_small {
+            // Only where it may land, the old one does.
+            let landed = old.is_some_and(|b| self.blocks[b as usize].landing.is_some());
+            self.lower(block, home, landed, true);
+            if !Block::can_be(self.unit.code.len(), self.unit.body as usize, self.unit.marks.len(), 0) {
                 return false;
             }
+            if let Some(old) = old {
+                self.kill(exits, old);
+            }
+            let unit = std::mem::take(&mut self.unit);
+            let (b, _) = self.enter(exits, (block.start, home), &unit);
+            self.unit = unit;
+            self.traces.insert(b, block.stretches.clone().into());
+            pages.iter().for_each(|&at| self.note_constant(b, Constant { at, target: 0 }));
+            self.stats.traces += 1;
         }
         true
     }
@@ -675,10 +673,10 @@ impl Store {
         }
     }
 
-    /// The block whose code is at an offset, and its marks.
-    fn at(&self, offset: u32) -> Option<(&Block, &[Packed])> {
+    /// The block whose code is at an offset, its number and its marks.
+    fn at(&self, offset: u32) -> Option<(u32, &Block, &[Packed])> {
         let i = self.blocks.partition_point(|b| b.at <= offset).checked_sub(1)?;
-        Some((&self.blocks[i], self.notes_of(i as u32).0))
+        Some((i as u32, &self.blocks[i], self.notes_of(i as u32).0))
     }
 
     /// The exit whose stub is at a code offset.
@@ -692,7 +690,7 @@ impl Store {
 
     /// See [`marks::probes`].
     pub fn probes(&self, offset: u32) -> bool {
-        self.at(offset).is_some_and(|(block, marks)| marks::probes(marks, (offset - block.at) as usize))
+        self.at(offset).is_some_and(|(_, block, marks)| marks::probes(marks, (offset - block.at) as usize))
     }
 
     /// Mends the registers of a thread stopped at a code offset; gives RIP.
@@ -703,8 +701,7 @@ impl Store {
             }
             return exits.rip(id);
         }
-        let Some((block, marks)) = self.at(offset) else { return 0 };
-        let b = self.blocks.partition_point(|b| b.at <= offset) as u32 - 1;
+        let Some((b, block, marks)) = self.at(offset) else { return 0 };
         let stretches = self.traces.get(&b).map_or(&[][..], |all| all);
         let guest = |at| address(block.start(), stretches, at);
         marks::recover(marks, (&guest, block.first_exit), (offset - block.at) as usize, regs, &|id| {
@@ -714,7 +711,7 @@ impl Store {
 
     /// The guest instruction at a code offset.
     pub fn guest_address(&self, offset: u32, exits: &Exits) -> Option<u64> {
-        let (block, _) = self.at(offset)?;
+        let (_, block, _) = self.at(offset)?;
         (offset < block.end()).then(|| self.recover(offset, &mut NoRegisters, exits))
     }
 

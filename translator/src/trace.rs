@@ -104,7 +104,7 @@ impl Translator {
     /// Looks for a trace. `Some`: `run` returns.
     pub(crate) fn sample(&mut self, board: Board<'_>, block: &ThreadBlock, via: &mut Via) -> Option<Exit> {
         if self.sampler.every.is_some() {
-            return if self.translatable(false) { self.look_for_trace(board, via) } else { None };
+            return self.look_for_trace(board, via);
         }
         let ticked = block.scratch[slot::TICK].take() != 0;
         let thread = block.tid.get();
@@ -119,7 +119,7 @@ impl Translator {
         }
         let unknown = self.stats.to_block + self.stats.misses;
         let new = unknown - std::mem::replace(&mut self.sampler.unknown, unknown);
-        let exit = if ticked && new < NEW && self.translatable(false) { self.look_for_trace(board, via) } else { None };
+        let exit = if ticked && new < NEW { self.look_for_trace(board, via) } else { None };
         if let Some(ticker) = &self.sampler.ticker {
             ticker.tick_after(TICK * (1 << self.sampler.fruitless.min(MOST_DOUBLED)));
         }
@@ -127,6 +127,9 @@ impl Translator {
     }
 
     fn look_for_trace(&mut self, board: Board<'_>, via: &mut Via) -> Option<Exit> {
+        if !self.translatable(false) {
+            return None;
+        }
         // What was to be found by it is left behind.
         *via = Via::Start;
         let mut exit = None;

@@ -251,6 +251,7 @@ fn the_table_of_targets_grows_under_a_running_thread() {
     std::thread::scope(|s| {
         let spinner = s.spawn(|| {
             let mut t = cpu(&cache, spin, other);
+            t.trace_every(0);
             // On both sides of bit 15.
             for (r, n) in [(Gpr::Rbx, 100), (Gpr::Rbp, FUNCTIONS - 100)] {
                 t.state().gpr[r as usize] = functions + 3 * n;
@@ -260,6 +261,8 @@ fn the_table_of_targets_grows_under_a_running_thread() {
             (t.state().gpr[Gpr::Rax as usize], t.stats().misses)
         });
         let mut t = cpu(&cache, walk, stack);
+        // What the interpreter does while traces are looked for misses nothing.
+        t.trace_every(0);
         let mut walked = Vec::new();
         for _ in 0..3 {
             let s = t.state();
@@ -275,8 +278,7 @@ fn the_table_of_targets_grows_under_a_running_thread() {
         let moved = counted() - then;
         word(data + 8).store(1, Ordering::SeqCst);
         assert_eq!(t.state().gpr[Gpr::Rax as usize], 3 * FUNCTIONS);
-        // Some were done by the interpreter meanwhile, which looked for traces.
-        assert!(walked[0] >= FUNCTIONS - 10_000 && walked[2] < FUNCTIONS + 10, "{walked:?}");
+        assert!(walked[0] >= FUNCTIONS - 10 && walked[2] < walked[0] + 10, "{walked:?}");
         let (count, misses) = spinner.join().expect("no panic");
         assert!(moved >= 100_000 && misses < 10, "{moved} calls, {misses} misses");
         assert_eq!(count, counted());

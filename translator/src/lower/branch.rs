@@ -149,13 +149,19 @@ fn push_constant(l: &mut Lowering<'_>, v: u64) {
 /// Of a CALL, what it pushes.
 fn push_return(l: &mut Lowering<'_>, item: &Item) {
     let back = l.block.next_rip(item);
-    l.put_away(item.at);
     push_constant(l, back);
+}
+
+/// CALL rel in a trace that goes on at its target. Falls through.
+pub(crate) fn call_inside(l: &mut Lowering<'_>, item: &Item) -> bool {
+    l.put_away(item.at);
+    push_return(l, item);
+    true
 }
 
 /// CALL rel. The target comes after the push.
 pub(crate) fn call(l: &mut Lowering<'_>, item: &Item, to: u64) -> bool {
-    push_return(l, item);
+    call_inside(l, item);
     let id = l.around.first_exit + l.exits.len() as u32;
     l.mark(What::Exit(id));
     l.link(&[0xe9], to);
@@ -328,8 +334,7 @@ pub(crate) fn indirect(l: &mut Lowering<'_>, item: &Item, next: Option<u64>) -> 
     fetch_rcx(l);
     if item.route == Route::CallIndirect {
         l.mark(What::At(item.at));
-        let back = l.block.next_rip(item);
-        push_constant(l, back);
+        push_return(l, item);
     }
     true
 }
@@ -338,25 +343,14 @@ pub(crate) fn indirect(l: &mut Lowering<'_>, item: &Item, next: Option<u64>) -> 
 fn look_up(l: &mut Lowering<'_>, item: &Item, r: Gpr) {
     probe(l, item, r as u8);
     if item.route == Route::CallIndirect {
-        let back = l.block.next_rip(item);
-        push_constant(l, back);
+        push_return(l, item);
     }
     // The push changes RSP.
     dispatch(l, (r != Gpr::R11 && r != Gpr::Rsp).then_some(r as u8));
 }
 
-/// JMP, CALL or RET in a trace, which goes on at `next`. Falls through.
-pub(crate) fn inside(l: &mut Lowering<'_>, item: &Item, next: Option<u64>) -> bool {
-    match (item.route, next) {
-        (Route::Return, Some(next)) => ret_to(l, item, next),
-        (Route::Call, _) => push_return(l, item),
-        _ => {}
-    }
-    true
-}
-
-/// RET in a trace that goes on at `next` if that is what it pops: no look-up, and no indirect branch.
-fn ret_to(l: &mut Lowering<'_>, item: &Item, next: u64) {
+/// RET in a trace that goes on at `next` if that is what it pops: no look-up, and no indirect branch. Falls through.
+pub(crate) fn ret_to(l: &mut Lowering<'_>, item: &Item, next: u64) -> bool {
     l.put_away(item.at);
     keep_rcx(l);
     dynasm!(l.e; .arch x64; pop r11);
@@ -373,6 +367,7 @@ fn ret_to(l: &mut Lowering<'_>, item: &Item, next: u64) {
         let more = i32::from(item.iced.immediate16());
         dynasm!(l.e; .arch x64; lea rsp, [rsp + more]);
     }
+    true
 }
 
 /// Jumps if a register is `next`, without a flag; RCX, which was kept, is lost, and `what` holds all the while. Gives where its displacement is.

@@ -437,7 +437,9 @@ fn attempt_lower(
                 branch::counted(&mut l, item);
                 true
             }
-            Route::Jump | Route::Call | Route::Return if next.is_some() => branch::inside(&mut l, item, next),
+            // What it leads to follows.
+            Route::Jump if next.is_some() => true,
+            Route::Call if next.is_some() => branch::call_inside(&mut l, item),
             Route::Jump => branch::jump(&mut l, item, item.iced.near_branch_target()),
             Route::Call => branch::call(&mut l, item, item.iced.near_branch_target()),
             Route::JumpIndirect | Route::CallIndirect => match (block.constant, item.route) {
@@ -445,7 +447,10 @@ fn attempt_lower(
                 (Some(c), _) => branch::call(&mut l, item, c.target),
                 (None, _) => branch::indirect(&mut l, item, next),
             },
-            Route::Return => branch::ret(&mut l, item),
+            Route::Return => match next {
+                Some(next) => branch::ret_to(&mut l, item, next),
+                None => branch::ret(&mut l, item),
+            },
             Route::Syscall => {
                 syscall::syscall(&mut l, item);
                 false
