@@ -245,13 +245,17 @@ fn store32(frame: u64, at: u64) -> (Vec<u8>, u64) {
     (bytes, resume)
 }
 
-/// The engine's hook. In the instruction: note fault and registers, go to the epilogue. Elsewhere: not ours.
+/// The engine's hook. A fault in the instruction: note it and the registers, go to the epilogue. Elsewhere, or sent by somebody (the
+/// tick of a translator on this thread, which comes where the epilogue begins if it was due while the fault was noted): not ours.
 ///
 /// # Safety
 /// Called by the signal handler with its arguments.
-unsafe fn hook(_: &ThreadBlock, _: i32, _: *mut libc::siginfo_t, context: *mut libc::ucontext_t) -> bool {
-    // SAFETY: the kernel gave a valid context.
-    let gregs = unsafe { &mut (*context).uc_mcontext.gregs };
+unsafe fn hook(_: &ThreadBlock, _: i32, info: *mut libc::siginfo_t, context: *mut libc::ucontext_t) -> bool {
+    // SAFETY: the kernel gave valid structures.
+    let (gregs, raised) = unsafe { (&mut (*context).uc_mcontext.gregs, (*info).si_code > 0) };
+    if !raised {
+        return false;
+    }
     let reg = |i: i32| gregs[i as usize] as u64;
     let (start, end, out) = RUNNING.get();
     if !(start..=end).contains(&reg(libc::REG_RIP)) {
@@ -298,6 +302,9 @@ pub(crate) fn fault(trap: u64, error: u64, cr2: u64) -> Fault {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bivisor_emulator::host::kicker::Kicker;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::Duration;
 
     #[test]
     fn runs_and_catches_in_both_modes() {
@@ -315,5 +322,34 @@ mod tests {
             let (fault, after) = host.run(&regs); // EDX is 0
             assert_eq!((fault, after.gpr[0]), (Some(Fault::De), 5));
         }
+    }
+
+    #[test]
+    fn what_is_sent_to_the_thread_is_no_fault() {
+        let mut host = Host::new(64).expect("64-bit code runs");
+        host.load(&[0x0f, 0x0b]); // ud2
+        let regs = Regs { rflags: 0x603, ..Regs::default() }; // DF, CF
+        let block = signal::attach();
+        block.note_tid();
+        let thread = block.tid.get();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    signal::send_to_thread(thread, Kicker::SIGNAL);
+                    // What comes without a pause keeps the thread from its work.
+                    std::thread::sleep(Duration::from_micros(20));
+                }
+            });
+            let outcomes: Vec<_> = (0..20_000)
+                .map(|_| {
+                    let (fault, after) = host.run(&regs);
+                    (fault, after.rflags & 0xcd5, host.fault_offset())
+                })
+                .collect();
+            done.store(true, Ordering::Relaxed);
+            let other = outcomes.iter().find(|o| **o != (Some(Fault::Ud), 0x401, Some(0)));
+            assert_eq!(other, None);
+        });
     }
 }
